@@ -1,0 +1,24 @@
+# make demo   set up .venv, then pre-train MaPeT on a small rendered data set, on any machine
+# make test   set up .venv, then run the whole test suite
+# make clean  remove .venv and the demo's run
+
+PYTHON ?= python3
+RUN ?= runs/demo
+export OMP_NUM_THREADS ?= 1
+
+demo: .venv/installed
+	.venv/bin/python tools/demo.py $(RUN)
+
+test: .venv/installed
+	.venv/bin/python -m pytest
+
+.venv/installed: requirements.txt pyproject.toml
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet --upgrade pip
+	.venv/bin/pip install --quiet -r requirements.txt
+	touch $@
+
+clean:
+	rm -rf .venv runs/demo
+
+.PHONY: demo test clean

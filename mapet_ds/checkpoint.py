@@ -1,0 +1,183 @@
+"""A checkpoint is a folder of safetensors by parameter name; it loads at any number of ranks. No pickle is read.
+
+    RUN/checkpoints/step_00001000/model.safetensors      fp32 master weights
+                                  optimizer.safetensors  moments, exp_avg.<name> and exp_avg_sq.<name>
+                                  target.safetensors     the target's state, where it has one
+                                  run.json               step, config, identity, versions, checksums
+
+A folder that has its final name is whole: it is written beside, flushed and renamed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mapet_ds.config import Config
+
+FREE = (
+    "run_dir", "resume", "checkpoint", "log", "teacher.name", "teacher.weights", "teacher.shard", "tokenizer.path",
+    "data.train", "data.device", "data.threads", "data.workers", "data.prefetch", "data.max_bad_share",
+    "optim.adamw", "train.micro_batch_size", "train.world_size", "train.compile", "train.grad_checkpointing",
+    "train.deterministic", "train.stop_at_step", "train.max_skipped_steps",
+)  # fmt: skip
+"""Knobs that may differ at resume: none changes what is computed, beyond the order of floating-point sums.
+The teacher, the codebook and the data are compared by content instead of by path."""
+
+
+class ResumeError(Exception):
+    """A checkpoint that this run can't continue from; the message says why and what to do."""
+
+
+class Checkpoint(NamedTuple):
+    """One whole checkpoint, verified against its checksums."""
+
+    path: Path
+    run: dict[str, Any]
+
+    def load(self, name: str) -> dict[str, Tensor]:
+        """The tensors of one file, on the CPU; empty where the checkpoint has no such file.
+
+        Raises:
+            ResumeError: the file is no safetensors file.
+        """
+        path = self.path / f"{name}.safetensors"
+        if path.name not in self.run["files"]:
+            return {}
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise ResumeError(f"{path} is not a safetensors file ({error}); nothing else is read.") from error
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def identity(config: Config, data: str, target: dict[str, Any]) -> dict[str, Any]:
+    """What must be equal for a run to be the same run, as a flat dictionary.
+
+    data: the index's fingerprint; target: the target's own identity.
+    """
+    knobs = _flatten(config.to_dict())
+    kept = {k: v for k, v in knobs.items() if not any(k == free or k.startswith(free + ".") for free in FREE)}
+    return kept | _flatten({"data": {"fingerprint": data}, "target": target})
+
+
+def check_identity(checkpoint: Checkpoint, now: dict[str, Any]) -> None:
+    """Refuse to continue another run.
+
+    Raises:
+        ResumeError: naming each setting that differs, with both values.
+    """
+    now, then = json.loads(json.dumps(now)), checkpoint.run["identity"]
+    differing = [k for k in sorted(now.keys() | then.keys()) if now.get(k) != then.get(k)]
+    if differing:
+        lines = [f"  {k}: {then.get(k)} in the checkpoint, {now.get(k)} now" for k in differing]
+        raise ResumeError(
+            f"{checkpoint.path} belongs to another run:\n" + "\n".join(lines) + "\n"
+            "Set them back to continue it, or name a new run_dir to start afresh."
+        )
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def save(run_dir: Path, run: dict[str, Any], files: dict[str, dict[str, Tensor]], keep: int) -> Path:
+    """Write a checkpoint of run["step"] and drop all but the newest `keep`. For rank 0 only.
+
+    files: tensors by file name without suffix; empty ones are left out.
+    """
+    folder = run_dir / "checkpoints"
+    final = folder / f"step_{run['step']:08d}"
+    partial = folder / f".{final.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    checksums = {}
+    for name, tensors in files.items():
+        if tensors:
+            path = partial / f"{name}.safetensors"
+            save_file(tensors, path)
+            _flush(path)
+            checksums[path.name] = _sha256(path)
+    path = partial / "run.json"
+    path.write_text(json.dumps({**run, "files": checksums}, indent=1))
+    _flush(path)
+    shutil.rmtree(final, ignore_errors=True)
+    partial.rename(final)
+    _flush(folder)
+    for old in _folders(run_dir)[keep:]:
+        shutil.rmtree(old)
+    return final
+
+
+def _folders(run_dir: Path) -> list[Path]:
+    """Checkpoint folders, newest first."""
+    return sorted((run_dir / "checkpoints").glob("step_" + "[0-9]" * 8), reverse=True)
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint folder, or None where it is whole: every file is there with its checksum."""
+    try:
+        run = json.loads((path / "run.json").read_text())
+        for name, checksum in run["files"].items():
+            if _sha256(path / name) != checksum:
+                return f"{name} does not have the checksum that run.json gives"
+    except (OSError, ValueError, KeyError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """A checkpoint folder, verified.
+
+    Raises:
+        ResumeError: it is damaged.
+    """
+    if found := damage(path):
+        raise ResumeError(f"The checkpoint {path} is damaged: {found}. Remove it, or restore it from a copy.")
+    return Checkpoint(path, json.loads((path / "run.json").read_text()))
+
+
+def newest(run_dir: Path, report: Any = print) -> Checkpoint | None:
+    """The newest whole checkpoint of a run; damaged ones are reported and passed over; None where there is none at all.
+
+    Raises:
+        ResumeError: there are checkpoints, and none is whole.
+    """
+    folders = _folders(run_dir)
+    for path in folders:
+        found = damage(path)
+        if found is None:
+            return Checkpoint(path, json.loads((path / "run.json").read_text()))
+        report(f"Passing over {path}: {found}.")
+    if folders:
+        raise ResumeError(f"No checkpoint in {run_dir / 'checkpoints'} is whole; remove them to start from step 0.")
+    return None

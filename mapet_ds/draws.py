@@ -1,0 +1,113 @@
+"""All randomness of a run, as pure functions of (seed, step, slot).
+
+A slot is a place in the global batch, 0 .. global_batch_size - 1, whatever rank it falls to. Nothing here holds a state,
+so a resumed run, at any number of ranks, draws what the uninterrupted one drew. NumPy's Philox only: loader workers
+import this module, and torch's generators differ between CPU and GPU.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class Purpose(IntEnum):
+    """What a stream of random numbers is for; part of its key. Never renumber: runs would change."""
+
+    ORDER = 0
+    CROP = 1
+    JITTER = 2
+    PERMUTATION = 3
+    DEPTH = 4
+    CODEBOOK = 5
+    INITIALISATION = 6
+
+
+def uniforms(seed: int, purpose: Purpose, step: int, first_slot: int, slots: int, width: int) -> NDArray[np.float64]:
+    """[slots, width] numbers in [0, 1) for consecutive slots of a step.
+
+    Each slot owns ceil(width / 4) blocks of four 64-bit numbers of the stream keyed (seed, purpose) at this step, so a row
+    depends on its own slot alone. One purpose must always be asked for with one width.
+
+    Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011), Philox-4x64-10.
+    """
+    blocks = -(-width // 4)
+    counter = np.array([first_slot * blocks, 0, step, 0], dtype=np.uint64)
+    key = np.array([seed, purpose], dtype=np.uint64)
+    generator = np.random.Generator(np.random.Philox(counter=counter, key=key))
+    return generator.random((slots, 4 * blocks))[:, :width]
+
+
+def permutations(seed: int, step: int, first_slot: int, slots: int, num_patches: int) -> NDArray[np.int64]:
+    """[slots, L] `order`: the rank of each patch in a uniform random permutation, 0 first."""
+    numbers = uniforms(seed, Purpose.PERMUTATION, step, first_slot, slots, num_patches)
+    by_rank = np.argsort(numbers, axis=1, kind="stable")
+    order = np.empty_like(by_rank)
+    np.put_along_axis(order, by_rank, np.arange(num_patches)[None], axis=1)
+    return order
+
+
+def first_slot(micro_step: int, rank: int, world_size: int, micro_batch_size: int) -> int:
+    """First slot of a rank's micro-batch: slots run over images, then ranks, then micro-steps of the accumulation."""
+    return (micro_step * world_size + rank) * micro_batch_size
+
+
+def _mix(x: NDArray[np.uint64], key: np.uint64) -> NDArray[np.uint64]:
+    """A 64-bit finaliser (SplitMix64's), keyed: every input bit reaches every output bit."""
+    x = x + key
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+class SampleOrder:
+    """The endless order of samples: each sample once an epoch, a new keyed bijection every epoch, nothing stored.
+
+    A balanced Feistel network of eight rounds on the smallest even number of bits that holds n; results outside 0 .. n - 1
+    are sent through again (cycle walking), which keeps it a bijection.
+
+    Source: Luby and Rackoff 1988 (Feistel); Black and Rogaway 2002 (cycle walking).
+    """
+
+    ROUNDS = 8
+
+    def __init__(self, num_samples: int, seed: int) -> None:
+        assert num_samples > 0
+        self.num_samples = num_samples
+        self.seed = seed
+        self._half = np.uint64(max(1, -(-(num_samples - 1).bit_length() // 2)))
+        self._low = np.uint64((1 << int(self._half)) - 1)
+        self._epoch_keys: tuple[int, NDArray[np.uint64]] | None = None
+
+    def _keys(self, epoch: int) -> NDArray[np.uint64]:
+        if self._epoch_keys is None or self._epoch_keys[0] != epoch:
+            numbers = uniforms(self.seed, Purpose.ORDER, epoch, 0, 1, self.ROUNDS)[0]
+            self._epoch_keys = epoch, (numbers * 2.0**53).astype(np.uint64)
+        return self._epoch_keys[1]
+
+    def _encrypt(self, x: NDArray[np.uint64], keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
+        left, right = x >> self._half, x & self._low
+        for key in keys:
+            left, right = right, left ^ (_mix(right, key) & self._low)
+        return (left << self._half) | right
+
+    def epoch_places(self, epoch: int, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Dataset indices at `places` (each 0 .. n - 1) of one epoch's order."""
+        keys = self._keys(epoch)
+        x = self._encrypt(places.astype(np.uint64), keys)
+        while (outside := x >= self.num_samples).any():
+            x[outside] = self._encrypt(x[outside], keys)
+        return x.astype(np.int64)
+
+    def __call__(self, n: int) -> int:
+        """Dataset index of the n-th sample of the run, n = step * global_batch_size + slot."""
+        epoch, place = divmod(n, self.num_samples)
+        return int(self.epoch_places(epoch, np.array([place]))[0])
+
+    def after(self, n: int, tries: int) -> int:
+        """The index that stands in for sample n when it and `tries` - 1 substitutes can't be read: the next place of the
+        same epoch's order, going round at its end."""
+        epoch, place = divmod(n, self.num_samples)
+        return int(self.epoch_places(epoch, np.array([(place + tries) % self.num_samples]))[0])

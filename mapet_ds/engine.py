@@ -1,0 +1,182 @@
+"""The only import of DeepSpeed: an engine around an objective, and its full state by parameter name.
+
+Workarounds for deepspeed 0.19.8 live here and nowhere else, each with its reason.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from typing import Any
+
+import deepspeed
+import deepspeed.ops
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from deepspeed.utils import (
+    logger,
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from mapet_ds.config import Config, ConfigError
+from mapet_ds.optim import parameter_groups
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def check_engine_config(engine_config: dict[str, Any]) -> None:
+    """Let DeepSpeed's own schema read the ZeRO section before any GPU is touched.
+
+    Raises:
+        ConfigError: an unknown or ill-typed key in zero_optimization.
+    """
+    try:
+        DeepSpeedZeroConfig(**engine_config["zero_optimization"])
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise ConfigError(f"DeepSpeed refuses zero_optimization.{key} = {first['input']}: {first['msg']}.") from error
+
+
+def build_engine(
+    objective: nn.Module, config: Config, engine_config: dict[str, Any], world_size: int, device: torch.device
+) -> deepspeed.DeepSpeedEngine:
+    """A ZeRO engine that trains the objective, its optimizer states allocated. Every rank must call it.
+
+    Use it by `engine(images, target, draw)`, never by its module: ZeRO's hooks sit on the engine's call.
+
+    Raises:
+        ConfigError: FusedAdam is asked for where it can't be built.
+    """
+    logger.setLevel(logging.WARNING)
+    # On a CPU the shared-memory op is compiled at every first start (a minute, and fatal without g++); gloo does without.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    full = {
+        **engine_config,
+        "train_batch_size": config.train.global_batch_size,
+        "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
+        "gradient_accumulation_steps": config.grad_accum_steps(world_size),
+        "gradient_clipping": config.optim.clip_grad,  # 1.0 if the key is left out
+        "steps_per_print": 2**31,
+    }
+    optimizer = _adamw(objective, config, device)
+    engine, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, config=full, dist_init_required=False)
+    if engine.zero_optimization_stage() == 3:
+        # The objective reads the ViT's own position table and class token outside of the ViT's forward.
+        for parameter in objective.vit.parameters(recurse=False):
+            deepspeed.zero.register_external_parameter(objective, parameter)
+    _allocate_states(engine, step=0)
+    return engine
+
+
+def _adamw(objective: nn.Module, config: Config, device: torch.device) -> torch.optim.Optimizer:
+    optim = config.optim
+    groups = parameter_groups(objective, optim.weight_decay)
+    arguments = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps}
+    has_compiler = device.type == "cuda" and (shutil.which("nvcc") or os.environ.get("CUDA_HOME"))
+    if optim.adamw == "deepspeed" and not has_compiler:
+        raise ConfigError(
+            f"optim.adamw = deepspeed compiles FusedAdam, which needs a GPU and nvcc (this rank: {device}, no nvcc found); "
+            "optim.adamw=torch needs neither."
+        )
+    if optim.adamw == "torch" or not has_compiler:
+        return torch.optim.AdamW(groups, **arguments, fused=device.type == "cuda")
+    from deepspeed.ops.adam import FusedAdam  # compiles on first use
+
+    for turn in (0, 1):  # one rank of each node compiles, the others find it done
+        if (int(os.environ.get("LOCAL_RANK", "0")) == 0) == (turn == 0):
+            optimizer = FusedAdam(groups, **arguments, adam_w_mode=True)
+        dist.barrier()
+    return optimizer
+
+
+def _flat_tensors(optimizer: Any) -> list[Tensor]:
+    """This rank's fp32 master weights, flat, under whichever ZeRO optimizer DeepSpeed has chosen."""
+    for name in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat", "fp32_groups_flat_partition"):
+        if hasattr(optimizer, name):
+            return getattr(optimizer, name)
+    raise AssertionError(f"unknown ZeRO optimizer {type(optimizer)}")
+
+
+def _allocate_states(engine: deepspeed.DeepSpeedEngine, step: int) -> None:
+    """Zero moments and the step count, so that states can be read and set before the first step.
+
+    With several parameter groups ZeRO-1/2 links parameters to states after the first group's step only, and then finds
+    none for the others; linking anew here, when all exist, is right for good.
+    """
+    zero, adam = engine.optimizer, engine.optimizer.optimizer
+    for flat in _flat_tensors(zero):
+        state = adam.state[flat]
+        if isinstance(adam, torch.optim.AdamW):
+            fused = adam.defaults["fused"]
+            state["step"] = torch.tensor(float(step), device=flat.device if fused else "cpu")
+        else:
+            state["step"] = step
+        for moment in MOMENTS:
+            state.setdefault(moment, torch.zeros_like(flat))
+    if hasattr(zero, "_hp_optimizer_states_linked"):
+        zero._hp_optimizer_states_linked = False
+        zero._lazy_init_hp_params_optimizer_state()
+
+
+def gather_state(engine: deepspeed.DeepSpeedEngine, rank: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Full fp32 master weights by name, and moments as `exp_avg.<name>`: on rank 0, on the CPU; empty elsewhere.
+
+    Every rank must call it, in the same order. The host waits for the GPU.
+    """
+    weights, moments = {}, {}
+    for name, parameter in engine.module.named_parameters():
+        shape = getattr(parameter, "ds_shape", parameter.shape)
+        full = [safe_get_full_fp32_param(parameter)]
+        full += [safe_get_full_optimizer_state(parameter, moment) for moment in MOMENTS]
+        if rank == 0:
+            weights[name], *rest = (tensor.reshape(shape).cpu().clone() for tensor in full)
+            moments.update({f"{moment}.{name}": tensor for moment, tensor in zip(MOMENTS, rest)})
+    return weights, moments
+
+
+def scatter_state(
+    engine: deepspeed.DeepSpeedEngine, weights: dict[str, Tensor], moments: dict[str, Tensor], updates: int
+) -> None:
+    """Put full states, as gather_state gave them, into a fresh engine of any world size and ZeRO stage.
+
+    updates: number of optimizer updates the states have seen. Every rank must call it with the same full states.
+    """
+    _allocate_states(engine, step=updates)
+    for name, parameter in engine.module.named_parameters():
+        value = weights[name].to(engine.device)
+        states = {moment: moments[f"{moment}.{name}"].to(engine.device) for moment in MOMENTS}
+        if not hasattr(parameter, "ds_id"):
+            safe_set_full_fp32_param(parameter, value)
+            for moment, state in states.items():
+                safe_set_full_optimizer_state(parameter, state, moment)
+            parameter.data.copy_(value)  # setting the fp32 fragment leaves the low-precision copies as they were
+            continue
+        # DeepSpeed's own full setters fail in ZeRO-3 where the ranks do not divide a tensor.
+        safe_set_local_fp32_param(parameter, _own_part(parameter, value))
+        for moment, state in states.items():
+            safe_set_local_optimizer_state(parameter, _own_part(parameter, state), moment)
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+            parameter.data.copy_(value)
+
+
+def _own_part(parameter: nn.Parameter, full: Tensor) -> Tensor:
+    """This rank's share of a tensor as ZeRO-3 cuts it: equal parts, the last ones filled up with zeros."""
+    size = parameter.ds_tensor.ds_numel
+    flat = nn.functional.pad(full.flatten(), (0, size * dist.get_world_size() - full.numel()))
+    return flat[size * dist.get_rank() :][:size]
+
+
+def set_learning_rate(engine: deepspeed.DeepSpeedEngine, lr: float) -> None:
+    """The rate of the next update, for every parameter group."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr

@@ -1,0 +1,156 @@
+"""A run's ViT as a timm model: weights and config that timm loads by itself, proven by a forward of both."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import pydantic
+import timm
+import torch
+from timm.models import save_for_hf
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from mapet_ds.checkpoint import Checkpoint, newest, open_checkpoint
+from mapet_ds.config import Config
+from mapet_ds.vit import build_vit
+
+TOLERANCE = 1e-5
+"""Largest absolute difference of the features, after the final norm, at which an export counts as equal."""
+RANDOM_CROP_PCT = 0.9
+"""timm's evaluation crop of its ViTs, for runs on random crops; others keep the whole central square."""
+
+
+class ExportError(Exception):
+    """What can't be exported, and why."""
+
+
+class Export(NamedTuple):
+    folder: Path
+    checkpoint: Path
+    architecture: str
+    difference: float
+    """Largest absolute difference between timm's features and the run's own, on random images."""
+
+
+def read_vit(checkpoint: Checkpoint) -> tuple[Config, dict[str, Tensor]]:
+    """Settings of a checkpoint and the fp32 weights of its ViT by timm's names.
+
+    Raises:
+        ExportError: it is none of this program's.
+    """
+    try:
+        config = pydantic.TypeAdapter(Config).validate_json(json.dumps(checkpoint.run["config"]))
+    except (KeyError, pydantic.ValidationError) as error:
+        raise ExportError(
+            f"{checkpoint.path / 'run.json'} holds no settings of this program: {error}"
+        ) from error
+    state = {k.removeprefix("vit."): v for k, v in checkpoint.load("model").items() if k.startswith("vit.")}
+    return config, state
+
+
+def fold_layer_scale(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same function without LayerScale: each gamma multiplies the rows of the linear layer before it."""
+    folded = {k: v for k, v in state.items() if not re.search(r"\.ls[12]\.gamma$", k)}
+    for name in state.keys() - folded.keys():
+        block, scale, _ = name.rsplit(".", 2)
+        layer = f"{block}.{'attn.proj' if scale == 'ls1' else 'mlp.fc2'}"
+        folded[f"{layer}.weight"] = folded[f"{layer}.weight"] * state[name][:, None]
+        if f"{layer}.bias" in folded:
+            folded[f"{layer}.bias"] = folded[f"{layer}.bias"] * state[name]
+    return folded
+
+
+def timm_arguments(config: Config, layer_scale: Literal["fold", "keep"]) -> dict[str, Any]:
+    """What timm.create_model needs beside the model's name; stochastic depth and dropout are left out."""
+    model = config.model
+    arguments = {k: v for k, v in model.args.items() if not k.endswith("drop_rate") and k != "drop_path_rate"}
+    if layer_scale == "fold":
+        arguments["init_values"] = 0.0  # none, also where the model's name alone would bring LayerScale
+    elif model.layer_scale is not None:
+        arguments["init_values"] = model.layer_scale
+    return dict(arguments, img_size=model.img_size, patch_size=model.patch_size, num_classes=0)
+
+
+def _save(config: Config, state: dict[str, Tensor], arguments: dict[str, Any], folder: Path) -> None:
+    size, data = config.model.img_size, config.data
+    provenance = dict.fromkeys(("license", "description", "origin_url", "paper_name", "paper_ids", "notes"))
+    vit = timm.create_model(
+        config.model.name, pretrained_cfg_overlay=provenance | {"tag": config.objective}, **arguments
+    )
+    try:
+        vit.load_state_dict(state)
+    except RuntimeError as error:
+        raise ExportError(f"timm's {config.model.name} doesn't take the run's weights: {error}") from error
+    save_for_hf(
+        vit,
+        folder,
+        safe_serialization=True,
+        data_config={
+            "input_size": (3, size, size),
+            "mean": data.mean,
+            "std": data.std,
+            "interpolation": "bicubic",
+            "crop_pct": 1.0 if data.crop == "center" else RANDOM_CROP_PCT,
+        },
+    )
+
+
+@torch.no_grad()
+def feature_difference(vit: VisionTransformer, exported: VisionTransformer, img_size: int) -> float:
+    """Largest absolute difference of `forward_features` on random images, in float64: of the functions, not
+    of the kernels' rounding."""
+    images = torch.randn(
+        2, 3, img_size, img_size, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
+    outputs = [model.eval().double().forward_features(images) for model in (vit, exported)]
+    return (outputs[0] - outputs[1]).abs().max().item()
+
+
+def export_timm(checkpoint_or_run: Path, out: Path, layer_scale: Literal["fold", "keep"] = "fold") -> Export:
+    """Write the ViT of a checkpoint, or of a run's newest one, as model.safetensors and config.json in `out`.
+
+    `timm.create_model("local-dir:OUT", pretrained=True)` loads it with the run's size, mean and std;
+    `timm.create_model(name, checkpoint_path="OUT/model.safetensors", num_classes=0)` loads it strictly.
+    fold: LayerScale goes into the layers before it, so that timm's plain model will do; keep: it stays, as
+    `init_values`.
+    Nothing is left in `out` unless the files, read back by timm, give the features of the run's own ViT.
+
+    Raises:
+        ExportError: no checkpoint there, or features that differ by more than 1e-5.
+        ResumeError: the checkpoint that was named, or every one of the run, is damaged.
+    """
+    path = checkpoint_or_run
+    checkpoint = open_checkpoint(path) if (path / "run.json").is_file() else newest(path)
+    if checkpoint is None:
+        raise ExportError(
+            f"{path} is neither a run folder with checkpoints/step_* nor a checkpoint: nothing to export."
+        )
+    config, state = read_vit(checkpoint)
+    vit = build_vit(config.model)
+    try:
+        vit.load_state_dict(state)
+    except RuntimeError as error:
+        raise ExportError(
+            f"{checkpoint.path} doesn't hold the ViT that its run.json describes: {error}"
+        ) from error
+    kept = state if layer_scale == "keep" else fold_layer_scale(state)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
+        _save(config, kept, timm_arguments(config, layer_scale), Path(folder))
+        exported = timm.create_model(f"local-dir:{folder}", pretrained=True)
+        difference = feature_difference(vit, exported, config.model.img_size)
+        if not difference <= TOLERANCE:
+            raise ExportError(
+                f"Nothing was exported: timm's features differ from the run's own by {difference:.3g}, more "
+                f"than {TOLERANCE:g}, for {checkpoint.path} with layer_scale = {layer_scale}."
+            )
+        out.mkdir(exist_ok=True)
+        for name in ("model.safetensors", "config.json"):
+            os.replace(Path(folder) / name, out / name)
+    return Export(out, checkpoint.path, config.model.name, difference)

@@ -1,0 +1,141 @@
+"""Whether bytes are an image that can be decoded, and how large: one rule, the same on every device.
+
+It looks at the structure only. What passes and still can't be decoded is found by the loader, with DALI's CPU decoder
+as the judge.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import warnings
+import zlib
+
+from PIL import Image, TiffImagePlugin
+
+MAX_PIXELS = 200_000_000
+
+
+class BadImage(Exception):
+    """One image is unreadable; the message is the reason. It is skipped, counted and listed."""
+
+
+def inspect(data: bytes) -> tuple[int, int]:
+    """(width, height) in pixels from the structure of an encoded image, EXIF orientation ignored. No pixel is decoded.
+
+    Reads JPEG (8 bits, Huffman or arithmetic, baseline or progressive), PNG, WebP, BMP and TIFF, as far as both DALI and
+    Pillow decode them to the same RGB. Everything is there to the end marker; PNG's checksums are verified.
+
+    Raises:
+        BadImage: damaged, cut off, of another kind, or of more than MAX_PIXELS.
+    """
+    for magic, parse in PARSERS.items():
+        if data.startswith(magic):
+            break
+    else:
+        raise BadImage(f"neither JPEG, PNG, WebP, BMP nor TIFF: {len(data)} bytes that begin with {data[:8]!r}")
+    try:
+        width, height = parse(data)
+    except (struct.error, IndexError) as error:
+        raise BadImage("cut off") from error
+    if width < 1 or height < 1:
+        raise BadImage(f"{width} x {height} pixels")
+    if width * height > MAX_PIXELS:
+        raise BadImage(f"{width} x {height} pixels, more than the {MAX_PIXELS} that are decoded")
+    return width, height
+
+
+JPEG_FRAMES = {0xC0, 0xC1, 0xC2, 0xC9, 0xCA}
+
+
+def _inspect_jpeg(data: bytes) -> tuple[int, int]:
+    size, at = None, 2
+    while True:
+        if data[at] != 0xFF:
+            raise BadImage("JPEG segments out of step")
+        marker = data[at + 1]
+        if marker == 0xFF:  # fill byte
+            at += 1
+            continue
+        if marker == 0xDA:
+            break
+        if marker == 0xD9:
+            raise BadImage("JPEG without a scan")
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            bits, height, width = struct.unpack_from(">BHH", data, at + 4)
+            if marker not in JPEG_FRAMES or bits != 8:
+                raise BadImage(f"JPEG of a kind that is not decoded (SOF{marker - 0xC0}, {bits} bits)")
+            size = width, height
+        at += 2 + (data[at + 2] << 8 | data[at + 3])
+    if size is None:
+        raise BadImage("JPEG scan before its frame header")
+    if data.rfind(b"\xff\xd9", at) < 0:  # scans escape 0xFF, so this is none of their bytes, nor a thumbnail's end
+        raise BadImage("JPEG cut off: no end marker after its scans")
+    return size
+
+
+def _inspect_png(data: bytes) -> tuple[int, int]:
+    at, kinds = 8, set()
+    while True:
+        length, kind = struct.unpack_from(">I4s", data, at)
+        end = at + 8 + length
+        if zlib.crc32(memoryview(data)[at + 4 : end]) != struct.unpack_from(">I", data, end)[0]:
+            raise BadImage(f"PNG checksum of {kind!r} is wrong")
+        kinds.add(kind)
+        if kind == b"IEND":
+            break
+        at = end + 4
+    if data[12:16] != b"IHDR" or b"IDAT" not in kinds:
+        raise BadImage("PNG without header or pixels")
+    return struct.unpack_from(">II", data, 16)
+
+
+def _inspect_webp(data: bytes) -> tuple[int, int]:
+    size, form, kind = struct.unpack_from("<4xI4s4s", data)
+    if form != b"WEBP":
+        raise BadImage(f"RIFF of form {form!r}, not WebP")
+    if len(data) < size + 8:
+        raise BadImage(f"WebP cut off: {len(data)} of {size + 8} bytes")
+    if kind == b"VP8X":
+        return int.from_bytes(data[24:27], "little") + 1, int.from_bytes(data[27:30], "little") + 1
+    if kind == b"VP8L":
+        bits = struct.unpack_from("<I", data, 21)[0]
+        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    width, height = struct.unpack_from("<HH", data, 26)
+    return width & 0x3FFF, height & 0x3FFF
+
+
+def _inspect_bmp(data: bytes) -> tuple[int, int]:
+    start, header, width, height, _, bits, packing = struct.unpack_from("<IIiiHHI", data, 10)
+    if header < 40 or packing not in (0, 3):
+        raise BadImage(f"BMP of a kind that is not decoded (header {header}, packing {packing})")
+    if len(data) < start + (width * bits + 31) // 32 * 4 * abs(height):
+        raise BadImage("BMP cut off")
+    return width, abs(height)
+
+
+TIFF_MODES = {"RGB", "RGBA", "L", "P", "CMYK", "YCbCr", "I;16", "I;16B"}
+
+TIFF_STRIPS_OR_TILES = (
+    (TiffImagePlugin.STRIPOFFSETS, TiffImagePlugin.TILEOFFSETS), (TiffImagePlugin.STRIPBYTECOUNTS, TiffImagePlugin.TILEBYTECOUNTS),
+)  # fmt: skip
+
+
+def _inspect_tiff(data: bytes) -> tuple[int, int]:
+    try:
+        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data), formats=("TIFF",)) as image:
+            if image.mode not in TIFF_MODES:
+                raise BadImage(f"TIFF of a kind that is not decoded ({image.mode})")
+            tags = image.tag_v2
+            starts, lengths = (tags.get(a) or tags[b] for a, b in TIFF_STRIPS_OR_TILES)
+            if max(start + length for start, length in zip(starts, lengths, strict=True)) > len(data):
+                raise BadImage("TIFF cut off")
+            return tags[TiffImagePlugin.IMAGEWIDTH], tags[TiffImagePlugin.IMAGELENGTH]
+    except (OSError, SyntaxError, ValueError, LookupError, TypeError, Image.DecompressionBombError) as error:
+        raise BadImage(f"TIFF header: {error}") from error
+
+
+PARSERS = {
+    b"\xff\xd8": _inspect_jpeg, b"\x89PNG\r\n\x1a\n": _inspect_png, b"RIFF": _inspect_webp, b"BM": _inspect_bmp,
+    b"II*\0": _inspect_tiff, b"MM\0*": _inspect_tiff,
+}  # fmt: skip

@@ -1,0 +1,307 @@
+"""What a data set holds, in a fixed order, and where its bytes lie: an image folder or a folder of tar shards.
+
+The index is memory-mapped: opening it costs the same for a thousand images as for a billion. Loader workers import this
+module, so it knows neither torch nor DALI.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import stat
+import struct
+import tarfile
+import tempfile
+import time
+from array import array
+from collections import OrderedDict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from mapet_ds.formats import BadImage
+
+SUFFIXES = {b"jpg", b"jpeg", b"png", b"webp", b"bmp", b"tif", b"tiff", b"gif"}
+"""Files that count as samples; GIF is among them so that it is reported as unreadable, not passed over."""
+SAMPLE = np.dtype([("file", "<u4"), ("offset", "<u8"), ("length", "<u8"), ("label", "<i4")])
+MAX_LABEL = 1_000_000
+MAX_BYTES = 1 << 30
+RETRY_PAUSES_S = (0.1, 1.0, 4.0)
+OPEN_SHARDS = 64
+OF_THE_FILE = {
+    errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO,
+    errno.ESPIPE,
+}  # fmt: skip
+"""Errors that say something about one file; any other is taken for a fault of the storage."""
+
+
+class DataError(Exception):
+    """The data set can't be used, or its storage fails; the message says what to do. Stops the run."""
+
+
+def _walk(folder: bytes, ancestors: tuple[tuple[int, int], ...] = ()) -> Iterator[tuple[bytes, int]]:
+    """(path, length) of every file below a folder, sorted by the bytes of the names; links are followed, loops are not."""
+    try:
+        with os.scandir(folder) as listing:
+            entries = sorted(listing, key=lambda entry: entry.name)
+        here = os.stat(folder)
+    except OSError as error:
+        raise DataError(f"The folder {os.fsdecode(folder)} can't be listed: {error.strerror}.") from error
+    if (here.st_dev, here.st_ino) in ancestors:
+        return
+    for entry in entries:
+        try:
+            status = entry.stat()
+        except OSError as error:
+            if error.errno not in OF_THE_FILE:
+                raise DataError(f"{os.fsdecode(entry.path)} can't be looked at: {error.strerror}.") from error
+            yield entry.path, 0  # listed all the same, so that reading it reports it
+            continue
+        if stat.S_ISDIR(status.st_mode):
+            yield from _walk(entry.path, (*ancestors, (here.st_dev, here.st_ino)))
+        else:
+            yield entry.path, status.st_size
+
+
+def _suffix(name: bytes) -> bytes:
+    return name.rpartition(b".")[2].lower()
+
+
+class _Member(NamedTuple):
+    path: bytes
+    file: int
+    offset: int
+    length: int
+    label: int
+
+
+def _key(name: str) -> str:
+    """WebDataset's key: the member's path up to the first dot of its last part."""
+    folder, slash, last = name.rpartition("/")
+    return folder + slash + last.partition(".")[0]
+
+
+def _shard_members(path: bytes, number: int, name: bytes) -> Iterator[_Member]:
+    labels: dict[str, int] = {}
+    images: list[tarfile.TarInfo] = []
+    try:
+        with tarfile.open(os.fsdecode(path), "r:") as shard:
+            for member in shard:
+                if member.isreg() and _suffix(os.fsencode(member.name)) in SUFFIXES:
+                    images.append(member)
+                elif member.isreg() and member.name.endswith(".cls") and member.size < 16:
+                    text = shard.extractfile(member).read().strip()
+                    if text.isdigit() and int(text) < MAX_LABEL:
+                        labels[_key(member.name)] = int(text)
+                shard.members = []  # tarfile would keep every header
+    except (tarfile.TarError, OSError) as error:
+        raise DataError(
+            f"The shard {os.fsdecode(path)} can't be read as an uncompressed tar: {error}. "
+            "Unpack a compressed one, replace a damaged one, or take it out of the folder."
+        ) from error
+    for member in images:
+        label = labels.get(_key(member.name), -1)
+        member_path = name + b"/" + os.fsencode(member.name)
+        yield _Member(member_path, number, member.offset_data, member.size, label)
+
+
+def _members(root: bytes, shards: list[bytes], classes: list[str]) -> Iterator[_Member]:
+    """Every sample below the root in its fixed order; fills `shards` and `classes` on the way."""
+    images = False
+    for path, length in _walk(root):
+        relative = os.path.relpath(path, root)
+        suffix = _suffix(relative)
+        if suffix == b"tar":
+            shards.append(relative)
+            yield from _shard_members(path, len(shards) - 1, relative)
+        elif suffix in SUFFIXES:
+            images = True
+            top, slash, _ = relative.partition(b"/")
+            if slash and (not classes or classes[-1] != os.fsdecode(top)):
+                classes.append(os.fsdecode(top))
+            yield _Member(relative, 0, 0, length, len(classes) - 1 if slash else -1)
+        if images and shards:
+            raise DataError(
+                f"{os.fsdecode(root)} holds images and tar shards ({os.fsdecode(shards[0])}) side by side; "
+                "name a folder that holds one of the two."
+            )
+
+
+def build_index(source: str | Path, folder: Path, classes: list[str] | None = None) -> None:
+    """Write the index of an image folder or a folder of tar shards into `folder`, whole or not at all. One process calls it.
+
+    The order is that of the names' bytes, whatever the file system lists first. `classes` names the labels of shards.
+
+    Raises:
+        DataError: unreadable folder or shard, nothing in it, images and shards mixed.
+    """
+    root = os.path.abspath(source)
+    columns, ends = [array(code) for code in "IQQi"], array("Q")
+    shards: list[bytes] = []
+    found: list[str] = []
+    digest = hashlib.sha256()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".index-", dir=folder.parent) as scratch:
+        written = Path(scratch) / "index"
+        written.mkdir()
+        with open(written / "paths.bin", "wb") as paths:
+            for member in _members(os.fsencode(root), shards, found):
+                paths.write(member.path)
+                ends.append(paths.tell())
+                digest.update(member.path + b"\0" + struct.pack("<Q", member.length))
+                for column, value in zip(columns, member[1:], strict=True):
+                    column.append(value)
+        if not ends:
+            raise DataError(f"{root} holds no image: looked in it and below for {_listing()} and for .tar shards.")
+        samples = np.empty(len(ends), SAMPLE)
+        for name, column in zip(SAMPLE.names, columns, strict=True):
+            samples[name] = column
+        if shards and classes is None:
+            found = [str(label) for label in range(samples["label"].max() + 1)]
+        np.save(written / "samples.npy", samples)
+        np.save(written / "path_ends.npy", np.array(ends, "<u8"))
+        description = {
+            "root": "." if folder.parent == Path(root) else root,
+            "fingerprint": digest.hexdigest(),
+            "classes": classes if classes is not None else found,
+            "shards": [os.fsdecode(shard) for shard in shards],
+        }
+        (written / "index.json").write_text(json.dumps(description, indent=1))
+        shutil.rmtree(folder, ignore_errors=True)
+        written.rename(folder)
+
+
+def _listing() -> str:
+    return ", ".join("." + suffix.decode() for suffix in sorted(SUFFIXES))
+
+
+class Index:
+    """A memory-mapped list of samples. Pickles as its two paths, so workers map the same pages."""
+
+    def __init__(self, folder: Path, root: Path) -> None:
+        """Open what `build_index` wrote into `folder` for the data set that now lies at `root`.
+
+        Raises:
+            DataError: the index or the root can't be read.
+        """
+        self.folder, self.root = folder, root
+        try:
+            description = json.loads((folder / "index.json").read_text())
+            self._samples = np.load(folder / "samples.npy", mmap_mode="r").view(np.ndarray)
+            self._path_ends = np.load(folder / "path_ends.npy", mmap_mode="r").view(np.ndarray)
+            self._paths = np.memmap(folder / "paths.bin", mode="r").view(np.ndarray)
+            self._device = os.stat(root).st_dev
+        except (OSError, ValueError, EOFError) as error:
+            raise DataError(f"The index {folder} of {root} can't be opened: {error}. Delete it to have it built anew.") from error
+        self.fingerprint: str = description["fingerprint"]
+        """sha256 over relative paths and lengths: the same wherever the data set lies."""
+        self.classes: list[str] = description["classes"]
+        self._shards: list[str] = description["shards"]
+        self._open_shards: OrderedDict[int, int] = OrderedDict()
+
+    def __reduce__(self) -> tuple[type[Index], tuple[Path, Path]]:
+        return Index, (self.folder, self.root)
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def path(self, i: int) -> str:
+        """Where a sample lies; one inside a shard as if the shard were a folder."""
+        start = int(self._path_ends[i - 1]) if i else 0
+        return os.path.join(self.root, os.fsdecode(self._paths[start : int(self._path_ends[i])].tobytes()))
+
+    def label(self, i: int) -> int:
+        """Position of a sample's class in `classes`; -1 where it has none."""
+        return int(self._samples[i]["label"])
+
+    def read(self, i: int) -> bytes:
+        """The bytes of a sample.
+
+        Raises:
+            BadImage: the file is gone, forbidden, shorter than recorded or absurdly long.
+            DataError: the storage failed more often than is tried again, or the data set's folder is gone.
+        """
+        file, offset, length, _ = self._samples[i].item()
+        if length > MAX_BYTES:
+            raise BadImage(f"{length} bytes, more than the {MAX_BYTES} that are read")
+        for pause_s in (*RETRY_PAUSES_S, None):
+            try:
+                data = self._read_at(i, file, offset, length)
+                break
+            except OSError as error:
+                self.close()
+                if error.errno in OF_THE_FILE:
+                    self._check_root()
+                    raise BadImage(f"can't be read: {error.strerror}") from error
+                if pause_s is None:
+                    raise DataError(
+                        f"{self.path(i)} can't be read, tried {len(RETRY_PAUSES_S) + 1} times: {error.strerror}. "
+                        "The storage fails, not the image: see to it and start the same command again."
+                    ) from error
+                time.sleep(pause_s)
+        if len(data) < length:
+            raise BadImage(f"{len(data)} bytes where the index recorded {length}")
+        return data
+
+    def _read_at(self, i: int, file: int, offset: int, length: int) -> bytes:
+        if not self._shards:
+            descriptor = _open(self.path(i))
+            try:
+                return _pread(descriptor, length, 0)
+            finally:
+                os.close(descriptor)
+        if file not in self._open_shards:
+            if len(self._open_shards) == OPEN_SHARDS:
+                os.close(self._open_shards.popitem(last=False)[1])
+            self._open_shards[file] = _open(os.path.join(self.root, self._shards[file]))
+        self._open_shards.move_to_end(file)
+        return _pread(self._open_shards[file], length, offset)
+
+    def _check_root(self) -> None:
+        try:
+            there = os.stat(self.root).st_dev == self._device
+        except OSError:
+            there = False
+        if not there:
+            raise DataError(f"The folder {self.root} is gone or no longer mounted. Start the same command when it is back.")
+
+    def close(self) -> None:
+        """Close the shards held open; reading opens them again."""
+        while self._open_shards:
+            os.close(self._open_shards.popitem()[1])
+
+
+def _open(path: str) -> int:
+    return os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a named pipe must not hold up the run
+
+
+def _pread(descriptor: int, length: int, offset: int) -> bytes:
+    data = os.pread(descriptor, length, offset)
+    while len(data) < length and (more := os.pread(descriptor, length - len(data), offset + len(data))):
+        data += more
+    return data
+
+
+def open_index(source: str, cache: Path) -> Index:
+    """The index of the data set at `source`: its own (`source/index`), the one in `cache`, or one built there now.
+
+    An index in `cache` is kept for as long as it is of the same folder: images added later are not seen, on purpose.
+    One process per job builds: rank 0 calls first, the others after a barrier.
+
+    Raises:
+        DataError: see `build_index` and `Index`.
+    """
+    root = Path(os.path.abspath(source))
+    if not root.is_dir():
+        raise DataError(f"The data set {source} is not a folder that this host can see.")
+    if (root / "index" / "index.json").is_file():
+        return Index(root / "index", root)
+    recorded = cache / "index.json"
+    if not recorded.is_file() or json.loads(recorded.read_text()).get("root") != str(root):
+        build_index(root, cache)
+    return Index(cache, root)

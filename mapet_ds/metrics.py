@@ -1,0 +1,176 @@
+"""What a run reports: TensorBoard, metrics.jsonl and a progress bar, from meters that stay on the device."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from torchvision.utils import make_grid
+from tqdm import tqdm
+
+from mapet_ds.config import Config
+
+if TYPE_CHECKING:
+    from mapet_ds.launch import Ranks
+
+IMAGES_SHOWN = 8
+NOT_PREDICTED = -1
+
+
+def cut_after(path: Path, step: int) -> None:
+    """Drop the lines of later steps and one that was never finished: a resumed run writes them again."""
+    if not path.exists():
+        return
+    lines = path.read_text().splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text("".join(kept))
+    os.replace(partial, path)
+
+
+def token_colours(ids: Tensor) -> Tensor:
+    """long [...] -> float [..., 3] in [0, 1]: a fixed colour for each token id, never a grey; grey for -1."""
+    number = ids.double() + 1
+    hue = number * 0.618034 % 1  # the golden ratio spreads neighbouring ids over the circle
+    value = 0.6 + 0.4 * (number * 0.754878 % 1)
+    saturation = torch.where(ids == NOT_PREDICTED, 0.0, 0.8)
+    distance = (torch.tensor([5.0, 3.0, 1.0], dtype=hue.dtype, device=ids.device) + 6 * hue[..., None]) % 6
+    falls = torch.minimum(distance, 4 - distance).clamp(0, 1)
+    return (value[..., None] * (1 - saturation[..., None] * falls)).float()
+
+
+class _Report:
+    """The files and the bar, on rank 0."""
+
+    def __init__(self, config: Config, total_steps: int, first_step: int) -> None:
+        folder = Path(config.run_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        cut_after(folder / "metrics.jsonl", first_step)
+        self.lines = (folder / "metrics.jsonl").open("a", buffering=1)
+        self.tensorboard = SummaryWriter(folder / "tensorboard", purge_step=first_step + 1)
+        self.bar = tqdm(
+            total=total_steps,
+            initial=first_step,
+            unit="step",
+            dynamic_ncols=True,
+            mininterval=0.5 if sys.stderr.isatty() else 30,
+            bar_format="{percentage:3.0f}%|{bar:20}| step {n_fmt}/{total_fmt} {elapsed}<{remaining}{postfix}",
+            disable=not config.log.progress,
+        )
+
+    def write(self, record: dict[str, Any], epochs: float) -> None:
+        self.lines.write(json.dumps(record) + "\n")
+        for name, value in record.items():
+            if name != "step":
+                self.tensorboard.add_scalar(name, value, record["step"])
+        self.tensorboard.flush()
+        self.bar.update(record["step"] - self.bar.n)
+        loss = f"loss {record['loss']:.4f}, " if "loss" in record else ""
+        self.bar.set_postfix_str(
+            f"epoch {record['epoch']:.2f}/{epochs:g}, {loss}{record['images_per_second']:.1f} img/s, "
+            f"data wait {record['data_wait_percent']:.0f} %"
+        )
+
+    def close(self) -> None:
+        self.bar.close()
+        self.tensorboard.close()
+        self.lines.close()
+
+
+class Metrics:
+    """Meters of one rank, averaged over micro-steps and ranks at log steps, and reported by rank 0.
+
+    A line of metrics.jsonl has the step (updates done), means over the steps since the line before, and what
+    is measured: images_per_second (all ranks), data_wait_percent (of the wall clock, mean of ranks), seconds
+    (wall clock since the line before), gpu_memory_gib (peak of rank 0). Floats have all their digits; NaN and
+    Infinity are written as Python's json does.
+    """
+
+    def __init__(
+        self, config: Config, ranks: Ranks, total_steps: int, steps_per_epoch: float, first_step: int = 0
+    ) -> None:
+        self.config, self.ranks, self.steps_per_epoch = config, ranks, steps_per_epoch
+        self._report = _Report(config, total_steps, first_step) if ranks.rank == 0 else None
+        self._grad_accum_steps = config.grad_accum_steps(ranks.world_size)
+        self._micro_steps = 0
+        self._step = first_step
+        self._reset()
+
+    def _reset(self) -> None:
+        self._sums: dict[str, Tensor | float] = {}
+        self._counts: dict[str, int] = {}
+        self._waited = 0.0
+        self._began = time.perf_counter()
+
+    def add(self, scalars: dict[str, Tensor | float]) -> None:
+        """Count in one micro-batch: the same names on every rank. The host does not wait for the GPU."""
+        for name, value in scalars.items():
+            value = value.detach().double() if isinstance(value, Tensor) else value
+            self._sums[name] = self._sums.get(name, 0.0) + value
+            self._counts[name] = self._counts.get(name, 0) + 1
+        self._micro_steps += 1
+        if self._report and self._micro_steps % self._grad_accum_steps == 0:
+            self._report.bar.update()
+
+    def data_wait(self, seconds: float) -> None:
+        """Count in the time that this rank has waited for a batch."""
+        self._waited += seconds
+
+    def log(self, step: int, extra: dict[str, Tensor | float]) -> dict[str, Any]:
+        """Read the meters, report, start them anew; gives the report. `extra` is taken as rank 0 has it.
+
+        Every rank must call it (one all-reduce on the control group); the host waits for the GPU.
+        """
+        names = sorted(self._sums)
+        sums, counts = [float(self._sums[name]) for name in names], [self._counts[name] for name in names]
+        seconds = time.perf_counter() - self._began
+        vector = torch.tensor([*sums, *counts, self._waited, seconds], dtype=torch.float64)
+        dist.all_reduce(vector, group=self.ranks.control)
+        totals, numbers, (waited, elapsed) = vector.split([len(names), len(names), 2])
+        record: dict[str, Any] = {"step": step, "epoch": step / self.steps_per_epoch}
+        record |= dict(zip(names, (totals / numbers).tolist(), strict=True))
+        record |= {
+            name: value.item() if isinstance(value, Tensor) else value for name, value in extra.items()
+        }
+        record["images_per_second"] = (step - self._step) * self.config.train.global_batch_size / seconds
+        record["data_wait_percent"] = 100 * (waited / elapsed).item()
+        record["seconds"] = seconds
+        if self.ranks.device.type == "cuda":
+            record["gpu_memory_gib"] = torch.cuda.max_memory_allocated(self.ranks.device) / 2**30
+        if self._report:
+            self._report.write(record, self.config.train.epochs)
+        self._step = step
+        self._reset()
+        return record
+
+    @torch.no_grad()
+    def images(self, step: int, views: Tensor, target: Tensor, prediction: Tensor | None = None) -> None:
+        """Show the first views [B, 3, S, S], each beside its token map and the predicted one (ids, long [B,
+        L]; -1, not predicted, is grey). Only rank 0 does anything; its host waits for the GPU."""
+        if self._report is None:
+            return
+        data, views = self.config.data, views[:IMAGES_SHOWN].float().cpu()
+        mean, std = (torch.tensor(values)[:, None, None] for values in (data.mean, data.std))
+        columns = [(views * std + mean).clamp(0, 1)]
+        for ids in (target, prediction):
+            if ids is not None:
+                grid = ids[:IMAGES_SHOWN].cpu().unflatten(1, (self.config.grid, self.config.grid))
+                columns.append(F.interpolate(token_colours(grid).movedim(3, 1), size=views.shape[2:]))
+        rows = torch.stack(columns, dim=1).flatten(0, 1)
+        self._report.tensorboard.add_image(
+            "view_tokens_predicted", make_grid(rows, nrow=len(columns), padding=1), step
+        )
+
+    def close(self) -> None:
+        """Finish the files and the bar."""
+        if self._report:
+            self._report.close()

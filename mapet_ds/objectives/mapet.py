@@ -1,0 +1,105 @@
+"""MaPeT: masked and permuted prediction of token ids, in rank order.
+
+Each image has its own random permutation of patches. The first ranks are visible; each later one is predicted from the
+patches before it and from the *positions* of itself and those after it, so that every prediction knows the whole layout.
+Attention does not care for the order of rows: sorted by rank, the attention masks are constants of the model.
+
+Source: Baraldi et al., "Learning to Mask and Permute Visual Tokens for Vision Transformer Pre-Training", arXiv 2306.07346.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from timm.layers import trunc_normal_
+from torch import Tensor, nn
+
+from mapet_ds.config import Config
+from mapet_ds.draws import permutations
+from mapet_ds.objectives import Draw, Loss, depth_uniforms
+from mapet_ds.vit import Band, build_vit, embed, run_blocks
+
+
+def attention_mask(num_hidden: int) -> Tensor:
+    """bool [2 t, 2 t], True = may attend: hidden content rows, then query rows, over position tokens, then hidden patches.
+
+    With ranks counted from the first hidden patch: a content row reads patches up to its own rank and the positions after
+    it; a query row reads patches before its rank and the positions from it on.
+    """
+    rank = torch.arange(num_hidden)
+    row, key = rank[:, None], rank[None, :]
+    content = torch.cat([key > row, key <= row], dim=1)
+    query = torch.cat([key >= row, key < row], dim=1)
+    return torch.cat([content, query])
+
+
+class MaPeT(nn.Module):
+    """Rows: [prefix, visible patches | position tokens | hidden patches | queries]; keys: all but the queries.
+
+    The first two groups see only each other, densely. In the last block only the queries are updated: nothing reads
+    the other rows after it.
+    """
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.seed = config.seed
+        self.vit = build_vit(config.model)
+        width = self.vit.embed_dim
+        self.mask_token = nn.Parameter(torch.empty(1, 1, width))
+        self.head = nn.Linear(width, config.tokenizer.vocab_size)
+        trunc_normal_(self.mask_token, std=0.02)
+        trunc_normal_(self.head.weight, std=0.02)
+        nn.init.zeros_(self.head.bias)
+
+        hidden = round(config.mapet.hidden_share * config.num_patches)
+        self.num_visible = config.num_patches - hidden
+        prefix = self.vit.num_prefix_tokens + self.num_visible
+        always = torch.ones(2 * hidden, prefix, dtype=torch.bool)
+        self.register_buffer("attn_mask", torch.cat([always, attention_mask(hidden)], dim=1), persistent=False)
+        self.dense = slice(0, prefix + hidden)
+        self.keys = slice(0, prefix + 2 * hidden)
+        self.queries = slice(prefix + 2 * hidden, prefix + 3 * hidden)
+
+    def draw(self, step: int, first_slot: int, slots: int) -> Draw:
+        """A uniform permutation per slot; hidden are the ranks from num_visible on."""
+        num_patches = self.vit.patch_embed.num_patches
+        order = torch.from_numpy(permutations(self.seed, step, first_slot, slots, num_patches))
+        keep = depth_uniforms(self.seed, step, first_slot, slots, len(self.vit.blocks))
+        return Draw(mask=order >= self.num_visible, order=order, keep=keep)
+
+    def _bands(self) -> list[list[Band]]:
+        hidden = self.queries.stop - self.queries.start
+        both = Band(slice(self.dense.stop, self.queries.stop), self.keys, self.attn_mask)
+        last = Band(self.queries, self.keys, self.attn_mask[hidden:])
+        return [[Band(self.dense, self.dense), both]] * (len(self.vit.blocks) - 1) + [[last]]
+
+    def forward(self, images: Tensor, target: Tensor, draw: Draw) -> Loss:
+        """images [B, 3, S, S]; target: token ids, long [B, L] in raster order. No host wait.
+
+        Metrics: token_accuracy, and the loss of each quarter of the predicted ranks (1: least context).
+        """
+        prefix, patches, positions = embed(self.vit, images)
+        by_rank = draw.order.argsort(dim=1)
+        hidden = by_rank[:, self.num_visible :]
+        patches = _take(patches, by_rank)
+        masks = self.mask_token + _take(positions.expand_as(patches), hidden)
+        rows = [prefix, patches[:, : self.num_visible], masks, patches[:, self.num_visible :], masks]
+        x = run_blocks(self.vit, torch.cat(rows, dim=1), self._bands(), draw.keep)
+        logits = self.head(x)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # bf16 can't tell 8192 logits apart
+
+        target = target.gather(1, hidden)
+        losses = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none").view(target.shape)
+        loss = losses.mean(dim=1).mean()
+        with torch.no_grad():
+            predicted = logits.argmax(dim=-1)
+            metrics = {"token_accuracy": (predicted == target).float().mean()}
+            for i, quarter in enumerate(losses.tensor_split(4, dim=1), start=1):
+                metrics[f"loss_rank_quarter_{i}"] = quarter.mean()
+            prediction = torch.full_like(by_rank, -1).scatter(1, hidden, predicted)
+        return Loss(loss, metrics, prediction)
+
+
+def _take(x: Tensor, index: Tensor) -> Tensor:
+    """Rows `index` [B, n] of x [B, L, D]."""
+    return x.gather(1, index[:, :, None].expand(-1, -1, x.shape[2]))

@@ -1,0 +1,41 @@
+"""Parameter groups and the learning rate as a function of the step."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import nn
+
+from mapet_ds.config import OptimConfig
+
+NO_DECAY = ("pos_embed", "cls_token", "reg_token")
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Two AdamW groups: weights decay; biases, norms, layer scale, positions and prefix tokens don't. A mask token decays.
+
+    Call before DeepSpeed takes the module: ZeRO-3 leaves no shapes to go by.
+
+    Source: MaPeT, released settings (arXiv 2306.07346).
+    """
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            groups[parameter.ndim > 1 and not name.endswith(NO_DECAY)].append(parameter)
+    return [
+        {"params": groups[True], "weight_decay": weight_decay},
+        {"params": groups[False], "weight_decay": 0.0},
+    ]
+
+
+def learning_rate(step: int, config: OptimConfig, steps_per_epoch: float, total_steps: int) -> float:
+    """Absolute rate of update `step` (0 first): linear from warmup_lr to lr, then a cosine that ends at min_lr.
+
+    Source: Loshchilov and Hutter, SGDR, arXiv 1608.03983, equation 5, without restarts.
+    """
+    warmup_steps = round(config.warmup_epochs * steps_per_epoch)
+    if step < warmup_steps:
+        return config.warmup_lr + (config.lr - config.warmup_lr) * step / warmup_steps
+    done = (step - warmup_steps) / max(1, total_steps - 1 - warmup_steps)
+    return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))

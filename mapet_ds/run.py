@@ -1,0 +1,236 @@
+"""One training run, in the order things happen: data -> target -> objective -> engine -> resume -> loop.
+
+Nothing here knows which method runs: a target says what is to be predicted, an objective predicts it.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from importlib.metadata import distributions
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import yaml
+from torch import Tensor
+
+from mapet_ds import checkpoint
+from mapet_ds.config import REPOSITORY, Config, ConfigError, total_steps
+from mapet_ds.data import Loader
+from mapet_ds.draws import first_slot
+from mapet_ds.engine import build_engine, check_engine_config, gather_state, scatter_state, set_learning_rate
+from mapet_ds.index import DataError, open_index
+from mapet_ds.launch import Ranks, StopRequest
+from mapet_ds.metrics import Metrics
+from mapet_ds.objectives import Loss, build_objective
+from mapet_ds.optim import learning_rate
+from mapet_ds.targets import build_target
+
+PACKAGES = ("torch", "deepspeed", "timm", "open_clip_torch", "nvidia-dali-cuda130", "faiss-gpu", "numpy", "pillow")
+
+
+class Run:
+    """Everything one rank holds; building it already continues from the newest checkpoint. Every rank must build one.
+
+    Raises:
+        ConfigError, DataError, ResumeError: what the user can correct.
+    """
+
+    def __init__(self, config: Config, engine_config: dict[str, Any], ranks: Ranks) -> None:
+        check_engine_config(engine_config)
+        self.config, self.ranks = config, ranks
+        self.folder = Path(config.run_dir)
+        self._open_folder(engine_config)
+        torch.use_deterministic_algorithms(config.train.deterministic)
+
+        self.index = self._open_index()
+        self.total_steps = total_steps(config, len(self.index))
+        self.target = build_target(config, ranks.device)
+        objective = build_objective(config)
+        objective.vit.set_grad_checkpointing(config.train.grad_checkpointing)
+        self.engine = build_engine(objective, config, engine_config, ranks.world_size, ranks.device)
+        if config.train.compile:
+            for block in objective.vit.blocks:
+                block.compile()
+
+        self.identity = checkpoint.identity(config, self.index.fingerprint, self.target.identity)
+        self.skipped: list[int] = []
+        self.step = 0
+        self._resume()
+        self.quarantine = Quarantine(self.folder / "quarantine.tsv", self.index, config.data.max_bad_share)
+        self.loader = Loader(
+            config, self.index, student=True, teacher=self.target.teacher_view, rank=ranks.rank,
+            world_size=ranks.world_size, local_rank=ranks.local_rank, first_step=self.step, bad=self.quarantine.known,
+        )  # fmt: skip
+        self.metrics = Metrics(config, ranks, self.total_steps, len(self.index) / config.train.global_batch_size, self.step)
+
+    def _open_folder(self, engine_config: dict[str, Any]) -> None:
+        if self.ranks.rank == 0:
+            try:
+                used = any((self.folder / "checkpoints").glob("step_*"))
+                if used and self.config.resume == "never":
+                    raise ConfigError(f"run_dir = {self.folder} holds a run and resume is never; name a new run_dir.")
+                self.folder.mkdir(parents=True, exist_ok=True)
+                (self.folder / "DONE").unlink(missing_ok=True)
+                write_record(self.config, engine_config, self.folder)
+            except OSError as error:
+                raise ConfigError(f"run_dir = {self.folder} can't be written: {error}.") from error
+        dist.barrier(self.ranks.control)
+
+    def _open_index(self) -> Any:
+        """Rank 0 builds it where it is not there yet; the others open what it has built."""
+        if self.ranks.rank == 0:
+            index = open_index(self.config.data.train, self.folder / "index")
+        dist.barrier(self.ranks.control)
+        return index if self.ranks.rank == 0 else open_index(self.config.data.train, self.folder / "index")
+
+    def _resume(self) -> None:
+        """Continue from the newest whole checkpoint, if there is one. Rank 0 chooses, all load it."""
+        chosen = [checkpoint.newest(self.folder) if self.ranks.rank == 0 else None]
+        dist.broadcast_object_list(chosen, src=0, group=self.ranks.control)
+        found = chosen[0]
+        if found is None:
+            return
+        checkpoint.check_identity(found, self.identity)
+        self.step, self.skipped = found.run["step"], found.run["skipped"]
+        scatter_state(self.engine, found.load("model"), found.load("optimizer"), self.step - len(self.skipped))
+        if state := found.load("target"):
+            self.target.load_state_dict(state)
+        if self.ranks.rank == 0:
+            print(f"Continuing {self.folder} at step {self.step} of {self.total_steps}.", flush=True)
+
+    def train(self) -> None:
+        """Train to the last step, or until asked to stop; save either way."""
+        stop = StopRequest(self.folder, self.ranks)
+        last = min(self.total_steps, self.config.train.stop_at_step or self.total_steps)
+        saved = self.step
+        while self.step < last and not stop.agreed():
+            self._train_step()
+            if self.step % self.config.log.every_steps == 0 or self.step == last:
+                self._log()
+            if self.step % self.config.checkpoint.every_steps == 0:
+                self.save()
+                saved = self.step
+        if saved != self.step:
+            self.save()
+        if self.step == self.total_steps and self.ranks.rank == 0:
+            (self.folder / "DONE").write_text(f"{self.step} steps\n")
+        self.metrics.close()
+        self.loader.close()
+
+    def _train_step(self) -> None:
+        """One update: accumulate over micro-batches, clip, AdamW. A step with a non-finite gradient changes nothing."""
+        config, ranks, engine = self.config, self.ranks, self.engine
+        accum = config.grad_accum_steps(ranks.world_size)
+        lr = learning_rate(self.step, config.optim, len(self.index) / config.train.global_batch_size, self.total_steps)
+        set_learning_rate(engine, lr)
+        skipped = engine.skipped_steps
+        show = config.log.images_every_steps and (self.step + 1) % config.log.images_every_steps == 0
+        for micro_step in range(accum):
+            began = time.perf_counter()
+            batch = next(self.loader)
+            self.metrics.data_wait(time.perf_counter() - began)
+            target = self.target(batch)
+            slot = first_slot(micro_step, ranks.rank, ranks.world_size, config.train.micro_batch_size)
+            draw = engine.module.draw(self.step, slot, len(batch.index)).to(ranks.device)
+            loss: Loss = engine(batch.images, target, draw)
+            engine.backward(loss.loss)
+            engine.step()
+            self.metrics.add({"loss": loss.loss.detach(), **loss.metrics})
+        self.step += 1
+        if engine.skipped_steps > skipped:
+            self._skip()
+        self.target.after_step(engine.module, self.step)
+        self.extra = {"lr": lr, "grad_norm": float(engine.get_global_grad_norm() or 0.0)}
+        if show:
+            self.metrics.images(self.step, batch.images, target, loss.prediction)
+
+    def _skip(self) -> None:
+        """Note a step that DeepSpeed left out because its gradient was not finite; give up after too many in a row."""
+        self.skipped.append(self.step - 1)
+        limit = self.config.train.max_skipped_steps
+        if self.ranks.rank == 0:
+            print(f"Step {self.step - 1} had a non-finite gradient and was skipped.", file=sys.stderr, flush=True)
+        if self.skipped[-limit - 1 :] == list(range(self.step - limit - 1, self.step)):
+            raise DataError(
+                f"The gradient was not finite in {limit + 1} steps in a row, up to step {self.step - 1}. The newest "
+                f"checkpoint in {self.folder} is from before. Lower optim.lr or optim.clip_grad, or look at the data."
+            )
+
+    def _log(self) -> None:
+        self.quarantine.merge(self.loader.new_bad(), self.ranks)
+        self.metrics.log(self.step, {**self.extra, **self.target.metrics(), "quarantined": len(self.quarantine.known)})
+
+    def save(self) -> None:
+        """Write a checkpoint of this step. Every rank must call it; the host waits for the GPU."""
+        self.quarantine.merge(self.loader.new_bad(), self.ranks)
+        weights, moments = gather_state(self.engine, self.ranks.rank)
+        if self.ranks.rank == 0:
+            run = {
+                "step": self.step,
+                "skipped": self.skipped,
+                "config": self.config.to_dict(),
+                "identity": self.identity,
+                "versions": versions(),
+            }
+            files: dict[str, dict[str, Tensor]] = {
+                "model": weights, "optimizer": moments, "target": self.target.state_dict()
+            }  # fmt: skip
+            try:
+                checkpoint.save(self.folder, run, files, self.config.checkpoint.keep)
+            except OSError as error:
+                print(f"NO CHECKPOINT of step {self.step} could be written: {error}.", file=sys.stderr, flush=True)
+
+
+class Quarantine:
+    """RUN/quarantine.tsv: the unreadable images that any rank has met, by path, with the reason."""
+
+    def __init__(self, path: Path, index: Any, max_bad_share: float) -> None:
+        self.path, self.index, self.limit = path, index, max_bad_share * len(index)
+        lines = path.read_text().splitlines() if path.exists() else []
+        self.known = {int(line.split("\t")[0]) for line in lines}
+
+    def merge(self, found: list[tuple[int, str]], ranks: Ranks) -> None:
+        """Add what the ranks have met since the last call. Every rank must call it.
+
+        Raises:
+            DataError: more than data.max_bad_share of the data set is unreadable.
+        """
+        everyone: list[Any] = [None] * ranks.world_size
+        dist.all_gather_object(everyone, found, group=ranks.control)
+        new = {i: reason for rank in everyone for i, reason in rank if i not in self.known}
+        self.known |= new.keys()
+        if new and ranks.rank == 0:
+            with self.path.open("a") as file:
+                file.writelines(f"{i}\t{self.index.path(i)}\t{reason}\n" for i, reason in sorted(new.items()))
+        if len(self.known) > self.limit:
+            raise DataError(
+                f"{len(self.known)} of {len(self.index)} images are unreadable, more than data.max_bad_share allows "
+                f"({self.limit:.0f}). {self.path} lists them; mend or remove them, or raise data.max_bad_share."
+            )
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of what results depend on."""
+    return {d.name: d.version for d in distributions() if d.name in PACKAGES}
+
+
+def write_record(config: Config, engine_config: dict[str, Any], folder: Path) -> None:
+    """The resolved settings (config.yaml) and what ran them (environment.json)."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=REPOSITORY, capture_output=True, text=True).stdout.strip()
+
+    (folder / "config.yaml").write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
+    environment = {
+        "command": sys.argv,
+        "deepspeed_config": engine_config,
+        "git": {"commit": git("rev-parse", "HEAD"), "changed": git("status", "--porcelain").splitlines()},
+        "python": sys.version,
+        "versions": versions(),
+    }
+    (folder / "environment.json").write_text(json.dumps(environment, indent=1))

@@ -1,0 +1,180 @@
+"""Which sample comes when, and which part of it is seen: what DALI calls, in the rank's process or in its workers.
+
+Everything here is a function of (seed, step, slot). Loader workers import this module, so it knows neither torch nor DALI.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Collection, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mapet_ds import draws
+from mapet_ds.config import Config, DataConfig
+from mapet_ds.formats import BadImage, inspect
+from mapet_ds.index import DataError, Index
+
+
+class Crop(NamedTuple):
+    """The part of an image that both views show, in pixels, and whether they show it mirrored."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+    flip: bool
+
+
+CROP_TRIES = 10
+CROP_NUMBERS = 4 * CROP_TRIES + 1
+JITTER_NUMBERS = 3
+
+
+def central_square(width: int, height: int) -> Crop:
+    """The largest one, the crop of the published MaPeT tokens."""
+    side = min(width, height)
+    return Crop((height - side) // 2, (width - side) // 2, side, side, False)
+
+
+def random_crop(width: int, height: int, numbers: NDArray[np.float64], data: DataConfig) -> Crop:
+    """torchvision's RandomResizedCrop, ten tries and central fallback included, and a flip, from CROP_NUMBERS uniforms.
+
+    Source: Szegedy et al. 2015 (the crop); torchvision.transforms.RandomResizedCrop.get_params (the details).
+    """
+    (low_scale, high_scale), (low_ratio, high_ratio) = data.crop_scale, data.crop_ratio
+    *tries, flip_number = numbers.tolist()
+    flip = flip_number < data.flip
+    for k in range(0, 4 * CROP_TRIES, 4):
+        area = width * height * (low_scale + (high_scale - low_scale) * tries[k])
+        ratio = low_ratio * (high_ratio / low_ratio) ** tries[k + 1]
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            return Crop(int(tries[k + 2] * (height - h + 1)), int(tries[k + 3] * (width - w + 1)), h, w, flip)
+    w = max(1, min(width, round(height * high_ratio)))
+    h = max(1, min(height, round(width / low_ratio)))
+    return Crop((height - h) // 2, (width - w) // 2, h, w, flip)
+
+
+class Sample(NamedTuple):
+    """What one place of a micro-batch gets."""
+
+    data: bytes
+    size: tuple[int, int]
+    """Width and height of the whole image, pixels."""
+    crop: Crop
+    jitter: NDArray[np.float64]
+    """Factors of brightness, contrast and saturation."""
+    index: int
+    passed_over: int
+    """How many unreadable ones it stands in for."""
+
+
+class _Draws(NamedTuple):
+    micro_step: int
+    first: int
+    indices: list[int]
+    crops: NDArray[np.float64]
+    jitter: NDArray[np.float64]
+
+
+class SampleSource:
+    """The samples of one rank as a function of (micro-step, place in the micro-batch): nothing to store or to restore.
+
+    `micro_step` counts from the start of the run, over all steps. A sample that can't be read is replaced by the next place
+    of the order; one known to be bad is not read again, with the same result.
+    """
+
+    def __init__(
+        self, config: Config, index: Index, rank: int, world_size: int, first_micro_step: int = 0,
+        bad: Collection[int] = (), jitter: bool = True,
+    ) -> None:  # fmt: skip
+        self.config, self.index, self.bad, self.jitter = config, index, frozenset(bad), jitter
+        self.rank, self.world_size, self.first_micro_step = rank, world_size, first_micro_step
+        self.order = draws.SampleOrder(len(index), config.seed)
+        self._drawn: _Draws | None = None
+
+    def __call__(self, info: Any) -> tuple[NDArray, ...]:
+        """What DALI's external_source asks for: bytes, anchor, shape, mirror, (index, passed over), three jitter factors.
+
+        Where `sample` raises, bytes that no decoder takes: DALI would lose the type of an error on its way from a worker,
+        so the loader gets it by asking again.
+        """
+        try:
+            sample = self.sample(self.first_micro_step + info.iteration, info.idx_in_batch)
+        except DataError:
+            sample = Sample(b"", (0, 0), Crop(0, 0, 1, 1, False), np.ones(JITTER_NUMBERS), -1, 0)
+        top, left, height, width, flip = sample.crop
+        return (
+            np.frombuffer(sample.data, np.uint8),
+            np.array((top, left), np.int32),
+            np.array((height, width), np.int32),
+            np.array(flip, np.int32),
+            np.array((sample.index, sample.passed_over), np.int64),
+            *(sample.jitter.astype(np.float32).reshape(JITTER_NUMBERS, 1) if self.jitter else ()),
+        )
+
+    def sample(self, micro_step: int, i: int) -> Sample:
+        """The i-th sample of a micro-batch, read and inspected.
+
+        Raises:
+            DataError: the storage fails, or more than data.max_bad_share of the data set is unreadable.
+        """
+        drawn = self._draw(micro_step)
+        for tries, index in enumerate(self._candidates(drawn, i)):
+            if index not in self.bad:
+                try:
+                    data = self.index.read(index)
+                    size = inspect(data)
+                    break
+                except BadImage:
+                    pass
+        random = self.config.data.crop == "random"
+        crop = random_crop(*size, drawn.crops[i], self.config.data) if random else central_square(*size)
+        return Sample(data, size, crop, drawn.jitter[i], index, tries)
+
+    def passed_over(self, micro_step: int, i: int, number: int) -> list[int]:
+        """The first indices that were due at the i-th place of a micro-batch."""
+        return list(itertools.islice(self._candidates(self._draw(micro_step), i), number))
+
+    def _candidates(self, drawn: _Draws, i: int) -> Iterator[int]:
+        """The index that is due, then the ones that stand in for it."""
+        yield drawn.indices[i]
+        passed = [drawn.indices[i]]
+        while len(passed) <= allowed_bad(self.config, self.index):
+            passed.append(self.order.after(drawn.first + i, len(passed)))
+            yield passed[-1]
+        raise too_many_bad(self.config, self.index, passed)
+
+    def _draw(self, micro_step: int) -> _Draws:
+        """Everything random of one micro-batch; kept until another one is asked for."""
+        if self._drawn is None or self._drawn.micro_step != micro_step:
+            config, slots = self.config, self.config.train.micro_batch_size
+            step, micro = divmod(micro_step, config.grad_accum_steps(self.world_size))
+            slot = draws.first_slot(micro, self.rank, self.world_size, slots)
+            first = step * config.train.global_batch_size + slot
+            epochs, places = np.divmod(np.arange(first, first + slots), len(self.index))
+            indices = [self.order.epoch_places(epoch, places[epochs == epoch]) for epoch in range(epochs[0], epochs[-1] + 1)]
+            crops = draws.uniforms(config.seed, draws.Purpose.CROP, step, slot, slots, CROP_NUMBERS)
+            jitter = draws.uniforms(config.seed, draws.Purpose.JITTER, step, slot, slots, JITTER_NUMBERS)
+            factors = 1 + config.data.color_jitter * (2 * jitter - 1)
+            self._drawn = _Draws(micro_step, first, np.concatenate(indices).tolist(), crops, np.maximum(factors, 0))
+        return self._drawn
+
+
+def allowed_bad(config: Config, index: Index) -> int:
+    """Unreadable images that the run puts up with."""
+    return int(config.data.max_bad_share * len(index))
+
+
+def too_many_bad(config: Config, index: Index, bad: Collection[int]) -> DataError:
+    """The sentence with which a run stops when more than that are unreadable."""
+    bad = list(dict.fromkeys(bad))
+    some = ", ".join(index.path(i) for i in bad[:3])
+    return DataError(
+        f"At least {len(bad)} of {len(index)} images are unreadable, more than data.max_bad_share = "
+        f"{config.data.max_bad_share} allows; among them {some}. tools/check_images.py lists them all."
+    )

@@ -1,0 +1,122 @@
+"""A few steps of a tiny MaPeT engine on made-up batches, for each engine config; started by test_engine.py under torchrun.
+
+    engine_worker.py FOLDER CASE[,CASE...] accum
+
+With two ranks each case trains 6 steps straight, then 3, gathers, scatters into a fresh engine, and trains the other 3.
+With another number of ranks it trains the last 3 from what two ranks have gathered. Losses go to FOLDER/CASE.RANKS.json.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from test_objectives import VOCAB, tiny_config
+
+from mapet_ds.config import OptimConfig, TrainConfig
+from mapet_ds.draws import first_slot
+from mapet_ds.engine import build_engine, gather_state, scatter_state, set_learning_rate
+from mapet_ds.objectives import build_objective
+
+GLOBAL_BATCH = 8
+
+
+def batch(step, slot, slots):
+    images, ids = [], []
+    for i in range(slot, slot + slots):
+        generator = torch.Generator().manual_seed(1000 * step + i)
+        images.append(torch.randn(3, 12, 12, generator=generator))
+        ids.append(torch.randint(VOCAB, (9,), generator=generator))
+    return torch.stack(images), torch.stack(ids)
+
+
+def engine_config(case):
+    zero = {"stage": int(case[4])}
+    if zero["stage"] == 3:  # small tensors would otherwise stay whole on every rank, and nothing be tested
+        zero["stage3_param_persistence_threshold"] = 0
+    config = {"zero_optimization": zero}
+    if case.endswith("bf16"):
+        config |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
+    return config
+
+
+class Trainer:
+    def __init__(self, case, accum):
+        world = dist.get_world_size()
+        self.accum, self.micro = accum, GLOBAL_BATCH // world // accum
+        train = TrainConfig(global_batch_size=GLOBAL_BATCH, micro_batch_size=self.micro)
+        config = tiny_config(train=train, optim=OptimConfig(lr=5e-3, adamw="torch", clip_grad=1.0))
+        self.engine = build_engine(build_objective(config), config, engine_config(case), world, torch.device("cpu"))
+
+    def train(self, first, last):
+        losses = []
+        rank, world = dist.get_rank(), dist.get_world_size()
+        for step in range(first, last):
+            set_learning_rate(self.engine, 5e-3 / (1 + step))
+            total = torch.zeros(())
+            for micro_step in range(self.accum):
+                slot = first_slot(micro_step, rank, world, self.micro)
+                images, ids = batch(step, slot, self.micro)
+                loss = self.engine(images, ids, self.engine.module.draw(step, slot, self.micro)).loss
+                self.engine.backward(loss)
+                self.engine.step()
+                total += loss.detach().float() / (world * self.accum)
+            dist.all_reduce(total)
+            losses.append(total.item())
+        return losses
+
+
+def save(path, state):
+    weights, moments = state
+    save_file({f"w.{k}": v for k, v in weights.items()} | {f"m.{k}": v for k, v in moments.items()}, path)
+
+
+def load(path):
+    state = load_file(path)
+    return [{k[2:]: v for k, v in state.items() if k[0] == kind} for kind in "wm"]
+
+
+def straight_and_resumed(folder, case, accum):
+    rank = dist.get_rank()
+    trainer = Trainer(case, accum)
+    start = gather_state(trainer.engine, rank)
+    straight = trainer.train(0, 6)
+    end = gather_state(trainer.engine, rank)
+    trainer = Trainer(case, accum)
+    first = trainer.train(0, 3)
+    half = gather_state(trainer.engine, rank)
+    if rank == 0:
+        save(folder / f"{case}.half.safetensors", half)
+        save(folder / f"{case}.start.safetensors", start)
+        save(folder / f"{case}.end.safetensors", end)
+    dist.barrier()
+    trainer = Trainer(case, accum)
+    scatter_state(trainer.engine, *load(folder / f"{case}.half.safetensors"), updates=3)
+    rest = trainer.train(3, 6)
+    resumed = gather_state(trainer.engine, rank)
+    if rank == 0:
+        save(folder / f"{case}.resumed.safetensors", resumed)
+    return {"straight": straight, "first": first, "rest": rest}
+
+
+def elsewhere(folder, case, accum):
+    trainer = Trainer(case, accum)
+    scatter_state(trainer.engine, *load(folder / f"{case.split('@')[-1]}.half.safetensors"), updates=3)
+    return {"rest": trainer.train(3, 6)}
+
+
+def main(folder, cases, accum):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    for case in cases.split(","):
+        same = dist.get_world_size() == 2 and "@" not in case
+        losses = (straight_and_resumed if same else elsewhere)(Path(folder), case, int(accum))
+        if dist.get_rank() == 0:
+            (Path(folder) / f"{case}.{dist.get_world_size()}.json").write_text(json.dumps(losses))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,134 @@
+"""Slow twins: one row at a time, in raster order, straight from the papers' tables. They share only weights with the package."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def mapet_visible_keys(order: Tensor, num_visible: int) -> dict[tuple[str, int], list[tuple[str, int]]]:
+    """For each row of one image, the keys it may attend to; rows and keys are named (kind, patch), patch -1 = class token.
+
+    Kinds: x content, m position token, g query. Source: arXiv 2306.07346, the table of attention masks, ranks counted with
+    the class token at rank 0.
+    """
+    num_patches = len(order)
+    rank = {-1: 0} | {p: int(order[p]) + 1 for p in range(num_patches)}
+    border = num_visible + 1
+    hidden = [p for p in range(num_patches) if rank[p] >= border]
+    visible: dict[tuple[str, int], list[tuple[str, int]]] = {}
+    for p in [-1, *range(num_patches)]:
+        bound = max(rank[p], border - 1)
+        visible["x", p] = [("x", q) for q in rank if rank[q] <= bound] + [("m", q) for q in hidden if rank[q] > bound]
+    for p in hidden:
+        visible["m", p] = [("x", q) for q in rank if rank[q] < border] + [("m", q) for q in hidden]
+        visible["g", p] = [("x", q) for q in rank if rank[q] < rank[p]] + [("m", q) for q in hidden if rank[q] >= rank[p]]
+    return visible
+
+
+def _attend(block: nn.Module, query: Tensor, keys: Tensor) -> Tensor:
+    """One row [D] over normalised keys [N, D], head by head."""
+    attention = block.attn
+    width, heads = attention.attn_dim, attention.num_heads
+    weight, bias = attention.qkv.weight, attention.qkv.bias
+    q = F.linear(query, weight[:width], bias[:width]).view(heads, -1)
+    k = F.linear(keys, weight[width : 2 * width], bias[width : 2 * width]).view(len(keys), heads, -1)
+    v = F.linear(keys, weight[2 * width :], bias[2 * width :]).view(len(keys), heads, -1)
+    rows = []
+    for h in range(heads):
+        share = torch.softmax(k[:, h] @ q[h] * attention.scale, dim=0)
+        rows.append(share @ v[:, h])
+    return F.linear(torch.cat(rows), attention.proj.weight, attention.proj.bias)
+
+
+def _kept(drop_path: nn.Module, uniform: Tensor) -> Tensor | float:
+    probability = getattr(drop_path, "drop_prob", 0.0)
+    return (uniform >= probability).to(uniform.dtype) / (1 - probability)
+
+
+def mapet_loss(model: nn.Module, images: Tensor, ids: Tensor, order: Tensor, num_visible: int, keep: Tensor) -> Tensor:
+    """The MaPeT loss, image by image, row by row."""
+    losses = []
+    for image, image_ids, image_order, image_keep in zip(images, ids, order, keep):
+        losses.append(_mapet_image_loss(model, image, image_ids, image_order, num_visible, image_keep))
+    return torch.stack(losses).mean()
+
+
+def _mapet_image_loss(model: nn.Module, image: Tensor, ids: Tensor, order: Tensor, num_visible: int, keep: Tensor) -> Tensor:
+    vit = model.vit
+    patches = vit.patch_embed(image[None])[0]
+    position = vit.pos_embed[0]
+    visible = mapet_visible_keys(order, num_visible)
+    rows = {("x", -1): vit.cls_token[0, 0] + position[0]}
+    for p in range(len(order)):
+        rows["x", p] = patches[p] + position[1 + p]
+    for kind, p in visible:
+        if kind in "mg":
+            rows[kind, p] = model.mask_token[0, 0] + position[1 + p]
+    for i, block in enumerate(vit.blocks):
+        normed = {name: block.norm1(row) for name, row in rows.items()}
+        kept1, kept2 = _kept(block.drop_path1, keep[2 * i]), _kept(block.drop_path2, keep[2 * i + 1])
+        after = {}
+        for name, row in rows.items():
+            keys = torch.stack([normed[key] for key in visible[name]])
+            row = row + kept1 * block.ls1(_attend(block, normed[name], keys))
+            after[name] = row + kept2 * block.ls2(block.mlp(block.norm2(row)))
+        rows = after
+    losses = []
+    for (kind, p), row in rows.items():
+        if kind == "g":
+            logits = F.linear(vit.norm(row), model.head.weight, model.head.bias)
+            losses.append(torch.logsumexp(logits, 0) - logits[ids[p]])
+    return torch.stack(losses).mean()
+
+
+class DenseMaPeT(nn.Module):
+    """MaPeT as published: raster order, both streams through every block, one dense float mask per image.
+
+    The yardstick of tools/benchmark.py and a second twin; it uses the weights of a mapet_ds model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    @staticmethod
+    def masks(order: Tensor, num_visible: int) -> tuple[Tensor, Tensor]:
+        """Additive float masks [B, 1 + L + t, 1 + L + t] of the content rows and [B, t, 1 + L + t] of the queries."""
+        rank = F.pad(order + 1, (1, 0))
+        border = num_visible + 1
+        hidden = [(r >= border).nonzero()[:, 0] for r in rank]
+        hidden_rank = torch.stack([r[h] for r, h in zip(rank, hidden)])
+        bound = rank.clamp(min=border - 1)[:, :, None]
+        content = torch.cat([rank[:, None, :] <= bound, hidden_rank[:, None, :] > bound], dim=2)
+        bound = torch.full_like(hidden_rank, border - 1)[:, :, None]
+        tokens = torch.cat([rank[:, None, :] <= bound, hidden_rank[:, None, :] > bound], dim=2)
+        bound = hidden_rank[:, :, None]
+        queries = torch.cat([rank[:, None, :] < bound, hidden_rank[:, None, :] >= bound], dim=2)
+        content = torch.cat([content, tokens], dim=1)
+        return tuple(torch.zeros(m.shape).masked_fill(~m, -1e30) for m in (content, queries))
+
+    def forward(self, images: Tensor, ids: Tensor, order: Tensor, masks: tuple[Tensor, Tensor]) -> Tensor:
+        """Mean cross-entropy, without stochastic depth."""
+        vit = self.model.vit
+        x = vit._pos_embed(vit.patch_embed(images))
+        hidden = (order >= self.model.num_visible).nonzero()[:, 1].view(len(order), -1)
+        positions = vit.pos_embed[:, 1:].expand(len(order), -1, -1)
+        g = self.model.mask_token + positions.gather(1, hidden[:, :, None].expand(-1, -1, positions.shape[2]))
+        h = torch.cat([x, g], dim=1)
+        for block in vit.blocks:
+            attention, width = block.attn, block.attn.attn_dim
+            hn, gn = block.norm1(h), block.norm1(g)
+            k, v = F.linear(hn, attention.qkv.weight[width:], attention.qkv.bias[width:]).chunk(2, dim=-1)
+            streams = []
+            for stream, normed, mask in ((h, hn, masks[0]), (g, gn, masks[1])):
+                q = F.linear(normed, attention.qkv.weight[:width], attention.qkv.bias[:width])
+                qh, kh, vh = (t.unflatten(2, (attention.num_heads, -1)).transpose(1, 2) for t in (q, k, v))
+                scores = qh @ kh.transpose(2, 3) * attention.scale + mask[:, None].to(q.dtype)
+                out = (scores.softmax(dim=-1) @ vh).transpose(1, 2).flatten(2)
+                stream = stream + block.ls1(attention.proj(out))
+                streams.append(stream + block.ls2(block.mlp(block.norm2(stream))))
+            h, g = streams
+        logits = self.model.head(vit.norm(g))
+        return F.cross_entropy(logits.flatten(0, 1), ids.gather(1, hidden).flatten())

@@ -1,0 +1,88 @@
+"""Features of sharded teachers on made-up images; started by test_teacher.py under torchrun.
+
+    teacher_worker.py TOWERS OUT DEVICE     TOWERS holds the folders vit, resnet, ...; rank r writes OUT/r.pt
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import safetensors
+import torch
+import torch.distributed as dist
+from towers import SIZE, know_tiny_models
+
+from mapet_ds import teacher as module
+from mapet_ds.config import TeacherConfig
+
+CASES = [
+    ("vit", "fp32", "world"), ("vit", "bf16", "node"), ("resnet", "fp32", "node"), ("resnet", "bf16", "world"),
+    ("timm", "fp32", "world"), ("relpos", "fp32", "node"), ("vit", "fp32", "none"), ("vit.pt", "fp32", "world"),
+]  # fmt: skip
+
+
+class CountingFile:
+    """A safetensors file that adds up the elements read through its slices."""
+
+    def __init__(self, path, framework):
+        self.file = OPEN(path, framework)
+        self.read = 0
+        CountingFile.last = self
+
+    def keys(self):
+        return self.file.keys()
+
+    def get_slice(self, name):
+        return CountingSlice(self, self.file.get_slice(name))
+
+
+class CountingSlice:
+    def __init__(self, owner, inner):
+        self.owner, self.inner = owner, inner
+        self.get_shape = inner.get_shape
+
+    def __getitem__(self, rows):
+        values = self.inner[rows]
+        self.owner.read += values.numel()
+        return values
+
+
+OPEN, safetensors.safe_open = safetensors.safe_open, CountingFile
+
+
+def images(kind):
+    return torch.randn(3, 3, SIZE[kind], SIZE[kind], generator=torch.Generator().manual_seed(3))
+
+
+def settings(towers, case):
+    """TeacherConfig of a case: a folder, or <kind>.pt, the same weights as a pickled file under the model's name."""
+    name, precision, shard = case
+    kind = name.removesuffix(".pt")
+    named = {"name": kind, "weights": f"{towers}/{name}"} if name != kind else {"name": f"local-dir:{towers}/{kind}"}
+    return TeacherConfig(**named, img_size=SIZE[kind], precision=precision, shard=shard)
+
+
+def main(towers, out, device):
+    torch.set_num_threads(1)
+    rank = int(os.environ["RANK"])
+    device = torch.device(device, rank) if device == "cuda" else torch.device(device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    know_tiny_models(setattr)
+    results = {}
+    for case in CASES:
+        kind = case[0].removesuffix(".pt")
+        CountingFile.last = None
+        before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+        teacher = module.build_teacher(settings(towers, case), device)
+        allocated = torch.cuda.memory_allocated(device) - before if device.type == "cuda" else 0
+        read = CountingFile.last.read if CountingFile.last else None
+        features = [teacher(images(kind).to(device)) for _ in range(2)]  # the second after the first gave its memory back
+        results[case] = [f.cpu() for f in features], teacher.identity, teacher.local_bytes, read, allocated
+    torch.save(results, Path(out) / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,110 @@
+"""Checkpoint folders: whole or passed over, never another run's, never a pickle."""
+
+import json
+import pickle
+
+import pytest
+import torch
+
+from mapet_ds import checkpoint
+from mapet_ds.checkpoint import ResumeError
+from mapet_ds.config import Config
+
+
+def write(run_dir, step, keep=3):
+    files = {"model": {"w": torch.full((3,), float(step))}, "optimizer": {"exp_avg.w": torch.ones(3)}, "target": {}}
+    return checkpoint.save(run_dir, {"step": step, "skipped": [], "identity": {"seed": 0}}, files, keep)
+
+
+def test_round_trip_and_retention(tmp_path):
+    for step in (1, 2, 3, 4):
+        write(tmp_path, step)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [f"step_{s:08d}" for s in (2, 3, 4)]
+    newest = checkpoint.newest(tmp_path)
+    assert newest.run["step"] == 4
+    assert torch.equal(newest.load("model")["w"], torch.full((3,), 4.0))
+    assert newest.load("target") == {}
+
+
+def truncate(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-5])
+
+
+def flip(folder):
+    path = folder / "optimizer.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-2] ^= 1
+    path.write_bytes(data)
+
+
+def lose(folder):
+    (folder / "optimizer.safetensors").unlink()
+
+
+def garble(folder):
+    (folder / "run.json").write_text('{"step": ')
+
+
+@pytest.mark.parametrize("harm", [truncate, flip, lose, garble])
+def test_a_damaged_checkpoint_is_passed_over_aloud(tmp_path, harm):
+    write(tmp_path, 1)
+    harm(write(tmp_path, 2))
+    said = []
+    assert checkpoint.newest(tmp_path, report=said.append).run["step"] == 1
+    assert len(said) == 1
+    assert "step_00000002" in said[0]
+
+
+def test_only_damaged_checkpoints_stop_the_run(tmp_path):
+    truncate(write(tmp_path, 1))
+    with pytest.raises(ResumeError, match="is whole"):
+        checkpoint.newest(tmp_path, report=lambda _: None)
+
+
+def test_a_half_written_folder_is_not_a_checkpoint(tmp_path):
+    write(tmp_path, 1)
+    partial = tmp_path / "checkpoints" / ".step_00000002.partial"
+    partial.mkdir()
+    (partial / "model.safetensors").write_bytes(b"half")
+    assert checkpoint.newest(tmp_path).run["step"] == 1
+    write(tmp_path, 2)
+    assert not partial.exists()
+
+
+def test_no_checkpoint_at_all(tmp_path):
+    assert checkpoint.newest(tmp_path) is None
+
+
+def test_a_pickle_in_place_of_weights_executes_nothing(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "pwned"), "w"))
+
+    folder = write(tmp_path, 1)
+    path = folder / "model.safetensors"
+    path.write_bytes(pickle.dumps(Bomb()))
+    run = json.loads((folder / "run.json").read_text())
+    run["files"][path.name] = checkpoint._sha256(path)  # even with a matching checksum
+    (folder / "run.json").write_text(json.dumps(run))
+    found = checkpoint.newest(tmp_path)
+    with pytest.raises(ResumeError, match="model.safetensors"):
+        found.load("model")
+    assert not (tmp_path / "pwned").exists()
+
+
+def identity(**changes):
+    config = Config(**{k: v for k, v in changes.items() if k in ("seed", "objective", "run_dir")})
+    return checkpoint.identity(config, changes.get("data", "abc"), {"codebook": changes.get("codebook", "123")})
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [({"seed": 1}, "seed"), ({"objective": "beit"}, "objective"), ({"data": "x"}, "data.fingerprint"), ({"codebook": "9"}, "target.codebook")],
+)
+def test_another_run_is_refused_naming_both_values(tmp_path, change, key):
+    checkpoint.save(tmp_path, {"step": 1, "skipped": [], "identity": identity()}, {"model": {"w": torch.ones(1)}}, 2)
+    found = checkpoint.newest(tmp_path)
+    checkpoint.check_identity(found, identity(run_dir="elsewhere"))
+    with pytest.raises(ResumeError, match=rf"{key}: .* in the checkpoint, .* now"):
+        checkpoint.check_identity(found, identity(**change))

@@ -1,0 +1,154 @@
+"""Settings: every recipe loads, and each mistake is answered with a sentence, at once."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mapet_ds.checks import check, check_inputs, load_deepspeed_config
+from mapet_ds.config import REPOSITORY, Config, ConfigError, known_keys, load_config, teacher_grid, total_steps
+
+RECIPES = sorted((REPOSITORY / "mapet_ds/recipes").glob("*.yaml"))
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"data: {{train: {tmp_path}}}\nrun_dir: {tmp_path}/run\n")
+    return path
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_shipped_recipe_is_complete(path, tmp_path):
+    config = load_config(path, [f"data.train={tmp_path}", f"run_dir={tmp_path}/run"])
+    if config.teacher.name.startswith("local-dir:"):
+        grid = {"model_cfg": {"vision_cfg": {"patch_size": config.teacher.img_size // config.grid}}}
+        (tmp_path / "open_clip_config.json").write_text(json.dumps(grid))
+        config = load_config(path, [f"data.train={tmp_path}", f"run_dir={tmp_path}/run", f"teacher.name=local-dir:{tmp_path}"])
+    check(config, world_size=2)
+    head = path.read_text().split("objective:")[0]
+    assert "pretrain.py --config mapet_ds/recipes/" + path.name in head.replace("\\\n", ""), "its command stands at its head"
+
+
+def test_published_settings():
+    config = load_config(REPOSITORY / "mapet_ds/recipes/mapet_vitb16.yaml")
+    assert (config.optim.lr, config.optim.weight_decay, config.optim.clip_grad) == (1.5e-3, 0.05, 3.0)
+    assert (config.train.epochs, config.train.global_batch_size, config.optim.warmup_epochs) == (300, 2048, 10)
+    assert (config.tokenizer.vocab_size, config.tokenizer.points_per_centroid, config.tokenizer.redo) == (8192, 512, 5)
+    assert config.num_patches == 196
+    assert teacher_grid(config.teacher) == 14
+    assert total_steps(config, 1_281_167) == 187_671
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("data.trian=/x", r"data\.trian.*command line.*did you mean data\.train"),
+        ("optim.lr=fast", r'optim\.lr = "fast".*number'),
+        ("optim.lr=-1", "optim.lr = -1"),
+        ("optim.lr=.nan", "optim.lr = NaN"),
+        ("train.micro_batch_size=true", "train.micro_batch_size = true"),
+        ("train.micro_batch_size=1.5", "train.micro_batch_size = 1.5"),
+        ("train.global_batch_size=100", "100 is not a multiple of train.micro_batch_size 128 x 2 ranks"),
+        ("train.world_size=64", "launcher started 2 ranks"),
+        ("teacher.img_size=224", "7 x 7 .* 14 x 14: each patch needs one target. Change teacher.img_size to 448"),
+        ("teacher.name=RN50x65", "RN50x64"),
+        ("teacher.name=local-dir:/nowhere", "/nowhere"),
+        ("model.img_size=225", "225 is not a multiple"),
+        ("data.flip=0.5", "data.crop=random"),
+        ("data.crop=middle", "data.crop"),
+        ("data.crop_scale=[0.9, 0.2]", "crop_scale"),
+        ("data.train=/nowhere", "/nowhere is not a folder"),
+        ("data.train=''", "data.train is empty"),
+        ("run_dir=''", "run_dir is empty"),
+        ("optim.warmup_epochs=400", "leaves nothing"),
+        ("optim.min_lr=1", "is above optim.lr"),
+        ("mapet.hidden_share=1", "at least one must be hidden and one visible"),
+        ("objective=mae", "objective = mae is not known; there are: mapet"),
+        ("model=3", "model = 3"),
+        ("model.name.x=3", "single value|model.name"),
+        ("lr", "a.b=value"),
+        ("optim.lr=[", "not valid YAML"),
+    ],
+)
+def test_mistakes_are_sentences(recipe, override, says):
+    with pytest.raises(ConfigError, match=says):
+        check(load_config(recipe, [override]), world_size=2)
+
+
+def test_a_mistake_in_the_file_names_the_file(recipe):
+    recipe.write_text(recipe.read_text() + "optim: {lrr: 1}\n")
+    with pytest.raises(ConfigError, match=f"optim.lrr = 1 .from {recipe}.*did you mean optim.lr"):
+        load_config(recipe)
+
+
+@pytest.mark.parametrize("text", ["- 1\n- 2\n", "a: [", "!!python/object/apply:os.system ['touch pwned']"])
+def test_a_file_that_is_no_recipe(recipe, text):
+    recipe.write_text(text)
+    with pytest.raises(ConfigError, match=str(recipe)):
+        load_config(recipe)
+
+
+def test_numbers_may_be_written_as_anyone_would(recipe):
+    for text in ("1e-3", "1.0e-3", "0.001", "1E-3"):
+        assert load_config(recipe, [f"optim.lr={text}"]).optim.lr == 1e-3
+
+
+def test_inputs_can_be_checked_alone(recipe):
+    config = load_config(recipe, ["run_dir=''"])
+    check_inputs(config)
+    with pytest.raises(ConfigError):
+        check(config, 1)
+
+
+def test_a_mistake_stops_the_program_within_a_second(recipe):
+    command = [sys.executable, "mapet_ds/pretrain.py", "--config", str(recipe), "--deepspeed_config", "ds_configs/zero2_cpu.json"]
+    times = []
+    for _ in range(3):  # the machine may be busy: the best of three
+        began = time.perf_counter()
+        done = subprocess.run([*command, "optim.lrr=3"], cwd=REPOSITORY, capture_output=True, text=True)
+        times.append(time.perf_counter() - began)
+    assert done.returncode == 2
+    assert done.stderr.startswith("optim.lrr = 3 (from the command line) is not a knob")
+    assert "Traceback" not in done.stderr
+    modules = subprocess.run(
+        [sys.executable, "-c", "import sys; from mapet_ds import checks; print('torch' in sys.modules)"],
+        cwd=REPOSITORY, capture_output=True, text=True,
+    )  # fmt: skip
+    assert modules.stdout.strip() == "False", "a check must not wait for torch"
+    assert min(times) < 3, times
+
+
+@pytest.mark.parametrize(
+    ("engine", "says"),
+    [
+        ({"zero_optimization": {"stage": 2}, "train_batch_size": 8}, "train.global_batch_size"),
+        ({"zero_optimization": {"stage": 2}, "gradient_clipping": 1.0}, "optim.clip_grad"),
+        ({"zero_optimization": {"stage": 2}, "optimizer": {}}, "optim"),
+        ({"zero_optimization": {"stage": 2}, "bf61": {}}, "bf61.*meant bf16"),
+        ({"zero_optimisation": {"stage": 2}}, "zero_optimisation.*meant zero_optimization"),
+        ({"zero_optimization": {"stage": 0}}, "1, 2 or 3"),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, "offload"),
+        ([], "JSON object"),
+    ],
+)
+def test_deepspeed_json_holds_engine_knobs_only(tmp_path, engine, says):
+    path = tmp_path / "engine.json"
+    path.write_text(json.dumps(engine))
+    with pytest.raises(ConfigError, match=says):
+        load_deepspeed_config(path)
+
+
+def test_every_knob_round_trips_through_the_written_config(recipe, tmp_path):
+    import yaml
+
+    config = load_config(recipe)
+    written = tmp_path / "config.yaml"
+    written.write_text(yaml.safe_dump(config.to_dict()))
+    assert load_config(written) == config
+    assert len(known_keys()) <= 80
+    assert Path(config.run_dir) == tmp_path / "run"
+    assert isinstance(config, Config)

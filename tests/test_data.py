@@ -1,0 +1,450 @@
+"""The loader: pixels, exact order at any split, unreadable images, storage faults, and the programs on data sets."""
+
+import dataclasses
+import io
+import itertools
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import images
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import RandomResizedCrop
+from torchvision.transforms import functional as torchvision_f
+
+from mapet_ds.config import REPOSITORY, Config, ConfigError, DataConfig, ModelConfig, TrainConfig
+from mapet_ds.data import Batch, Loader
+from mapet_ds.index import DataError, Index, open_index
+from mapet_ds.samples import CROP_NUMBERS, SampleSource, central_square, random_crop
+
+TEACHER = (64, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+RANDOM = {"crop": "random", "flip": 0.5}
+
+
+def settings(batch: int, micro: int | None = None, side: int = 48, **data: object) -> Config:
+    data = {"device": "cpu", "threads": 1, "max_bad_share": 1.0, **data}
+    return Config(
+        model=ModelConfig(img_size=side, patch_size=16),
+        data=DataConfig(**data),
+        train=TrainConfig(global_batch_size=batch, micro_batch_size=micro or batch),
+    )
+
+
+def load(config: Config, index: Index, steps: int, rank: int = 0, world_size: int = 1, **options: object) -> list[Batch]:
+    """All micro-batches of a rank in so many steps."""
+    options = {"student": True, "teacher": TEACHER, **options}
+    loader = Loader(config, index, rank=rank, world_size=world_size, local_rank=0, **options)
+    batches = list(itertools.islice(loader, steps * config.grad_accum_steps(world_size)))
+    loader.close()
+    return batches
+
+
+def global_batches(config: Config, index: Index, steps: int, world_size: int, **options: object) -> list[Batch]:
+    """The batches of all ranks put together in the order of their slots, one per step."""
+    ranks = [load(config, index, steps, rank, world_size, **options) for rank in range(world_size)]
+    micro = [batch for batches in zip(*ranks, strict=True) for batch in batches]
+    parts = config.grad_accum_steps(world_size) * world_size
+    return [Batch(*map(torch.cat, zip(*micro[i : i + parts], strict=True))) for i in range(0, len(micro), parts)]
+
+
+def assert_same(first: list[Batch], second: list[Batch]) -> None:
+    assert len(first) == len(second)
+    for one, other in zip(first, second, strict=True):
+        for name, a, b in zip(Batch._fields, one, other, strict=True):
+            assert torch.equal(a, b), name
+
+
+def make_index(folder: Path, files: dict[str, bytes]) -> Index:
+    return open_index(str(images.write(folder / "data", files)), folder / "index")
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Index:
+    return make_index(tmp_path_factory.mktemp("photos"), images.photos(23))
+
+
+def run_tool(name: str, *arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(REPOSITORY / "tools" / name), *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+
+
+# ---- order
+
+
+@pytest.mark.parametrize(("micro", "world_size", "workers"), [(4, 1, 0), (3, 2, 0), (2, 3, 0), (6, 1, 2)])
+def test_no_split_changes_a_batch(photos, micro, world_size, workers):
+    whole = global_batches(settings(12, **RANDOM), photos, 4, 1)
+    split = global_batches(settings(12, micro, workers=workers, **RANDOM), photos, 4, world_size)
+    assert_same(split, whole)
+
+
+def test_each_image_comes_once_an_epoch_with_its_label(photos):
+    batches = load(settings(10), photos, 7, teacher=None)
+    order = torch.cat([batch.index for batch in batches])
+    for epoch in range(3):
+        assert sorted(order[23 * epoch : 23 * (epoch + 1)].tolist()) == list(range(23))
+    assert order[:23].tolist() != order[23:46].tolist()
+    labels = torch.cat([batch.label for batch in batches]).tolist()
+    assert labels == [photos.label(i) for i in order.tolist()]
+    assert order.dtype == torch.long and batches[0].label.dtype == torch.long
+    other_seed = dataclasses.replace(settings(10), seed=1)
+    assert load(other_seed, photos, 1, teacher=None)[0].index.tolist() != order[:10].tolist()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_resumed_loader_continues_exactly(photos, workers):
+    config = settings(10, 5, **RANDOM)
+    whole = load(config, photos, 6)
+    resumed = load(dataclasses.replace(config, data=dataclasses.replace(config.data, workers=workers)), photos, 2, first_step=4)
+    assert_same(resumed, whole[8:])
+
+
+def test_epochs_shorter_than_a_batch(tmp_path):
+    index = make_index(tmp_path, images.photos(3))
+    order = torch.cat([batch.index for batch in load(settings(8), index, 3)]).tolist()
+    assert all(sorted(order[i : i + 3]) == [0, 1, 2] for i in range(0, 24, 3))
+
+
+def test_views_are_those_asked_for(photos):
+    config = settings(4)
+    both = load(config, photos, 1)[0]
+    assert both.images.shape == (4, 3, 48, 48) and both.teacher_images.shape == (4, 3, 64, 64)
+    assert both.images.dtype == both.teacher_images.dtype == torch.float32
+    student = load(config, photos, 1, teacher=None)[0]
+    teacher = load(config, photos, 1, student=False)[0]
+    assert student.teacher_images is None and torch.equal(student.images, both.images)
+    assert teacher.images is None and torch.equal(teacher.teacher_images, both.teacher_images)
+
+
+def test_batches_kept_are_not_overwritten(photos):
+    config = settings(8, **RANDOM)
+    loader = Loader(config, photos, student=True, teacher=TEACHER, rank=0, world_size=1, local_rank=0)
+    kept = [next(loader) for _ in range(8)]
+    copies = [Batch(*(part.clone() for part in batch)) for batch in kept]
+    for _ in range(8):
+        next(loader)
+    loader.close()
+    assert_same(kept, copies)
+
+
+# ---- pixels
+
+# Mean absolute difference to Pillow's decode, crop and bicubic resize, of 255. Measured: at most 0.22, and 1.1 for dithered
+# black and white. The decoded pixels are equal; Pillow rounds and clips between its two resize passes, DALI does not.
+TOLERANCE = 0.3
+TOLERANCE_BILEVEL = 1.5
+
+
+def reference(image: Image.Image, crop: tuple, side: int) -> np.ndarray:
+    top, left, height, width, flip = crop
+    view = image.crop((left, top, left + width, top + height)).resize((side, side), Image.Resampling.BICUBIC)
+    return np.asarray(view.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else view, np.float32)
+
+
+def pixels(view: torch.Tensor, mean: tuple, std: tuple) -> np.ndarray:
+    return ((view * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]) * 255).permute(1, 2, 0).numpy()
+
+
+@pytest.mark.parametrize("crop", ["center", "random"])
+def test_every_format_gives_pillows_pixels(tmp_path, crop):
+    files = images.good_images()
+    index = make_index(tmp_path, files)
+    data = {"color_jitter": 0.0, "crop": crop, "flip": 0.5 if crop == "random" else 0.0, "max_bad_share": 0.0}
+    config = settings(len(files), **data)
+    batch = load(config, index, 1)[0]
+    source = SampleSource(config, index, 0, 1)
+    assert sorted(batch.index.tolist()) == list(range(len(files)))
+    differences = {}
+    for place, i in enumerate(batch.index.tolist()):
+        name = Path(index.path(i)).name
+        sample, image = source.sample(0, place), images.as_rgb(files[name])
+        for view, side, mean, std in (
+            (batch.images, 48, config.data.mean, config.data.std), (batch.teacher_images, *TEACHER),
+        ):  # fmt: skip
+            difference = np.abs(pixels(view[place], mean, std) - reference(image, sample.crop, side)).mean()
+            differences[name] = max(difference, differences.get(name, 0))
+    assert differences.pop("bilevel.png") < TOLERANCE_BILEVEL
+    assert {name: d for name, d in differences.items() if d > TOLERANCE} == {}
+
+
+def test_orientation_is_ignored(tmp_path):
+    plain, turned = images.encode(images.picture(), "JPEG"), images.encode(images.picture(), "JPEG", exif=images.rotated())
+    assert plain != turned
+    batch = load(settings(2, color_jitter=0.0), make_index(tmp_path, {"a.jpg": plain, "b.jpg": turned}), 1)[0]
+    assert torch.equal(batch.images[0], batch.images[1])
+
+
+def test_jitter_is_the_students_alone_and_does_what_it_says(photos):
+    plain = load(settings(16, color_jitter=0.0), photos, 1)[0]
+    config = settings(16, color_jitter=0.4)
+    jittered = load(config, photos, 1)[0]
+    assert torch.equal(plain.teacher_images, jittered.teacher_images)
+    source = SampleSource(config, photos, 0, 1)
+    mean, std = config.data.mean, config.data.std
+    factors = np.stack([source.sample(0, place).jitter for place in range(16)])
+    assert factors.min() >= 0.6 and factors.max() <= 1.4 and factors.std(axis=0).min() > 0.1
+    for place, (brightness, contrast, saturation) in enumerate(factors):
+        image = pixels(plain.images[place], mean, std)
+        grey = image @ np.array([0.299, 0.587, 0.114])
+        expected = grey[..., None] + saturation * (image - grey[..., None])
+        expected = brightness * (128 + contrast * (expected - 128))
+        difference = np.abs(pixels(jittered.images[place], mean, std) - expected.clip(0, 255))
+        assert difference.mean() < 1.5, "rounding, and DALI's own luma weights"
+
+
+def test_views_show_the_same_place(tmp_path):
+    """Red tells the column and green the row: both views must agree, and with the crop's own geometry."""
+    rows, columns = np.mgrid[0:240, 0:320]
+    field = np.stack([columns * 255 / 319, rows * 255 / 239, 0 * rows], -1).astype(np.uint8)
+    index = make_index(tmp_path, {f"{i}.png": images.encode(Image.fromarray(field), "PNG") for i in range(6)})
+    config = settings(24, color_jitter=0.0, **RANDOM)
+    batch = load(config, index, 1)[0]
+    source = SampleSource(config, index, 0, 1)
+    crops = [source.sample(0, place).crop for place in range(24)]
+    assert {crop.flip for crop in crops} == {False, True}
+    for place, crop in enumerate(crops):
+        at = (np.arange(3) + 0.5) / 3  # a 3 x 3 grid of patches
+        x = crop.left + crop.width * (1 - at if crop.flip else at)
+        y = crop.top + crop.height * at
+        for view, side, mean, std in (
+            (batch.images, 48, config.data.mean, config.data.std), (batch.teacher_images, *TEACHER),
+        ):  # fmt: skip
+            image = pixels(view[place], mean, std)
+            patches = np.stack([[cell.mean((0, 1)) for cell in np.array_split(row, 3, 1)] for row in np.array_split(image, 3)])
+            np.testing.assert_allclose(patches[..., 0], np.tile(x * 255 / 320, (3, 1)), atol=2.5)
+            np.testing.assert_allclose(patches[..., 1], np.tile(y[:, None] * 255 / 240, (1, 3)), atol=2.5)
+
+
+def test_central_square_is_torchvisions():
+    for width, height in ((500, 375), (375, 500), (333, 500), (64, 64), (1, 9)):
+        crop = central_square(width, height)
+        expected = RandomResizedCrop.get_params(torch.empty(3, height, width), (1.0, 1.0), (1.0, 1.0))
+        assert crop == (*expected, False)
+
+
+def test_random_crops_are_distributed_as_torchvisions():
+    numbers = np.random.default_rng(0).random((4000, CROP_NUMBERS))
+    data = DataConfig(crop="random", flip=0.3)
+    ours = np.array([random_crop(300, 200, row, data) for row in numbers], float)
+    torch.manual_seed(0)
+    theirs = np.array([RandomResizedCrop.get_params(torch.empty(3, 200, 300), [0.2, 1], [3 / 4, 4 / 3]) for _ in numbers], float)
+    for k in range(4):
+        both = np.sort(np.concatenate([ours[:, k], theirs[:, k]]))
+        gap = np.abs(np.searchsorted(np.sort(ours[:, k]), both, "right") - np.searchsorted(np.sort(theirs[:, k]), both, "right"))
+        assert gap.max() / 4000 < 0.044, "two-sample Kolmogorov-Smirnov, p = 1e-3"
+    assert abs(ours[:, 4].mean() - 0.3) < 0.03
+    assert (ours[:, 0] + ours[:, 2]).max() <= 200 and (ours[:, 1] + ours[:, 3]).max() <= 300
+
+
+@pytest.mark.parametrize(("width", "height"), [(1, 1), (4000, 3), (3, 4000)])
+def test_random_crop_falls_back_inside_the_image(width, height):
+    for row in np.random.default_rng(1).random((50, CROP_NUMBERS)):
+        top, left, h, w, _ = random_crop(width, height, row, DataConfig(crop="random"))
+        assert h >= 1 and w >= 1 and top + h <= height and left + w <= width
+
+
+# ---- unreadable images
+
+
+@pytest.fixture(scope="module")
+def damaged(tmp_path_factory) -> tuple[Index, Index, set[str]]:
+    """A data set of which many are bad, the same with good images in their places, and the names of the bad."""
+    bad = {f"class_1/{name}": data for name, data in {**images.bad_by_structure(), **images.bad_by_decoding()}.items()}
+    good = images.photos(60)
+    replaced = {name: images.encode(images.picture(seed=77), "JPEG") for name in bad}
+    folder = tmp_path_factory.mktemp("damaged")
+    index = make_index(folder / "bad", {**good, **bad})
+    (Path(index.root) / "class_0/image_000.jpg").unlink()
+    return index, make_index(folder / "good", {**good, **replaced}), {*bad, "class_0/image_000.jpg"}
+
+
+def test_bad_images_cost_nothing_but_themselves(damaged):
+    index, good, bad_names = damaged
+    config = settings(17, **RANDOM)
+    steps = -(-len(index) // 17)
+    loader = Loader(config, index, student=True, teacher=TEACHER, rank=0, world_size=1, local_rank=0)
+    found, batches = [], []
+    for _ in range(steps):
+        batches.append(next(loader))
+        found += loader.new_bad()
+    loader.close()
+    assert loader.new_bad() == []
+    names = {os.path.relpath(index.path(i), index.root) for i, _ in found}
+    assert names == bad_names and len(found) == len(names)
+    assert all(reason and "\n" not in reason for _, reason in found)
+    bad = {i for i, _ in found}
+    order = SampleSource(config, index, 0, 1).order
+    reference_batches = load(config, good, steps)
+    replaced = 0
+    for n, (got, due) in enumerate(
+        zip(torch.cat([b.index for b in batches]).tolist(), torch.cat([b.index for b in reference_batches]).tolist(), strict=True)
+    ):
+        step, slot = divmod(n, 17)
+        if due in bad:
+            replaced += 1
+            assert got == next(i for tries in range(1, 99) if (i := order.after(n, tries)) not in bad)
+        else:
+            assert got == due
+            assert torch.equal(batches[step].images[slot], reference_batches[step].images[slot])
+            assert torch.equal(batches[step].teacher_images[slot], reference_batches[step].teacher_images[slot])
+    assert replaced >= 10
+    assert_same(load(config, index, steps, bad=bad), batches)
+    assert_same(global_batches(settings(16, 4, **RANDOM), index, 2, 2), load(settings(16, **RANDOM), index, 2))
+
+
+def test_bad_images_found_by_a_worker_are_reported(tmp_path):
+    index = make_index(tmp_path, images.photos(6) | {"class_0/a.jpg": b"<html>", **images.bad_by_decoding()})
+    loader = Loader(settings(10, workers=1), index, student=True, teacher=None, rank=0, world_size=1, local_rank=0)
+    next(loader)
+    assert sorted(Path(index.path(i)).name for i, _ in loader.new_bad()) == ["a.jpg", *sorted(images.bad_by_decoding())]
+    loader.close()
+
+
+def test_known_bad_images_are_not_read(damaged, monkeypatch):
+    index, _, bad_names = damaged
+    bad = {i for i in range(len(index)) if os.path.relpath(index.path(i), index.root) in bad_names}
+    read, real = [], Index.read
+    monkeypatch.setattr(Index, "read", lambda self, i: read.append(i) or real(self, i))
+    loader = Loader(settings(len(index)), index, student=True, teacher=None, rank=0, world_size=1, local_rank=0, bad=bad)
+    next(loader)
+    assert loader.new_bad() == []
+    loader.close()
+    assert read and not bad & set(read)
+
+
+@pytest.mark.parametrize("kind", ["structure", "decoding"])
+def test_too_many_bad_images_stop_the_run(tmp_path, kind):
+    files = images.bad_by_structure() if kind == "structure" else images.bad_by_decoding()
+    index = make_index(tmp_path, images.photos(10) | {f"class_0/{name}": files[name] for name in list(files)[:3]})
+    with pytest.raises(DataError, match=r"[3-9] of 13 images are unreadable.*max_bad_share = 0\.2.*class_0/") as caught:
+        load(settings(13, max_bad_share=0.2), index, 2)
+    assert "\n" not in str(caught.value)
+    load(settings(13, max_bad_share=0.25), index, 2)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_nothing_readable_is_a_sentence(tmp_path, workers):
+    index = make_index(tmp_path, {f"{i}.jpg": b"<html>" for i in range(5)})
+    with pytest.raises(DataError, match="of 5 images are unreadable"):
+        load(settings(4, workers=workers), index, 1)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_storage_fault_stops_the_run(tmp_path, workers):
+    index = make_index(tmp_path, images.photos(8))
+    loader = Loader(settings(4, workers=workers), index, student=True, teacher=None, rank=0, world_size=1, local_rank=0)
+    next(loader)
+    shutil.move(index.root, tmp_path / "elsewhere")
+    with pytest.raises(DataError, match="gone or no longer mounted"):
+        for _ in range(8):
+            next(loader)
+    loader.close()
+
+
+def test_a_passing_storage_fault_is_got_over(tmp_path, monkeypatch, caplog):
+    """The reader gives up once, in DALI's hands; when the loader asks again the storage is back."""
+    index = make_index(tmp_path, images.photos(8))
+    expected = load(settings(4), index, 3)
+    real, failures = Index.read, iter([DataError("The storage fails.")])
+
+    def read(self, i):
+        if failure := next(failures, None):
+            raise failure
+        return real(self, i)
+
+    monkeypatch.setattr(Index, "read", read)
+    assert_same(load(settings(4), index, 3), expected)
+    assert "Micro-batch 0 is done again on the CPU" in caplog.text
+
+
+def test_a_gpu_asked_for_must_be_there(photos, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match=r"data\.device = gpu"):
+        load(settings(4, device="gpu"), photos, 1)
+
+
+# ---- programs
+
+
+def test_shards_are_the_folder(photos, tmp_path):
+    source, out = str(photos.root), tmp_path / "shards"
+    made = run_tool("make_shards.py", source, out, "--shard_images", 7)
+    assert made.returncode == 0, made.stderr
+    assert "23 images, 3 classes, 4 shards" in made.stdout
+    shards = open_index(str(out), tmp_path / "unused")
+    assert not (tmp_path / "unused").exists() and shards.classes == photos.classes
+    assert [(shards.read(i), shards.label(i)) for i in range(23)] == [(photos.read(i), photos.label(i)) for i in range(23)]
+    config = settings(12, 6, **RANDOM)
+    assert_same(load(config, shards, 4), load(config, photos, 4))
+    shutil.rmtree(out / "index")
+    again = open_index(str(out), tmp_path / "rebuilt")
+    assert [again.label(i) for i in range(23)] == [photos.label(i) for i in range(23)]
+    assert again.fingerprint == shards.fingerprint
+
+    assert run_tool("make_shards.py", source, tmp_path / "second", "--shard_images", 7).returncode == 0
+    for path in out.glob("*.tar"):
+        assert path.read_bytes() == (tmp_path / "second" / path.name).read_bytes()
+    moved = shutil.move(tmp_path / "second", tmp_path / "moved")
+    assert open_index(str(moved), tmp_path / "unused").read(5) == photos.read(5)
+
+
+def test_shards_overwrite_nothing(photos, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("mine")
+    for out, words in ((tmp_path / "out", "is there already"), (Path(photos.root) / "inside", "lies inside")):
+        refused = run_tool("make_shards.py", photos.root, out)
+        assert refused.returncode == 2 and words in refused.stderr and "Traceback" not in refused.stderr
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "precious"]
+
+
+def test_shards_stay_below_their_size(photos, tmp_path):
+    size = max(len(photos.read(i)) for i in range(23)) * 3
+    assert run_tool("make_shards.py", photos.root, tmp_path / "out", "--shard_size_mib", size / 2**20).returncode == 0
+    shards = list((tmp_path / "out").glob("*.tar"))
+    assert 23 / 3 / 2 < len(shards) < 23
+    assert max(path.stat().st_size for path in shards) < size + 3 * 2048 + 20 * 512 + 10240
+
+
+@pytest.mark.parametrize("decode", [False, True])
+def test_check_images_lists_the_bad(damaged, decode):
+    index, _, bad_names = damaged
+    checked = run_tool("check_images.py", index.root, "--jobs", 1, *(["--decode"] if decode else []))
+    assert checked.returncode == 1, checked.stderr
+    rows = [line.split("\t") for line in checked.stdout.splitlines()]
+    only_decoding = {f"class_1/{name}" for name in images.bad_by_decoding()}
+    assert {os.path.relpath(path, index.root) for path, _ in rows} == (bad_names if decode else bad_names - only_decoding) - {
+        "class_0/image_000.jpg"  # deleted after the index was made, so not in a new one
+    }
+    assert all(reason for _, reason in rows) and "100%" in checked.stderr
+
+
+def test_check_images_ends_well_or_with_a_sentence(photos, tmp_path):
+    good = run_tool("check_images.py", photos.root, "--jobs", 2)
+    assert (good.returncode, good.stdout) == (0, "") and "0 of 23" in good.stderr
+    nothing = run_tool("check_images.py", tmp_path)
+    assert nothing.returncode == 2 and "holds no image" in nothing.stderr and "Traceback" not in nothing.stderr
+
+
+# ---- on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="compares GPU decoding with CPU decoding")
+def test_gpu_decoding_gives_the_cpus_pixels(tmp_path):
+    files = images.good_images() | images.photos(16) | images.bad_by_structure() | images.bad_by_decoding()
+    index = make_index(tmp_path, files)
+    cpu = load(settings(16, color_jitter=0.0, **RANDOM), index, 5)
+    gpu = load(settings(16, color_jitter=0.0, **RANDOM, device="gpu"), index, 5)
+    for one, other in zip(cpu, gpu, strict=True):
+        assert torch.equal(one.index, other.index) and other.images.is_cuda and not other.index.is_cuda
+        for a, b in ((one.images, other.images), (one.teacher_images, other.teacher_images)):
+            difference = (a - b.cpu()).abs().mean(dim=(1, 2, 3)) * 255 * 0.225
+            assert difference.max() < 2.0

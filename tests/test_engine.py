@@ -1,0 +1,71 @@
+"""States gathered from one engine continue in another, at any ZeRO stage, precision and number of ranks."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mapet_ds.config import REPOSITORY, ConfigError
+from mapet_ds.engine import check_engine_config
+
+HERE = Path(__file__).parent
+STAGES = (1, 2, 3)
+CASES = [f"zero{stage}{precision}" for stage in STAGES for precision in ("", "_bf16")]
+
+
+def torchrun(ranks, *arguments):
+    """A test program under torchrun, as a user's cluster would start ours."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{REPOSITORY}:{HERE}"}
+    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("engine")
+    torchrun(2, HERE / "engine_worker.py", folder, ",".join([*CASES, "zero1@zero2", "zero3@zero2"]), 1)
+    torchrun(1, HERE / "engine_worker.py", folder, ",".join(f"zero{stage}" for stage in STAGES), 2)
+    losses = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
+    return folder, losses
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_resume_is_bit_equal_at_the_same_ranks(results, case):
+    folder, losses = results
+    run = losses[f"{case}.2"]
+    assert run["straight"] == run["first"] + run["rest"]
+    assert len(set(run["straight"])) == 6, "the losses must move for this to mean anything"
+    straight, resumed = (load_file(folder / f"{case}.{end}.safetensors") for end in ("end", "resumed"))
+    assert straight.keys() == resumed.keys()
+    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_ranks_continue_on_one(results, stage):
+    _, losses = results
+    assert losses[f"zero{stage}.1"]["rest"] == pytest.approx(losses[f"zero{stage}.2"]["straight"][3:], rel=1e-5)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_another_stage_continues_zero2(results, stage):
+    _, losses = results
+    assert losses[f"zero{stage}@zero2.2"]["rest"] == pytest.approx(losses["zero2.2"]["straight"][3:], rel=1e-6)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_state_read_before_the_first_step_is_the_initial_one(results, case):
+    folder, _ = results
+    tensors = load_file(folder / f"{case}.start.safetensors")
+    assert all((tensors[name] == 0).all() for name in tensors if name.startswith("m."))
+    assert tensors["w.mask_token"].abs().max() > 0
+
+
+def test_unknown_zero_key_is_a_sentence():
+    with pytest.raises(ConfigError, match="reduce_bucket_sise"):
+        check_engine_config({"zero_optimization": {"stage": 2, "reduce_bucket_sise": 3}})

@@ -1,0 +1,123 @@
+"""tools/fit_codebook.py through its own command, on a few JPEGs and a tiny CLIP."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from towers import write_tower
+
+from mapet_ds.config import TeacherConfig
+from mapet_ds.teacher import build_teacher
+from mapet_ds.tokenizer import Codebook
+
+PROGRAM = str(Path(__file__).parent.parent / "tools" / "fit_codebook.py")
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    """29 images of 16 patches each, so that no number of ranks divides them."""
+    folder = tmp_path_factory.mktemp("codebook")
+    (folder / "train").mkdir()
+    generator = np.random.default_rng(0)
+    for number in range(29):
+        width, height = generator.integers(40, 120, 2)
+        blocks = generator.integers(0, 255, (height // 8, width // 8, 3), dtype=np.uint8)
+        Image.fromarray(blocks).resize((width, height), Image.Resampling.BICUBIC).save(folder / "train" / f"{number}.jpg")
+    write_tower(folder / "vit", "vit")
+    path = folder / "recipe.yaml"
+    path.write_text(f"""
+data: {{train: {folder}/train, device: cpu, crop: random, flip: 0.5}}
+model: {{img_size: 32, patch_size: 8}}
+teacher: {{name: "local-dir:{folder}/vit", img_size: 64}}
+tokenizer: {{vocab_size: 16, points_per_centroid: 20, iterations: 5, redo: 2}}
+train: {{micro_batch_size: 4}}
+""")
+    return path
+
+
+def fit_codebook(recipe, *arguments, launcher=()):
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *launcher, PROGRAM, "--config", str(recipe), *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def alone(recipe):
+    """The codebook of one plain process and what it printed."""
+    path = recipe.with_name("alone.safetensors")
+    done = fit_codebook(recipe, f"tokenizer.path={path}")
+    assert done.returncode == 0, done.stderr
+    return path, done
+
+
+def test_the_codebook_is_of_this_recipe(recipe, alone):
+    path, done = alone
+    codebook = Codebook.load(path)
+    teacher = build_teacher(TeacherConfig(name=f"local-dir:{recipe.parent}/vit", img_size=64), torch.device("cpu"))
+    codebook.check(teacher.identity, "random", 16)
+    assert codebook.centroids.shape == (16, teacher.embed_dim)
+    told = codebook.provenance
+    assert told["points"] == "320"
+    assert f"16 codes, {told['dead_codes']} dead, perplexity {float(told['perplexity']):.1f}, inertia" in done.stdout
+    assert "320 of 464 patch features of 29 images, 64 wide" in done.stdout
+    assert "8/8" in done.stderr  # the bar: 29 images in batches of 4
+    assert "Traceback" not in done.stderr
+
+
+def test_two_ranks_fit_the_same_codebook(recipe, alone):
+    path = recipe.with_name("two.safetensors")
+    done = fit_codebook(recipe, f"tokenizer.path={path}", "teacher.shard=node", "log.progress=false", launcher=TORCHRUN)
+    assert done.returncode == 0, done.stderr
+    two, one = Codebook.load(path), Codebook.load(alone[0])
+    assert two.sha256 == one.sha256
+    assert two.provenance == one.provenance
+    assert done.stdout.count("16 codes") == 1
+    assert "batch/s" not in done.stderr
+
+
+def test_a_codebook_is_not_replaced_unasked_and_a_small_set_gives_all_its_patches(recipe, alone):
+    path, before = alone[0], alone[0].read_bytes()
+    done = fit_codebook(recipe, f"tokenizer.path={path}")
+    assert done.returncode == 2
+    assert done.stderr == f"tokenizer.path = {path} exists, and runs may rest on it: name another file, or say --overwrite.\n"
+    assert path.read_bytes() == before
+    path = recipe.with_name("again.safetensors")
+    path.write_bytes(before)
+    done = fit_codebook(
+        recipe, "--overwrite", f"tokenizer.path={path}", "tokenizer.points_per_centroid=512", "data.crop=center", "data.flip=0"
+    )
+    assert done.returncode == 0, done.stderr
+    told = Codebook.load(path).provenance
+    assert (told["points"], told["data.crop"]) == ("464", "center")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ([], "tokenizer.path is empty: name the file to write"),
+        (["tokenizer.path=x", "tokenizer.vocabsize=5"], "is not a knob; did you mean tokenizer.vocab_size?"),
+        (["tokenizer.path=x", "data.train=/nowhere"], "data.train = /nowhere is not a folder"),
+        (["tokenizer.path=x", "teacher.img_size=128"], "The teacher's grid is 8 x 8"),
+        (["tokenizer.path=x", "teacher.name=local-dir:/nowhere"], "there is no /nowhere/open_clip_config.json"),
+    ],
+)
+def test_mistakes_are_sentences(recipe, arguments, sentence):
+    done = fit_codebook(recipe, *arguments)
+    assert done.returncode == 2
+    assert sentence in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_mistakes_found_later_end_all_ranks(recipe, tmp_path):
+    path = tmp_path / "codebook.safetensors"
+    done = fit_codebook(recipe, f"tokenizer.path={path}", "tokenizer.vocab_size=465", launcher=TORCHRUN)
+    assert done.returncode != 0
+    assert "tokenizer.vocab_size = 465, but 29 images have only 464 patches: use more images or set" in done.stderr
+    assert "fit_codebook.py\", line" not in done.stderr
+    assert not path.exists()

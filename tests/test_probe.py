@@ -1,0 +1,261 @@
+"""The k-NN probe: the vote against a slow twin, and the program on folders of images."""
+
+import json
+import math
+import os
+import runpy
+import subprocess
+import sys
+
+import faiss
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from timm.models import save_for_hf
+
+from mapet_ds.config import REPOSITORY
+from mapet_ds.index import DataError
+from mapet_ds.probe import features, knn, load_timm
+
+EVALUATE = REPOSITORY / "tools" / "evaluate.py"
+
+
+def unit_vectors(rng, n, width=8):
+    vectors = rng.normal(size=(n, width)).astype(np.float32)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def brute_force_knn(train, train_labels, val, val_labels, k, temperature):
+    right = 0
+    for query, label in zip(val, val_labels, strict=True):
+        cosines = [float(np.dot(query.astype(np.float64), row.astype(np.float64))) for row in train]
+        votes = {}
+        for i in sorted(range(len(train)), key=lambda i: -cosines[i])[:k]:
+            votes[train_labels[i]] = votes.get(train_labels[i], 0.0) + math.exp(cosines[i] / temperature)
+        right += max(votes, key=votes.get) == label
+    return 100 * right / len(val)
+
+
+@pytest.mark.parametrize(("k", "temperature"), [(1, 0.07), (20, 0.07), (20, 10.0), (60, 0.3)])
+def test_knn_is_the_brute_force_vote(k, temperature):
+    rng = np.random.default_rng(0)
+    train, val = unit_vectors(rng, 60), unit_vectors(rng, 50)
+    labels = [(vectors[:, 0] * 4).round().astype(np.int64) + 4 for vectors in (train, val)]
+    expected = brute_force_knn(train, labels[0], val, labels[1], k, temperature)
+    assert 20 < expected < 90  # neither chance nor a task that any vote solves
+    assert knn(train, labels[0], val, labels[1], k, temperature) == pytest.approx(expected)
+
+
+def test_vote_weighs_neighbours_by_similarity():
+    train = np.array([[1, 0], [0, 1], [0, 1]], dtype=np.float32)
+    labels, query = np.array([0, 1, 1]), np.array([[math.cos(0.5), math.sin(0.5)]], dtype=np.float32)
+    assert (
+        knn(train, labels, query, np.array([0]), k=3, temperature=0.07) == 100
+    )  # the near one outweighs two far ones
+    assert knn(train, labels, query, np.array([1]), k=3, temperature=10.0) == 100  # flat weights: a majority
+
+
+def test_knn_refuses_more_neighbours_than_images():
+    vectors = unit_vectors(np.random.default_rng(0), 5)
+    with pytest.raises(DataError, match="k = 6 neighbours can't be found among 5"):
+        knn(vectors, np.zeros(5, int), vectors, np.zeros(5, int), k=6)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(faiss.get_num_gpus() == 0, reason="no GPU that FAISS can use")
+def test_knn_on_a_gpu_is_the_brute_force_vote():
+    rng = np.random.default_rng(0)
+    train, val = unit_vectors(rng, 600), unit_vectors(rng, 50)
+    labels = [(vectors[:, 0] * 4).round().astype(np.int64) + 4 for vectors in (train, val)]
+    expected = brute_force_knn(train, labels[0], val, labels[1], 20, 0.07)
+    assert knn(train, labels[0], val, labels[1]) == pytest.approx(expected)
+
+
+def test_features_are_unit_means_of_the_patch_tokens():
+    torch.manual_seed(0)
+    model = timm.create_model(
+        "vit_tiny_patch16_224",
+        img_size=32,
+        patch_size=8,
+        depth=1,
+        embed_dim=32,
+        num_heads=2,
+        reg_tokens=2,
+        num_classes=0,
+    )
+    images, labels = torch.randn(5, 3, 32, 32), torch.tensor([3, 1, 2, 0, 4])
+    loader = [(images[:2], labels[:2]), (images[2:], labels[2:])]
+    found, found_labels = features(model, loader, torch.device("cpu"))
+    with torch.no_grad():
+        tokens = model.eval().forward_features(images).double().numpy()
+    for i in range(5):
+        mean = sum(tokens[i, 3:]) / 16  # behind the class token and two registers
+        np.testing.assert_allclose(found[i], mean / math.sqrt(sum(mean**2)), atol=1e-6)
+    assert found_labels.tolist() == labels.tolist()
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("model")
+    model = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, patch_size=8, depth=1, embed_dim=32, num_heads=2, num_classes=0
+    )
+    save_for_hf(
+        model, folder, safe_serialization=True, data_config={"input_size": (3, 32, 32), "crop_pct": 1.0}
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def image_folders(tmp_path_factory):
+    """Colours with noise, so that random weights beat chance but not always; of several sizes and modes."""
+    root, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for split, number in (("train", 12), ("val", 6)):
+        for name, colour in (
+            ("amber", (140, 120, 90)),
+            ("blue", (120, 120, 130)),
+            ("coral", (130, 100, 110)),
+        ):
+            (root / split / name).mkdir(parents=True)
+            for i in range(number):
+                pixels = np.array(colour) + rng.normal(0, 12, 3) + rng.normal(0, 40, (40 + i, 48, 3))
+                image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+                image = image.convert("P") if i == 0 else image
+                image.save(root / split / name / (f"{i}.png" if i == 0 else f"{i}.jpg"))
+    return root
+
+
+def accuracy_by_hand(model, images, k):
+    """Own resize, crop and normalisation; own features; brute force."""
+    cfg = model.pretrained_cfg
+    sets = {}
+    for split in ("train", "val"):
+        vectors, labels = [], []
+        for label, name in enumerate(sorted(os.listdir(images / split))):
+            for path in sorted((images / split / name).iterdir(), key=lambda p: p.name):
+                image = Image.open(path).convert("RGB")
+                width, height = image.size
+                side = min(width, height)
+                # the shorter side to 32, then the central 32 x 32
+                resized = image.resize((round(width * 32 // side), round(height * 32 // side)), Image.BICUBIC)
+                left, top = round((resized.width - 32) / 2), round((resized.height - 32) / 2)
+                pixels = np.asarray(resized.crop((left, top, left + 32, top + 32)), dtype=np.float32) / 255
+                pixels = (pixels - np.array(cfg["mean"])) / np.array(cfg["std"])
+                with torch.no_grad():
+                    tokens = model.forward_features(torch.tensor(pixels).permute(2, 0, 1)[None].float())
+                vector = tokens[0, 1:].mean(0).numpy()
+                vectors.append(vector / np.linalg.norm(vector))
+                labels.append(label)
+        sets[split] = np.stack(vectors), labels
+    return brute_force_knn(*sets["train"], *sets["val"], k, 0.07)
+
+
+def test_the_command(model_folder, image_folders):
+    folders = ["--train", image_folders / "train", "--val", image_folders / "val"]
+    settings = ["--k", "5", "--workers", "1", "--batch_size", "7", "--device", "cpu", "--json"]
+    command = [sys.executable, EVALUATE, "knn", "--model", model_folder, *folders, *settings]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    expected = accuracy_by_hand(load_timm(model_folder), image_folders, 5)
+    assert 40 < expected < 95
+    assert result["knn_accuracy_percent"] == pytest.approx(expected)
+    assert (result["k"], result["train_images"], result["val_images"], result["classes"]) == (5, 36, 18, 3)
+
+
+@pytest.fixture
+def run_tool(monkeypatch, capsys):
+    """The program in this process, without seconds of imports: exit code and what it prints."""
+
+    def run(model, train, val, *arguments):
+        argv = [
+            EVALUATE,
+            "knn",
+            "--model",
+            model,
+            "--train",
+            train,
+            "--val",
+            val,
+            "--device",
+            "cpu",
+            "--workers",
+            "0",
+        ]
+        monkeypatch.setattr(sys, "argv", [str(argument) for argument in (*argv, "--k", "5", *arguments)])
+        with pytest.raises(SystemExit) as exit:
+            runpy.run_path(str(EVALUATE), run_name="__main__")
+        return exit.value.code, capsys.readouterr()
+
+    return run
+
+
+def test_untrained_needs_no_weights_and_is_seeded(run_tool, model_folder, image_folders, tmp_path):
+    (tmp_path / "config.json").write_text((model_folder / "config.json").read_text())
+    train, val = image_folders / "train", image_folders / "val"
+    code, printed = run_tool(tmp_path, train, val, "--untrained")
+    assert (
+        code == 0 and "untrained weights; k = 5; 36 training, 18 validation images, 3 classes" in printed.out
+    )
+    weights = [load_timm(tmp_path, untrained=True, seed=seed).blocks[0].attn.qkv.weight for seed in (1, 1, 2)]
+    assert weights[0].equal(weights[1]) and not weights[0].equal(weights[2])
+    trained = load_timm(model_folder)
+    assert not trained.blocks[0].attn.qkv.weight.equal(
+        load_timm(model_folder, untrained=True, seed=1).blocks[0].attn.qkv.weight
+    )
+
+    code, printed = run_tool(tmp_path, train, val)
+    assert (
+        code == 2 and "there are no weights" in printed.err and "model.safetensors is missing" in printed.err
+    )
+
+
+def test_weights_file_with_architecture(model_folder, tmp_path):
+    weights = load_timm(model_folder).state_dict()
+    assert (
+        load_timm(model_folder / "model.safetensors").state_dict().keys() == weights.keys()
+    )  # config.json beside it
+    plain = timm.create_model("vit_tiny_patch16_224", num_classes=0)
+    save_for_hf(plain, tmp_path, safe_serialization=True)
+    loaded = load_timm(tmp_path / "model.safetensors", "vit_tiny_patch16_224")
+    assert loaded.state_dict()["pos_embed"].equal(plain.pos_embed)
+
+
+def copy_tree(source, target):
+    for path in source.rglob("*.*"):
+        (target / path.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
+        (target / path.relative_to(source)).write_bytes(path.read_bytes())
+
+
+def test_mistakes_are_sentences(run_tool, model_folder, image_folders, tmp_path):
+    train, val = image_folders / "train", tmp_path / "val"
+
+    def message(*arguments, model=model_folder, val=val):
+        code, printed = run_tool(model, train, val, *arguments)
+        assert code == 2 and len(printed.err.splitlines()) == 1
+        return printed.err
+
+    assert str(val) in message()
+    copy_tree(image_folders / "val", val)
+    (val / "coral").rename(val / "crimson")
+    assert "must have the same classes; only in one of them: coral, crimson." in message()
+    (val / "crimson").rename(val / "coral")
+    (val / "dune").mkdir()
+    assert f"{val} must hold a sub-folder with images for each class." in message()
+    (val / "dune").rmdir()
+    (val / "blue" / "2.jpg").write_bytes((val / "blue" / "2.jpg").read_bytes()[:300])
+    for workers in ("0", "1"):
+        assert message("--workers", workers).startswith(
+            f"{val / 'blue' / '2.jpg'} is no image that can be read"
+        )
+    assert "lower --k" in message("--k", "37", val=image_folders / "val")
+    lone = tmp_path / "weights.safetensors"
+    lone.write_bytes((model_folder / "model.safetensors").read_bytes())
+    assert "add --arch" in message(model=lone)
+    assert f"--model {tmp_path} is neither a folder with" in message(model=tmp_path)
+    assert "timm can't load" in message("--arch", "vit_tiny_patch16_224", model=lone)
+    lone.write_bytes(b"no weights")
+    assert "timm can't load" in message("--arch", "vit_tiny_patch16_224", model=lone)

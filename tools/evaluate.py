@@ -1,0 +1,91 @@
+"""Evaluate a timm ViT on labelled images: `tools/evaluate.py knn --model OUT --train DIR --val DIR`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader
+from torchvision.datasets import ImageFolder
+from tqdm import tqdm
+
+from mapet_ds.config import ConfigError
+from mapet_ds.index import DataError
+from mapet_ds.probe import features, knn, labelled_folders, load_timm
+
+
+def evaluate_knn(arguments: argparse.Namespace) -> tuple[str, dict[str, object]]:
+    """Accuracy of the k-NN vote on --val, as a sentence and as figures with what they rest on."""
+    model = load_timm(arguments.model, arguments.arch, arguments.untrained, arguments.seed)
+    train, val = labelled_folders(arguments.train, arguments.val, model)
+    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+    def extract(folder: ImageFolder, name: str):
+        loader = DataLoader(
+            folder, arguments.batch_size, num_workers=arguments.workers, pin_memory=device.type == "cuda"
+        )
+        return features(model, tqdm(loader, desc=name, unit="batch", disable=not sys.stderr.isatty()), device)
+
+    accuracy = knn(*extract(train, "train"), *extract(val, "val"), arguments.k, arguments.temperature)
+    figures = {
+        "knn_accuracy_percent": accuracy,
+        "k": arguments.k,
+        "temperature": arguments.temperature,
+        "train_images": len(train),
+        "val_images": len(val),
+        "classes": len(train.classes),
+        "model": str(arguments.model),
+        "untrained": arguments.untrained,
+    }
+    weights = "untrained" if arguments.untrained else "trained"
+    images = f"{len(train)} training, {len(val)} validation images, {len(train.classes)} classes"
+    sentence = f"k-NN accuracy {accuracy:.2f} % ({weights} weights; k = {arguments.k}; {images})"
+    return sentence, figures
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Evaluate a timm ViT on labelled images.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument(
+        "--model", type=Path, required=True, help="folder of tools/export_timm.py, or a file of weights"
+    )
+    shared.add_argument("--arch", help="timm model name, for a file of weights")
+    shared.add_argument(
+        "--untrained", action="store_true", help="the same architecture with fresh weights, to compare"
+    )
+    shared.add_argument("--seed", type=int, default=0, help="of the fresh weights")
+    shared.add_argument(
+        "--train", type=Path, required=True, help="folder with a sub-folder of images per class"
+    )
+    shared.add_argument("--val", type=Path, required=True, help="the same classes, other images")
+    shared.add_argument("--batch_size", type=int, default=128)
+    shared.add_argument("--workers", type=int, default=2, help="processes that read and decode")
+    shared.add_argument("--device", help="cuda, cuda:1, cpu; default: cuda where there is one")
+    shared.add_argument("--json", action="store_true", help="print one JSON object instead of a sentence")
+    neighbours = commands.add_parser(
+        "knn", parents=[shared], help="weighted vote of the k nearest training images"
+    )
+    neighbours.add_argument("--k", type=int, default=20)
+    neighbours.add_argument("--temperature", type=float, default=0.07)
+    neighbours.set_defaults(evaluate=evaluate_knn)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> int:
+    arguments = parse(argv)
+    try:
+        sentence, figures = arguments.evaluate(arguments)
+    except (ConfigError, DataError) as error:
+        # From a loader's worker the message comes under a traceback; the last line is the sentence.
+        print(str(error).splitlines()[-1].removeprefix("mapet_ds.index.DataError: "), file=sys.stderr)
+        return 2
+    print(json.dumps(figures) if arguments.json else sentence)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,97 @@
+"""Pack an image folder into WebDataset-style tar shards (image, and .cls where it has a label) with their index beside.
+
+The shards hold the same images in the same order with the same labels, and the same input gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import sys
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from tqdm import tqdm
+
+from mapet_ds.formats import BadImage
+from mapet_ds.index import DataError, Index, build_index, open_index
+
+
+def members(index: Index, i: int) -> Iterator[tuple[str, bytes]]:
+    """(name, content) of what goes into a shard for one image. The number keeps WebDataset's keys apart."""
+    folder, name = os.path.split(os.path.relpath(index.path(i), index.root))
+    stem, _, suffix = name.rpartition(".")
+    key = os.path.join(folder, f"{i:09d}_{stem.replace('.', '_')}")
+    try:
+        yield f"{key}.{suffix.lower()}", index.read(i)
+    except BadImage as reason:
+        raise DataError(f"{index.path(i)} {reason}; take it out of the folder, or give it back its bytes.") from reason
+    if index.label(i) >= 0:
+        yield f"{key}.cls", str(index.label(i)).encode()
+
+
+def write_shards(index: Index, folder: Path, max_bytes: int, max_images: int) -> int:
+    """Fill `folder` with shards of at most so many bytes of images (but at least one image); their number."""
+    number, size, images, shard = 0, 0, 0, None
+    for i in tqdm(range(len(index)), unit=" images", file=sys.stderr):
+        content = list(members(index, i))
+        if shard is None or images == max_images or size + len(content[0][1]) > max_bytes:
+            if shard:
+                shard.close()
+            shard = tarfile.open(folder / f"shard-{number:06d}.tar", "w", format=tarfile.GNU_FORMAT)
+            number, size, images = number + 1, 0, 0
+        for name, data in content:
+            header = tarfile.TarInfo(name)  # owner, mode and time are its constants
+            header.size = len(data)
+            shard.addfile(header, io.BytesIO(data))
+        size, images = size + len(content[0][1]), images + 1
+    shard.close()
+    index.close()
+    return number
+
+
+def make_shards(source: str, out: Path, max_bytes: int, max_images: int) -> str:
+    """Write the shards beside `out`, then give them its name; a sentence that says what was written.
+
+    Raises:
+        DataError: `out` holds something already or lies in the source; an image can't be read.
+    """
+    out = Path(os.path.abspath(out))
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise DataError(f"{out} is there already and is not overwritten; name a new folder.")
+    if out.is_relative_to(os.path.abspath(source)):
+        raise DataError(f"{out} lies inside {source}, which would then hold images and shards; name a folder outside.")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".shards-", dir=out.parent) as scratch:
+        index = open_index(source, Path(scratch) / "index")
+        written = Path(scratch) / "shards"
+        written.mkdir()
+        number = write_shards(index, written, max_bytes, max_images)
+        build_index(written, written / "index", index.classes)
+        written.rename(out)
+    return f"{len(index)} images, {len(index.classes)} classes, {number} shards in {out}."
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", help="images; labels are the names of the first sub-folders")
+    parser.add_argument("out", type=Path, help="a new folder")
+    parser.add_argument("--shard_size_mib", type=float, default=1024, help="largest shard, MiB of images (default 1024)")
+    parser.add_argument("--shard_images", type=int, default=1_000_000, help="most images in a shard")
+    arguments = parser.parse_args()
+    if arguments.shard_size_mib <= 0 or arguments.shard_images < 1:
+        parser.error("--shard_size_mib and --shard_images must be positive")
+    try:
+        max_bytes = int(arguments.shard_size_mib * 2**20)
+        print(make_shards(arguments.folder, arguments.out, max_bytes, arguments.shard_images))
+    except DataError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
