@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 from datetime import timedelta
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,10 @@ import torch.distributed as dist
 from mapet_ds.config import ConfigError
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+DEEPSPEED = {"deepspeed", "ds", "deepspeed.launcher.launch", "deepspeed.launcher.runner"}
+TORCHRUN = {"torchrun", "torch.distributed.run"}
+STEP_TIMEOUT = timedelta(minutes=30)
+CONTROL_TIMEOUT = timedelta(hours=6)  # ranks wait here while the first one lists a large data set; a dead one is seen at once
 
 
 class Ranks(NamedTuple):
@@ -31,48 +36,55 @@ class Ranks(NamedTuple):
     """A gloo process group for messages between hosts that must not touch a GPU."""
 
 
+def _command_line(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:  # another user's, or it has just ended
+        return []
+
+
+def _names(words: list[str], programs: set[str]) -> bool:
+    return any(Path(word).name in programs for word in words)
+
+
 def check_hostfile(command_lines: list[list[str]]) -> None:
     """Refuse a launch whose hostfile is missing: DeepSpeed 0.19.8 only warns and trains on the local node alone.
 
-    command_lines: those of this process's ancestors.
+    command_lines: those of this process's ancestors; only deepspeed's are looked at (mpirun's -H lists hosts).
 
     Raises:
-        ConfigError: a `--hostfile` or `-H` names a file that is not there.
+        ConfigError: a `--hostfile` or `-H` of deepspeed names a file that is not there.
     """
-    for words in command_lines:
+    for words in (words for words in command_lines if _names(words, DEEPSPEED)):
         for i, word in enumerate(words):
             name, equals, value = word.partition("=")
             if name not in ("--hostfile", "-H"):
                 continue
             path = value if equals else words[i + 1] if i + 1 < len(words) else ""
-            if path and not Path(path).exists():
+            if not Path(path).is_file():
                 raise ConfigError(
-                    f"The hostfile {path} does not exist, and DeepSpeed would train on this host alone. "
+                    f"The hostfile {path or '(no name)'} does not exist, and DeepSpeed would train on this host alone. "
                     "Write it (one line a host: NAME slots=GPUS), or leave --hostfile out to use one host."
                 )
-
-
-def _ancestors() -> list[list[str]]:
-    lines = []
-    for process in psutil.Process().parents():
-        try:
-            lines.append(process.cmdline())
-        except psutil.Error:
-            break
-    return lines
 
 
 def init_distributed() -> Ranks:
     """Join the launch: NCCL on GPUs, gloo on CPUs; a plain process is a launch of one. Every rank must call it.
 
     Raises:
-        ConfigError: the hostfile is missing, or there are more ranks on this host than GPUs.
+        ConfigError: the hostfile is missing, the launcher's variables are incomplete, or there are more ranks on this
+            host than GPUs.
     """
-    check_hostfile(_ancestors())
-    environment = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    for name, value in environment.items():
-        os.environ.setdefault(name, value)
-    os.environ.setdefault("MASTER_PORT", "0" if os.environ["WORLD_SIZE"] == "1" else "29500")
+    check_hostfile([_command_line(process) for process in psutil.Process().parents()])
+    single = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        for name, value in single.items():
+            os.environ.setdefault(name, value)
+    if missing := [name for name in single if name not in os.environ]:
+        raise ConfigError(
+            f"WORLD_SIZE = {os.environ['WORLD_SIZE']}, but {', '.join(missing)} is not set: start with deepspeed or torchrun, "
+            "which set them, or unset WORLD_SIZE to run one process."
+        )
     rank, local_rank, world_size = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -83,23 +95,33 @@ def init_distributed() -> Ranks:
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        timeout=timedelta(minutes=30),
-        device_id=device if device.type == "cuda" else None,
-    )
-    return Ranks(rank, local_rank, world_size, device, dist.new_group(backend="gloo"))
+    backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+    dist.init_process_group(backend, timeout=STEP_TIMEOUT, device_id=device_id)
+    return Ranks(rank, local_rank, world_size, device, dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT))
+
+
+def _launchers() -> list[psutil.Process]:
+    """The ancestors that started this rank: torchrun, or deepspeed's runner and the launch under it; none for plain python."""
+    return list(takewhile(lambda p: _names(_command_line(p), DEEPSPEED | TORCHRUN), psutil.Process().parents()))
+
+
+def _has_ended(process: psutil.Process) -> bool:
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 class StopRequest:
     """Whether anybody has asked this run to stop: a signal to any rank, RUN/STOP, or the launcher's death.
 
-    The deepspeed launcher, when killed, leaves its ranks behind: a rank whose parent has changed asks to stop.
+    A killed deepspeed launcher leaves its ranks behind, and they would train on unseen: so the end of the launcher counts
+    as a request. A RUN/STOP left from before is removed. Every rank must build one.
     """
 
     def __init__(self, run_dir: Path, ranks: Ranks) -> None:
         self.file, self.ranks = run_dir / "STOP", ranks
-        self.parent = os.getppid()
+        self.launchers = _launchers()
         self.asked = False
         if ranks.rank == 0:
             self.file.unlink(missing_ok=True)
@@ -111,7 +133,7 @@ class StopRequest:
 
     def agreed(self) -> bool:
         """True as soon as one rank has been asked. Every rank must call it at each step boundary; no GPU waits."""
-        asked = self.asked or os.getppid() != self.parent or (self.ranks.rank == 0 and self.file.exists())
+        asked = self.asked or any(map(_has_ended, self.launchers)) or (self.ranks.rank == 0 and self.file.exists())
         flag = torch.tensor(float(asked))
         dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.ranks.control)
         return bool(flag)

@@ -43,8 +43,8 @@ Weights = dict[str, Any]
 class Teacher(nn.Module):
     """A frozen image tower whose forward gives dense features; always in eval mode, never with a gradient.
 
-    Attributes: identity (name, sha256 of architecture and weights, layer counted from 0, img_size), grid (patches along one side),
-    embed_dim (C), dtype.
+    Attributes: identity (name, sha256 of architecture and weights, layer counted from 0, img_size), grid (patches along
+    one side), embed_dim (C), dtype.
     """
 
     def __init__(self, visual: nn.Module, config: TeacherConfig, dtype: torch.dtype) -> None:
@@ -94,8 +94,8 @@ class Teacher(nn.Module):
         """
         if self.grid != grid:
             raise ConfigError(
-                f"The teacher's features are {self.grid} x {self.grid}, the student's patches {grid} x {grid}: each patch needs "
-                "one target. Change teacher.img_size or the student's size."
+                f"The teacher's features are {self.grid} x {self.grid}, the student's patches {grid} x {grid}: each "
+                "patch needs one target. Change teacher.img_size or the student's size."
             )
 
     @property
@@ -118,7 +118,6 @@ def build_teacher(config: TeacherConfig, device: torch.device) -> Teacher:
     bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
     model = teacher_model_config(config.name)
     model["quick_gelu"] = _quick_gelu(config, model)
-
     dtype = torch.bfloat16 if bf16 else torch.float32
     build = partial(_build_tower, model, config.img_size)
     with torch.device("meta"):
@@ -170,7 +169,8 @@ def _quick_gelu(config: TeacherConfig, model: dict[str, Any]) -> bool:
     named = bool(model.get("quick_gelu"))
     tag = open_clip.get_pretrained_cfg(config.name, config.weights)
     twin = f"{config.name}-quickgelu"
-    if not (named or tag or config.weights == "random") and twin in open_clip.list_models():
+    asked = named or tag or config.weights == "random" or int(os.environ.get("RANK", "0")) > 0
+    if not asked and twin in open_clip.list_models():
         log.warning(
             f"teacher.weights = {config.weights} is a file and can't tell its activation; {config.name} means GELU. If the "
             f"weights were trained with QuickGELU (OpenAI, MetaCLIP, DFN), set teacher.name={twin}."
@@ -229,8 +229,8 @@ def _weights_file(config: TeacherConfig) -> str:
         if not Path(config.weights).is_file():
             tags = ", ".join(open_clip.list_pretrained_tags_by_model(config.name)) or "none"
             raise ConfigError(
-                f"teacher.weights = {config.weights!r} is neither a file nor a tag of {config.name} (tags: {tags}); `random` "
-                "must be asked for by name."
+                f"teacher.weights = {config.weights!r} is neither a file nor a tag of {config.name} (tags: {tags}); "
+                "`random` must be asked for by name."
             )
         return config.weights
 
@@ -255,8 +255,8 @@ def _read_weights(path: Path) -> Weights:
         else:
             if zipfile.is_zipfile(path) and any(n.endswith("/constants.pkl") for n in zipfile.ZipFile(path).namelist()):
                 raise ConfigError(
-                    f"The teacher's weights {path} are a TorchScript archive, which is a program (OpenAI's originals are such). "
-                    "Name the tag instead, teacher.weights=openai, or convert them once to safetensors."
+                    f"The teacher's weights {path} are a TorchScript archive, which is a program (OpenAI's originals "
+                    "are such). Name the tag instead, teacher.weights=openai, or convert them once to safetensors."
                 )
             tensors = torch.load(path, map_location="cpu", weights_only=True)
             tensors = tensors.get("state_dict", tensors)
@@ -340,7 +340,7 @@ def _shard(teacher: Teacher, config: TeacherConfig, device: torch.device) -> Non
         return
     ranks = dist.get_world_size()
     if config.shard == "node":
-        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))  # torchrun, deepspeed
+        ranks = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE", "1"))  # deepspeed's; torchrun's
     if dist.get_world_size() % ranks:
         raise ConfigError(
             f"teacher.shard = node needs equally many ranks on every node, but {dist.get_world_size()} ranks are not a "

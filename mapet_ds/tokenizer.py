@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import faiss
 import numpy as np
@@ -24,11 +24,9 @@ from tqdm import tqdm
 from mapet_ds import draws
 from mapet_ds.config import Config, ConfigError, DataConfig, TokenizerConfig
 from mapet_ds.data import Loader
+from mapet_ds.index import Index
+from mapet_ds.launch import Ranks
 from mapet_ds.teacher import Teacher, teacher_mean_std
-
-if TYPE_CHECKING:
-    from mapet_ds.index import Index
-    from mapet_ds.launch import Ranks
 
 SCORES = 2**26
 """Distances held at once in `assign`: 256 MiB of fp32."""
@@ -95,8 +93,8 @@ class Codebook:
             found = self.provenance.get(key, "not recorded")
             if found != str(value):
                 raise ConfigError(
-                    f"The codebook was fitted with {key} = {found[:12]} (teacher {self.provenance.get('teacher.name')}), but this "
-                    f"run has {str(value)[:12]} (teacher {identity['name']}). Fit one with tools/fit_codebook.py and this "
+                    f"The codebook was fitted with {key} = {found[:12]} (teacher {self.provenance.get('teacher.name')}), but "
+                    f"this run has {str(value)[:12]} (teacher {identity['name']}). Fit one with tools/fit_codebook.py and this "
                     "recipe, or change the recipe."
                 )
 
@@ -154,8 +152,8 @@ def fit(features: NDArray[np.float32], config: TokenizerConfig, seed: int, sourc
     finite = np.isfinite(np.einsum("ij->i", features))  # one number a row: no mask of the whole size
     if not finite.all():
         raise ConfigError(
-            f"{points - int(finite.sum())} of {points} patch features are not finite: the teacher's weights are damaged, or its "
-            "precision is too low (try teacher.precision=fp32)."
+            f"{points - int(finite.sum())} of {points} patch features are not finite: the teacher's weights are damaged, or "
+            "its precision is too low (try teacher.precision=fp32)."
         )
     gpus = faiss.get_num_gpus()
     kmeans = faiss.Kmeans(

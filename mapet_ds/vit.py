@@ -114,7 +114,7 @@ def build_vit(config: ModelConfig) -> VisionTransformer:
             img_size=config.img_size,
             patch_size=config.patch_size,
             drop_path_rate=config.drop_path,
-            init_values=config.layer_scale,
+            init_values=config.layer_scale or 0.0,  # timm drops a None, and with it a model's own default wins
             block_fn=StreamBlock,
             **config.args,
         )

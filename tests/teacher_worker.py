@@ -3,17 +3,21 @@
     teacher_worker.py TOWERS OUT DEVICE     TOWERS holds the folders vit, resnet, ...; rank r writes OUT/r.pt
 """
 
+import dataclasses
 import os
+import shutil
 import sys
+import time
 from pathlib import Path
 
+import open_clip
 import safetensors
 import torch
 import torch.distributed as dist
 from towers import SIZE, know_tiny_models
 
 from mapet_ds import teacher as module
-from mapet_ds.config import TeacherConfig
+from mapet_ds.config import ConfigError, TeacherConfig
 
 CASES = [
     ("vit", "fp32", "world"), ("vit", "bf16", "node"), ("resnet", "fp32", "node"), ("resnet", "bf16", "world"),
@@ -62,6 +66,29 @@ def settings(towers, case):
     return TeacherConfig(**named, img_size=SIZE[kind], precision=precision, shard=shard)
 
 
+def download_results(towers, out, device):
+    """What a tag's teacher is made of when only the node's first rank may download, and when that fails."""
+    calls = Path(out) / "calls"
+
+    def download(cfg):
+        with calls.open("a") as file:
+            file.write(f"rank {os.environ['RANK']}\n")
+        if "fail" in cfg["url"]:
+            raise OSError("no route to host")
+        time.sleep(1)
+        return shutil.copy(f"{towers}/vit.pt", Path(out) / "downloaded.pt")
+
+    open_clip.download_pretrained = download
+    open_clip.pretrained._PRETRAINED["vit"] = {"good": {"url": "good"}, "bad": {"url": "fail"}}
+    config = TeacherConfig(name="vit", img_size=SIZE["vit"], precision="fp32", weights="good", shard="world")
+    results = {"good": module.build_teacher(config, device).identity}
+    try:
+        module.build_teacher(dataclasses.replace(config, weights="bad"), device)
+    except ConfigError as error:
+        results["bad"] = str(error)
+    return results
+
+
 def main(towers, out, device):
     torch.set_num_threads(1)
     rank = int(os.environ["RANK"])
@@ -80,6 +107,7 @@ def main(towers, out, device):
         read = CountingFile.last.read if CountingFile.last else None
         features = [teacher(images(kind).to(device)) for _ in range(2)]  # the second after the first gave its memory back
         results[case] = [f.cpu() for f in features], teacher.identity, teacher.local_bytes, read, allocated
+    results["download"] = download_results(towers, out, device)
     torch.save(results, Path(out) / f"{rank}.pt")
     dist.destroy_process_group()
 

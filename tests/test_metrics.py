@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 import textwrap
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,13 +14,14 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mapet_ds.config import REPOSITORY, Config, DataConfig, LogConfig, ModelConfig, TrainConfig
+from mapet_ds.launch import Ranks
 from mapet_ds.metrics import IMAGES_SHOWN, Metrics, token_colours
 
 
 @pytest.fixture
 def ranks():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield SimpleNamespace(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"), control=None)
+    yield Ranks(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"), control=None)
     dist.destroy_process_group()
 
 
@@ -180,15 +180,15 @@ def test_progress_bar(tmp_path, ranks, capsys):
 
 SCRIPT = """
     import json, os, sys
-    from types import SimpleNamespace
     import torch, torch.distributed as dist
     from mapet_ds.config import Config, ModelConfig, TrainConfig, LogConfig
+    from mapet_ds.launch import Ranks
     from mapet_ds.metrics import Metrics
 
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     device = torch.device("cpu")
-    ranks = SimpleNamespace(rank=rank, world_size=2, local_rank=rank, device=device, control=None)
+    ranks = Ranks(rank=rank, world_size=2, local_rank=rank, device=device, control=None)
     train = TrainConfig(global_batch_size=16, micro_batch_size=4)
     config = Config(run_dir=sys.argv[1], train=train, log=LogConfig(progress=False))
     metrics = Metrics(config, ranks, total_steps=4, steps_per_epoch=2)

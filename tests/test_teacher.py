@@ -16,6 +16,7 @@ from towers import SIZE, VISION, know_tiny_models, model_config, whole_model, wr
 
 from mapet_ds.config import ConfigError, TeacherConfig
 from mapet_ds.teacher import build_teacher, teacher_mean_std
+from mapet_ds.tokenizer import Codebook
 
 CPU = torch.device("cpu")
 LAYERS = {"vit": 3, "resnet": 5, "timm": 6, "relpos": 9}
@@ -65,7 +66,8 @@ def test_features_of_each_layer_are_those_inside_open_clips_forward(towers, kind
         module.register_forward_hook(lambda module, inputs, output: seen.append(output))
     with torch.enable_grad():  # the ordinary attention path
         model.visual(images(kind))
-    for layer, expected in enumerate(seen):
+    for layer in {0, 1, len(seen) - 2, len(seen) - 1}:
+        expected = seen[layer]
         expected = expected.flatten(2).transpose(1, 2) if expected.ndim == 4 else expected[:, prefix:]
         teacher = build(towers, kind, layer=layer - len(seen) if layer % 2 else layer)
         features = teacher(images(kind))
@@ -202,12 +204,13 @@ def write_wrong(path, kind, towers):
         ("html", ".pt", "can't be read as plain tensors"),
         ("html", ".safetensors", "can't be read as plain tensors"),
         ("truncated", ".safetensors", "can't be read as plain tensors"),
-        ("other model", ".safetensors", "does not fit teacher.name = vit at 64 px: .* tensors differ, e.g. visual.* is not in"),
+        ("other model", ".safetensors", "does not fit teacher.name = vit at 64 px: .* differ, e.g. visual.* is not in"),
         ("wider", ".safetensors", r"visual.proj is \(64, 65\), the model's \(64, 64\)"),
         ("text only", ".safetensors", "holds no image tower"),
         ("missing", ".safetensors", "1 tensors differ, e.g. visual.proj is missing"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning", "ignore:Detected pickle protocol:UserWarning")
 def test_a_wrong_file_is_answered_by_a_sentence_and_never_run(towers, tmp_path, kind, suffix, sentence):
     path = tmp_path / f"weights{suffix}"
     write_wrong(path, kind, towers)
@@ -294,27 +297,45 @@ def test_a_grid_that_is_not_the_students_is_refused(towers):
 
 
 def run_sharded(towers, out, device, ranks=2):
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([*sys.path]), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     worker = Path(__file__).with_name("teacher_worker.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", str(worker)]
-    done = subprocess.run([*command, str(towers), str(out), device], env=environment, capture_output=True, text=True, timeout=300)
+    command += [str(towers), str(out), device]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return [torch.load(out / f"{rank}.pt", weights_only=False) for rank in range(ranks)]
 
 
-def test_sharded_teachers_give_the_bits_of_the_whole_one(towers, tmp_path):
-    results = run_sharded(towers, tmp_path, "cpu")
-    for case in CASES:
-        kind = case[0].removesuffix(".pt")
-        whole = build_teacher(settings(towers, case), CPU)
-        expected = whole(images(kind))
-        for features, identity, local_bytes, read, _ in (result[case] for result in results):
-            assert all(torch.equal(f, expected) for f in features), case
-            assert identity == whole.identity
-            assert local_bytes <= (0.62 if case[2] != "none" else 1) * whole.local_bytes  # statistics stay whole
-        assert sum(result[case][2] for result in results) >= whole.local_bytes
-        if case[2] != "none" and not case[0].endswith(".pt"):
-            assert read < 0.62 * sum(tensor.numel() for tensor in whole.state_dict().values()), case  # of the second rank
+@pytest.fixture(scope="module")
+def sharded(towers, tmp_path_factory):
+    """What two ranks saw, and the folder they wrote to."""
+    out = tmp_path_factory.mktemp("sharded")
+    return run_sharded(towers, out, "cpu"), out
+
+
+@pytest.mark.parametrize("case", CASES, ids="-".join)
+def test_a_sharded_teacher_gives_the_bits_of_the_whole_one(towers, sharded, case):
+    results = [result[case] for result in sharded[0]]
+    whole = build_teacher(settings(towers, case), CPU)
+    expected = whole(images(case[0].removesuffix(".pt")))
+    book = Codebook(expected.flatten(0, 1)[::3], {})
+    for features, identity, local_bytes, _, _ in results:
+        assert all(torch.equal(f, expected) for f in features)
+        assert all(torch.equal(book.assign(f), book.assign(expected)) for f in features)
+        assert identity == whole.identity
+        assert local_bytes <= (0.62 if case[2] != "none" else 1) * whole.local_bytes  # statistics and tables stay whole
+    assert sum(result[2] for result in results) >= whole.local_bytes
+    read = results[1][3]  # by the second rank: the first reads all, for the checksum
+    if case[2] != "none" and read is not None:
+        assert read < 0.62 * sum(tensor.numel() for tensor in whole.state_dict().values())
+
+
+def test_one_rank_a_node_downloads_and_its_failure_is_everybodys(towers, sharded):
+    results, out = sharded
+    assert (out / "calls").read_text() == "rank 0\n" * 2
+    for result in results:
+        assert result["download"]["good"] == named(towers / "vit.pt").identity
+        assert "weights bad of vit can't be downloaded: no route to host" in result["download"]["bad"]
 
 
 @pytest.mark.gpu

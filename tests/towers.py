@@ -19,7 +19,9 @@ SIZE = {kind: vision["image_size"] for kind, vision in VISION.items()}
 
 
 def model_config(kind):
-    return {"embed_dim": 64, "vision_cfg": dict(VISION[kind]), "text_cfg": dict(TEXT), "custom_text": "timm_model_name" in VISION[kind]}
+    """As in open_clip_config.json."""
+    vision = dict(VISION[kind])
+    return {"embed_dim": 64, "vision_cfg": vision, "text_cfg": dict(TEXT), "custom_text": "timm_model_name" in vision}
 
 
 def write_tower(folder, kind, seed=0):

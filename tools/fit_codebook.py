@@ -32,7 +32,8 @@ def parse(argv: list[str]) -> Config:
             raise ConfigError("tokenizer.path is empty: name the file to write, tokenizer.path=/runs/codebook.safetensors.")
         if Path(config.tokenizer.path).exists() and not arguments.overwrite:
             raise ConfigError(
-                f"tokenizer.path = {config.tokenizer.path} exists, and runs may rest on it: name another file, or say --overwrite."
+                f"tokenizer.path = {config.tokenizer.path} exists, and runs may rest on it: name another file, or say "
+                "--overwrite."
             )
         return config
     except ConfigError as error:
@@ -59,8 +60,9 @@ def fit_codebook(config: Config) -> None:
     teacher.check_grid(config.grid)
     if ranks.rank == 0:
         print(
-            f"{points} of {len(index) * config.num_patches} patch features of {len(index)} images, {teacher.embed_dim} wide: "
-            f"{points * teacher.embed_dim * 4 / 2**30:.2f} GiB on the first rank.",
+            f"Teacher {config.teacher.name}: {teacher.local_bytes / 2**20:.1f} MiB of weights on each rank. {points} of "
+            f"{len(index) * config.num_patches} patch features of {len(index)} images, {teacher.embed_dim} wide: "
+            f"{points * teacher.embed_dim * 4 / 2**20:.1f} MiB on the first rank.",
             flush=True,
         )
     identity, start = teacher.identity, time.monotonic()

@@ -35,12 +35,12 @@ COLOURS = {
     "blue": (45, 95, 210), "purple": (130, 60, 170), "white": (240, 240, 240), "black": (25, 25, 25),
 }  # fmt: skip
 BACKGROUNDS = ("plain", "striped", "checkered", "dotted", "noisy")
-IMG_SIZE = 64
+IMG_SIZE = 128
 MEAN, STD = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
 MODEL = {
     "embed_dim": 128,
-    "vision_cfg": {"image_size": IMG_SIZE, "layers": [1, 2, 1, 1], "width": 16, "head_width": 64},
-    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 1},
+    "vision_cfg": {"image_size": IMG_SIZE, "layers": [1, 1, 1, 1], "width": 8, "head_width": 64},
+    "text_cfg": {"context_length": 8, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 1},
 }
 
 
@@ -69,7 +69,7 @@ SHAPES: dict[str, tuple[Points, Points]] = {
 
 def _background(rng: np.random.Generator, kind: str, width: int, height: int, colour: np.ndarray) -> np.ndarray:
     """[height, width, 3] float: a pattern of the colour and of a darker or lighter one."""
-    other = np.clip(colour + rng.choice([-1, 1]) * rng.uniform(20, 50), 0, 255)
+    other = np.clip(colour + rng.choice([-1, 1]) * rng.uniform(15, 40), 0, 255)
     y, x = np.mgrid[:height, :width].astype(np.float32)
     angle, period = rng.uniform(0, math.pi), rng.uniform(8, 24)
     u, v = x * math.cos(angle) + y * math.sin(angle), y * math.cos(angle) - x * math.sin(angle)
@@ -89,10 +89,10 @@ def render(rng: np.random.Generator, shape: str) -> tuple[Image.Image, str]:
     height = int(np.clip(width * rng.uniform(0.7, 1.4), 80, 200))
     colour, behind = rng.choice(list(COLOURS), 2, replace=False)
     kind = str(rng.choice(BACKGROUNDS))
-    pixels = _background(rng, kind, width, height, np.array(COLOURS[behind], dtype=np.float32))
+    pixels = _background(rng, kind, width, height, 0.5 * np.array(COLOURS[behind], dtype=np.float32) + 64)
     side = min(width, height)
     large = bool(rng.random() < 0.5)
-    radius = side * (rng.uniform(0.38, 0.44) if large else rng.uniform(0.3, 0.36))
+    radius = side * (rng.uniform(0.4, 0.46) if large else rng.uniform(0.32, 0.38))
     room = side / 2 - radius
     cx, cy = width / 2 + rng.uniform(-room, room), height / 2 + rng.uniform(-room, room)
     angle = rng.uniform(-0.3, 0.3)
@@ -104,7 +104,7 @@ def render(rng: np.random.Generator, shape: str) -> tuple[Image.Image, str]:
             ImageDraw.Draw(mask).polygon([tuple(p) for p in (2 * turned.T).tolist()], fill=fill)
     cover = np.asarray(mask.reduce(2), dtype=np.float32)[..., None] / 255
     pixels = pixels * (1 - cover) + np.array(COLOURS[colour]) * cover
-    pixels = np.clip(pixels + rng.normal(0, 6, pixels.shape), 0, 255).astype(np.uint8)
+    pixels = np.clip(pixels + rng.normal(0, 4, pixels.shape), 0, 255).astype(np.uint8)
     caption = f"a {colour} {shape}"
     return Image.fromarray(pixels), str(caption)
 

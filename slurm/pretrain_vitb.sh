@@ -1,0 +1,22 @@
+#!/bin/bash
+# MaPeT, ViT-B/16, on SLURM. Submit from the repository's root, with the environment active in which `deepspeed` runs:
+#
+#   DATA=/data/imagenet/train RUN_DIR=/runs/vitb16 sbatch slurm/pretrain_vitb.sh [a.b=value ...]
+#
+# RUN_DIR is on a disk that all nodes share. CODEBOOK names a codebook to use; without one it is fitted first and kept in
+# RUN_DIR. ENGINE names another DeepSpeed JSON than ds_configs/zero2.json. The job queues itself again until it is done.
+# Nodes x GPUs x train.micro_batch_size (128 here) must divide the batch of 2048.
+# Not yet proven on a real cluster.
+#SBATCH --job-name=mapet_vitb
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --exclusive
+#SBATCH --time=24:00:00
+#SBATCH --signal=B:USR1@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=slurm-%x-%j.out
+
+cd "${SLURM_SUBMIT_DIR:?}" || exit # SLURM runs a copy of this file, from elsewhere
+RECIPE=mapet_ds/recipes/mapet_vitb16.yaml exec bash slurm/launch.sh "$@"

@@ -1,0 +1,74 @@
+"""A whole small line for the tests of the programs: images, a tiny teacher, a codebook, a recipe, and the user's commands."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import yaml
+from PIL import Image
+from towers import write_tower
+
+from mapet_ds.config import REPOSITORY
+
+IMAGES = 45  # 5.6 steps of 8 an epoch: a run passes an epoch's end in the middle of a batch
+
+
+def make_line(folder: Path) -> Path:
+    """The recipe of a run of 12 steps, all that it names beside it."""
+    generator = np.random.default_rng(0)
+    for number in range(IMAGES):
+        width, height = generator.integers(40, 120, 2)
+        blocks = generator.integers(0, 255, (height // 8, width // 8, 3), dtype=np.uint8)
+        path = folder / "train" / "ab"[number % 2] / f"{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(blocks).resize((width, height), Image.Resampling.BICUBIC).save(path)
+    write_tower(folder / "teacher", "vit")
+    recipe = {
+        "run_dir": str(folder / "run"),
+        "model": {
+            "name": "vit_tiny_patch16_224", "img_size": 32, "patch_size": 8,
+            "args": {"depth": 3, "embed_dim": 32, "num_heads": 2},
+        },
+        "data": {"train": str(folder / "train"), "crop": "random", "flip": 0.5, "threads": 1},
+        "teacher": {"name": f"local-dir:{folder}/teacher", "img_size": 64},
+        "tokenizer": {"path": str(folder / "codebook.safetensors"), "vocab_size": 16, "redo": 1, "iterations": 5},
+        "optim": {"lr": 2e-3, "warmup_epochs": 0.5},
+        "train": {"epochs": 2, "global_batch_size": 8, "micro_batch_size": 4},
+        "checkpoint": {"every_steps": 3},
+        "log": {"every_steps": 1, "images_every_steps": 4, "progress": False},
+    }  # fmt: skip
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    done = start(sys.executable, "tools/fit_codebook.py", "--config", path)
+    assert done.returncode == 0, done.stderr
+    return path
+
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(REPOSITORY)}
+
+
+def start(*command: object, **options: object) -> subprocess.CompletedProcess:
+    words = [str(word) for word in command]
+    return subprocess.run(words, cwd=REPOSITORY, env=ENVIRONMENT, capture_output=True, text=True, timeout=400, **options)
+
+
+def command(recipe: Path, ranks: int, *overrides: str, engine: str = "ds_configs/zero2_cpu.json") -> list[str]:
+    """The user's own, under torchrun; plain python for one rank."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+    words = [sys.executable, *launcher, "mapet_ds/pretrain.py", "--config", str(recipe), "--deepspeed_config", engine]
+    return [*words, *overrides]
+
+
+def pretrain(recipe: Path, ranks: int, *overrides: str, **options: str) -> subprocess.CompletedProcess:
+    return start(*command(recipe, ranks, *overrides, **options))
+
+
+def losses(run_dir: Path) -> dict[int, float]:
+    """Loss by step; asserts that no step is there twice."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    found = {line["step"]: line["loss"] for line in lines}
+    assert len(found) == len(lines)
+    return found

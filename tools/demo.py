@@ -1,0 +1,79 @@
+"""Pre-train MaPeT on a small rendered data set, from nothing to timm weights: `python tools/demo.py runs/demo`.
+
+Runs the programs a user would run, one after another, and prints each command before it starts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def run(says: str, *command: object) -> str:
+    """Standard output of a command, shown as it comes; a failing one ends the demo with its exit code."""
+    words = [str(word) for word in command]
+    print(f"\n== {says}\n$ {shlex.join(words)}", flush=True)
+    lines = []
+    with subprocess.Popen(words, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            lines.append(line)
+    if process.returncode:
+        sys.exit(process.returncode)
+    return "".join(lines)
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, help="where the demo writes, e.g. runs/demo; run again, it continues")
+    folder = parser.parse_args().folder.resolve()
+    began = time.monotonic()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    python, data, run_dir = sys.executable, folder / "data", folder / "pretrain"
+    codebook, export = folder / "codebook.safetensors", folder / "vit_timm"
+    recipe = ["--config", "mapet_ds/recipes/demo_cpu.yaml"]
+    paths = [
+        f"data.train={data}/train", f"teacher.name=local-dir:{data}/teacher", f"tokenizer.path={codebook}", f"run_dir={run_dir}"
+    ]  # fmt: skip
+
+    run("Render labelled JPEGs and train a small CLIP on them: the teacher", python, "tools/make_demo.py", data)
+    run("Fit the k-CLIP codebook: k-means of the teacher's patch features",
+        python, "tools/fit_codebook.py", "--overwrite", *recipe, *paths)  # fmt: skip
+    run("Pre-train the ViT with MaPeT on two CPU ranks; the token ids are computed on the fly",
+        Path(python).parent / "deepspeed", "--num_gpus", 2, "--master_port", free_port(), "mapet_ds/pretrain.py", *recipe,
+        "--deepspeed_config", "ds_configs/zero2_cpu.json", *paths)  # fmt: skip
+    if not (run_dir / "DONE").exists():
+        sys.exit(f"The pre-training did not reach its end: {run_dir}/DONE is missing.")
+    run("Export the ViT to timm, proven equal", python, "tools/export_timm.py", run_dir, export)
+    probe = ["tools/evaluate.py", "knn", "--json", "--model", export, "--train", data / "train", "--val", data / "val"]
+    before = json.loads(run("k-NN accuracy of the untrained ViT", python, *probe, "--untrained"))["knn_accuracy_percent"]
+    after = json.loads(run("k-NN accuracy of the pre-trained ViT", python, *probe))["knn_accuracy_percent"]
+
+    losses = [json.loads(line)["loss"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    print(f"\nloss              {losses[0]:.3f} at the start, {losses[-1]:.3f} at the end")
+    print(f"k-NN accuracy     {before:.1f} % untrained, {after:.1f} % pre-trained ({after - before:+.1f} points)")
+    print(f"timm weights      {export / 'model.safetensors'}")
+    print(f"TensorBoard       {Path(python).parent / 'tensorboard'} --logdir {run_dir}/tensorboard")
+    print(f"time              {time.monotonic() - began:.0f} s")
+    if after - before < 15:
+        sys.exit("Pre-training should gain 15 points of k-NN accuracy and did not: something is broken.")
+
+
+if __name__ == "__main__":
+    main()
