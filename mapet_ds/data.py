@@ -184,6 +184,7 @@ class Loader:
         """The micro-batch that is due, read here and decoded on the CPU: of its images the CPU's decoder refuses none, so
         the GPU's did, or the storage failed for a moment."""
         logger.warning("Micro-batch %d is done again on the CPU: %s", self._micro_step, str(error).splitlines()[0])
+        self._pipeline = None  # ends its workers; the source is used anew from here
         self._source.first_micro_step = self._micro_step
         outputs = self._pipeline_of("cpu", workers=0, prefetch=1).run()
         self._build(self._micro_step + 1)

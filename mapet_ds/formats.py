@@ -117,8 +117,9 @@ def _inspect_bmp(data: bytes) -> tuple[int, int]:
 TIFF_MODES = {"RGB", "RGBA", "L", "P", "CMYK", "YCbCr", "I;16", "I;16B"}
 
 TIFF_STRIPS_OR_TILES = (
-    (TiffImagePlugin.STRIPOFFSETS, TiffImagePlugin.TILEOFFSETS), (TiffImagePlugin.STRIPBYTECOUNTS, TiffImagePlugin.TILEBYTECOUNTS),
-)  # fmt: skip
+    (TiffImagePlugin.STRIPOFFSETS, TiffImagePlugin.TILEOFFSETS),
+    (TiffImagePlugin.STRIPBYTECOUNTS, TiffImagePlugin.TILEBYTECOUNTS),
+)
 
 
 def _inspect_tiff(data: bytes) -> tuple[int, int]:

@@ -197,7 +197,9 @@ class Index:
             self._paths = np.memmap(folder / "paths.bin", mode="r").view(np.ndarray)
             self._device = os.stat(root).st_dev
         except (OSError, ValueError, EOFError) as error:
-            raise DataError(f"The index {folder} of {root} can't be opened: {error}. Delete it to have it built anew.") from error
+            raise DataError(
+                f"The index {folder} of {root} can't be opened: {error}. Delete it to have it built anew."
+            ) from error
         self.fingerprint: str = description["fingerprint"]
         """sha256 over relative paths and lengths: the same wherever the data set lies."""
         self.classes: list[str] = description["classes"]

@@ -4,7 +4,7 @@
 
 # The ranks are started over ssh, which brings no environment: the head node's own PATH finds nvcc and ninja everywhere.
 export PATH="$PATH"
-# export LD_LIBRARY_PATH="$LD_LIBRARY_PATH"
+# export LD_LIBRARY_PATH="${LD_LIBRARY_PATH:-}"
 # export CUDA_HOME=/usr/local/cuda
 
 # FusedAdam is compiled at the first start, once on each node: keep this on a disk of the node, never on a shared one.

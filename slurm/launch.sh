@@ -3,8 +3,8 @@
 # Needs RECIPE, DATA and RUN_DIR in the environment; CODEBOOK and ENGINE have defaults. Arguments are overrides, a.b=value.
 #
 # Training stops in order when SLURM warns of the time limit (USR1) or takes the nodes away (TERM): RUN_DIR/STOP makes the
-# ranks save and leave, and the job is queued again. RUN_DIR/DONE, written by the trainer after its last step, is the proof of
-# success; the launcher's exit code is not, since deepspeed returns 0 for some failures.
+# ranks save and leave, and the job is queued again unless SLURM is ending it already. RUN_DIR/DONE, written by the trainer
+# after its last step, is the proof of success; the launcher's exit code is not, since deepspeed returns 0 for some failures.
 set -euo pipefail
 
 : "${RECIPE:?is set by slurm/pretrain_*.sh}"
@@ -47,16 +47,22 @@ ask_to_stop() {
     [[ -f $CODEBOOK || -z $child ]] || kill "$child" # fitting a codebook does not look for STOP
 }
 leave() {
-    [[ -z $stopping ]] || kill "$stopping"
+    [[ -z $stopping ]] || kill "$stopping" 2>/dev/null || :
     rm -f "$RUN_DIR/STOP"
 }
 trap ask_to_stop USR1 TERM
 trap leave EXIT
 
-# Runs a program of the repository on all ranks. In the background, since bash takes signals only while it waits.
+# A preemption sends TERM to every process of the job, and deepspeed would die of it, or kill the ranks, while they save.
+without_term='
+import os, signal, sys
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+os.execvp(sys.argv[1], sys.argv[1:])'
+
+# Runs a command in the background, since bash takes signals only while it waits.
 code=0
 launch() {
-    deepspeed "${launcher[@]}" "$@" &
+    "$@" &
     child=$!
     while :; do
         code=0
@@ -67,19 +73,25 @@ launch() {
 
 settings=("data.train=$DATA" "tokenizer.path=$CODEBOOK" "$@")
 if [[ ! -f $CODEBOOK ]]; then
-    launch tools/fit_codebook.py --config "$RECIPE" "${settings[@]}"
+    launch deepspeed "${launcher[@]}" tools/fit_codebook.py --config "$RECIPE" "${settings[@]}"
 fi
 if [[ -f $CODEBOOK && -z $stopping ]]; then
-    launch mapet_ds/pretrain.py --config "$RECIPE" --deepspeed_config "$ENGINE" \
+    launch python -c "$without_term" deepspeed "${launcher[@]}" \
+        mapet_ds/pretrain.py --config "$RECIPE" --deepspeed_config "$ENGINE" \
         "run_dir=$RUN_DIR" "train.world_size=$((nodes * gpus))" "${settings[@]}"
 fi
 
 if [[ -f $RUN_DIR/DONE ]]; then
     echo "$(date): done, $(cat "$RUN_DIR/DONE")"
 elif [[ -n $stopping ]]; then
-    trap - USR1 TERM
-    echo "$(date): stopped in order; job $SLURM_JOB_ID goes back into the queue."
-    scontrol requeue "$SLURM_JOB_ID"
+    trap '' USR1 TERM
+    leave
+    if [[ $(squeue --noheader --jobs "$SLURM_JOB_ID" --format %T) == RUNNING ]]; then
+        echo "$(date): stopped in order; job $SLURM_JOB_ID goes back into the queue."
+        scontrol requeue "$SLURM_JOB_ID"
+    else # cancelled by its user, or preempted, which queues it again without our help
+        echo "$(date): stopped in order; SLURM is ending job $SLURM_JOB_ID."
+    fi
 elif [[ -f $RUN_DIR/STOP ]]; then
     echo "$(date): stopped by $RUN_DIR/STOP; submit the same job again to continue."
 else

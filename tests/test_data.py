@@ -1,14 +1,11 @@
 """The loader: pixels, exact order at any split, unreadable images, storage faults, and the programs on data sets."""
 
 import dataclasses
-import io
 import itertools
 import os
-import re
 import shutil
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 
 import images
@@ -17,7 +14,6 @@ import pytest
 import torch
 from PIL import Image
 from torchvision.transforms import RandomResizedCrop
-from torchvision.transforms import functional as torchvision_f
 
 from mapet_ds.config import REPOSITORY, Config, ConfigError, DataConfig, ModelConfig, TrainConfig
 from mapet_ds.data import Batch, Loader
@@ -103,7 +99,7 @@ def test_each_image_comes_once_an_epoch_with_its_label(photos):
 def test_a_resumed_loader_continues_exactly(photos, workers):
     config = settings(10, 5, **RANDOM)
     whole = load(config, photos, 6)
-    resumed = load(dataclasses.replace(config, data=dataclasses.replace(config.data, workers=workers)), photos, 2, first_step=4)
+    resumed = load(settings(10, 5, workers=workers, **RANDOM), photos, 2, first_step=4)
     assert_same(resumed, whole[8:])
 
 
@@ -218,7 +214,8 @@ def test_views_show_the_same_place(tmp_path):
             (batch.images, 48, config.data.mean, config.data.std), (batch.teacher_images, *TEACHER),
         ):  # fmt: skip
             image = pixels(view[place], mean, std)
-            patches = np.stack([[cell.mean((0, 1)) for cell in np.array_split(row, 3, 1)] for row in np.array_split(image, 3)])
+            rows = np.array_split(image, 3)
+            patches = np.stack([[cell.mean((0, 1)) for cell in np.array_split(row, 3, 1)] for row in rows])
             np.testing.assert_allclose(patches[..., 0], np.tile(x * 255 / 320, (3, 1)), atol=2.5)
             np.testing.assert_allclose(patches[..., 1], np.tile(y[:, None] * 255 / 240, (1, 3)), atol=2.5)
 
@@ -235,11 +232,12 @@ def test_random_crops_are_distributed_as_torchvisions():
     data = DataConfig(crop="random", flip=0.3)
     ours = np.array([random_crop(300, 200, row, data) for row in numbers], float)
     torch.manual_seed(0)
-    theirs = np.array([RandomResizedCrop.get_params(torch.empty(3, 200, 300), [0.2, 1], [3 / 4, 4 / 3]) for _ in numbers], float)
+    empty = torch.empty(3, 200, 300)
+    theirs = np.array([RandomResizedCrop.get_params(empty, [0.2, 1], [3 / 4, 4 / 3]) for _ in numbers], float)
     for k in range(4):
-        both = np.sort(np.concatenate([ours[:, k], theirs[:, k]]))
-        gap = np.abs(np.searchsorted(np.sort(ours[:, k]), both, "right") - np.searchsorted(np.sort(theirs[:, k]), both, "right"))
-        assert gap.max() / 4000 < 0.044, "two-sample Kolmogorov-Smirnov, p = 1e-3"
+        both = np.concatenate([ours[:, k], theirs[:, k]])
+        below = [np.searchsorted(np.sort(values[:, k]), both, "right") for values in (ours, theirs)]
+        assert np.abs(below[0] - below[1]).max() / 4000 < 0.044, "two-sample Kolmogorov-Smirnov, p = 1e-3"
     assert abs(ours[:, 4].mean() - 0.3) < 0.03
     assert (ours[:, 0] + ours[:, 2]).max() <= 200 and (ours[:, 1] + ours[:, 3]).max() <= 300
 
@@ -284,9 +282,8 @@ def test_bad_images_cost_nothing_but_themselves(damaged):
     order = SampleSource(config, index, 0, 1).order
     reference_batches = load(config, good, steps)
     replaced = 0
-    for n, (got, due) in enumerate(
-        zip(torch.cat([b.index for b in batches]).tolist(), torch.cat([b.index for b in reference_batches]).tolist(), strict=True)
-    ):
+    served, expected = (torch.cat([b.index for b in run]).tolist() for run in (batches, reference_batches))
+    for n, (got, due) in enumerate(zip(served, expected, strict=True)):
         step, slot = divmod(n, 17)
         if due in bad:
             replaced += 1
@@ -420,9 +417,8 @@ def test_check_images_lists_the_bad(damaged, decode):
     assert checked.returncode == 1, checked.stderr
     rows = [line.split("\t") for line in checked.stdout.splitlines()]
     only_decoding = {f"class_1/{name}" for name in images.bad_by_decoding()}
-    assert {os.path.relpath(path, index.root) for path, _ in rows} == (bad_names if decode else bad_names - only_decoding) - {
-        "class_0/image_000.jpg"  # deleted after the index was made, so not in a new one
-    }
+    expected = bad_names - {"class_0/image_000.jpg"}  # deleted since, so not in the index that the program makes
+    assert {os.path.relpath(path, index.root) for path, _ in rows} == expected - (set() if decode else only_decoding)
     assert all(reason for _, reason in rows) and "100%" in checked.stderr
 
 

@@ -52,7 +52,10 @@ def test_order_and_fingerprint_ignore_creation_time_listing_and_place(tmp_path, 
     first = open_index(str(images.write(tmp_path / "one", FILES)), tmp_path / "cache1")
     images.write(tmp_path / "elsewhere" / "two", dict(reversed(FILES.items())))
     real = os.scandir
-    backwards = lambda folder: contextlib.nullcontext(sorted(real(folder), key=lambda entry: entry.name, reverse=True))  # noqa: E731
+
+    def backwards(folder):
+        return contextlib.nullcontext(sorted(real(folder), key=lambda entry: entry.name, reverse=True))
+
     monkeypatch.setattr(os, "scandir", backwards)
     second = open_index(str(tmp_path / "elsewhere" / "two"), tmp_path / "cache2")
     assert listing(second) == listing(first)

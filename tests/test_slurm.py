@@ -1,4 +1,4 @@
-"""The SLURM scripts, run by bash with stand-ins for scontrol and deepspeed that note what they were given."""
+"""The SLURM scripts, run by bash with stand-ins for scontrol, squeue and deepspeed that note what they were given."""
 
 import json
 import os
@@ -20,7 +20,11 @@ SCONTROL = """#!/bin/bash
 if [[ $1 == show ]]; then printf 'n1\\nn2\\n' | head -n "${NODES:-2}"; else echo "$*" >>"$NOTES/scontrol"; fi
 """
 
-# Notes its arguments, one JSON string a line, and the environment file; then behaves as a trainer would.
+SQUEUE = """#!/bin/bash
+echo "${STATE:-RUNNING}"
+"""
+
+# Notes its arguments, one string a line, and the environment file; then behaves as a trainer would.
 DEEPSPEED = """#!/bin/bash
 printf '%s\\n' "$@" >>"$NOTES/arguments"; echo --- >>"$NOTES/arguments"
 cp "$DS_ENV_FILE" "$NOTES/env"
@@ -49,7 +53,7 @@ def job(tmp_path):
     notes, programs = tmp_path / "notes", tmp_path / "programs"
     notes.mkdir()
     programs.mkdir()
-    for name, text in (("scontrol", SCONTROL), ("deepspeed", DEEPSPEED)):
+    for name, text in (("scontrol", SCONTROL), ("squeue", SQUEUE), ("deepspeed", DEEPSPEED)):
         (programs / name).write_text(text)
         (programs / name).chmod(0o755)
     run_dir, started = tmp_path / "a run", []
@@ -60,12 +64,13 @@ def job(tmp_path):
         full = {
             **os.environ, "PATH": f"{programs}:{os.environ['PATH']}", "NOTES": str(notes), "USER": "me",
             "SLURM_SUBMIT_DIR": str(REPOSITORY), "SLURM_JOB_ID": "41234", "SLURM_JOB_NODELIST": "n[1-2]",
-            "SLURM_GPUS_ON_NODE": "8", "DATA": str(tmp_path / "my data"), "RUN_DIR": str(run_dir), "TRAIN": "done", "FIT": "",
+            "SLURM_GPUS_ON_NODE": "8", "DATA": str(tmp_path / "my data"), "RUN_DIR": str(run_dir),
+            "TRAIN": "done", "FIT": "",
             "CODEBOOK_PATH": str(run_dir / "codebook.safetensors"), **environment,
         }  # fmt: skip
         process = subprocess.Popen(
             ["bash", str(spooled), *overrides], env=full, cwd=tmp_path,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
         )  # fmt: skip
         started.append(process)
         return process
@@ -167,6 +172,18 @@ def test_a_warning_while_the_codebook_is_fitted_requeues_without_training(job):
     assert not (job.notes / "training").exists()
     assert (job.notes / "scontrol").read_text() == "requeue 41234\n"
     assert not Path(f"/proc/{(job.notes / 'fitting').read_text().strip()}").exists()
+
+
+def test_a_cancelled_job_saves_and_is_not_requeued(job):
+    """scancel and preemption send TERM to all processes of the job; preemption queues it again by itself."""
+    process = job(TRAIN="wait", STATE="COMPLETING")
+    _wait_for(job.notes / "training")
+    os.killpg(process.pid, signal.SIGTERM)
+    code, output = _finish(process)
+    assert code == 0, output
+    assert (job.notes / "saved").exists()  # the launcher has outlived the signal
+    assert not (job.notes / "scontrol").exists()
+    assert not (job.run_dir / "STOP").exists()
 
 
 @pytest.mark.parametrize(("train", "expected"), [("crash", 1), ("code", 7)])

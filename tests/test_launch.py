@@ -1,0 +1,154 @@
+"""The process group, the hostfile and stop requests, in real processes under the real launchers."""
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from line import ENVIRONMENT, command, start
+
+from mapet_ds.config import REPOSITORY, ConfigError
+from mapet_ds.launch import check_hostfile, init_distributed
+
+LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+DEEPSPEED = str(Path(sys.executable).parent / "deepspeed")
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["deepspeed", "--hostfile", "{}", "mapet_ds/pretrain.py"],
+        ["/opt/venv/bin/python", "/opt/venv/bin/deepspeed", "--hostfile={}", "mapet_ds/pretrain.py"],
+        ["deepspeed", "-H", "{}", "mapet_ds/pretrain.py"],
+        ["ds", "-H", "{}", "mapet_ds/pretrain.py"],
+    ],
+)
+def test_a_missing_hostfile_is_refused_and_a_present_one_is_not(tmp_path, words):
+    hostfile = tmp_path / "my hosts"
+    lines = [["bash", "job.sh"], [word.format(hostfile) for word in words]]
+    with pytest.raises(ConfigError, match=re.escape(f"{hostfile} does not exist")):
+        check_hostfile(lines)
+    hostfile.write_text("localhost slots=1\n")
+    check_hostfile(lines)
+
+
+def test_a_hostfile_option_without_a_name_is_refused():
+    with pytest.raises(ConfigError, match="no name"):
+        check_hostfile([["deepspeed", "--hostfile"]])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["mpirun", "-H", "n1,n2", "python", "mapet_ds/pretrain.py"],
+        ["torchrun", "--nproc_per_node=2", "mapet_ds/pretrain.py"],
+        ["deepspeed", "--num_gpus", "2", "mapet_ds/pretrain.py"],
+    ],
+)
+def test_other_command_lines_name_no_hostfile(words):
+    check_hostfile([words])
+
+
+def test_a_missing_hostfile_ends_the_real_command_with_a_sentence(tmp_path):
+    """DeepSpeed alone would warn and train on this host."""
+    recipe = tmp_path / "recipe.yaml"
+    (tmp_path / "train").mkdir()
+    model = {"name": "vit_tiny_patch16_224", "img_size": 32, "patch_size": 8}
+    recipe.write_text(yaml.safe_dump({
+        "run_dir": str(tmp_path / "run"), "model": model, "data": {"train": str(tmp_path / "train")},
+        "teacher": {"name": "RN50", "img_size": 128}, "tokenizer": {"path": "nowhere"},
+        "train": {"global_batch_size": 8, "micro_batch_size": 8},
+    }))  # fmt: skip
+    done = start(DEEPSPEED, "--hostfile", "/nowhere/hosts", *command(recipe, 1)[1:])
+    assert done.returncode != 0
+    assert "ConfigError: The hostfile /nowhere/hosts does not exist" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("missing", ["RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"])
+def test_an_incomplete_environment_is_named(monkeypatch, missing):
+    complete = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in complete.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv(missing)
+    with pytest.raises(ConfigError, match=f"WORLD_SIZE = 2, but {missing} is not set"):
+        init_distributed()
+
+
+@pytest.fixture
+def step_on(tmp_path):
+    """Starts launch_worker.py, a STOP from before in its folder; gives the process once each rank has passed step 5."""
+    started = []
+
+    def start_ranks(launcher: list[str], ranks: int) -> subprocess.Popen:
+        (tmp_path / "STOP").touch()
+        environment = {name: value for name, value in ENVIRONMENT.items() if name not in LAUNCHER_VARIABLES}
+        words = [*launcher, str(REPOSITORY / "tests/launch_worker.py"), str(tmp_path)]
+        process = subprocess.Popen(words, env={**environment, "CUDA_VISIBLE_DEVICES": ""})
+        started.append(process)
+        wait_for(lambda: process.poll() is None and all(pid(tmp_path, rank) for rank in range(ranks)))
+        assert not (tmp_path / "STOP").exists()
+        return process
+
+    yield start_ranks
+    for number in (*(process.pid for process in started), *(pid(tmp_path, rank) for rank in range(2))):
+        if number:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(number, signal.SIGKILL)
+    for process in started:
+        process.wait()
+
+
+def wait_for(condition) -> None:
+    deadline = time.monotonic() + 100
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def pid(folder: Path, rank: int) -> int:
+    path = folder / f"pid{rank}"
+    return int(path.read_text() or 0) if path.exists() else 0
+
+
+def ends(folder: Path, ranks: int) -> list[list[int]]:
+    """Local rank, world size, sum of ones over the ranks and step of the stop, of each rank; [] while it goes on."""
+    paths = [folder / f"end{rank}" for rank in range(ranks)]
+    return [[int(word) for word in path.read_text().split()] if path.exists() else [] for path in paths]
+
+
+def test_a_plain_process_is_one_rank(tmp_path, step_on):
+    process = step_on([sys.executable], 1)
+    process.terminate()
+    assert process.wait(timeout=60) == 0
+    ((local_rank, world_size, total, _),) = ends(tmp_path, 1)
+    assert (local_rank, world_size, total) == (0, 1, 1)
+
+
+@pytest.mark.parametrize("ask", ["USR1 to the last rank", "STOP"])
+def test_what_one_rank_is_asked_all_agree_on(tmp_path, step_on, ask):
+    process = step_on(TORCHRUN, 2)
+    if ask == "STOP":
+        (tmp_path / "STOP").touch()
+    else:
+        os.kill(pid(tmp_path, 1), signal.SIGUSR1)
+    assert process.wait(timeout=60) == 0
+    first, last = ends(tmp_path, 2)
+    assert (first[:3], last[:3]) == ([0, 2, 2], [1, 2, 2])
+    assert first[3] == last[3] < 600
+
+
+def test_ranks_whose_launcher_was_killed_stop_by_themselves(tmp_path, step_on):
+    process = step_on([DEEPSPEED, "--num_gpus", "2", "--master_port", "29541"], 2)
+    process.kill()
+    wait_for(lambda: all(len(end) == 4 for end in ends(tmp_path, 2)))
+    first, last = ends(tmp_path, 2)
+    assert first[3] == last[3] < 600

@@ -1,0 +1,80 @@
+"""The demo's images and teacher, with few of both: the program whole, in seconds."""
+
+import importlib.util
+import sys
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+
+from mapet_ds.config import REPOSITORY
+
+spec = importlib.util.spec_from_file_location("make_demo", REPOSITORY / "tools/make_demo.py")
+make_demo = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(make_demo)
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """The program with 16 + 8 images and a teacher of 2 steps; gives its exit code."""
+    small = {**make_demo.SETTINGS, "images": {"train": 16, "val": 8}, "teacher_steps": 2, "batch_size": 8}
+
+    def main(out, **settings):
+        monkeypatch.setattr(make_demo, "SETTINGS", {**small, **settings})
+        monkeypatch.setattr(sys, "argv", ["make_demo.py", str(out)])
+        return make_demo.main()
+
+    return main
+
+
+def files(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_images_captions_and_teacher(run, tmp_path, capsys):
+    assert run(tmp_path / "a") == 0
+    lines = [line.split("\t") for line in (tmp_path / "a/captions.tsv").read_text().splitlines()]
+    assert len(lines) == 24
+    for path, caption in lines:
+        split, label, _ = path.split("/")
+        assert label in caption.split()
+        with Image.open(tmp_path / "a" / path) as image:
+            assert (image.format, image.mode) == ("JPEG", "RGB")
+            assert min(image.size) >= 80
+            assert max(image.size) <= 200
+    for split in ("train", "val"):
+        assert {path.split("/")[1] for path, _ in lines if path.startswith(split)} == set(make_demo.PATTERNS)
+    assert "finds the caption of" in capsys.readouterr().out
+    teacher = open_clip.create_model(f"local-dir:{tmp_path}/a/teacher", require_pretrained=True).eval()
+    trained = make_demo.train_teacher(
+        make_demo.load_views([tmp_path / "a" / path for path, _ in lines[:16]], make_demo.IMG_SIZE + 8),
+        [caption for _, caption in lines[:16]],
+    )  # the settings' two steps again: the weights in the folder are those of the training, bit for bit
+    for name, tensor in trained.state_dict().items():
+        assert torch.equal(teacher.state_dict()[name], tensor), name
+
+
+def test_the_same_again_and_never_over_something_else(run, tmp_path, capsys):
+    assert run(tmp_path / "a") == 0
+    assert run(tmp_path / "b") == 0
+    before = files(tmp_path / "a")
+    assert before == files(tmp_path / "b")
+    capsys.readouterr()
+    assert run(tmp_path / "a") == 0
+    assert "already" in capsys.readouterr().out
+    assert run(tmp_path / "a", seed=1) == 2
+    assert "remove it" in capsys.readouterr().err
+    assert files(tmp_path / "a") == before
+
+
+@pytest.mark.parametrize("pattern", make_demo.PATTERNS)
+def test_mean_colours_do_not_tell_the_class(pattern):
+    """A picture's mean is a mixture of two colours drawn at random: it varies more within a class than between classes."""
+    means = {
+        name: np.array([np.asarray(make_demo.render(np.random.default_rng(i), name)[0]).mean((0, 1)) for i in range(60)])
+        for name in (pattern, *make_demo.PATTERNS)
+    }
+    centre = np.mean([mean.mean(0) for mean in means.values()], axis=0)
+    assert np.linalg.norm(means[pattern].mean(0) - centre) < 0.3 * np.linalg.norm(means[pattern].std(0))
