@@ -187,7 +187,7 @@ class Config:
     objective: str = "mapet"
     run_dir: str = ""
     """Everything a run writes. On a cluster: a path that all hosts share."""
-    seed: Natural = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     resume: Literal["auto", "never"] = "auto"
     """auto: continue from the newest whole checkpoint in run_dir, else start; never: refuse a used run_dir."""
     model: ModelConfig = Field(default_factory=ModelConfig)

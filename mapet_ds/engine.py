@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import warnings
 from typing import Any
 
 import deepspeed
@@ -58,6 +59,7 @@ def build_engine(
         ConfigError: FusedAdam is asked for where it can't be built.
     """
     logger.setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", ".*all_gather_into_tensor.*", FutureWarning)  # DeepSpeed's own calls, each step
     # On a CPU the shared-memory op is compiled at every first start (a minute, and fatal without g++); gloo does without.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     full = {

@@ -45,6 +45,7 @@ class Run:
         self.config, self.ranks = config, ranks
         self.folder = Path(config.run_dir)
         self._open_folder(engine_config)
+        self.stop = StopRequest(self.folder, ranks)
         torch.use_deterministic_algorithms(config.train.deterministic)
 
         self.index = self._open_index()
@@ -105,10 +106,9 @@ class Run:
 
     def train(self) -> None:
         """Train to the last step, or until asked to stop; save either way."""
-        stop = StopRequest(self.folder, self.ranks)
         last = min(self.total_steps, self.config.train.stop_at_step or self.total_steps)
         saved = self.step
-        while self.step < last and not stop.agreed():
+        while self.step < last and not self.stop.agreed():
             self._train_step()
             if self.step % self.config.log.every_steps == 0 or self.step == last:
                 self._log()

@@ -56,6 +56,7 @@ class TokenIds:
             raise ConfigError("tokenizer.path is empty: make a codebook with tools/fit_codebook.py and name it here.")
         self.codebook = Codebook.load(config.tokenizer.path)
         self.teacher = build_teacher(config.teacher, device)
+        self.teacher.check_grid(config.grid)
         self.codebook.check(self.teacher.identity, config.data.crop, config.tokenizer.vocab_size)
         self.codebook.to(device)
         self.teacher_view = (config.teacher.img_size, *teacher_mean_std(config.teacher))
