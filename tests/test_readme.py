@@ -1,0 +1,53 @@
+"""The README's commands name programs, options, recipes and settings that exist."""
+
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+from mapet_ds.checks import load_deepspeed_config
+from mapet_ds.config import REPOSITORY, load_config
+
+
+def commands(name):
+    """Each command of the shell blocks of a document, as words."""
+    text = (REPOSITORY / name).read_text()
+    blocks = re.findall(r"^```(?:sh|bash)?\n(.*?)^```", text, re.M | re.S)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [shlex.split(line, comments=True) for line in lines if re.match(r"(\w+=\S+ )*(make|python|deepspeed|torchrun|sbatch) ", line)]
+
+
+COMMANDS = [words for name in ("README.md", "docs/cluster.md") for words in commands(name)]
+
+
+def test_there_are_commands():
+    programs = {word for words in COMMANDS for word in words if word.endswith((".py", ".sh"))}
+    assert {"mapet_ds/pretrain.py", "tools/fit_codebook.py", "tools/export_timm.py", "tools/evaluate.py"} <= programs
+    assert "slurm/pretrain_vitl.sh" in programs
+
+
+@pytest.mark.parametrize("words", [w for w in COMMANDS if "--config" in w], ids=lambda words: " ".join(words)[:60])
+def test_recipe_commands_load(words):
+    config = load_config(REPOSITORY / words[words.index("--config") + 1], [w for w in words if re.match(r"[a-z_.]+=", w)])
+    assert config.data.train
+    if "--deepspeed_config" in words:
+        load_deepspeed_config(REPOSITORY / words[words.index("--deepspeed_config") + 1])
+
+
+@pytest.mark.parametrize("program", sorted({w for words in COMMANDS for w in words if w.startswith("tools/") and w.endswith(".py")}))
+def test_programs_know_the_options_that_the_documents_give_them(program):
+    done = subprocess.run([sys.executable, program, "--help"], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    known = done.stdout
+    if program == "tools/evaluate.py":
+        known += subprocess.run([sys.executable, program, "knn", "--help"], cwd=REPOSITORY, capture_output=True, text=True).stdout
+    given = {w for words in COMMANDS if program in words for w in words[words.index(program) :] if w.startswith("--")}
+    assert {option for option in given if option not in known} == set()
+
+
+@pytest.mark.parametrize("target", sorted({words[1] for words in COMMANDS if words[0] == "make"}))
+def test_make_targets_exist(target):
+    done = subprocess.run(["make", "--dry-run", target], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
