@@ -133,7 +133,7 @@ def save(run_dir: Path, run: dict[str, Any], files: dict[str, dict[str, Tensor]]
     shutil.rmtree(final, ignore_errors=True)
     partial.rename(final)
     _flush(folder)
-    for old in _folders(run_dir)[keep:]:
+    for old in [path for path in _folders(run_dir) if path.name <= final.name][keep:]:  # a newer one is damaged: not counted
         shutil.rmtree(old)
     return final
 

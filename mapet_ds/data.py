@@ -18,6 +18,7 @@ from torch import Tensor
 from mapet_ds.config import Config, ConfigError
 from mapet_ds.formats import BadImage, inspect
 from mapet_ds.index import Index
+from mapet_ds.launch import use_gpu
 from mapet_ds.samples import SampleSource, allowed_bad, too_many_bad
 
 logger = logging.getLogger(__name__)
@@ -36,6 +37,11 @@ class Batch(NamedTuple):
     """[B] long: place in the index."""
     label: Tensor
     """[B] long: position in the index's classes; -1 where there is none."""
+
+    def to(self, device: torch.device) -> Batch:
+        """The same with its images on `device`; index and label stay on the CPU."""
+        images, teacher_images = (x if x is None else x.to(device) for x in (self.images, self.teacher_images))
+        return self._replace(images=images, teacher_images=teacher_images)
 
 
 def _define(source: SampleSource, device: str, student: View | None, teacher: View | None, parallel: bool) -> list[Any]:
@@ -107,7 +113,7 @@ class Loader:
         Raises:
             ConfigError: data.device = gpu on a host without one.
         """
-        gpu = torch.cuda.is_available()
+        gpu = use_gpu()
         if config.data.device == "gpu" and not gpu:
             raise ConfigError("data.device = gpu, but torch sees no GPU on this host; set data.device=cpu or auto.")
         self.device = torch.device("cuda", local_rank) if gpu and config.data.device != "cpu" else torch.device("cpu")

@@ -84,13 +84,14 @@ def _adamw(objective: nn.Module, config: Config, device: torch.device) -> torch.
     optim = config.optim
     groups = parameter_groups(objective, optim.weight_decay)
     arguments = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps}
-    has_compiler = device.type == "cuda" and (shutil.which("nvcc") or os.environ.get("CUDA_HOME"))
-    if optim.adamw == "deepspeed" and not has_compiler:
+    can_build = torch.tensor(float(device.type == "cuda" and all(map(shutil.which, ("nvcc", "ninja")))), device=device)
+    dist.all_reduce(can_build, op=dist.ReduceOp.MIN)  # all hosts must choose the same optimizer
+    if optim.adamw == "deepspeed" and not can_build:
         raise ConfigError(
-            f"optim.adamw = deepspeed compiles FusedAdam, which needs a GPU and nvcc (this rank: {device}, no nvcc found); "
-            "optim.adamw=torch needs neither."
+            f"optim.adamw = deepspeed compiles FusedAdam, which needs a GPU, nvcc and ninja on every host (this rank: {device}); "
+            "optim.adamw=torch needs none of them."
         )
-    if optim.adamw == "torch" or not has_compiler:
+    if optim.adamw == "torch" or not can_build:
         return torch.optim.AdamW(groups, **arguments, fused=device.type == "cuda")
     from deepspeed.ops.adam import FusedAdam  # compiles on first use
 

@@ -47,6 +47,11 @@ def _names(words: list[str], programs: set[str]) -> bool:
     return any(Path(word).name in programs for word in words)
 
 
+def use_gpu() -> bool:
+    """Whether this process trains on a GPU: where torch sees one, unless DS_ACCELERATOR=cpu, which DeepSpeed obeys too."""
+    return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+
+
 def check_hostfile(command_lines: list[list[str]]) -> None:
     """Refuse a launch whose hostfile is missing: DeepSpeed 0.19.8 only warns and trains on the local node alone.
 
@@ -87,7 +92,7 @@ def init_distributed() -> Ranks:
         )
     rank, local_rank, world_size = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
     device = torch.device("cpu")
-    if torch.cuda.is_available():
+    if use_gpu():
         if local_rank >= torch.cuda.device_count():
             raise ConfigError(
                 f"This host has {torch.cuda.device_count()} GPUs and rank {rank} is its number {local_rank}: "

@@ -6,6 +6,7 @@ Nothing here knows which method runs: a target says what is to be predicted, an 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import yaml
+from safetensors import SafetensorError
 from torch import Tensor
 
 from mapet_ds import checkpoint
@@ -44,8 +46,10 @@ class Run:
         check_engine_config(engine_config)
         self.config, self.ranks = config, ranks
         self.folder = Path(config.run_dir)
-        self._open_folder(engine_config)
+        self._open_folder()
         self.stop = StopRequest(self.folder, ranks)
+        if config.train.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for to be deterministic
         torch.use_deterministic_algorithms(config.train.deterministic)
 
         self.index = self._open_index()
@@ -59,9 +63,13 @@ class Run:
                 block.compile()
 
         self.identity = checkpoint.identity(config, self.index.fingerprint, self.target.identity)
+        self.identity["engine.bf16"] = bool(engine_config.get("bf16", {}).get("enabled"))
         self.skipped: list[int] = []
-        self.step = 0
+        self.step = self.saved = 0
         self._resume()
+        if ranks.rank == 0:  # after a refusal could have come: another run's folder stays as it was
+            (self.folder / "DONE").unlink(missing_ok=True)
+            write_record(config, engine_config, self.folder)
         self.quarantine = Quarantine(self.folder / "quarantine.tsv", self.index, config.data.max_bad_share)
         self.loader = Loader(
             config, self.index, student=True, teacher=self.target.teacher_view, rank=ranks.rank,
@@ -69,15 +77,15 @@ class Run:
         )  # fmt: skip
         self.metrics = Metrics(config, ranks, self.total_steps, len(self.index) / config.train.global_batch_size, self.step)
 
-    def _open_folder(self, engine_config: dict[str, Any]) -> None:
+    def _open_folder(self) -> None:
         if self.ranks.rank == 0:
             try:
                 used = any((self.folder / "checkpoints").glob("step_*"))
                 if used and self.config.resume == "never":
                     raise ConfigError(f"run_dir = {self.folder} holds a run and resume is never; name a new run_dir.")
                 self.folder.mkdir(parents=True, exist_ok=True)
-                (self.folder / "DONE").unlink(missing_ok=True)
-                write_record(self.config, engine_config, self.folder)
+                (self.folder / ".writable").touch()
+                (self.folder / ".writable").unlink()
             except OSError as error:
                 raise ConfigError(f"run_dir = {self.folder} can't be written: {error}.") from error
         dist.barrier(self.ranks.control)
@@ -98,6 +106,7 @@ class Run:
             return
         checkpoint.check_identity(found, self.identity)
         self.step, self.skipped = found.run["step"], found.run["skipped"]
+        self.saved = self.step
         scatter_state(self.engine, found.load("model"), found.load("optimizer"), self.step - len(self.skipped))
         if state := found.load("target"):
             self.target.load_state_dict(state)
@@ -105,22 +114,26 @@ class Run:
             print(f"Continuing {self.folder} at step {self.step} of {self.total_steps}.", flush=True)
 
     def train(self) -> None:
-        """Train to the last step, or until asked to stop; save either way."""
+        """Train to the last step, or until asked to stop; save either way.
+
+        Raises:
+            DataError: the last checkpoint could not be written.
+        """
         last = min(self.total_steps, self.config.train.stop_at_step or self.total_steps)
-        saved = self.step
         while self.step < last and not self.stop.agreed():
             self._train_step()
             if self.step % self.config.log.every_steps == 0 or self.step == last:
                 self._log()
             if self.step % self.config.checkpoint.every_steps == 0:
                 self.save()
-                saved = self.step
-        if saved != self.step:
+        if self.saved != self.step:
             self.save()
-        if self.step == self.total_steps and self.ranks.rank == 0:
-            (self.folder / "DONE").write_text(f"{self.step} steps\n")
         self.metrics.close()
         self.loader.close()
+        if self.saved != self.step:
+            raise DataError(f"The last checkpoint, of step {self.step}, could not be written: make room in {self.folder}.")
+        if self.step == self.total_steps and self.ranks.rank == 0:
+            (self.folder / "DONE").write_text(f"{self.step} steps\n")
 
     def _train_step(self) -> None:
         """One update: accumulate over micro-batches, clip, AdamW. A step with a non-finite gradient changes nothing."""
@@ -132,7 +145,7 @@ class Run:
         show = config.log.images_every_steps and (self.step + 1) % config.log.images_every_steps == 0
         for micro_step in range(accum):
             began = time.perf_counter()
-            batch = next(self.loader)
+            batch = next(self.loader).to(ranks.device)
             self.metrics.data_wait(time.perf_counter() - began)
             target = self.target(batch)
             slot = first_slot(micro_step, ranks.rank, ranks.world_size, config.train.micro_batch_size)
@@ -145,7 +158,7 @@ class Run:
         if engine.skipped_steps > skipped:
             self._skip()
         self.target.after_step(engine.module, self.step)
-        self.extra = {"lr": lr, "grad_norm": float(engine.get_global_grad_norm() or 0.0)}
+        self.lr = lr
         if show:
             self.metrics.images(self.step, batch.images, target, loss.prediction)
 
@@ -163,12 +176,17 @@ class Run:
 
     def _log(self) -> None:
         self.quarantine.merge(self.loader.new_bad(), self.ranks)
-        self.metrics.log(self.step, {**self.extra, **self.target.metrics(), "quarantined": len(self.quarantine.known)})
+        extra = {"lr": self.lr, "grad_norm": float(self.engine.get_global_grad_norm() or 0.0)}
+        self.metrics.log(self.step, {**extra, **self.target.metrics(), "quarantined": len(self.quarantine.known)})
 
     def save(self) -> None:
-        """Write a checkpoint of this step. Every rank must call it; the host waits for the GPU."""
+        """Write a checkpoint of this step. Every rank must call it; the host waits for the GPU.
+
+        A full disk does not stop the run: it is said aloud, `saved` stays behind, and the next save tries again.
+        """
         self.quarantine.merge(self.loader.new_bad(), self.ranks)
         weights, moments = gather_state(self.engine, self.ranks.rank)
+        written = torch.zeros(())
         if self.ranks.rank == 0:
             run = {
                 "step": self.step,
@@ -182,17 +200,29 @@ class Run:
             }  # fmt: skip
             try:
                 checkpoint.save(self.folder, run, files, self.config.checkpoint.keep)
-            except OSError as error:
+                written = torch.ones(())
+            except (OSError, SafetensorError) as error:
                 print(f"NO CHECKPOINT of step {self.step} could be written: {error}.", file=sys.stderr, flush=True)
+        dist.broadcast(written, src=0, group=self.ranks.control)
+        if written:
+            self.saved = self.step
 
 
 class Quarantine:
-    """RUN/quarantine.tsv: the unreadable images that any rank has met, by path, with the reason."""
+    """RUN/quarantine.tsv: the unreadable images that any rank has met: place in the index, path, reason.
+
+    Its first line is the index's fingerprint: a list of another data set is not believed.
+    """
 
     def __init__(self, path: Path, index: Any, max_bad_share: float) -> None:
         self.path, self.index, self.limit = path, index, max_bad_share * len(index)
-        lines = path.read_text().splitlines() if path.exists() else []
-        self.known = {int(line.split("\t")[0]) for line in lines}
+        head, *lines = path.read_text(errors="replace").split("\n")[:-1] or [""] if path.exists() else [""]
+        self.lines = lines if head == self._head else []
+        self.known = {int(line.split("\t")[0]) for line in self.lines}
+
+    @property
+    def _head(self) -> str:
+        return f"# unreadable images of the data set {self.index.fingerprint}"
 
     def merge(self, found: list[tuple[int, str]], ranks: Ranks) -> None:
         """Add what the ranks have met since the last call. Every rank must call it.
@@ -203,14 +233,18 @@ class Quarantine:
         everyone: list[Any] = [None] * ranks.world_size
         dist.all_gather_object(everyone, found, group=ranks.control)
         new = {i: reason for rank in everyone for i, reason in rank if i not in self.known}
+        if not new:
+            return
         self.known |= new.keys()
-        if new and ranks.rank == 0:
-            with self.path.open("a") as file:
-                file.writelines(f"{i}\t{self.index.path(i)}\t{reason}\n" for i, reason in sorted(new.items()))
+        # json.dumps, without its quotes, keeps any name on one line
+        self.lines += [f"{i}\t{json.dumps(self.index.path(i))[1:-1]}\t{reason}" for i, reason in sorted(new.items())]
+        if ranks.rank == 0:
+            self.path.write_text("\n".join([self._head, *self.lines, ""]))
         if len(self.known) > self.limit:
             raise DataError(
                 f"{len(self.known)} of {len(self.index)} images are unreadable, more than data.max_bad_share allows "
-                f"({self.limit:.0f}). {self.path} lists them; mend or remove them, or raise data.max_bad_share."
+                f"({self.limit:.0f}). {self.path} lists them. Raise data.max_bad_share; or mend the data, delete that list and "
+                f"{self.path.parent / 'index'}, and start in a new run_dir."
             )
 
 

@@ -60,7 +60,7 @@ class TokenIds:
         self.codebook.check(self.teacher.identity, config.data.crop, config.tokenizer.vocab_size)
         self.codebook.to(device)
         self.teacher_view = (config.teacher.img_size, *teacher_mean_std(config.teacher))
-        self.identity = {"teacher": self.teacher.identity, "codebook": self.codebook.sha256}
+        self.identity = {"teacher": self.teacher.identity, "codebook": self.codebook.sha256, "dtype": str(self.teacher.dtype)}
         self.counts = torch.zeros(config.tokenizer.vocab_size, device=device)
 
     @torch.no_grad()

@@ -7,6 +7,7 @@ With another number of ranks it trains the last 3 from what two ranks have gathe
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -37,7 +38,7 @@ def engine_config(case):
     if zero["stage"] == 3:  # small tensors would otherwise stay whole on every rank, and nothing be tested
         zero["stage3_param_persistence_threshold"] = 0
     config = {"zero_optimization": zero}
-    if case.endswith("bf16"):
+    if "bf16" in case:
         config |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
     return config
 
@@ -47,19 +48,22 @@ class Trainer:
         world = dist.get_world_size()
         self.accum, self.micro = accum, GLOBAL_BATCH // world // accum
         train = TrainConfig(global_batch_size=GLOBAL_BATCH, micro_batch_size=self.micro)
-        config = tiny_config(train=train, optim=OptimConfig(lr=5e-3, adamw="torch", clip_grad=1.0))
-        self.engine = build_engine(build_objective(config), config, engine_config(case), world, torch.device("cpu"))
+        adamw = "deepspeed" if "fused" in case else "torch"
+        config = tiny_config(train=train, optim=OptimConfig(lr=5e-3, adamw=adamw, clip_grad=1.0))
+        self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if "cuda" in case else torch.device("cpu")
+        self.engine = build_engine(build_objective(config), config, engine_config(case), world, self.device)
 
     def train(self, first, last):
         losses = []
         rank, world = dist.get_rank(), dist.get_world_size()
         for step in range(first, last):
             set_learning_rate(self.engine, 5e-3 / (1 + step))
-            total = torch.zeros(())
+            total = torch.zeros((), device=self.device)
             for micro_step in range(self.accum):
                 slot = first_slot(micro_step, rank, world, self.micro)
-                images, ids = batch(step, slot, self.micro)
-                loss = self.engine(images, ids, self.engine.module.draw(step, slot, self.micro)).loss
+                images, ids = (tensor.to(self.device) for tensor in batch(step, slot, self.micro))
+                draw = self.engine.module.draw(step, slot, self.micro).to(self.device)
+                loss = self.engine(images, ids, draw).loss
                 self.engine.backward(loss)
                 self.engine.step()
                 total += loss.detach().float() / (world * self.accum)
@@ -109,7 +113,9 @@ def elsewhere(folder, case, accum):
 
 def main(folder, cases, accum):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+    if "cuda" in cases:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if "cuda" in cases else "gloo")
     for case in cases.split(","):
         same = dist.get_world_size() == 2 and "@" not in case
         losses = (straight_and_resumed if same else elsewhere)(Path(folder), case, int(accum))

@@ -69,3 +69,17 @@ def test_a_state_read_before_the_first_step_is_the_initial_one(results, case):
 def test_unknown_zero_key_is_a_sentence():
     with pytest.raises(ConfigError, match="reduce_bucket_sise"):
         check_engine_config({"zero_optimization": {"stage": 2, "reduce_bucket_sise": 3}})
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: NCCL, FusedAdam and bf16 kernels")
+def test_gpu_engines_agree_with_the_cpu(results):
+    """On one GPU from the states of the two CPU ranks: fp32 over NCCL, FusedAdam, and bf16 within its precision."""
+    folder, losses = results
+    cases = ["zero2_cuda@zero2", "zero2_cuda_fused@zero2", "zero2_cuda_bf16@zero2"]
+    torchrun(1, HERE / "engine_worker.py", folder, ",".join(cases), 1)
+    expected = losses["zero2.2"]["straight"][3:]
+    found = [json.loads((folder / f"{case}.1.json").read_text())["rest"] for case in cases]
+    assert found[0] == pytest.approx(expected, rel=1e-4)
+    assert found[1] == pytest.approx(expected, rel=1e-4)
+    assert found[2] == pytest.approx(expected, rel=2e-2)

@@ -22,13 +22,17 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+from PIL import Image
 from torch import Tensor
+from torchvision.transforms import InterpolationMode, RandomResizedCrop
+from torchvision.transforms import functional as F
 
 from mapet_ds.config import REPOSITORY, Config, ConfigError, load_config
 from mapet_ds.index import DataError, Index, open_index
@@ -50,9 +54,8 @@ def ratio(above: list[float], below: list[float]) -> Figures:
 
 def cpu_seconds() -> float:
     """User and system time so far of this process and its living children."""
-    me = psutil.Process()
-    times = [process.cpu_times() for process in (me, *me.children(recursive=True))]
-    return sum(t.user + t.system for t in times)
+    children = [child.cpu_times() for child in psutil.Process().children(recursive=True)]
+    return time.process_time() + sum(times.user + times.system for times in children)
 
 
 def timed(device: torch.device, work: Callable[..., Any], *arguments: Any) -> tuple[float, float, Any]:
@@ -75,18 +78,17 @@ def device_of(name: str) -> torch.device:
 def circumstances(config: Config, arguments: argparse.Namespace) -> Figures:
     """Hardware, versions, command and settings: what any figure rests on."""
     cpuinfo = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next((line.partition(":")[2].strip() for line in cpuinfo if line.startswith("model name")), "unknown")
+    cpu = next((line.partition(":")[2].strip() for line in cpuinfo if line.startswith("model name")), "unknown")
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     packages = ["torch", "torchvision", "timm", "open_clip_torch", "pillow", "nvidia-dali-cuda130"]
     settings = {key: str(value) if key == "config" else value for key, value in vars(arguments).items() if key != "measure"}
+    cores, load = len(os.sched_getaffinity(0)), os.getloadavg()[0]
     return {
-        "hardware": {
-            "cpu": model, "cores": len(os.sched_getaffinity(0)), "load_average": os.getloadavg()[0],
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        },
+        "hardware": {"cpu": cpu, "cores": cores, "load_average": load, "gpu": gpu},
         "versions": {"python": sys.version.split()[0]} | {name: version(name) for name in packages},
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "settings": settings | {"model": config.model.name},
-    }  # fmt: skip
+    }
 
 
 def ours(index: Index, views: list[Any], config: Config, device: torch.device) -> Iterator[Any]:
@@ -103,25 +105,20 @@ def dali(index: Index, views: list[Any], config: Config, device: torch.device) -
     """DALI's file reader, shuffle buffer and random crop; its outputs are not even copied."""
     from nvidia.dali import Pipeline, fn, types
 
-    data, gpu = config.data, device.type == "cuda"
-    pipeline = Pipeline(
-        batch_size=config.train.micro_batch_size, num_threads=data.threads, device_id=0 if gpu else None,
-        prefetch_queue_depth=data.prefetch, seed=config.seed,
-    )  # fmt: skip
-    with pipeline:
+    data, device_id = config.data, 0 if device.type == "cuda" else None
+    shared = {"num_threads": data.threads, "device_id": device_id, "prefetch_queue_depth": data.prefetch, "seed": config.seed}
+    with Pipeline(batch_size=config.train.micro_batch_size, **shared) as pipeline:
         encoded, label = fn.readers.file(files=[index.path(i) for i in range(len(index))], random_shuffle=True)
         crop = fn.decoders.image_random_crop(
-            encoded, device="mixed" if gpu else "cpu", output_type=types.RGB, random_area=data.crop_scale,
-            random_aspect_ratio=data.crop_ratio, num_attempts=10, adjust_orientation=False,
+            encoded, device="cpu" if device_id is None else "mixed", output_type=types.RGB, adjust_orientation=False,
+            random_area=data.crop_scale, random_aspect_ratio=data.crop_ratio, num_attempts=10,
         )  # fmt: skip
-        mirror = fn.random.coin_flip(probability=data.flip)
-        outputs = []
+        mirror, outputs = fn.random.coin_flip(probability=data.flip), []
         for side, mean, std in views:
             image = fn.resize(crop, size=[side, side], interp_type=types.INTERP_CUBIC, antialias=True)
             mean, std = [255 * m for m in mean], [255 * s for s in std]
             outputs.append(fn.crop_mirror_normalize(image, mirror=mirror, mean=mean, std=std, output_layout="CHW"))
         pipeline.set_outputs(*outputs, label)
-    pipeline.build()
     while True:
         yield pipeline.run()
 
@@ -136,10 +133,6 @@ class Images(torch.utils.data.Dataset):
         return len(self.paths)
 
     def __getitem__(self, i: int) -> list[Tensor]:
-        from PIL import Image
-        from torchvision.transforms import InterpolationMode, RandomResizedCrop
-        from torchvision.transforms import functional as F  # noqa: N812 - its own documentation's name
-
         with Image.open(self.paths[i]) as image:
             image = image.convert("RGB")
         image = F.crop(image, *RandomResizedCrop.get_params(image, self.data.crop_scale, self.data.crop_ratio))
@@ -165,16 +158,12 @@ def measure_loader(arguments: argparse.Namespace) -> Figures:
         arguments, "data.crop=random", "data.flip=0.5", "data.color_jitter=0", "data.workers=0", "data.prefetch=2"
     )
     student = (config.model.img_size, config.data.mean, config.data.std)
-    figures = circumstances(config, arguments) | {"views": {}}
     with tempfile.TemporaryDirectory() as cache:
         index = open_index(arguments.data, Path(cache) / "index")
-        figures["images"] = len(index)
         if not Path(index.path(0)).is_file():
             raise DataError(f"--data {arguments.data} holds shards: the readers compared with need image files.")
-        for views in ([student], [student, TEACHER_VIEW]):
-            name = "+".join(str(side) for side, _, _ in views)
-            figures["views"][name] = race(arguments, index, views, config, device)
-    return figures
+        one, two = (race(arguments, index, views, config, device) for views in ([student], [student, TEACHER_VIEW]))
+    return circumstances(config, arguments) | {"images": len(index), "one_view": one, "two_views": two}
 
 
 def draw(batches: Iterator[Any], count: int) -> None:
@@ -218,13 +207,11 @@ def build_step(config: Config, device: torch.device, dtype: str) -> tuple[dict[s
     generator = torch.Generator().manual_seed(config.seed)
     images = torch.randn(batch, 3, config.model.img_size, config.model.img_size, generator=generator).to(device)
     ids = torch.randint(config.tokenizer.vocab_size, (batch, config.num_patches), generator=generator).to(device)
-    order = model.draw(0, 0, batch).order
-    draw = model.draw(0, 0, batch).to(device)
+    on_cpu = model.draw(0, 0, batch)
+    draw = on_cpu.to(device)
 
     def masks() -> tuple[Tensor, ...]:
-        return tuple(mask.to(device) for mask in twin.masks(order, model.num_visible))
-
-    ready = masks()
+        return tuple(mask.to(device) for mask in twin.masks(on_cpu.order, model.num_visible))
 
     def run(loss: Callable[[], Tensor]) -> float:
         model.zero_grad(set_to_none=True)
@@ -233,17 +220,9 @@ def build_step(config: Config, device: torch.device, dtype: str) -> tuple[dict[s
         value.backward()
         return value.item()
 
-    steps = {
-        "sorted": lambda: run(lambda: model(images, ids, draw).loss),
-        "dense": lambda: run(lambda: twin(images, ids, draw.order, ready)),
-    }
-    return steps, masks
-
-
-def memory_status(key: str) -> int:
-    """Bytes of VmRSS (now) or VmHWM (peak) of this process."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(key)) * 1024
+    ready = masks()
+    sorted_step = partial(run, lambda: model(images, ids, draw).loss)
+    return {"sorted": sorted_step, "dense": partial(run, lambda: twin(images, ids, draw.order, ready))}, masks
 
 
 def peak_memory(name: str, config: Config, device: torch.device, dtype: str, threads: int) -> int:
@@ -255,11 +234,12 @@ def peak_memory(name: str, config: Config, device: torch.device, dtype: str, thr
         before = torch.cuda.memory_allocated()
         steps[name]()
         return torch.cuda.max_memory_allocated() - before
-    # Not getrusage: a child's ru_maxrss begins at its parent's. Writing 5 sets VmHWM back to what is used now.
+    # Not getrusage, whose maximum begins at the parent's. Writing 5 sets VmHWM, the peak, back to what is used now.
     Path("/proc/self/clear_refs").write_text("5")
-    before = memory_status("VmRSS")
+    before = psutil.Process().memory_info().rss
     steps[name]()
-    return memory_status("VmHWM") - before
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["VmHWM"].split()[0]) * 1024 - before
 
 
 def measure_step(arguments: argparse.Namespace) -> Figures:
@@ -267,8 +247,9 @@ def measure_step(arguments: argparse.Namespace) -> Figures:
     config = settings(arguments, f"model.name={arguments.model}", "model.drop_path=0", "objective=mapet")
     figures = circumstances(config, arguments) | {"vocab_size": config.tokenizer.vocab_size}
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as child:
-        measured = [child.submit(peak_memory, name, config, device, arguments.dtype, threads) for name in ("sorted", "dense")]
-        peaks = {name: peak.result() for name, peak in zip(("sorted", "dense"), measured)}
+        sorted_peak, dense_peak = (
+            child.submit(peak_memory, name, config, device, arguments.dtype, threads).result() for name in ("sorted", "dense")
+        )
     torch.set_num_threads(threads)
     steps, masks = build_step(config, device, arguments.dtype)
     losses = {name: step() for name, step in steps.items()}
@@ -285,8 +266,8 @@ def measure_step(arguments: argparse.Namespace) -> Figures:
         "dense_over_sorted": ratio(wall["dense"], wall["sorted"]),
         "dense_with_masks_over_sorted": ratio(whole, wall["sorted"]),
         "cpu_dense_over_sorted": ratio(cpu["dense"], cpu["sorted"]),
-        "peak_bytes": peaks,
-        "peak_dense_over_sorted": peaks["dense"] / peaks["sorted"],
+        "peak_bytes": {"sorted": sorted_peak, "dense": dense_peak},
+        "peak_dense_over_sorted": dense_peak / sorted_peak,
         "loss": losses,
         "loss_relative_difference": abs(losses["dense"] - losses["sorted"]) / abs(losses["sorted"]),
     }

@@ -1,0 +1,102 @@
+"""tools/benchmark.py by its own command, on sizes that take seconds. No test looks at how fast anything is."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from images import encode, picture
+from line import start
+from towers import write_tower
+
+from mapet_ds.config import DataConfig, TeacherConfig
+from mapet_ds.teacher import build_teacher
+from mapet_ds.tokenizer import Codebook, source_of
+
+SMALL = ["model.img_size=32", "model.patch_size=8", "model.args={depth: 2, embed_dim: 32, num_heads: 2}"]
+SPREAD = {"median", "min", "max"}
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photos")
+    for number in range(20):
+        (folder / f"{number}.jpg").write_bytes(encode(picture(96 + number, 80, number), "JPEG"))
+    return folder
+
+
+def benchmark(*words):
+    done = start(sys.executable, "tools/benchmark.py", *words)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 1
+    return json.loads(done.stdout)
+
+
+def check_circumstances(found, name):
+    assert set(found["hardware"]) == {"cpu", "cores", "load_average", "gpu"}
+    assert {"python", "torch", "torchvision", "timm", "pillow", "nvidia-dali-cuda130"} <= set(found["versions"])
+    assert found["command"].startswith(f"benchmark.py {name} ")
+    assert found["settings"]["benchmark"] == name
+    assert found["settings"]["device"] == "cpu"
+
+
+def check_ratio(found):
+    assert 0 < found["min"] <= found["max"]
+    assert found["ratio"] > 0
+
+
+def test_loader(photos):
+    sizes = ["--batch_size", 4, "--threads", 1, "--batches", 4, "--repeats", 2]
+    found = benchmark("loader", "--data", photos, "--device", "cpu", *sizes, "model.img_size=32")
+    check_circumstances(found, "loader")
+    assert found["images"] == 20
+    for views in (found["one_view"], found["two_views"]):
+        for measured in (views["images_per_second"], views["cpu_ms_per_image"]):
+            assert set(measured) == {"ours", "dali", "torchvision"}
+            assert all(set(values) == SPREAD and 0 < values["min"] <= values["median"] for values in measured.values())
+        for ratios in (views["speed_ours_over"], views["cpu_time_over_ours"]):
+            assert set(ratios) == {"dali", "torchvision"}
+            for ratio in ratios.values():
+                check_ratio(ratio)
+
+
+def test_step():
+    sizes = ["--model", "vit_tiny_patch16_224", "--batch_size", 2, "--threads", 1, "--repeats", 2]
+    found = benchmark("step", "--device", "cpu", *sizes, *SMALL, "tokenizer.vocab_size=64")
+    check_circumstances(found, "step")
+    assert found["vocab_size"] == 64
+    for measured in (found["seconds"], found["cpu_seconds"]):
+        assert set(measured) == {"sorted", "dense", "masks"}
+        assert all(set(values) == SPREAD and 0 < values["min"] <= values["median"] for values in measured.values())
+    for name in ("dense_over_sorted", "dense_with_masks_over_sorted", "cpu_dense_over_sorted"):
+        check_ratio(found[name])
+    assert all(peak > 0 for peak in found["peak_bytes"].values())
+    assert found["peak_dense_over_sorted"] == pytest.approx(found["peak_bytes"]["dense"] / found["peak_bytes"]["sorted"])
+    assert abs(found["loss"]["sorted"] - np.log(64)) < 0.5  # near that of equal chances
+    assert found["loss_relative_difference"] < 1e-5
+
+
+def test_assign(photos, tmp_path):
+    folder, path = write_tower(tmp_path / "teacher", "vit"), tmp_path / "codebook.safetensors"
+    teacher = build_teacher(TeacherConfig(name=f"local-dir:{folder}", img_size=64), torch.device("cpu"))
+    centroids = torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
+    Codebook(centroids, source_of(teacher.identity, DataConfig()) | {"tokenizer.vocab_size": 16}).save(path)
+    words = ["--data", photos, "--device", "cpu", "--batch_size", 8, "--images", 16, "--threads", 1]
+    recipe = ["model.img_size=32", "model.patch_size=8", "teacher.img_size=64", "data.workers=0"]
+    found = benchmark("assign", "--teacher", f"local-dir:{folder}", "--codebook", path, *words, *recipe)
+    check_circumstances(found, "assign")
+    assert found["codes"] == 16
+    assert found["ids"] == (16 + 8) * 16  # the warm-up batch counts too; 16 patches an image
+    assert set(found["changed_share"]) == {"bf16_teacher", "bf16_features"}
+    assert 0 < found["changed_share"]["bf16_teacher"] < 0.5
+    assert 0 <= found["changed_share"]["bf16_features"] < 0.5
+    assert set(found["ms_per_image"]) == {"teacher_fp32", "teacher_bf16", "assign"}
+    assert all(set(values) == SPREAD and 0 < values["min"] for values in found["ms_per_image"].values())
+
+
+def test_mistake_is_one_line():
+    done = start(sys.executable, "tools/benchmark.py", "step", "model.nam=vit_tiny")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "model.name" in done.stderr
