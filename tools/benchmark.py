@@ -106,8 +106,7 @@ def dali(index: Index, views: list[Any], config: Config, device: torch.device) -
     from nvidia.dali import Pipeline, fn, types
 
     data, device_id = config.data, 0 if device.type == "cuda" else None
-    shared = {"num_threads": data.threads, "device_id": device_id, "prefetch_queue_depth": data.prefetch, "seed": config.seed}
-    with Pipeline(batch_size=config.train.micro_batch_size, **shared) as pipeline:
+    with Pipeline(config.train.micro_batch_size, data.threads, device_id, prefetch_queue_depth=data.prefetch) as pipeline:
         encoded, label = fn.readers.file(files=[index.path(i) for i in range(len(index))], random_shuffle=True)
         crop = fn.decoders.image_random_crop(
             encoded, device="cpu" if device_id is None else "mixed", output_type=types.RGB, adjust_orientation=False,
@@ -247,9 +246,8 @@ def measure_step(arguments: argparse.Namespace) -> Figures:
     config = settings(arguments, f"model.name={arguments.model}", "model.drop_path=0", "objective=mapet")
     figures = circumstances(config, arguments) | {"vocab_size": config.tokenizer.vocab_size}
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as child:
-        sorted_peak, dense_peak = (
-            child.submit(peak_memory, name, config, device, arguments.dtype, threads).result() for name in ("sorted", "dense")
-        )
+        shared = (config, device, arguments.dtype, threads)
+        sorted_peak, dense_peak = (child.submit(peak_memory, name, *shared).result() for name in ("sorted", "dense"))
     torch.set_num_threads(threads)
     steps, masks = build_step(config, device, arguments.dtype)
     losses = {name: step() for name, step in steps.items()}
