@@ -14,7 +14,7 @@ from mapet_ds.config import REPOSITORY, load_config
 def commands(name):
     """Each command of the shell blocks of a document, as words."""
     text = (REPOSITORY / name).read_text()
-    blocks = re.findall(r"^```(?:sh|bash)?\n(.*?)^```", text, re.M | re.S)
+    blocks = [code for language, code in re.findall(r"^```(\w*)\n(.*?)^```", text, re.M | re.S) if language in ("", "sh", "bash")]
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     return [shlex.split(line, comments=True) for line in lines if re.match(r"(\w+=\S+ )*(make|python|deepspeed|torchrun|sbatch) ", line)]
 
