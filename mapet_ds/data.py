@@ -8,20 +8,24 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from nvidia.dali import Pipeline, fn, types
 from torch import Tensor
 
 from mapet_ds.config import Config, ConfigError
 from mapet_ds.formats import BadImage, inspect
-from mapet_ds.index import Index
-from mapet_ds.launch import use_gpu
+from mapet_ds.index import DataError, Index, open_index
+from mapet_ds.launch import Ranks, use_gpu
 from mapet_ds.samples import SampleSource, allowed_bad, too_many_bad
 
 logger = logging.getLogger(__name__)
+ALONE_LIMIT = 10
+"""Micro-batches in a row that may fail in the pipeline and succeed alone on the CPU."""
 View = tuple[int, tuple[float, float, float], tuple[float, float, float]]
 """Side in pixels, mean and standard deviation of a view."""
 
@@ -42,6 +46,18 @@ class Batch(NamedTuple):
         """The same with its images on `device`; index and label stay on the CPU."""
         images, teacher_images = (x if x is None else x.to(device) for x in (self.images, self.teacher_images))
         return self._replace(images=images, teacher_images=teacher_images)
+
+
+def open_shared_index(root: str, cache: Path, ranks: Ranks) -> Index:
+    """The index of the images under `root`, kept in the folder `cache`: rank 0 builds it where it isn't there yet, the others
+    open what it has built. Every rank must call it.
+
+    Raises:
+        DataError: there is nothing to train on, or it can't be read.
+    """
+    index = open_index(root, cache) if ranks.rank == 0 else None
+    dist.barrier(ranks.control)
+    return index or open_index(root, cache)
 
 
 def _define(source: SampleSource, device: str, student: View | None, teacher: View | None, parallel: bool) -> list[Any]:
@@ -122,6 +138,7 @@ class Loader:
         self._teacher = teacher
         self._bad, self._new_bad = dict.fromkeys(bad, ""), []
         self._micro_step = first_step * config.grad_accum_steps(world_size)
+        self._alone = 0
         self._build(self._micro_step)
 
     def __iter__(self) -> Loader:
@@ -178,7 +195,9 @@ class Loader:
     def _run(self) -> tuple[Any, ...]:
         while True:
             try:
-                return self._pipeline.run(*([torch.cuda.current_stream(self.device)] if self.device.type == "cuda" else []))
+                outputs = self._pipeline.run(*([torch.cuda.current_stream(self.device)] if self.device.type == "cuda" else []))
+                self._alone = 0
+                return outputs
             except RuntimeError as error:
                 found = self._undecodable()
                 if not found:
@@ -188,7 +207,17 @@ class Loader:
 
     def _run_alone(self, error: RuntimeError) -> tuple[Any, ...]:
         """The micro-batch that is due, read here and decoded on the CPU: of its images the CPU's decoder refuses none, so
-        the GPU's did, or the storage failed for a moment."""
+        the GPU's did, or the storage failed for a moment.
+
+        Raises:
+            DataError: that was so too often in a row: something else is broken, and going on would only be slow.
+        """
+        self._alone += 1
+        if self._alone > ALONE_LIMIT:
+            raise DataError(
+                f"DALI failed on {self._alone} micro-batches in a row in whose images the CPU's decoder finds nothing wrong: "
+                f"{str(error).splitlines()[0]} If it is the GPU's decoder, data.device=cpu goes on without it."
+            ) from error
         logger.warning("Micro-batch %d is done again on the CPU: %s", self._micro_step, str(error).splitlines()[0])
         self._pipeline = None  # ends its workers; the source is used anew from here
         self._source.first_micro_step = self._micro_step

@@ -102,7 +102,7 @@ class Metrics:
         self._report = _Report(config, total_steps, first_step) if ranks.rank == 0 else None
         self._grad_accum_steps = config.grad_accum_steps(ranks.world_size)
         self._micro_steps = 0
-        self._step = first_step
+        self.logged_step = first_step
         self._reset()
 
     def _reset(self) -> None:
@@ -141,14 +141,14 @@ class Metrics:
         record |= {
             name: value.item() if isinstance(value, Tensor) else value for name, value in extra.items()
         }
-        record["images_per_second"] = (step - self._step) * self.config.train.global_batch_size / seconds
+        record["images_per_second"] = (step - self.logged_step) * self.config.train.global_batch_size / seconds
         record["data_wait_percent"] = 100 * (waited / elapsed).item()
         record["seconds"] = seconds
         if self.ranks.device.type == "cuda":
             record["gpu_memory_gib"] = torch.cuda.max_memory_allocated(self.ranks.device) / 2**30
         if self._report:
             self._report.write(record, self.config.train.epochs)
-        self._step = step
+        self.logged_step = step
         self._reset()
         return record
 

@@ -22,10 +22,10 @@ from torch import Tensor
 
 from mapet_ds import checkpoint
 from mapet_ds.config import REPOSITORY, Config, ConfigError, total_steps
-from mapet_ds.data import Loader
+from mapet_ds.data import Loader, open_shared_index
 from mapet_ds.draws import first_slot
 from mapet_ds.engine import build_engine, check_engine_config, gather_state, scatter_state, set_learning_rate
-from mapet_ds.index import DataError, open_index
+from mapet_ds.index import DataError
 from mapet_ds.launch import Ranks, StopRequest
 from mapet_ds.metrics import Metrics
 from mapet_ds.objectives import Loss, build_objective
@@ -52,7 +52,7 @@ class Run:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for to be deterministic
         torch.use_deterministic_algorithms(config.train.deterministic)
 
-        self.index = self._open_index()
+        self.index = open_shared_index(config.data.train, self.folder / "index", ranks)
         self.total_steps = total_steps(config, len(self.index))
         self.target = build_target(config, ranks.device)
         objective = build_objective(config)
@@ -90,13 +90,6 @@ class Run:
                 raise ConfigError(f"run_dir = {self.folder} can't be written: {error}.") from error
         dist.barrier(self.ranks.control)
 
-    def _open_index(self) -> Any:
-        """Rank 0 builds it where it is not there yet; the others open what it has built."""
-        if self.ranks.rank == 0:
-            index = open_index(self.config.data.train, self.folder / "index")
-        dist.barrier(self.ranks.control)
-        return index if self.ranks.rank == 0 else open_index(self.config.data.train, self.folder / "index")
-
     def _resume(self) -> None:
         """Continue from the newest whole checkpoint, if there is one. Rank 0 chooses, all load it."""
         chosen = [checkpoint.newest(self.folder) if self.ranks.rank == 0 else None]
@@ -122,10 +115,12 @@ class Run:
         last = min(self.total_steps, self.config.train.stop_at_step or self.total_steps)
         while self.step < last and not self.stop.agreed():
             self._train_step()
-            if self.step % self.config.log.every_steps == 0 or self.step == last:
+            if self.step % self.config.log.every_steps == 0:
                 self._log()
             if self.step % self.config.checkpoint.every_steps == 0:
                 self.save()
+        if self.metrics.logged_step != self.step:
+            self._log()
         if self.saved != self.step:
             self.save()
         self.metrics.close()

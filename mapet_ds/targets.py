@@ -57,7 +57,7 @@ class TokenIds:
         self.codebook = Codebook.load(config.tokenizer.path)
         self.teacher = build_teacher(config.teacher, device)
         self.teacher.check_grid(config.grid)
-        self.codebook.check(self.teacher.identity, config.data.crop, config.tokenizer.vocab_size)
+        self.codebook.check(self.teacher.identity, config.data, config.tokenizer.vocab_size)
         self.codebook.to(device)
         self.teacher_view = (config.teacher.img_size, *teacher_mean_std(config.teacher))
         self.identity = {"teacher": self.teacher.identity, "codebook": self.codebook.sha256, "dtype": str(self.teacher.dtype)}

@@ -33,6 +33,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from mapet_ds.config import ConfigError, TeacherConfig, Triple, teacher_model_config
+from mapet_ds.launch import CONTROL_TIMEOUT
 
 log = logging.getLogger(__name__)
 
@@ -210,7 +211,8 @@ def _once_per_node(work: Callable[[], str]) -> tuple[str, list[str]]:
     outcomes = [outcome]
     if dist.is_initialized():
         outcomes = [outcome] * dist.get_world_size()
-        dist.all_gather_object(outcomes, outcome)
+        patient = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)  # a download may take longer than a step
+        dist.all_gather_object(outcomes, outcome, group=patient)
     if failed := [error for _, error in outcomes if error]:
         raise ConfigError(failed[0])
     mine = outcomes[dist.get_rank() - local_rank][0] if dist.is_initialized() else outcome[0]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from mapet_ds.index import Index
 from mapet_ds.launch import Ranks
 from mapet_ds.teacher import Teacher, teacher_mean_std
 
+logger = logging.getLogger(__name__)
 SCORES = 2**26
 """Distances held at once in `assign`: 256 MiB of fp32."""
 
@@ -76,19 +78,14 @@ class Codebook:
             torch.set_float32_matmul_precision(precision)
         return ids.view(features.shape[:-1])
 
-    def check(self, identity: dict[str, str | int], crop: str, vocab_size: int) -> None:
+    def check(self, identity: dict[str, str | int], data: DataConfig, vocab_size: int) -> None:
         """Refuse a codebook that was not fitted on this teacher's features of these crops, or is of another size.
 
         Raises:
             ConfigError: naming what the codebook says and what the run says.
         """
-        wanted = {
-            "teacher.sha256": identity["sha256"],  # covers the architecture: a name may be an alias, a folder may move
-            "teacher.layer": identity["layer"],
-            "teacher.img_size": identity["img_size"],
-            "data.crop": crop,
-            "tokenizer.vocab_size": vocab_size,
-        }
+        wanted = source_of(identity, data) | {"tokenizer.vocab_size": vocab_size}
+        del wanted["teacher.name"]  # the checksum covers the architecture; a name may be an alias, a folder may move
         for key, value in wanted.items():
             found = self.provenance.get(key, "not recorded")
             if found != str(value):
@@ -224,6 +221,8 @@ def sample_features(config: Config, index: Index, teacher: Teacher, ranks: Ranks
     features = np.empty((num_points(images, config), teacher.embed_dim), np.float32) if on_first else None
     for micro_step in tqdm(range(micro_steps), "features", disable=not (on_first and config.log.progress), unit="batch"):
         dense = teacher(next(loader).teacher_images.to(ranks.device))
+        for bad, reason in loader.new_bad():
+            logger.warning("Unreadable, and replaced by the next of the order: %s (%s)", index.path(bad), reason)
         slot = draws.first_slot(micro_step, ranks.rank, ranks.world_size, micro)
         start, image, patch = chosen_patches(config, images, slot, micro)
         points = dense[torch.from_numpy(image), torch.from_numpy(patch)].float().cpu().numpy()

@@ -7,94 +7,100 @@
 # after its last step, is the proof of success; the launcher's exit code is not, since deepspeed returns 0 for some failures.
 set -euo pipefail
 
-: "${RECIPE:?is set by slurm/pretrain_*.sh}"
-: "${DATA:?name the folder of images or shards: DATA=/data/imagenet/train sbatch ...}"
-: "${RUN_DIR:?name the folder this run writes, on a disk all nodes share: RUN_DIR=/runs/l16 sbatch ...}"
-CODEBOOK=${CODEBOOK:-$RUN_DIR/codebook.safetensors}
-ENGINE=${ENGINE:-ds_configs/zero2.json}
-mkdir -p "$RUN_DIR"
-rm -f "$RUN_DIR/DONE" "$RUN_DIR/STOP"
+# Bash reads a script as it goes: in a function, one that is edited while the job runs stays what it was.
+main() {
+    : "${RECIPE:?is set by slurm/pretrain_*.sh}"
+    : "${DATA:?name the folder of images or shards: DATA=/data/imagenet/train sbatch ...}"
+    : "${RUN_DIR:?name the folder this run writes, on a disk all nodes share: RUN_DIR=/runs/l16 sbatch ...}"
+    CODEBOOK=${CODEBOOK:-$RUN_DIR/codebook.safetensors}
+    ENGINE=${ENGINE:-ds_configs/zero2.json}
+    mkdir -p "$RUN_DIR"
+    rm -f "$RUN_DIR/DONE" "$RUN_DIR/STOP"
 
-# Hosts.
-gpus=${SLURM_GPUS_ON_NODE:?no GPUs are allocated: the script needs --gpus-per-node}
-hostfile=$RUN_DIR/hostfile
-scontrol show hostnames "$SLURM_JOB_NODELIST" | sed "s/\$/ slots=$gpus/" >"$hostfile"
-nodes=$(wc -l <"$hostfile")
-head_node=$(head -n 1 "$hostfile")
-launcher=(--hostfile "$hostfile" --master_addr "${head_node%% *}" --master_port $((10000 + SLURM_JOB_ID % 20000)))
-if ((nodes == 1)); then
-    launcher+=(--no_ssh_check)
-elif [[ $PWD == *[[:space:]]* ]]; then
-    echo "$PWD has a space in it, which deepspeed's remote shells split: move the repository." >&2
-    exit 2
-fi
+    # Hosts.
+    gpus=${SLURM_GPUS_ON_NODE:?no GPUs are allocated: the script needs --gpus-per-node}
+    hostfile=$RUN_DIR/hostfile
+    scontrol show hostnames "$SLURM_JOB_NODELIST" | sed "s/\$/ slots=$gpus/" >"$hostfile"
+    nodes=$(wc -l <"$hostfile")
+    head_node=$(head -n 1 "$hostfile")
+    launcher=(--hostfile "$hostfile" --master_addr "${head_node%% *}" --master_port $((10000 + SLURM_JOB_ID % 20000)))
+    if ((nodes == 1)); then
+        launcher+=(--no_ssh_check)
+    elif [[ $PWD == *[[:space:]]* ]]; then
+        echo "$PWD has a space in it, which deepspeed's remote shells split: move the repository." >&2
+        exit 2
+    fi
 
-# The site's variables: here, and on every host through the file that deepspeed reads.
-# shellcheck source=slurm/cluster.env.sh
-source slurm/cluster.env.sh
-export DS_ENV_FILE
-DS_ENV_FILE=$(realpath "$RUN_DIR")/deepspeed_env
-sed -n 's/^export \([A-Za-z_][A-Za-z0-9_]*\)=.*/\1/p' slurm/cluster.env.sh |
-    while read -r name; do echo "$name=${!name}"; done >"$DS_ENV_FILE"
+    # The site's variables: here, and on every host through the file that deepspeed reads.
+    # shellcheck source=slurm/cluster.env.sh
+    source slurm/cluster.env.sh
+    export DS_ENV_FILE
+    DS_ENV_FILE=$(realpath "$RUN_DIR")/deepspeed_env
+    sed -n 's/^export \([A-Za-z_][A-Za-z0-9_]*\)=.*/\1/p' slurm/cluster.env.sh |
+        while read -r name; do echo "$name=${!name}"; done >"$DS_ENV_FILE"
 
-# Stop and requeue. STOP is touched again and again, because ranks that are still starting remove an old one.
-child='' stopping=''
-ask_to_stop() {
-    [[ -z $stopping ]] || return 0
-    echo "$(date): asked to stop; the ranks save and leave."
-    while :; do touch "$RUN_DIR/STOP" && sleep 2; done &
-    stopping=$!
-    [[ -f $CODEBOOK || -z $child ]] || kill "$child" # fitting a codebook does not look for STOP
-}
-leave() {
-    [[ -z $stopping ]] || kill "$stopping" 2>/dev/null || :
-    rm -f "$RUN_DIR/STOP"
-}
-trap ask_to_stop USR1 TERM
-trap leave EXIT
+    # Stop and requeue. STOP is touched again and again, because ranks that are still starting remove an old one.
+    child='' stopping=''
+    ask_to_stop() {
+        [[ -z $stopping ]] || return 0
+        echo "$(date): asked to stop; the ranks save and leave."
+        while :; do touch "$RUN_DIR/STOP" && sleep 2; done &
+        stopping=$!
+        [[ -f $CODEBOOK || -z $child ]] || kill "$child" # fitting a codebook does not look for STOP
+    }
+    leave() {
+        [[ -z $stopping ]] || kill "$stopping" 2>/dev/null || :
+        rm -f "$RUN_DIR/STOP"
+    }
+    trap ask_to_stop USR1 TERM
+    trap leave EXIT
 
-# A preemption sends TERM to every process of the job, and deepspeed would die of it, or kill the ranks, while they save.
-without_term='
+    # A preemption sends TERM to every process of the job, and deepspeed would die of it, or kill the ranks, while they save.
+    without_term='
 import os, signal, sys
 signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
 os.execvp(sys.argv[1], sys.argv[1:])'
 
-# Runs a command in the background, since bash takes signals only while it waits.
-code=0
-launch() {
-    "$@" &
-    child=$!
-    while :; do
-        code=0
-        wait "$child" || code=$?
-        kill -0 "$child" 2>/dev/null || break
-    done
+    # Runs a command in the background, since bash takes signals only while it waits.
+    code=0
+    launch() {
+        "$@" &
+        child=$!
+        while :; do
+            code=0
+            wait "$child" || code=$?
+            kill -0 "$child" 2>/dev/null || break
+        done
+    }
+
+    settings=("data.train=$DATA" "tokenizer.path=$CODEBOOK" "$@")
+    if [[ ! -f $CODEBOOK ]]; then
+        launch deepspeed "${launcher[@]}" tools/fit_codebook.py --config "$RECIPE" "${settings[@]}"
+    fi
+    if [[ -f $CODEBOOK && -z $stopping ]]; then
+        launch python -c "$without_term" deepspeed "${launcher[@]}" \
+            mapet_ds/pretrain.py --config "$RECIPE" --deepspeed_config "$ENGINE" \
+            "run_dir=$RUN_DIR" "train.world_size=$((nodes * gpus))" "${settings[@]}"
+    fi
+
+    if [[ -f $RUN_DIR/DONE ]]; then
+        echo "$(date): done, $(cat "$RUN_DIR/DONE")"
+    elif [[ -n $stopping ]]; then
+        trap '' USR1 TERM
+        leave
+        if [[ $(squeue --noheader --jobs "$SLURM_JOB_ID" --format %T) == RUNNING ]]; then
+            echo "$(date): stopped in order; job $SLURM_JOB_ID goes back into the queue."
+            scontrol requeue "$SLURM_JOB_ID"
+        else # cancelled by its user, or preempted, which queues it again without our help
+            echo "$(date): stopped in order; SLURM is ending job $SLURM_JOB_ID."
+        fi
+    elif [[ -f $RUN_DIR/STOP ]]; then
+        echo "$(date): stopped by $RUN_DIR/STOP; submit the same job again to continue."
+    else
+        echo "$(date): the ranks ended before the last step (launcher's exit code $code); their reason is above." >&2
+        exit $((code == 0 ? 1 : code))
+    fi
+    exit 0
 }
 
-settings=("data.train=$DATA" "tokenizer.path=$CODEBOOK" "$@")
-if [[ ! -f $CODEBOOK ]]; then
-    launch deepspeed "${launcher[@]}" tools/fit_codebook.py --config "$RECIPE" "${settings[@]}"
-fi
-if [[ -f $CODEBOOK && -z $stopping ]]; then
-    launch python -c "$without_term" deepspeed "${launcher[@]}" \
-        mapet_ds/pretrain.py --config "$RECIPE" --deepspeed_config "$ENGINE" \
-        "run_dir=$RUN_DIR" "train.world_size=$((nodes * gpus))" "${settings[@]}"
-fi
-
-if [[ -f $RUN_DIR/DONE ]]; then
-    echo "$(date): done, $(cat "$RUN_DIR/DONE")"
-elif [[ -n $stopping ]]; then
-    trap '' USR1 TERM
-    leave
-    if [[ $(squeue --noheader --jobs "$SLURM_JOB_ID" --format %T) == RUNNING ]]; then
-        echo "$(date): stopped in order; job $SLURM_JOB_ID goes back into the queue."
-        scontrol requeue "$SLURM_JOB_ID"
-    else # cancelled by its user, or preempted, which queues it again without our help
-        echo "$(date): stopped in order; SLURM is ending job $SLURM_JOB_ID."
-    fi
-elif [[ -f $RUN_DIR/STOP ]]; then
-    echo "$(date): stopped by $RUN_DIR/STOP; submit the same job again to continue."
-else
-    echo "$(date): the ranks ended before the last step (launcher's exit code $code); their reason is above." >&2
-    exit $((code == 0 ? 1 : code))
-fi
+main "$@"

@@ -16,7 +16,7 @@ from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 
 from mapet_ds.config import REPOSITORY, Config, ConfigError, DataConfig, ModelConfig, TrainConfig
-from mapet_ds.data import Batch, Loader
+from mapet_ds.data import ALONE_LIMIT, Batch, Loader
 from mapet_ds.index import DataError, Index, open_index
 from mapet_ds.samples import CROP_NUMBERS, SampleSource, central_square, random_crop
 
@@ -360,6 +360,21 @@ def test_a_passing_storage_fault_is_got_over(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(Index, "read", read)
     assert_same(load(settings(4), index, 3), expected)
     assert "Micro-batch 0 is done again on the CPU" in caplog.text
+
+
+def test_a_decoder_that_never_works_stops_the_run(photos, monkeypatch):
+    class Broken:
+        def run(self):
+            raise RuntimeError("no decoder")
+
+    real = Loader._pipeline_of  # the one that prefetches nothing is the CPU's, which steps in
+    monkeypatch.setattr(Loader, "_pipeline_of", lambda self, *a, **k: real(self, *a, **k) if k.get("prefetch") == 1 else Broken())
+    loader = Loader(settings(4), photos, student=True, teacher=None, rank=0, world_size=1, local_rank=0)
+    batches = list(itertools.islice(loader, ALONE_LIMIT))
+    assert len(batches) == ALONE_LIMIT
+    with pytest.raises(DataError, match=f"{ALONE_LIMIT + 1} micro-batches in a row.*no decoder.*data.device=cpu"):
+        next(loader)
+    loader.close()
 
 
 def test_a_gpu_asked_for_must_be_there(photos, monkeypatch):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from line import ENVIRONMENT, command, start
+from line import ENVIRONMENT, command, free_port, start
 
 from mapet_ds.config import REPOSITORY, ConfigError
 from mapet_ds.launch import check_hostfile, init_distributed
@@ -147,7 +147,7 @@ def test_what_one_rank_is_asked_all_agree_on(tmp_path, step_on, ask):
 
 
 def test_ranks_whose_launcher_was_killed_stop_by_themselves(tmp_path, step_on):
-    process = step_on([DEEPSPEED, "--num_gpus", "2", "--master_port", "29541"], 2)
+    process = step_on([DEEPSPEED, "--num_gpus", "2", "--master_port", str(free_port())], 2)
     process.kill()
     wait_for(lambda: all(len(end) == 4 for end in ends(tmp_path, 2)))
     first, last = ends(tmp_path, 2)

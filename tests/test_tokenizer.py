@@ -193,23 +193,29 @@ def test_a_missing_file_names_the_cure(tmp_path):
 
 
 def test_a_codebook_knows_its_teacher(codebook):
-    codebook.check(IDENTITY, "center", 64)
-    codebook.check(IDENTITY | {"name": "ViT-B-16-quickgelu"}, "center", 64)  # an alias: the checksum decides
-    for change, crop, vocab_size, sentence in [
-        ({"sha256": "b" * 64, "name": "RN50"}, "center", 64, r"sha256 = aaa.*\(teacher ViT-B-16\).* bbb.*\(teacher RN50\)"),
-        ({"layer": 10}, "center", 64, r"layer = 11 .* run has 10"),
-        ({"img_size": 448}, "center", 64, r"img_size = 224 .* run has 448"),
-        ({}, "random", 64, r"data.crop = center .* run has random"),
-        ({}, "center", 65, r"vocab_size = 64 .* run has 65"),
+    data = DataConfig()
+    codebook.check(IDENTITY, data, 64)
+    codebook.check(IDENTITY | {"name": "ViT-B-16-quickgelu"}, data, 64)  # an alias: the checksum decides
+    for change, crops, vocab_size, sentence in [
+        ({"sha256": "b" * 64, "name": "RN50"}, data, 64, r"sha256 = aaa.*\(teacher ViT-B-16\).* bbb.*\(teacher RN50\)"),
+        ({"layer": 10}, data, 64, r"layer = 11 .* run has 10"),
+        ({"img_size": 448}, data, 64, r"img_size = 224 .* run has 448"),
+        ({}, DataConfig(crop="random"), 64, r"data.crop = center .* run has random"),
+        ({}, data, 65, r"vocab_size = 64 .* run has 65"),
     ]:
         with pytest.raises(ConfigError, match=sentence):
-            codebook.check(IDENTITY | change, crop, vocab_size)
+            codebook.check(IDENTITY | change, crops, vocab_size)
     with pytest.raises(ConfigError, match="teacher.sha256 = not recorded"):
-        Codebook(codebook.centroids, {}).check(IDENTITY, "center", 64)
+        Codebook(codebook.centroids, {}).check(IDENTITY, data, 64)
 
 
-def test_the_source_of_random_crops_is_recorded():
-    assert source_of(IDENTITY, DataConfig(crop="random", crop_scale=(0.4, 1.0)))["data.crop_scale"] == "[0.4, 1.0]"
+def test_random_crops_are_recorded_and_compared(codebook):
+    data = DataConfig(crop="random", crop_scale=(0.4, 1.0))
+    source = source_of(IDENTITY, data) | {"tokenizer.vocab_size": 64}
+    assert source["data.crop_scale"] == "[0.4, 1.0]"
+    Codebook(codebook.centroids, source).check(IDENTITY, data, 64)
+    with pytest.raises(ConfigError, match=r"crop_scale = \[0.4, 1.0\] .* run has \[0.2, 1.0\]"):
+        Codebook(codebook.centroids, source).check(IDENTITY, DataConfig(crop="random"), 64)
 
 
 def sampled(config, images, micro):

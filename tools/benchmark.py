@@ -280,7 +280,7 @@ def measure_assign(arguments: argparse.Namespace) -> Figures:
     configs = {precision: settings(arguments, name, f"teacher.precision={precision}") for precision in ("fp32", "bf16")}
     config, codebook = configs["fp32"], Codebook.load(arguments.codebook)
     teachers = {f"teacher_{precision}": build_teacher(configs[precision].teacher, device) for precision in configs}
-    codebook.check(teachers["teacher_fp32"].identity, config.data.crop, len(codebook.centroids))
+    codebook.check(teachers["teacher_fp32"].identity, config.data, len(codebook.centroids))
     codebook.to(device)
     milliseconds, changed, total = {name: [] for name in (*teachers, "assign")}, {"bf16_teacher": 0, "bf16_features": 0}, 0
     with tempfile.TemporaryDirectory() as cache:

@@ -44,17 +44,13 @@ def fit_codebook(config: Config) -> None:
     """Every rank calls it; rank 0 writes tokenizer.path and prints what became of it."""
     import torch.distributed as dist
 
-    from mapet_ds.index import open_index
+    from mapet_ds.data import open_shared_index
     from mapet_ds.launch import init_distributed
     from mapet_ds.teacher import build_teacher
     from mapet_ds.tokenizer import fit, num_points, sample_features, source_of
 
     ranks = init_distributed()
-    cache = Path(f"{config.tokenizer.path}.index")
-    if ranks.rank == 0:
-        open_index(config.data.train, cache)
-    dist.barrier(ranks.control)
-    index = open_index(config.data.train, cache)
+    index = open_shared_index(config.data.train, Path(f"{config.tokenizer.path}.index"), ranks)
     points = num_points(len(index), config)
     teacher = build_teacher(config.teacher, ranks.device)
     teacher.check_grid(config.grid)
