@@ -13,12 +13,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-from mapet_ds.config import Config, ConfigError, ObjectiveConfig, load_config, teacher_grid
+from mapet_ds.config import Config, ConfigError, ObjectiveConfig, Rules, teacher_grid
+from mapet_ds.recipe import load_config
 
 
-def _input_rules(config: Config) -> list[tuple[bool, str]]:
+def _input_rules(config: Config) -> Rules:
     model, data = config.model, config.data
-    grid = teacher_grid(config.teacher)
     return [
         (not data.train, "data.train is empty: name the folder of images, data.train=/data/imagenet/train."),
         (
@@ -28,12 +28,6 @@ def _input_rules(config: Config) -> list[tuple[bool, str]]:
         (
             model.img_size % model.patch_size != 0,
             f"model.img_size = {model.img_size} is not a multiple of model.patch_size = {model.patch_size}.",
-        ),
-        (
-            grid not in (None, config.grid),
-            f"The teacher's grid is {grid} x {grid} (teacher.img_size = {config.teacher.img_size}, {config.teacher.name}) "
-            f"but the student's is {config.grid} x {config.grid}: each patch needs one target. Change teacher.img_size "
-            f"to {config.teacher.img_size * config.grid // max(grid or 1, 1)}, or the student's size.",
         ),
         (
             data.crop == "center" and data.flip > 0,
@@ -52,16 +46,22 @@ def _input_rules(config: Config) -> list[tuple[bool, str]]:
     ]
 
 
-def _run_rules(config: Config, world_size: int) -> list[tuple[bool, str]]:
-    train, optim = config.train, config.optim
-    per_step = train.micro_batch_size * world_size
-    hidden = round(config.mapet.hidden_share * config.num_patches)
-    objectives = [f.name for f in dataclasses.fields(config) if isinstance(getattr(config, f.name), ObjectiveConfig)]
+def _teacher_rules(config: Config) -> Rules:
+    grid = teacher_grid(config.teacher)
     return [
         (
-            config.objective not in objectives,
-            f"objective = {config.objective} is not known; there are: {', '.join(objectives)}.",
+            grid not in (None, config.grid),
+            f"The teacher's grid is {grid} x {grid} (teacher.img_size = {config.teacher.img_size}, {config.teacher.name}) "
+            f"but the student's is {config.grid} x {config.grid}: each patch needs one target. Change teacher.img_size "
+            f"to {config.teacher.img_size * config.grid // max(grid or 1, 1)}, or the student's size.",
         ),
+    ]
+
+
+def _run_rules(config: Config, world_size: int) -> Rules:
+    train, optim = config.train, config.optim
+    per_step = train.micro_batch_size * world_size
+    return [
         (not config.run_dir, "run_dir is empty: name the folder this run writes to, run_dir=/runs/name."),
         (
             train.global_batch_size % per_step != 0,
@@ -78,15 +78,10 @@ def _run_rules(config: Config, world_size: int) -> list[tuple[bool, str]]:
             f"optim.warmup_epochs = {optim.warmup_epochs} leaves nothing of train.epochs = {train.epochs}.",
         ),
         (optim.min_lr > optim.lr, f"optim.min_lr = {optim.min_lr} is above optim.lr = {optim.lr}."),
-        (
-            not 1 <= hidden < config.num_patches,
-            f"mapet.hidden_share = {config.mapet.hidden_share} hides {hidden} of {config.num_patches} patches; "
-            "at least one must be hidden and one visible.",
-        ),
     ]
 
 
-def _refuse(rules: list[tuple[bool, str]]) -> None:
+def _refuse(rules: Rules) -> None:
     if found := [sentence for broken, sentence in rules if broken]:
         raise ConfigError("\n".join(found))
 
@@ -97,7 +92,7 @@ def check_inputs(config: Config) -> None:
     Raises:
         ConfigError: with one sentence per contradiction.
     """
-    _refuse(_input_rules(config))
+    _refuse(_input_rules(config) + _teacher_rules(config))
 
 
 def check(config: Config, world_size: int) -> None:
@@ -106,7 +101,13 @@ def check(config: Config, world_size: int) -> None:
     Raises:
         ConfigError: with one sentence per contradiction.
     """
-    _refuse(_input_rules(config) + _run_rules(config, world_size))
+    sections = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    objectives = {name: section for name, section in sections.items() if isinstance(section, ObjectiveConfig)}
+    if config.objective not in objectives:
+        raise ConfigError(f"objective = {config.objective} is not known; there are: {', '.join(objectives)}.")
+    objective = objectives[config.objective]
+    teacher = _teacher_rules(config) if objective.uses_teacher(config) else []
+    _refuse(_input_rules(config) + teacher + _run_rules(config, world_size) + objective.rules(config))
 
 
 ENGINE_KEYS = {

@@ -1,4 +1,4 @@
-"""Every knob of a run: frozen dataclasses, filled from a YAML recipe and `a.b=value` overrides.
+"""Every knob of a run: frozen dataclasses, which recipe.py fills.
 
 A dataclass owns a knob's type, default, unit, meaning and source; a DeepSpeed JSON owns engine knobs only.
 Imports neither torch nor open_clip, so that a mistake in a recipe is answered in a fraction of a second.
@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pydantic
-import yaml
 from pydantic import ConfigDict, Field
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -57,6 +56,23 @@ class ModelConfig:
 
 
 @knobs
+class StrongViewConfig:
+    """The teacher's view of objectives that ask for a strong one: colours changed, the geometry shared.
+
+    Source: ConMIM's released settings (Yi et al., arXiv 2205.09616).
+    """
+
+    jitter: tuple[NonNegative, NonNegative, NonNegative, NonNegative] = (0.4, 0.4, 0.2, 0.1)
+    """Brightness, contrast and saturation factors are uniform in 1 +- this; hue in +- this share of a full turn."""
+    jitter_share: Share = 0.8
+    grey_share: Share = 0.2
+    blur_share: Share = 0.1
+    blur_sigma: tuple[NonNegative, NonNegative] = (0.1, 2.0)
+    """Range of the Gaussian's standard deviation, pixels of the view."""
+    solarize_share: Share = 0.2
+
+
+@knobs
 class DataConfig:
     """Images in, two views of one crop out."""
 
@@ -72,6 +88,7 @@ class DataConfig:
     """Probability of a horizontal flip, the same for both views; for crop: random."""
     color_jitter: NonNegative = 0.4
     """Brightness, contrast and saturation factors are uniform in 1 +- this; student's view only."""
+    strong: StrongViewConfig = Field(default_factory=StrongViewConfig)
     mean: Triple = (0.485, 0.456, 0.406)
     std: Triple = (0.229, 0.224, 0.225)
     device: Literal["auto", "cpu", "gpu"] = "auto"
@@ -99,6 +116,8 @@ class TeacherConfig:
     """Side of the teacher's square view, pixels."""
     layer: int = -1
     """Index into the tower's intermediates; -1 is the last (layer4 of a ResNet, before pooling)."""
+    features: Literal["tokens", "normed", "projected"] = "tokens"
+    """tokens: the layer's output; normed: after ln_post; projected: into the space that CLIP compares in (both: ViTs only)."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 on a GPU, fp32 on a CPU."""
     shard: Literal["none", "node", "world"] = "node"
@@ -107,24 +126,129 @@ class TeacherConfig:
 
 @knobs
 class TokenizerConfig:
-    """The k-CLIP codebook. Published: Euclidean k-means, 8192, 20 iterations, best of 5, 512 points each."""
+    """What turns an image into one id per patch, and how k-CLIP's codebook is fitted (published settings)."""
 
+    name: str = "kclip"
+    """kclip: the nearest k-means centroid of the teacher's feature; vqkd: BEiT v2's tokenizer, which needs no teacher;
+    package.module:factory: your own, called as factory(config, device)."""
     path: str = ""
-    """codebook.safetensors: written by tools/fit_codebook.py, read by pretrain.py."""
+    """kclip: codebook.safetensors, written by tools/fit_codebook.py; vqkd: its published checkpoint (.pth or safetensors)."""
     vocab_size: Positive = 8192
+    """Number of ids."""
     iterations: Positive = 20
     redo: Positive = 5
     points_per_centroid: Positive = 512
 
 
+Rules = list[tuple[bool, str]]
+"""(broken, the sentence for it) of each thing that must hold."""
+
+
 class ObjectiveConfig:
     """The section of one objective; its name in Config is the objective's name."""
+
+    def uses_teacher(self, config: Config) -> bool:
+        """Whether the frozen open_clip tower takes part."""
+        return config.tokenizer.name == "kclip"
+
+    def num_hidden(self, config: Config) -> int:
+        """Patches of an image that are predicted, at most."""
+        return round(self.hidden_share * config.num_patches)
+
+    def rules(self, config: Config) -> Rules:
+        hidden, where = self.num_hidden(config), f"{config.objective}.hidden_share = {self.hidden_share}"
+        return [
+            (
+                not 1 <= hidden < config.num_patches,
+                f"{where} hides {hidden} of {config.num_patches} patches; at least one must be hidden and one visible.",
+            )
+        ]
 
 
 @knobs
 class MaPeTConfig(ObjectiveConfig):
     hidden_share: Share = 0.75
     """Share of the patches that is predicted: the last ones of the permutation (147 of 196)."""
+
+
+@knobs
+class BlockMaskConfig(ObjectiveConfig):
+    hidden_share: Share = 0.383
+    """Share of the patches that is hidden by rectangles (75 of 196)."""
+    exact: bool = False
+    """Hide exactly that many; else up to that many, as published, where no further rectangle fits."""
+
+
+@knobs
+class BEiTConfig(BlockMaskConfig):
+    """Masked prediction of token ids, MaPeT's baseline. BEiT, arXiv 2106.08254."""
+
+
+@knobs
+class MVPConfig(BlockMaskConfig):
+    """Masked regression of CLIP's features (teacher.features says which). MVP, arXiv 2203.05175."""
+
+    loss: Literal["cosine", "smooth_l1"] = "cosine"
+    """1 - cosine; or smooth L1 on features with mean 0 and variance 1 (MaskDistill)."""
+
+    def uses_teacher(self, config: Config) -> bool:
+        return True
+
+
+@knobs
+class SAIMConfig(ObjectiveConfig):
+    """Every patch from those before it in a random order. SAIM, arXiv 2212.01610."""
+
+    target: Literal["pixels", "features"] = "pixels"
+    """pixels: blurred and normalised per patch; features: the frozen CLIP's (SemAIM)."""
+    loss: Literal["mse", "l1", "cosine"] = "mse"
+    """cosine: the squared distance of vectors of length 1, SemAIM's for features."""
+    query_depth: Positive | None = None
+    """Blocks of the decoder, a divisor of the model's depth; null: as many."""
+
+    def uses_teacher(self, config: Config) -> bool:
+        return self.target == "features"
+
+    def rules(self, config: Config) -> Rules:
+        return []
+
+
+@knobs
+class ConMIMConfig(ObjectiveConfig):
+    """Patch-level InfoNCE inside the image against a momentum teacher. ConMIM, arXiv 2205.09616."""
+
+    hidden_share: Share = 0.75
+    """Share of the cells that is hidden, rounded up (37 of 49)."""
+    cell: Positive = 2
+    """Patches along one side of a cell."""
+    temperature: Annotated[float, Field(gt=0)] = 0.1
+    momentum: Share = 0.996
+    """Of the teacher at the first step; a cosine takes it to 1 at the last."""
+    projector_dim: Positive = 4096
+    """Width of the projector's two hidden layers; its output has 256."""
+    bn_group: Positive = 64
+    """Consecutive images of the global batch that share BatchNorm statistics; divides the micro-batch."""
+
+    def uses_teacher(self, config: Config) -> bool:
+        return False
+
+    def num_hidden(self, config: Config) -> int:
+        return math.ceil(self.hidden_share * (config.grid // self.cell) ** 2) * self.cell**2
+
+    def rules(self, config: Config) -> Rules:
+        micro = config.train.micro_batch_size
+        return [
+            *super().rules(config),
+            (
+                config.grid % self.cell != 0,
+                f"conmim.cell = {self.cell} does not divide the student's grid of {config.grid} patches a side.",
+            ),
+            (
+                micro % self.bn_group != 0,
+                f"conmim.bn_group = {self.bn_group} does not divide train.micro_batch_size = {micro}; BatchNorm is over whole "
+                f"groups. Keep the group through a run, e.g. conmim.bn_group={math.gcd(micro, self.bn_group)}.",
+            ),
+        ]
 
 
 @knobs
@@ -195,6 +319,10 @@ class Config:
     teacher: TeacherConfig = Field(default_factory=TeacherConfig)
     tokenizer: TokenizerConfig = Field(default_factory=TokenizerConfig)
     mapet: MaPeTConfig = Field(default_factory=MaPeTConfig)
+    beit: BEiTConfig = Field(default_factory=BEiTConfig)
+    mvp: MVPConfig = Field(default_factory=MVPConfig)
+    saim: SAIMConfig = Field(default_factory=SAIMConfig)
+    conmim: ConMIMConfig = Field(default_factory=ConMIMConfig)
     optim: OptimConfig = Field(default_factory=OptimConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
@@ -216,91 +344,6 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dictionaries, as they are written to the run folder."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
-
-
-class RecipeLoader(yaml.SafeLoader):
-    """YAML 1.2 numbers: PyYAML alone reads 1e-3 as a string."""
-
-
-RecipeLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"),
-    list("-+0123456789"),
-)
-
-
-def _parse_yaml(text: str, source: str) -> Any:
-    try:
-        return yaml.load(text, Loader=RecipeLoader)  # noqa: S506 - a SafeLoader
-    except yaml.YAMLError as error:
-        where = " ".join(str(error).split())
-        raise ConfigError(f"{source} is not valid YAML: {where}.") from error
-
-
-def _read_recipe(path: Path) -> dict[str, Any]:
-    try:
-        text = path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"The recipe {path} can't be read: {error}. Shipped ones: mapet_ds/recipes/.") from error
-    recipe = _parse_yaml(text, f"The recipe {path}")
-    if recipe is None:
-        return {}
-    if not isinstance(recipe, dict):
-        raise ConfigError(f"The recipe {path} must be a mapping of keys to values, not {type(recipe).__name__}.")
-    return recipe
-
-
-def _apply_override(values: dict[str, Any], override: str) -> str:
-    key, equals, text = override.partition("=")
-    if not equals or not all(part.isidentifier() for part in key.split(".")):
-        raise ConfigError(f"'{override}' is not of the form a.b=value, e.g. optim.lr=1e-3.")
-    *parents, leaf = key.split(".")
-    for parent in parents:
-        if not isinstance(values.setdefault(parent, {}), dict):
-            raise ConfigError(f"'{override}': {parent} is a single value and has no keys of its own.")
-        values = values[parent]
-    values[leaf] = _parse_yaml(text, f"The value of '{override}'")
-    return key
-
-
-def known_keys(cls: type = Config, prefix: str = "") -> list[str]:
-    """All knobs as dotted names."""
-    keys = []
-    for name, field in cls.__pydantic_fields__.items():
-        if dataclasses.is_dataclass(field.annotation):
-            keys += known_keys(field.annotation, f"{prefix}{name}.")
-        else:
-            keys.append(prefix + name)
-    return keys
-
-
-def _sentence(error: Any, recipe: str, overridden: set[str]) -> str:
-    key = ".".join(str(part) for part in error["loc"])
-    source = "the command line" if any(k == key or key.startswith(k + ".") for k in overridden) else recipe
-    value = json.dumps(error["input"], default=str)
-    if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        close = difflib.get_close_matches(key, known_keys(), n=1)
-        hint = f"; did you mean {close[0]}?" if close else ". docs/design.md lists the knobs."
-        return f"{key} = {value} (from {source}) is not a knob{hint}"
-    return f"{key} = {value} (from {source}): {error['msg'][0].lower()}{error['msg'][1:]}."
-
-
-def load_config(recipe: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """The typed settings of a recipe with `a.b=value` overrides on top. Not yet checked against each other.
-
-    Raises:
-        ConfigError: unreadable file, bad YAML, unknown key, wrong type or range.
-    """
-    values = _read_recipe(Path(recipe))
-    overridden = {_apply_override(values, override) for override in overrides}
-    try:
-        text = json.dumps(values)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"The recipe {recipe} holds a value that is no number, string or list: {error}.") from error
-    try:
-        return pydantic.TypeAdapter(Config).validate_json(text)
-    except pydantic.ValidationError as errors:
-        raise ConfigError("\n".join(_sentence(e, str(recipe), overridden) for e in errors.errors())) from errors
 
 
 def teacher_model_config(name: str) -> dict[str, Any]:

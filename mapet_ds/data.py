@@ -1,13 +1,14 @@
 """Batches: from (seed, step, slot) over the index and DALI to two normalised views of one crop. The only import of DALI.
 
-Student and teacher view show the same crop, flipped alike; colours are jittered in the student's view only.
+Student and teacher view show the same crop, flipped alike; colours are jittered in the student's view only,
+and changed in the teacher's where it asks for a strong one.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,13 +22,22 @@ from mapet_ds.config import Config, ConfigError
 from mapet_ds.formats import BadImage, inspect
 from mapet_ds.index import DataError, Index, open_index
 from mapet_ds.launch import Ranks, use_gpu
-from mapet_ds.samples import SampleSource, allowed_bad, too_many_bad
+from mapet_ds.samples import JITTER_NUMBERS, STRONG_VALUES, SampleSource, allowed_bad, too_many_bad
 
 logger = logging.getLogger(__name__)
 ALONE_LIMIT = 10
 """Micro-batches in a row that may fail in the pipeline and succeed alone on the CPU."""
-View = tuple[int, tuple[float, float, float], tuple[float, float, float]]
-"""Side in pixels, mean and standard deviation of a view."""
+
+
+class View(NamedTuple):
+    """What a view is to look like."""
+
+    size: int
+    """Side in pixels."""
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    strong: bool = False
+    """Colours changed by data.strong; the teacher's view only."""
 
 
 class Batch(NamedTuple):
@@ -60,31 +70,50 @@ def open_shared_index(root: str, cache: Path, ranks: Ranks) -> Index:
     return index or open_index(root, cache)
 
 
-def _define(source: SampleSource, device: str, student: View | None, teacher: View | None, parallel: bool) -> list[Any]:
-    """DALI's graph: decode the crop once, resize it to each view, normalise.
+def _jitter(image: Any, brightness: Any, contrast: Any, saturation: Any, hue: Any = 0.0) -> Any:
+    """Factors and, in degrees, a turn of the hue.
 
-    Deviations from torchvision's ColorJitter: one fixed order (saturation, contrast, brightness), contrast turns about
-    middle grey instead of the image's own mean, and there is one rounding, at the end.
+    Deviations from torchvision's ColorJitter: one fixed order (hue and saturation, contrast, brightness), contrast turns
+    about middle grey instead of the image's own mean, hue is turned in YIQ instead of HSV, and there is one rounding, at
+    the end.
     """
-    data, anchor, shape, mirror, index, *jitter = fn.external_source(
-        source=source, num_outputs=8 if source.jitter else 5, batch=False, parallel=parallel
+    return fn.color_twist(image, brightness=brightness, contrast=contrast, saturation=saturation, hue=hue)
+
+
+def _strengthen(image: Any, brightness: Any, contrast: Any, saturation: Any, hue: Any, sigma: Any, solarize: Any) -> Any:
+    """The colours of a strong view: jitter or grey, then blur, then solarisation, from the six values of a sample.
+
+    Deviations from torchvision's and Pillow's, beside those of `_jitter`: grey is a saturation of 0, so it comes before
+    contrast and brightness instead of after; the blur is a Gaussian cut at three sigmas instead of three boxes.
+    """
+    image = _jitter(image, brightness, contrast, saturation, hue)
+    image = fn.gaussian_blur(image, sigma=sigma)
+    solarized = fn.cast(image >= (solarize.gpu() if image.device == "gpu" else solarize), dtype=types.UINT8)
+    return image ^ solarized * types.Constant(255, types.UINT8)  # pixel ^ 255 is 255 - pixel
+
+
+def _define(source: SampleSource, device: str, student: View | None, teacher: View | None, parallel: bool) -> list[Any]:
+    """DALI's graph: decode the crop once, resize it to each view, change its colours, normalise."""
+    jitter, strong = JITTER_NUMBERS * source.jitter, STRONG_VALUES * source.strong
+    data, anchor, shape, mirror, index, *colours = fn.external_source(
+        source=source, num_outputs=5 + jitter + strong, batch=False, parallel=parallel
     )
     crop = fn.decoders.image_slice(
         data, anchor, shape, axes=[0, 1], normalized_anchor=False, normalized_shape=False,
         device="mixed" if device == "gpu" else "cpu", output_type=types.RGB, adjust_orientation=False,
     )  # fmt: skip
 
-    def view(side: int, mean: Any, std: Any, jitter: Any) -> Any:
-        image = fn.resize(crop, size=[side, side], interp_type=types.INTERP_CUBIC, antialias=True)
-        if jitter:
-            image = fn.color_twist(image, brightness=jitter[0], contrast=jitter[1], saturation=jitter[2])
+    def view(asked: View, recolour: Callable[..., Any], values: list[Any]) -> Any:
+        image = fn.resize(crop, size=[asked.size, asked.size], interp_type=types.INTERP_CUBIC, antialias=True)
+        if values:
+            image = recolour(image, *values)
         return fn.crop_mirror_normalize(
-            image, mirror=mirror, mean=[255 * m for m in mean], std=[255 * s for s in std], dtype=types.FLOAT,
+            image, mirror=mirror, mean=[255 * m for m in asked.mean], std=[255 * s for s in asked.std], dtype=types.FLOAT,
             output_layout="CHW",
         )  # fmt: skip
 
-    views = [view(*student, jitter)] if student else []
-    views += [view(*teacher, None)] if teacher else []
+    views = [view(student, _jitter, colours[:jitter])] if student else []
+    views += [view(teacher, _strengthen, colours[jitter:])] if teacher else []
     return [*views, index]
 
 
@@ -124,7 +153,7 @@ class Loader:
         self, config: Config, index: Index, *, student: bool, teacher: View | None, rank: int, world_size: int,
         local_rank: int, first_step: int = 0, bad: Collection[int] = (),
     ) -> None:  # fmt: skip
-        """Every rank builds its own. `teacher` is the side, mean and std of its view.
+        """Every rank builds its own. `teacher` is its view; None for no second view.
 
         Raises:
             ConfigError: data.device = gpu on a host without one.
@@ -134,7 +163,7 @@ class Loader:
             raise ConfigError("data.device = gpu, but torch sees no GPU on this host; set data.device=cpu or auto.")
         self.device = torch.device("cuda", local_rank) if gpu and config.data.device != "cpu" else torch.device("cpu")
         self._config, self._index, self._ranks = config, index, (rank, world_size)
-        self._student = (config.model.img_size, config.data.mean, config.data.std) if student else None
+        self._student = View(config.model.img_size, config.data.mean, config.data.std) if student else None
         self._teacher = teacher
         self._bad, self._new_bad = dict.fromkeys(bad, ""), []
         self._micro_step = first_step * config.grad_accum_steps(world_size)
@@ -188,7 +217,8 @@ class Loader:
         """Start the pipeline, anew after a micro-batch failed."""
         self._pipeline = None
         jitter = self._student is not None and self._config.data.color_jitter > 0
-        self._source = SampleSource(self._config, self._index, *self._ranks, micro_step, self._bad, jitter)
+        strong = self._teacher is not None and self._teacher.strong
+        self._source = SampleSource(self._config, self._index, *self._ranks, micro_step, self._bad, jitter, strong)
         data, device = self._config.data, "gpu" if self.device.type == "cuda" else "cpu"
         self._pipeline = self._pipeline_of(device, data.workers, data.prefetch)
 

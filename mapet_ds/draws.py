@@ -7,6 +7,7 @@ import this module, and torch's generators differ between CPU and GPU.
 
 from __future__ import annotations
 
+import math
 from enum import IntEnum
 
 import numpy as np
@@ -23,6 +24,8 @@ class Purpose(IntEnum):
     DEPTH = 4
     CODEBOOK = 5
     INITIALISATION = 6
+    MASK = 7
+    STRONG = 8
 
 
 def uniforms(seed: int, purpose: Purpose, step: int, first_slot: int, slots: int, width: int) -> NDArray[np.float64]:
@@ -47,6 +50,62 @@ def permutations(seed: int, step: int, first_slot: int, slots: int, num_patches:
     order = np.empty_like(by_rank)
     np.put_along_axis(order, by_rank, np.arange(num_patches)[None], axis=1)
     return order
+
+
+BLOCK_TRIES = 120
+
+
+def block_masks(
+    seed: int, step: int, first_slot: int, slots: int, grid: int, num_hidden: int, min_block: int, exact: bool
+) -> NDArray[np.bool_]:
+    """[slots, L] BEiT's block masks, True = hidden: rectangles of at least `min_block` patches until `num_hidden` are hidden.
+
+    As published it gives up after ten rectangles in a row that don't fit, with somewhat fewer; `exact` fills up with single
+    patches at random. Rectangles have an aspect of 0.3 .. 1 / 0.3.
+
+    Source: Bao et al., BEiT, arXiv 2106.08254, algorithm 1.
+    """
+    patches = grid * grid
+    numbers = uniforms(seed, Purpose.MASK, step, first_slot, slots, 4 * BLOCK_TRIES + patches)
+    tries, fill = numbers[:, : 4 * BLOCK_TRIES].reshape(slots, BLOCK_TRIES, 4), numbers[:, 4 * BLOCK_TRIES :]
+    masks = np.zeros((slots, grid, grid), dtype=bool)
+    failed, place = np.zeros(slots, dtype=int), np.arange(grid)
+    for t in range(BLOCK_TRIES):
+        room = num_hidden - masks.sum(axis=(1, 2))
+        active = (room > 0) & (failed < 10)
+        if not active.any():
+            break
+        area = min_block + (np.maximum(room, 0) - min_block) * tries[:, t, 0]
+        aspect = 0.3 ** (1 - 2 * tries[:, t, 1])
+        height, width = np.rint(np.sqrt(area * aspect)).astype(int), np.rint(np.sqrt(area / aspect)).astype(int)
+        top = (tries[:, t, 2] * (grid - height + 1)).astype(int)[:, None]
+        left = (tries[:, t, 3] * (grid - width + 1)).astype(int)[:, None]
+        rows = (place >= top) & (place < top + height[:, None])
+        columns = (place >= left) & (place < left + width[:, None])
+        rectangle = rows[:, :, None] & columns[:, None, :]
+        new = (rectangle & ~masks).sum(axis=(1, 2))
+        fits = active & (height < grid) & (width < grid) & (new > 0) & (new <= room)
+        masks[fits] |= rectangle[fits]
+        failed = np.where(fits, 0, failed + active)
+    masks = masks.reshape(slots, patches)
+    if exact:
+        rank = np.argsort(np.argsort(np.where(masks, -1.0, fill), axis=1, kind="stable"), axis=1, kind="stable")
+        masks = rank < num_hidden
+    return masks
+
+
+def cell_masks(
+    seed: int, step: int, first_slot: int, slots: int, grid: int, cell: int, share: float
+) -> NDArray[np.bool_]:
+    """[slots, L] masks, True = hidden, of square cells of `cell` x `cell` patches: ceil(share * cells) of them, at random.
+
+    Source: ConMIM's released settings (arXiv 2205.09616): 37 of 49 cells of 2 x 2, 148 of 196 patches.
+    """
+    cells = (grid // cell) ** 2
+    numbers = uniforms(seed, Purpose.MASK, step, first_slot, slots, cells)
+    rank = np.argsort(np.argsort(numbers, axis=1, kind="stable"), axis=1, kind="stable")
+    hidden = (rank < math.ceil(share * cells)).reshape(slots, grid // cell, grid // cell)
+    return hidden.repeat(cell, axis=1).repeat(cell, axis=2).reshape(slots, grid * grid)
 
 
 def first_slot(micro_step: int, rank: int, world_size: int, micro_batch_size: int) -> int:

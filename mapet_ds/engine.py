@@ -5,10 +5,12 @@ Workarounds for deepspeed 0.19.8 live here and nowhere else, each with its reaso
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shutil
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import deepspeed
@@ -131,6 +133,23 @@ def _allocate_states(engine: deepspeed.DeepSpeedEngine, step: int) -> None:
         zero._lazy_init_hp_params_optimizer_state()
 
 
+def _whole(parameter: nn.Parameter, modifier_rank: int | None = None) -> contextlib.AbstractContextManager:
+    """While it is open a parameter has its full shape, also under ZeRO-3. Every rank must open it."""
+    if hasattr(parameter, "ds_id"):
+        return deepspeed.zero.GatheredParameters([parameter], modifier_rank=modifier_rank)
+    return contextlib.nullcontext()
+
+
+def student_weights(engine: deepspeed.DeepSpeedEngine) -> Iterator[tuple[str, Tensor]]:
+    """Name and full tensor of each parameter, in the precision that forwards use; valid until the next is asked for.
+
+    Under ZeRO-3 each is gathered on its turn: every rank must go through all of them, or through none.
+    """
+    for name, parameter in engine.module.named_parameters():
+        with _whole(parameter):
+            yield name, parameter.detach()
+
+
 def gather_state(engine: deepspeed.DeepSpeedEngine, rank: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Full fp32 master weights by name, and moments as `exp_avg.<name>`: on rank 0, on the CPU; empty elsewhere.
 
@@ -138,6 +157,10 @@ def gather_state(engine: deepspeed.DeepSpeedEngine, rank: int) -> tuple[dict[str
     """
     weights, moments = {}, {}
     for name, parameter in engine.module.named_parameters():
+        if not parameter.requires_grad:  # a constant: no optimizer holds it
+            with _whole(parameter):
+                weights |= {name: parameter.detach().float().cpu().clone()} if rank == 0 else {}
+            continue
         shape = getattr(parameter, "ds_shape", parameter.shape)
         full = [safe_get_full_fp32_param(parameter)]
         full += [safe_get_full_optimizer_state(parameter, moment) for moment in MOMENTS]
@@ -157,6 +180,10 @@ def scatter_state(
     _allocate_states(engine, step=updates)
     for name, parameter in engine.module.named_parameters():
         value = weights[name].to(engine.device)
+        if not parameter.requires_grad:
+            with _whole(parameter, modifier_rank=0):
+                parameter.data.copy_(value)
+            continue
         states = {moment: moments[f"{moment}.{name}"].to(engine.device) for moment in MOMENTS}
         if not hasattr(parameter, "ds_id"):
             safe_set_full_fp32_param(parameter, value)
@@ -168,7 +195,7 @@ def scatter_state(
         safe_set_local_fp32_param(parameter, _own_part(parameter, value))
         for moment, state in states.items():
             safe_set_local_optimizer_state(parameter, _own_part(parameter, state), moment)
-        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+        with _whole(parameter, modifier_rank=0):
             parameter.data.copy_(value)
 
 

@@ -38,8 +38,10 @@ class Export(NamedTuple):
     """Largest absolute difference between timm's features and the run's own, on random images."""
 
 
-def read_vit(checkpoint: Checkpoint) -> tuple[Config, dict[str, Tensor]]:
+def read_vit(checkpoint: Checkpoint, student: bool = False) -> tuple[Config, dict[str, Tensor]]:
     """Settings of a checkpoint and the fp32 weights of its ViT by timm's names.
+
+    Where the target holds a ViT, as a momentum teacher does, it is that one, unless the student is asked for.
 
     Raises:
         ExportError: it is none of this program's.
@@ -50,8 +52,9 @@ def read_vit(checkpoint: Checkpoint) -> tuple[Config, dict[str, Tensor]]:
         raise ExportError(
             f"{checkpoint.path / 'run.json'} holds no settings of this program: {error}"
         ) from error
-    state = {k.removeprefix("vit."): v for k, v in checkpoint.load("model").items() if k.startswith("vit.")}
-    return config, state
+    files = [{} if student else checkpoint.load("target"), checkpoint.load("model")]
+    states = [{k.removeprefix("vit."): v for k, v in file.items() if k.startswith("vit.")} for file in files]
+    return config, states[0] or states[1]
 
 
 def fold_layer_scale(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -112,11 +115,14 @@ def feature_difference(vit: VisionTransformer, exported: VisionTransformer, img_
     return (outputs[0] - outputs[1]).abs().max().item()
 
 
-def export_timm(checkpoint_or_run: Path, out: Path, layer_scale: Literal["fold", "keep"] = "fold") -> Export:
+def export_timm(
+    checkpoint_or_run: Path, out: Path, layer_scale: Literal["fold", "keep"] = "fold", student: bool = False
+) -> Export:
     """Write the ViT of a checkpoint, or of a run's newest one, as model.safetensors and config.json in `out`.
 
     `timm.create_model("local-dir:OUT", pretrained=True)` loads it with the run's size, mean and std;
     `timm.create_model(name, checkpoint_path="OUT/model.safetensors", num_classes=0)` loads it strictly.
+    student: not the momentum teacher, which is the one to take where there is one.
     fold: LayerScale goes into the layers before it, so that timm's plain model will do; keep: it stays, as
     `init_values`.
     Nothing is left in `out` unless the files, read back by timm, give the features of the run's own ViT.
@@ -131,7 +137,7 @@ def export_timm(checkpoint_or_run: Path, out: Path, layer_scale: Literal["fold",
         raise ExportError(
             f"{path} is neither a run folder with checkpoints/step_* nor a checkpoint: nothing to export."
         )
-    config, state = read_vit(checkpoint)
+    config, state = read_vit(checkpoint, student)
     vit = build_vit(config.model)
     try:
         vit.load_state_dict(state)

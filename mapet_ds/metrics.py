@@ -155,14 +155,14 @@ class Metrics:
     @torch.no_grad()
     def images(self, step: int, views: Tensor, target: Tensor, prediction: Tensor | None = None) -> None:
         """Show the first views [B, 3, S, S], each beside its token map and the predicted one (ids, long [B,
-        L]; -1, not predicted, is grey). Only rank 0 does anything; its host waits for the GPU."""
+        L]; -1, not predicted, is grey; a target of another kind is not shown). Only rank 0 does anything; its host waits for the GPU."""
         if self._report is None:
             return
         data, views = self.config.data, views[:IMAGES_SHOWN].float().cpu()
         mean, std = (torch.tensor(values)[:, None, None] for values in (data.mean, data.std))
         columns = [(views * std + mean).clamp(0, 1)]
         for ids in (target, prediction):
-            if ids is not None:
+            if ids is not None and not ids.is_floating_point():
                 grid = ids[:IMAGES_SHOWN].cpu().unflatten(1, (self.config.grid, self.config.grid))
                 columns.append(F.interpolate(token_colours(grid).movedim(3, 1), size=views.shape[2:]))
         rows = torch.stack(columns, dim=1).flatten(0, 1)

@@ -24,7 +24,14 @@ from mapet_ds import checkpoint
 from mapet_ds.config import REPOSITORY, Config, ConfigError, total_steps
 from mapet_ds.data import Loader, open_shared_index
 from mapet_ds.draws import first_slot
-from mapet_ds.engine import build_engine, check_engine_config, gather_state, scatter_state, set_learning_rate
+from mapet_ds.engine import (
+    build_engine,
+    check_engine_config,
+    gather_state,
+    scatter_state,
+    set_learning_rate,
+    student_weights,
+)
 from mapet_ds.index import DataError
 from mapet_ds.launch import Ranks, StopRequest
 from mapet_ds.metrics import Metrics
@@ -55,7 +62,7 @@ class Run:
         self.index = open_shared_index(config.data.train, self.folder / "index", ranks)
         self.total_steps = total_steps(config, len(self.index))
         self.target = build_target(config, ranks.device)
-        objective = build_objective(config)
+        objective = build_objective(config, self.target.dim)
         objective.vit.set_grad_checkpointing(config.train.grad_checkpointing)
         self.engine = build_engine(objective, config, engine_config, ranks.world_size, ranks.device)
         if config.train.compile:
@@ -152,7 +159,8 @@ class Run:
         self.step += 1
         if engine.skipped_steps > skipped:
             self._skip()
-        self.target.after_step(engine.module, self.step)
+        else:
+            self.target.after_step(student_weights(engine), (self.step - 1) / self.total_steps)
         self.lr = lr
         if show:
             self.metrics.images(self.step, batch.images, target, loss.prediction)

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mapet_ds import draws
-from mapet_ds.config import Config, DataConfig
+from mapet_ds.config import Config, DataConfig, StrongViewConfig
 from mapet_ds.formats import BadImage, inspect
 from mapet_ds.index import DataError, Index
 
@@ -32,6 +32,12 @@ class Crop(NamedTuple):
 CROP_TRIES = 10
 CROP_NUMBERS = 4 * CROP_TRIES + 1
 JITTER_NUMBERS = 3
+STRONG_NUMBERS = 9
+STRONG_VALUES = 6
+UNBLURRED = 0.01
+"""A sigma in pixels that leaves every pixel as it is: the neighbour's weight is exp(-5000). DALI refuses 0."""
+SOLARIZE_FROM, NEVER = 128, 256
+"""Grey levels from which pixels are inverted."""
 
 
 def central_square(width: int, height: int) -> Crop:
@@ -59,6 +65,26 @@ def random_crop(width: int, height: int, numbers: NDArray[np.float64], data: Dat
     return Crop((height - h) // 2, (width - w) // 2, h, w, flip)
 
 
+def strong_values(numbers: NDArray[np.float64], strong: StrongViewConfig) -> NDArray[np.float32]:
+    """[slots, 6] factors of brightness, contrast and saturation, hue in degrees, sigma of the blur in pixels and the level
+    from which pixels are inverted, from [slots, STRONG_NUMBERS] uniforms. Grey is a saturation of 0.
+
+    Source: ConMIM's released settings (Yi et al., arXiv 2205.09616).
+    """
+    shares = strong.jitter_share, strong.grey_share, strong.blur_share, strong.solarize_share
+    jittered, grey, blurred, solarized = (numbers[:, :4] < shares).T
+    jitter = np.where(jittered[:, None], (2 * numbers[:, 4:8] - 1) * strong.jitter, 0)
+    jitter[grey, 2:] = -1, 0
+    low, high = strong.blur_sigma
+    sigma = np.where(blurred, low + (high - low) * numbers[:, 8], 0)
+    return np.column_stack(
+        [
+            np.maximum(1 + jitter[:, :3], 0), 360 * jitter[:, 3], np.maximum(sigma, UNBLURRED),
+            np.where(solarized, SOLARIZE_FROM, NEVER),
+        ]
+    ).astype(np.float32)  # fmt: skip
+
+
 class Sample(NamedTuple):
     """What one place of a micro-batch gets."""
 
@@ -68,6 +94,8 @@ class Sample(NamedTuple):
     crop: Crop
     jitter: NDArray[np.float64]
     """Factors of brightness, contrast and saturation."""
+    strong: NDArray[np.float32]
+    """The strong view's `strong_values`."""
     index: int
     passed_over: int
     """How many unreadable ones it stands in for."""
@@ -79,6 +107,7 @@ class _Draws(NamedTuple):
     indices: list[int]
     crops: NDArray[np.float64]
     jitter: NDArray[np.float64]
+    strong: NDArray[np.float32]
 
 
 class SampleSource:
@@ -90,15 +119,17 @@ class SampleSource:
 
     def __init__(
         self, config: Config, index: Index, rank: int, world_size: int, first_micro_step: int = 0,
-        bad: Collection[int] = (), jitter: bool = True,
+        bad: Collection[int] = (), jitter: bool = True, strong: bool = False,
     ) -> None:  # fmt: skip
-        self.config, self.index, self.bad, self.jitter = config, index, frozenset(bad), jitter
+        self.config, self.index, self.bad = config, index, frozenset(bad)
+        self.jitter, self.strong = jitter, strong
         self.rank, self.world_size, self.first_micro_step = rank, world_size, first_micro_step
         self.order = draws.SampleOrder(len(index), config.seed)
         self._drawn: _Draws | None = None
 
     def __call__(self, info: Any) -> tuple[NDArray, ...]:
-        """What DALI's external_source asks for: bytes, anchor, shape, mirror, (index, passed over), three jitter factors.
+        """What DALI's external_source asks for: bytes, anchor, shape, mirror, (index, passed over); then, where asked
+        for, the three factors of the jitter and the six values of the strong view.
 
         Where `sample` raises, bytes that no decoder takes: DALI would lose the type of an error on its way from a worker,
         so the loader gets it by asking again.
@@ -106,7 +137,8 @@ class SampleSource:
         try:
             sample = self.sample(self.first_micro_step + info.iteration, info.idx_in_batch)
         except DataError:
-            sample = Sample(b"", (0, 0), Crop(0, 0, 1, 1, False), np.ones(JITTER_NUMBERS), -1, 0)
+            nothing = Crop(0, 0, 1, 1, False)
+            sample = Sample(b"", (0, 0), nothing, np.ones(JITTER_NUMBERS), np.ones(STRONG_VALUES, np.float32), -1, 0)
         top, left, height, width, flip = sample.crop
         return (
             np.frombuffer(sample.data, np.uint8),
@@ -115,6 +147,7 @@ class SampleSource:
             np.array(flip, np.int32),
             np.array((sample.index, sample.passed_over), np.int64),
             *(sample.jitter.astype(np.float32).reshape(JITTER_NUMBERS, 1) if self.jitter else ()),
+            *(sample.strong.reshape(STRONG_VALUES, 1) if self.strong else ()),
         )
 
     def sample(self, micro_step: int, i: int) -> Sample:
@@ -134,7 +167,7 @@ class SampleSource:
                     pass
         random = self.config.data.crop == "random"
         crop = random_crop(*size, drawn.crops[i], self.config.data) if random else central_square(*size)
-        return Sample(data, size, crop, drawn.jitter[i], index, tries)
+        return Sample(data, size, crop, drawn.jitter[i], drawn.strong[i], index, tries)
 
     def passed_over(self, micro_step: int, i: int, number: int) -> list[int]:
         """The first indices that were due at the i-th place of a micro-batch."""
@@ -160,8 +193,10 @@ class SampleSource:
             indices = [self.order.epoch_places(epoch, places[epochs == epoch]) for epoch in range(epochs[0], epochs[-1] + 1)]
             crops = draws.uniforms(config.seed, draws.Purpose.CROP, step, slot, slots, CROP_NUMBERS)
             jitter = draws.uniforms(config.seed, draws.Purpose.JITTER, step, slot, slots, JITTER_NUMBERS)
-            factors = 1 + config.data.color_jitter * (2 * jitter - 1)
-            self._drawn = _Draws(micro_step, first, np.concatenate(indices).tolist(), crops, np.maximum(factors, 0))
+            factors = np.maximum(1 + config.data.color_jitter * (2 * jitter - 1), 0)
+            strong = draws.uniforms(config.seed, draws.Purpose.STRONG, step, slot, slots, STRONG_NUMBERS)
+            strong = strong_values(strong, config.data.strong)
+            self._drawn = _Draws(micro_step, first, np.concatenate(indices).tolist(), crops, factors, strong)
         return self._drawn
 
 

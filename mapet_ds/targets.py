@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import math
 import pkgutil
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from mapet_ds.config import Config, ConfigError
-from mapet_ds.data import Batch
-from mapet_ds.objectives import OBJECTIVES
+from mapet_ds.config import Config
+from mapet_ds.data import Batch, View
+from mapet_ds.objectives import OBJECTIVES, build_objective
 from mapet_ds.teacher import build_teacher, teacher_mean_std
-from mapet_ds.tokenizer import Codebook
+from mapet_ds.tokenizer import build_tokenizer
 
 
 class Target(Protocol):
     """A function of a batch, without gradient."""
 
-    teacher_view: tuple[int, tuple[float, ...], tuple[float, ...]] | None
-    """Size, mean and std of the second view the loader must make; None for no second view."""
+    teacher_view: View | None
+    """The second view the loader must make; None for no second view."""
+    dim: int
+    """What there is for each patch: number of token ids, or width of a vector."""
     uses_student: bool
     """False: may run a batch ahead of the student."""
     identity: dict[str, Any]
@@ -27,11 +32,15 @@ class Target(Protocol):
 
     def __call__(self, batch: Batch) -> Tensor: ...
 
-    def after_step(self, student: torch.nn.Module, step: int) -> None:
-        """Called once after each update."""
+    def after_step(self, weights: Iterable[tuple[str, Tensor]], progress: float) -> None:
+        """Called after each update with the student's weights, of which all or none must be taken; progress: share of the
+        run that is done."""
 
     def state_dict(self) -> dict[str, Tensor]:
         """What a checkpoint must keep."""
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on from what `state_dict` gave. Every rank must call it."""
 
     def metrics(self) -> dict[str, float]:
         """Figures since the last call; every rank must call it; the host waits for the GPU."""
@@ -42,39 +51,44 @@ def build_target(config: Config, device: torch.device) -> Target:
     return pkgutil.resolve_name(OBJECTIVES[config.objective][1])(config, device)
 
 
-class TokenIds:
-    """k-CLIP token ids, long [B, L], of the teacher's view: the same crop as the student's.
-
-    Raises:
-        ConfigError: no codebook, or one of another teacher, crop mode or size.
-    """
+class Constant:
+    """What a target has that nothing moves."""
 
     uses_student = False
 
-    def __init__(self, config: Config, device: torch.device) -> None:
-        if not config.tokenizer.path:
-            raise ConfigError("tokenizer.path is empty: make a codebook with tools/fit_codebook.py and name it here.")
-        self.codebook = Codebook.load(config.tokenizer.path)
-        self.teacher = build_teacher(config.teacher, device)
-        self.teacher.check_grid(config.grid)
-        self.codebook.check(self.teacher.identity, config.data, config.tokenizer.vocab_size)
-        self.codebook.to(device)
-        self.teacher_view = (config.teacher.img_size, *teacher_mean_std(config.teacher))
-        self.identity = {"teacher": self.teacher.identity, "codebook": self.codebook.sha256, "dtype": str(self.teacher.dtype)}
-        self.counts = torch.zeros(config.tokenizer.vocab_size, device=device)
-
-    @torch.no_grad()
-    def __call__(self, batch: Batch) -> Tensor:
-        ids = self.codebook.assign(self.teacher(batch.teacher_images))
-        flat = ids.flatten()
-        self.counts.scatter_add_(0, flat, torch.ones_like(flat, dtype=self.counts.dtype))
-        return ids
-
-    def after_step(self, student: torch.nn.Module, step: int) -> None:
-        """Nothing moves: the teacher is frozen."""
+    def after_step(self, weights: Iterable[tuple[str, Tensor]], progress: float) -> None:
+        pass
 
     def state_dict(self) -> dict[str, Tensor]:
         return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        assert not state
+
+    def metrics(self) -> dict[str, float]:
+        return {}
+
+
+class TokenIds(Constant):
+    """The tokenizer's ids, long [B, L], of the teacher's view: the same crop as the student's.
+
+    Raises:
+        ConfigError: no such tokenizer, or one that does not fit the run.
+    """
+
+    def __init__(self, config: Config, device: torch.device) -> None:
+        self.tokenizer = build_tokenizer(config, device)
+        self.dim = self.tokenizer.vocab_size
+        self.teacher_view = self.tokenizer.view
+        self.identity = self.tokenizer.identity
+        self.counts = torch.zeros(self.dim, device=device)
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch) -> Tensor:
+        ids = self.tokenizer(batch.teacher_images)
+        flat = ids.flatten()
+        self.counts.scatter_add_(0, flat, torch.ones_like(flat, dtype=self.counts.dtype))
+        return ids
 
     def metrics(self) -> dict[str, float]:
         """Perplexity of the ids seen by all ranks since the last call, and the share of codes among them."""
@@ -85,3 +99,93 @@ class TokenIds:
         entropy = -(share * share.clamp(min=1e-12).log()).sum()
         used = (counts > 0).float().mean()
         return {"codebook_perplexity": entropy.exp().item(), "codebook_used": used.item()}
+
+
+class TeacherFeatures(Constant):
+    """The frozen CLIP's own patch features [B, L, C], in its precision, of the same crop as the student's view."""
+
+    def __init__(self, config: Config, device: torch.device) -> None:
+        self.teacher = build_teacher(config.teacher, device)
+        self.teacher.check_grid(config.grid)
+        self.dim = self.teacher.embed_dim
+        self.teacher_view = View(config.teacher.img_size, *teacher_mean_std(config.teacher))
+        self.identity = {"teacher": self.teacher.identity, "dtype": str(self.teacher.dtype)}
+
+    def __call__(self, batch: Batch) -> Tensor:
+        return self.teacher(batch.teacher_images)
+
+
+class Pixels(Constant):
+    """The student's own view, blurred, cut into patches, each with mean 0 and variance 1: float32 [B, L, 3 * patch_size ** 2].
+
+    The blur is a 9 x 9 Gaussian with a sigma of one pixel on the normalised image, which is zero beyond its border. Values
+    of a patch run over rows, columns, channels.
+
+    Source: SAIM, arXiv 2212.01610, released settings.
+    """
+
+    teacher_view = None
+
+    def __init__(self, config: Config, device: torch.device) -> None:
+        self.patch = config.model.patch_size
+        self.dim = 3 * self.patch**2
+        self.identity: dict[str, Any] = {}
+        line = torch.exp(-torch.arange(-4.0, 5.0, device=device).square() / 2)
+        kernel = torch.outer(line, line)
+        self.kernel = (kernel / kernel.sum()).expand(3, 1, 9, 9)
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch) -> Tensor:
+        image = F.conv2d(batch.images, self.kernel, padding=4, groups=3)
+        patches = F.pixel_unshuffle(image, self.patch).unflatten(1, (3, -1)).flatten(3)  # [B, 3, rows and columns, L]
+        patches = patches.permute(0, 3, 2, 1).flatten(2)
+        variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
+        return (patches - mean) * (variance + 1e-6).rsqrt()
+
+
+def pixels_or_features(config: Config, device: torch.device) -> Target:
+    """SAIM's target, as saim.target says."""
+    return (Pixels if config.saim.target == "pixels" else TeacherFeatures)(config, device)
+
+
+class MomentumTeacher:
+    """A moving average of the student, shown the whole image in a strong view: keys [B, L, 256] of length 1, fp32.
+
+    Every rank holds it whole, in fp32; on a GPU its forward runs in bf16. After each update
+    theta <- m theta + (1 - m) student; m rises along a cosine from conmim.momentum to 1 at the run's end.
+
+    Source: ConMIM, arXiv 2205.09616, released settings.
+    """
+
+    uses_student = True
+    dim = 256
+
+    def __init__(self, config: Config, device: torch.device) -> None:
+        self.model = build_objective(config, self.dim).to(device).requires_grad_(False)  # the student's first weights: same seed
+        self.momentum = config.conmim.momentum
+        self.teacher_view = View(config.model.img_size, config.data.mean, config.data.std, strong=True)
+        self.identity: dict[str, Any] = {}
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch) -> Tensor:
+        images = batch.teacher_images
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=images.is_cuda):
+            return self.model.project(images).float()
+
+    @torch.no_grad()
+    def after_step(self, weights: Iterable[tuple[str, Tensor]], progress: float) -> None:
+        own = dict(self.model.named_parameters())
+        for name, weight in weights:
+            own[name].lerp_(weight.float(), 1 - self.momentum_at(progress))
+
+    def momentum_at(self, progress: float) -> float:
+        return 1 - (1 - self.momentum) * (1 + math.cos(math.pi * progress)) / 2
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {name: parameter.cpu() for name, parameter in self.model.named_parameters()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.model.load_state_dict(state)
+
+    def metrics(self) -> dict[str, float]:
+        return {}

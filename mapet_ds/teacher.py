@@ -25,7 +25,7 @@ import torch.distributed as dist
 from open_clip.convert import convert_state_dict
 from open_clip.model import _build_vision_tower, resize_pos_embed
 from open_clip.modified_resnet import ModifiedResNet
-from open_clip.transformer import LayerNormFp32
+from open_clip.transformer import LayerNormFp32, VisionTransformer
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -44,7 +44,7 @@ Weights = dict[str, Any]
 class Teacher(nn.Module):
     """A frozen image tower whose forward gives dense features; always in eval mode, never with a gradient.
 
-    Attributes: identity (name, sha256 of architecture and weights, layer counted from 0, img_size), grid (patches along
+    Attributes: identity (name, sha256 of architecture and weights, layer counted from 0, features, img_size), grid (patches along
     one side), embed_dim (C), dtype.
     """
 
@@ -60,8 +60,12 @@ class Teacher(nn.Module):
             raise ConfigError(
                 f"teacher.layer = {config.layer}, but {config.name} has {len(shapes)} layers: choose {-len(shapes)} .. -1."
             )
-        self.layer = config.layer % len(shapes)
+        self.layer, self.features = config.layer % len(shapes), config.features
+        if self.features != "tokens" and not isinstance(visual, VisionTransformer):
+            raise ConfigError(f"teacher.features = {self.features}, but {config.name} has no ln_post: it is not open_clip's ViT.")
         _, self.embed_dim, self.grid, _ = shapes[self.layer]
+        if self.features == "projected":
+            self.embed_dim = visual.proj.shape[1]
 
     def train(self, mode: bool = True) -> Teacher:
         """Stays in eval mode: BatchNorm statistics and targets must not move with the student's mode."""
@@ -84,8 +88,10 @@ class Teacher(nn.Module):
         Does not make the host wait. A sharded teacher is a collective: every rank must call it equally often.
         """
         with torch.autocast(images.device.type, enabled=False):
-            features = self._intermediates(images.to(self.dtype), [self.layer])[0]
-        return features.flatten(2).transpose(1, 2)
+            features = self._intermediates(images.to(self.dtype), [self.layer])[0].flatten(2).transpose(1, 2)
+            if self.features != "tokens":
+                features = self.visual.ln_post(features)
+            return features @ self.visual.proj if self.features == "projected" else features
 
     def check_grid(self, grid: int) -> None:
         """Refuse a teacher whose patches are not the student's, `grid` along a side.
@@ -137,6 +143,7 @@ def build_teacher(config: TeacherConfig, device: torch.device) -> Teacher:
         "name": config.name.partition(":")[0],  # a folder may move
         "sha256": _fingerprint(teacher, weights, model),
         "layer": teacher.layer,
+        "features": config.features,
         "img_size": config.img_size,
     }
     if isinstance(visual, ModifiedResNet):

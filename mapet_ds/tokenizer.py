@@ -1,6 +1,7 @@
-"""k-CLIP: patch features to token ids, by the nearest of K centroids found by k-means on the frozen CLIP's features.
+"""Tokenizers, which turn an image into one id per patch; looked up here by name.
 
-A codebook is one safetensors file that carries where it came from, so that another teacher, crop or size is refused.
+k-CLIP is here: the nearest of K centroids found by k-means on the frozen CLIP's features. Its codebook is one safetensors
+file that carries where it came from, so that another teacher, crop or size is refused.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ import dataclasses
 import hashlib
 import logging
 import os
+import pkgutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import faiss
 import numpy as np
@@ -24,14 +26,61 @@ from tqdm import tqdm
 
 from mapet_ds import draws
 from mapet_ds.config import Config, ConfigError, DataConfig, TokenizerConfig
-from mapet_ds.data import Loader
+from mapet_ds.data import Loader, View
 from mapet_ds.index import Index
 from mapet_ds.launch import Ranks
-from mapet_ds.teacher import Teacher, teacher_mean_std
+from mapet_ds.teacher import Teacher, build_teacher, teacher_mean_std
 
 logger = logging.getLogger(__name__)
 SCORES = 2**26
 """Distances held at once in `assign`: 256 MiB of fp32."""
+TOKENIZERS = {
+    # name: factory, called with the config and the device
+    "kclip": "mapet_ds.tokenizer:KClip",
+    "vqkd": "mapet_ds.vqkd:VQKD",
+}
+
+
+class Tokenizer(Protocol):
+    """Images to one id per patch of the student, without gradient."""
+
+    view: View
+    """The images it wants."""
+    vocab_size: int
+    identity: dict[str, Any]
+    """What a checkpoint must find unchanged at resume."""
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """[B, 3, T, T] normalised images -> long ids [B, L] in 0 .. vocab_size - 1, patches row by row from the top left."""
+
+
+def build_tokenizer(config: Config, device: torch.device) -> Tokenizer:
+    """The tokenizer that tokenizer.name names, on `device`. Every rank must call it.
+
+    Raises:
+        ConfigError: no such name or factory, or another number of ids than tokenizer.vocab_size.
+    """
+    name = config.tokenizer.name
+    if name not in TOKENIZERS and ":" not in name:
+        raise ConfigError(
+            f"tokenizer.name = {name} is not known; there are: {', '.join(TOKENIZERS)}, or name your own as "
+            "package.module:factory."
+        )
+    try:
+        factory = pkgutil.resolve_name(TOKENIZERS.get(name, name))
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            f"tokenizer.name = {name} can't be resolved: {error}. Its module must be installed or on PYTHONPATH."
+        ) from error
+    if not callable(factory):
+        raise ConfigError(f"tokenizer.name = {name} is a {type(factory).__name__}, not a factory(config, device).")
+    tokenizer = factory(config, device)
+    if tokenizer.vocab_size != config.tokenizer.vocab_size:
+        raise ConfigError(
+            f"The tokenizer {name} has {tokenizer.vocab_size} ids, tokenizer.vocab_size is {config.tokenizer.vocab_size}. "
+            f"Set tokenizer.vocab_size={tokenizer.vocab_size}."
+        )
+    return tokenizer
 
 
 def source_of(identity: dict[str, str | int], data: DataConfig) -> dict[str, str]:
@@ -129,6 +178,32 @@ class Codebook:
         return codebook
 
 
+class KClip:
+    """A `Tokenizer`: the nearest centroid of each of the teacher's patch features. Every rank must build and call it.
+
+    Raises:
+        ConfigError: no codebook, or one of another teacher, crop mode or size.
+
+    Source: MaPeT (arXiv 2306.07346), k-CLIP.
+    """
+
+    def __init__(self, config: Config, device: torch.device) -> None:
+        if not config.tokenizer.path:
+            raise ConfigError("tokenizer.path is empty: make a codebook with tools/fit_codebook.py and name it here.")
+        self.codebook = Codebook.load(config.tokenizer.path)
+        self.teacher = build_teacher(config.teacher, device)
+        self.teacher.check_grid(config.grid)
+        self.codebook.check(self.teacher.identity, config.data, config.tokenizer.vocab_size)
+        self.codebook.to(device)
+        self.view = View(config.teacher.img_size, *teacher_mean_std(config.teacher))
+        self.vocab_size = len(self.codebook.centroids)
+        teacher = self.teacher
+        self.identity = {"teacher": teacher.identity, "codebook": self.codebook.sha256, "dtype": str(teacher.dtype)}
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return self.codebook.assign(self.teacher(images))
+
+
 def fit(features: NDArray[np.float32], config: TokenizerConfig, seed: int, source: dict[str, str] | None = None) -> Codebook:
     """Euclidean k-means by FAISS on [n, C] features: on all GPUs it sees, else on the CPU. One process calls it.
 
@@ -215,7 +290,7 @@ def sample_features(config: Config, index: Index, teacher: Teacher, ranks: Ranks
     train = dataclasses.replace(config.train, global_batch_size=micro_steps * micro * ranks.world_size)
     loader = Loader(
         dataclasses.replace(config, train=train), index, student=False, rank=ranks.rank, world_size=ranks.world_size,
-        local_rank=ranks.local_rank, teacher=(config.teacher.img_size, *teacher_mean_std(config.teacher)),
+        local_rank=ranks.local_rank, teacher=View(config.teacher.img_size, *teacher_mean_std(config.teacher)),
     )  # fmt: skip
     on_first = ranks.rank == 0
     features = np.empty((num_points(images, config), teacher.embed_dim), np.float32) if on_first else None

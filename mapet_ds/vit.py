@@ -5,6 +5,7 @@ Parameter names, initialisation and position resampling stay timm's; only the at
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -30,6 +31,8 @@ class Band(NamedTuple):
     keys: slice
     mask: Tensor | None = None
     """bool [rows, keys], True = may attend."""
+    causal: bool = False
+    """The i-th row attends to keys 0 .. i of as many: a triangle that kernels know without a mask."""
 
 
 class QKVLinear(nn.Linear):
@@ -66,9 +69,8 @@ class StreamAttention(Attention):
         outputs = []
         for band in bands:
             rows = slice(band.rows.start - first, band.rows.stop - first)
-            outputs.append(
-                F.scaled_dot_product_attention(q[:, :, rows], k[:, :, band.keys], v[:, :, band.keys], attn_mask=band.mask)
-            )
+            qkv = q[:, :, rows], k[:, :, band.keys], v[:, :, band.keys]
+            outputs.append(F.scaled_dot_product_attention(*qkv, attn_mask=band.mask, is_causal=band.causal))
         x = torch.cat(outputs, dim=2).transpose(1, 2).flatten(2)
         return self.proj(self.norm(x))
 
@@ -128,23 +130,51 @@ def build_vit(config: ModelConfig) -> VisionTransformer:
     return vit
 
 
-def embed(vit: VisionTransformer, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def embed(
+    vit: VisionTransformer, images: Tensor, mask: Tensor | None = None, mask_token: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Prefix tokens [B, P, D] (class, registers), patches [B, L, D] in raster order, and the positions [1, L, D] of patches;
-    prefix and patches have their positions added already."""
+    prefix and patches have their positions added already.
+
+    mask: bool [B, L], True = this patch is replaced by mask_token [1, 1, D] before positions are added.
+    """
     x = vit.patch_embed(images.to(vit.patch_embed.proj.weight.dtype))
     num_patches = x.shape[1]
+    if mask is not None:
+        x = torch.where(mask[:, :, None], mask_token.to(x.dtype), x)
     x = vit.norm_pre(vit._pos_embed(x))
     return x[:, : vit.num_prefix_tokens], x[:, vit.num_prefix_tokens :], vit.pos_embed[:, -num_patches:]
 
 
-def run_blocks(
-    vit: VisionTransformer, x: Tensor, bands: Sequence[Sequence[Band] | None], keep: Tensor | None = None
+def run_block(
+    block: StreamBlock, x: Tensor, bands: Sequence[Band] | None, keep: Tensor | None, recompute: bool
 ) -> Tensor:
-    """Rows [B, N, D] through all blocks and the final norm. bands: one entry a block; keep: [B, 2 * depth] or None."""
+    """One block on rows [B, N, D]. keep: [B, 2] or None; recompute: drop its activations until the backward pass."""
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(block, x, bands, keep, use_reentrant=False)
+    return block(x, bands, keep)
+
+
+def run_blocks(
+    vit: VisionTransformer, x: Tensor, bands: Sequence[Sequence[Band]] | None, keep: Tensor | None = None
+) -> Tensor:
+    """Rows [B, N, D] through all blocks and the final norm. bands: one entry a block, or None: all rows attend to all;
+    keep: [B, 2 * depth] or None."""
     for i, block in enumerate(vit.blocks):
         block_keep = None if keep is None else keep[:, 2 * i : 2 * i + 2]
-        if vit.grad_checkpointing and torch.is_grad_enabled():
-            x = checkpoint(block, x, bands[i], block_keep, use_reentrant=False)
-        else:
-            x = block(x, bands[i], block_keep)
+        x = run_block(block, x, bands and bands[i], block_keep, vit.grad_checkpointing)
     return vit.norm(x)
+
+
+def take_rows(x: Tensor, index: Tensor) -> Tensor:
+    """Rows `index` [B, n] of x [B, L, D]: [B, n, D]."""
+    return x.gather(1, index[:, :, None].expand(-1, -1, x.shape[2]))
+
+
+@torch.no_grad()
+def beit_init(vit: VisionTransformer) -> VisionTransformer:
+    """The same ViT, the last linear layer of each residual branch divided by sqrt(2 l), l = 1 .. depth (BEiT, section 2.5)."""
+    for number, block in enumerate(vit.blocks, start=1):
+        block.attn.proj.weight.div_(math.sqrt(2 * number))
+        block.mlp.fc2.weight.div_(math.sqrt(2 * number))
+    return vit

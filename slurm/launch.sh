@@ -41,6 +41,7 @@ main() {
 
     # Stop and requeue. STOP is touched again and again, because ranks that are still starting remove an old one.
     child='' stopping=''
+    # shellcheck disable=SC2317 # called by a trap
     ask_to_stop() {
         [[ -z $stopping ]] || return 0
         echo "$(date): asked to stop; the ranks save and leave."
@@ -100,7 +101,6 @@ os.execvp(sys.argv[1], sys.argv[1:])'
         echo "$(date): the ranks ended before the last step (launcher's exit code $code); their reason is above." >&2
         exit $((code == 0 ? 1 : code))
     fi
-    exit 0
 }
 
-main "$@"
+main "$@"; exit

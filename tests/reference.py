@@ -83,6 +83,97 @@ def _mapet_image_loss(model: nn.Module, image: Tensor, ids: Tensor, order: Tenso
     return torch.stack(losses).mean()
 
 
+def _through(block: nn.Module, rows: Tensor, context: list[Tensor], keep: Tensor) -> Tensor:
+    """Rows [N, D] through one block, the i-th attending to the rows of context[i] [any, D]; keep: its two uniforms."""
+    kept1, kept2 = _kept(block.drop_path1, keep[0]), _kept(block.drop_path2, keep[1])
+    after = []
+    for row, keys in zip(rows, context):
+        row = row + kept1 * block.ls1(_attend(block, block.norm1(row), block.norm1(keys)))
+        after.append(row + kept2 * block.ls2(block.mlp(block.norm2(row))))
+    return torch.stack(after)
+
+
+def masked_rows(model: nn.Module, image: Tensor, mask: Tensor, keep: Tensor | None = None) -> Tensor:
+    """[1 + L, D] of one image: mask tokens for hidden patches, all rows attending to all, final norm."""
+    vit = model.vit
+    patches, position = vit.patch_embed(image[None])[0], vit.pos_embed[0]
+    shown = [model.mask_token[0, 0] if hidden else patch for patch, hidden in zip(patches, mask)]
+    rows = torch.stack([vit.cls_token[0, 0] + position[0]] + [row + position[1 + p] for p, row in enumerate(shown)])
+    for i, block in enumerate(vit.blocks):
+        uniforms = torch.ones(2, dtype=rows.dtype) if keep is None else keep[2 * i : 2 * i + 2]
+        if keep is None:
+            assert not block.training or isinstance(block.drop_path1, nn.Identity)
+        rows = _through(block, rows, [rows] * len(rows), uniforms)
+    return vit.norm(rows)
+
+
+def beit_loss(model: nn.Module, images: Tensor, ids: Tensor, draw: tuple[Tensor, ...]) -> Tensor:
+    losses = []
+    for image, image_ids, mask, keep in zip(images, ids, draw.mask, draw.keep.double()):
+        logits = model.head(masked_rows(model, image, mask, keep)[1:])
+        losses.append(torch.stack([-torch.log_softmax(logits[p], 0)[image_ids[p]] for p in mask.nonzero()[:, 0]]).mean())
+    return torch.stack(losses).mean()
+
+
+def mvp_loss(model: nn.Module, images: Tensor, features: Tensor, draw: tuple[Tensor, ...]) -> Tensor:
+    losses = []
+    for image, wanted, mask, keep in zip(images, features, draw.mask, draw.keep.double()):
+        found = model.head(masked_rows(model, image, mask, keep)[1:])
+        cosines = [found[p] @ wanted[p] / (found[p].norm() * wanted[p].norm()) for p in mask.nonzero()[:, 0]]
+        losses.append((1 - torch.stack(cosines)).mean())
+    return torch.stack(losses).mean()
+
+
+def projected(model: nn.Module, rows: list[Tensor], group: int) -> list[Tensor]:
+    """ConMIM's projector on the rows [N, D] of each image, statistics over each group of images; vectors of length 1."""
+    for layer in model.projector:
+        if isinstance(layer, nn.Linear):
+            rows = [row @ layer.weight.T for row in rows]
+        elif isinstance(layer, nn.ReLU):
+            rows = [row.clamp(min=0) for row in rows]
+        else:
+            for first in range(0, len(rows), group):
+                together = torch.cat(rows[first : first + group])
+                mean = together.sum(0) / len(together)
+                deviation = (((together - mean) ** 2).sum(0) / len(together) + 1e-5).sqrt()
+                for i in range(first, first + group):
+                    rows[i] = (rows[i] - mean) / deviation
+                    if layer.weight is not None:
+                        rows[i] = rows[i] * layer.weight + layer.bias
+    return [row / row.norm(dim=1, keepdim=True) for row in rows]
+
+
+def conmim_loss(model: nn.Module, images: Tensor, keys: Tensor, draw: tuple[Tensor, ...], group: int, tau: float) -> Tensor:
+    rows = [masked_rows(model, *image) for image in zip(images, draw.mask, draw.keep.double())]
+    losses = []
+    for queries, image_keys, mask in zip(projected(model, rows, group), keys, draw.mask):
+        own = []
+        for p in mask.nonzero()[:, 0]:
+            scores = torch.stack([queries[1 + p] @ key for key in image_keys]) / tau
+            own.append(torch.logsumexp(scores, 0) - scores[p])
+        losses.append(torch.stack(own).mean())
+    return torch.stack(losses).mean()
+
+
+def saim_loss(model: nn.Module, images: Tensor, pixels: Tensor, draw: tuple[Tensor, ...]) -> Tensor:
+    """Both streams in raster order, each row with the keys that the paper's table gives it."""
+    vit, losses = model.vit, []
+    for image, wanted, order, keep in zip(images, pixels, draw.order, draw.keep.double().unflatten(1, (-1, 2))):
+        position, rank = vit.pos_embed[0], order.tolist()
+        h = torch.cat([vit.cls_token[0] + position[:1], vit.patch_embed(image[None])[0] + position[1:]])
+        g = position[1:]
+        until = [[0]] + [[0] + [1 + q for q, other in enumerate(rank) if other <= mine] for mine in rank]
+        before = [[0] + [1 + q for q, other in enumerate(rank) if other < mine] for mine in rank]
+        for i, block in enumerate(vit.blocks):
+            h = _through(block, h, [h[keys] for keys in until], keep[i])
+            every = len(vit.blocks) // len(model.decoder)
+            if (i + 1) % every == 0:
+                j = i // every
+                g = _through(model.decoder[j], g, [h[keys] for keys in before], keep[len(vit.blocks) + j])
+        losses.append((model.head(vit.norm(g)) - wanted).square().mean())
+    return torch.stack(losses).mean()
+
+
 class DenseMaPeT(nn.Module):
     """MaPeT as published: raster order, both streams through every block, one dense float mask per image.
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from mapet_ds.checks import check, check_inputs, load_deepspeed_config
-from mapet_ds.config import REPOSITORY, Config, ConfigError, known_keys, load_config, teacher_grid, total_steps
+from mapet_ds.config import REPOSITORY, Config, ConfigError, teacher_grid, total_steps
+from mapet_ds.recipe import known_keys, load_config
 
 RECIPES = sorted((REPOSITORY / "mapet_ds/recipes").glob("*.yaml"))
 

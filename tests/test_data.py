@@ -12,15 +12,26 @@ import images
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFilter, ImageOps
 from torchvision.transforms import RandomResizedCrop
 
-from mapet_ds.config import REPOSITORY, Config, ConfigError, DataConfig, ModelConfig, TrainConfig
-from mapet_ds.data import ALONE_LIMIT, Batch, Loader
+from mapet_ds.config import REPOSITORY, Config, ConfigError, DataConfig, ModelConfig, StrongViewConfig, TrainConfig
+from mapet_ds.data import ALONE_LIMIT, Batch, Loader, View
 from mapet_ds.index import DataError, Index, open_index
-from mapet_ds.samples import CROP_NUMBERS, SampleSource, central_square, random_crop
+from mapet_ds.samples import (
+    CROP_NUMBERS,
+    NEVER,
+    SOLARIZE_FROM,
+    STRONG_NUMBERS,
+    UNBLURRED,
+    SampleSource,
+    central_square,
+    random_crop,
+    strong_values,
+)  # fmt: skip
 
-TEACHER = (64, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+TEACHER = View(64, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+STRONG = TEACHER._replace(strong=True)
 RANDOM = {"crop": "random", "flip": 0.5}
 
 
@@ -163,7 +174,7 @@ def test_every_format_gives_pillows_pixels(tmp_path, crop):
         name = Path(index.path(i)).name
         sample, image = source.sample(0, place), images.as_rgb(files[name])
         for view, side, mean, std in (
-            (batch.images, 48, config.data.mean, config.data.std), (batch.teacher_images, *TEACHER),
+            (batch.images, 48, config.data.mean, config.data.std), (batch.teacher_images, *TEACHER[:3]),
         ):  # fmt: skip
             difference = np.abs(pixels(view[place], mean, std) - reference(image, sample.crop, side)).mean()
             differences[name] = max(difference, differences.get(name, 0))
@@ -211,7 +222,7 @@ def test_views_show_the_same_place(tmp_path):
         x = crop.left + crop.width * (1 - at if crop.flip else at)
         y = crop.top + crop.height * at
         for view, side, mean, std in (
-            (batch.images, 48, config.data.mean, config.data.std), (batch.teacher_images, *TEACHER),
+            (batch.images, 48, config.data.mean, config.data.std), (batch.teacher_images, *TEACHER[:3]),
         ):  # fmt: skip
             image = pixels(view[place], mean, std)
             rows = np.array_split(image, 3)
@@ -247,6 +258,143 @@ def test_random_crop_falls_back_inside_the_image(width, height):
     for row in np.random.default_rng(1).random((50, CROP_NUMBERS)):
         top, left, h, w, _ = random_crop(width, height, row, DataConfig(crop="random"))
         assert h >= 1 and w >= 1 and top + h <= height and left + w <= width
+
+
+# ---- the strong view
+
+# Tolerances are mean absolute differences, of 255. Measured: at most 0.26 to the twin of the jitter, 0.17 to Pillow's grey,
+# 0.26 to the Gaussian and 0.75 to Pillow's GaussianBlur, which is three boxes and differs most near the borders.
+
+PLAIN = {"jitter_share": 0.0, "grey_share": 0.0, "blur_share": 0.0, "solarize_share": 0.0}
+
+
+def strong_and_plain(index: Index, number: int = 16, **strong: object) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Of each image the strong view's pixels, the plain view's, and the six values that were drawn."""
+    config = settings(number, strong=StrongViewConfig(**PLAIN | strong), **RANDOM)
+    changed, plain = (load(config, index, 1, teacher=teacher)[0].teacher_images for teacher in (STRONG, TEACHER))
+    source = SampleSource(config, index, 0, 1, strong=True)
+    shown = ([pixels(image, *TEACHER[1:3]) for image in images] for images in (changed, plain))
+    return [(*both, source.sample(0, place).strong) for place, both in enumerate(zip(*shown, strict=True))]
+
+
+def twist(image: np.ndarray, brightness: float, contrast: float, saturation: float, hue: float) -> np.ndarray:
+    """One matrix in YIQ, then contrast about middle grey."""
+    to_yiq = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.321], [0.211, -0.523, 0.311]])
+    cos, sin = saturation * np.cos(np.radians(hue)), saturation * np.sin(np.radians(hue))
+    matrix = np.linalg.inv(to_yiq) @ np.array([[1, 0, 0], [0, cos, sin], [0, -sin, cos]]) @ to_yiq
+    return (brightness * (128 + contrast * (image @ matrix.T - 128))).clip(0, 255)
+
+
+def test_a_strong_view_that_changes_nothing_is_the_plain_one(photos):
+    config = settings(16, strong=StrongViewConfig(**PLAIN), **RANDOM)
+    plain, strong = (load(config, photos, 2, teacher=teacher) for teacher in (TEACHER, STRONG))
+    assert_same(strong, plain)
+
+
+def test_strong_jitter_is_a_turn_and_three_factors(photos):
+    for strong, plain, values in strong_and_plain(photos, jitter_share=1.0):
+        assert np.all(np.abs(values[:3] - 1) <= (0.4, 0.4, 0.2)) and abs(values[3]) <= 36
+        assert values[4:].tolist() == [np.float32(UNBLURRED), NEVER]
+        assert np.abs(strong - twist(plain, *values[:4])).mean() < 0.5, "rounding, and constants of three digits"
+        assert np.abs(strong - plain).mean() > 2
+
+
+def test_strong_grey_is_pillows(photos):
+    for jitter_share in (0.0, 1.0):
+        for strong, plain, values in strong_and_plain(photos, grey_share=1.0, jitter_share=jitter_share):
+            assert values[2:4].tolist() == [0, 0] and (values[:2].tolist() == [1, 1]) == (jitter_share == 0)
+            assert np.ptp(strong, axis=-1).max() < 1.5, "one grey level, where DALI's constants round apart"
+            grey = np.asarray(Image.fromarray(plain.round().astype(np.uint8)).convert("L"), float)[..., None]
+            expected = values[0] * (128 + values[1] * (grey - 128))
+            assert np.abs(strong - expected.clip(0, 255)).mean() < 1
+
+
+def test_strong_blur_is_a_gaussian_and_nearly_pillows(photos):
+    sigmas = []
+    for strong, plain, values in strong_and_plain(photos, blur_share=1.0):
+        sigmas.append(values[4])
+        radius = int(np.ceil(3 * values[4]))
+        window = np.exp(-0.5 * (np.arange(-radius, radius + 1) / values[4]) ** 2)
+        expected = plain
+        for axis in (0, 1):  # what lies beyond the border is mirrored, the border's own pixel not repeated
+            padded = np.pad(expected, [(radius, radius) if k == axis else (0, 0) for k in range(3)], "reflect")
+            expected = np.apply_along_axis(np.convolve, axis, padded, window / window.sum(), "valid")
+        assert np.abs(strong - expected).mean() < 0.5, "rounding"
+        pillows = Image.fromarray(plain.round().astype(np.uint8)).filter(ImageFilter.GaussianBlur(float(values[4])))
+        assert np.abs(strong - np.asarray(pillows, float)).mean() < 1.5
+    assert 0.1 <= min(sigmas) < 0.5 and 1.6 < max(sigmas) <= 2
+
+
+def test_strong_solarize_is_pillows(photos):
+    for strong, plain, values in strong_and_plain(photos, solarize_share=1.0):
+        assert values[5] == SOLARIZE_FROM
+        expected = ImageOps.solarize(Image.fromarray(plain.round().astype(np.uint8)))
+        np.testing.assert_allclose(strong, np.asarray(expected, float), atol=1e-3)
+
+
+def test_strong_blur_comes_between_jitter_and_solarize(photos):
+    every = {"jitter_share": 1.0, "blur_share": 1.0, "solarize_share": 1.0}
+    for solarized, (blurred, _, _) in zip(
+        strong_and_plain(photos, **every), strong_and_plain(photos, **every | {"solarize_share": 0.0}), strict=True
+    ):
+        expected = ImageOps.solarize(Image.fromarray(blurred.round().astype(np.uint8)))
+        np.testing.assert_allclose(solarized[0], np.asarray(expected, float), atol=1e-3)
+
+
+def test_published_shares_of_the_strong_view():
+    values = strong_values(np.random.default_rng(0).random((20_000, STRONG_NUMBERS)), StrongViewConfig())
+    assert values.shape == (20_000, 6) and values.dtype == np.float32
+    jittered, grey = values[:, 0] != 1, values[:, 2] == 0
+    blurred, solarized = values[:, 4] != np.float32(UNBLURRED), values[:, 5] == SOLARIZE_FROM
+    events = np.stack([jittered, grey, blurred, solarized])
+    np.testing.assert_allclose(events.mean(axis=1), (0.8, 0.2, 0.1, 0.2), atol=0.014, err_msg="five standard deviations")
+    assert np.abs(np.corrcoef(events) - np.eye(4)).max() < 0.035
+    assert not values[grey, 3].any() and (values[~jittered, :2] == 1).all() and (values[~solarized, 5] == NEVER).all()
+    for column, low, high, rows in (
+        (0, 0.6, 1.4, jittered), (1, 0.6, 1.4, jittered), (2, 0.8, 1.2, jittered & ~grey), (3, -36, 36, jittered & ~grey),
+        (4, 0.1, 2.0, blurred),
+    ):  # fmt: skip
+        counts = np.histogram(values[rows, column], bins=10, range=(low, high))[0]
+        assert counts.sum() == rows.sum(), "all within the range"
+        assert ((counts - rows.sum() / 10) ** 2 / (rows.sum() / 10)).sum() < 40, "9 degrees of freedom: p = 8e-6"
+
+
+@pytest.mark.parametrize(("micro", "world_size", "workers"), [(3, 2, 0), (2, 3, 0), (6, 1, 2)])
+def test_no_split_changes_a_strong_batch(photos, micro, world_size, workers):
+    strong = StrongViewConfig(blur_share=0.5)
+    whole = global_batches(settings(12, strong=strong, **RANDOM), photos, 2, 1, teacher=STRONG)
+    config = settings(12, micro, workers=workers, strong=strong, **RANDOM)
+    assert_same(global_batches(config, photos, 2, world_size, teacher=STRONG), whole)
+
+
+def test_a_resumed_strong_view_continues_exactly(photos):
+    config = settings(12, 6, **RANDOM)
+    assert_same(load(config, photos, 1, teacher=STRONG, first_step=1), load(config, photos, 2, teacher=STRONG)[2:])
+
+
+@pytest.mark.parametrize("color_jitter", [0.0, 0.4])
+def test_a_strong_view_leaves_the_students_alone(photos, color_jitter):
+    config = settings(12, color_jitter=color_jitter, **RANDOM)
+    strong, plain = (load(config, photos, 2, teacher=teacher) for teacher in (STRONG, TEACHER))
+    for one, other in zip(strong, plain, strict=True):
+        assert torch.equal(one.images, other.images) and torch.equal(one.index, other.index)
+        assert not torch.equal(one.teacher_images, other.teacher_images)
+    alone = load(config, photos, 2, teacher=STRONG, student=False)
+    assert all(torch.equal(one.teacher_images, other.teacher_images) for one, other in zip(strong, alone, strict=True))
+
+
+def test_a_strong_view_shows_the_students_crop_and_flip(photos):
+    """Both views of one size and, but for the teacher's blur, of one colour: pixel for pixel the same but near edges."""
+    blurred = StrongViewConfig(**PLAIN | {"blur_share": 1.0, "blur_sigma": (0.6, 0.6)})
+    config = settings(23, side=64, color_jitter=0.0, strong=blurred, **RANDOM)
+    batch = load(config, photos, 1, teacher=STRONG)[0]
+    student = [pixels(image, config.data.mean, config.data.std) for image in batch.images]
+    teacher = [pixels(image, *STRONG[1:3]) for image in batch.teacher_images]
+    source = SampleSource(config, photos, 0, 1)
+    assert {source.sample(0, place).crop.flip for place in range(23)} == {False, True}
+    for one, other in zip(student, teacher, strict=True):
+        same, turned = (np.abs(view - other).mean() for view in (one, one[:, ::-1]))
+        assert 0 < same < turned / 3
 
 
 # ---- unreadable images
@@ -459,3 +607,19 @@ def test_gpu_decoding_gives_the_cpus_pixels(tmp_path):
         for a, b in ((one.images, other.images), (one.teacher_images, other.teacher_images)):
             difference = (a - b.cpu()).abs().mean(dim=(1, 2, 3)) * 255 * 0.225
             assert difference.max() < 2.0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="compares the GPU's strong view with the CPU's")
+def test_gpu_gives_the_cpus_strong_view(photos):
+    strong = StrongViewConfig(blur_share=0.5, solarize_share=0.0)
+    cpu, gpu = (load(settings(16, strong=strong, **RANDOM, device=at), photos, 3, teacher=STRONG) for at in ("cpu", "gpu"))
+    for one, other in zip(cpu, gpu, strict=True):
+        assert other.teacher_images.is_cuda
+        difference = (one.teacher_images - other.teacher_images.cpu()).abs().mean(dim=(1, 2, 3)) * 255 * 0.27
+        assert difference.max() < 3.0
+    inverted = settings(16, strong=StrongViewConfig(**PLAIN | {"solarize_share": 1.0}), **RANDOM, device="gpu")
+    solarized, plain = (load(inverted, photos, 1, teacher=teacher)[0].teacher_images.cpu() for teacher in (STRONG, TEACHER))
+    for one, other in zip(solarized, plain, strict=True):
+        expected = ImageOps.solarize(Image.fromarray(pixels(other, *TEACHER[1:3]).round().astype(np.uint8)))
+        np.testing.assert_allclose(pixels(one, *TEACHER[1:3]), np.asarray(expected, float), atol=1e-3)

@@ -44,7 +44,7 @@ WORKER = """
 import json, os, socket, sys
 import torch, torch.distributed as dist
 from mapet_ds.checks import load_deepspeed_config
-from mapet_ds.config import load_config
+from mapet_ds.recipe import load_config
 from mapet_ds.engine import build_engine
 from mapet_ds.launch import init_distributed
 from mapet_ds.objectives import build_objective
@@ -54,7 +54,7 @@ config = load_config(sys.argv[1])
 facts = {}
 for path in sys.argv[2:]:
     torch.manual_seed(0)
-    engine = build_engine(build_objective(config), config, load_deepspeed_config(path), 1, torch.device("cpu"))
+    engine = build_engine(build_objective(config, config.tokenizer.vocab_size), config, load_deepspeed_config(path), 1, torch.device("cpu"))
     dtype, accumulate = engine.get_data_types()
     ids = torch.arange(4 * config.num_patches).view(4, -1) % config.tokenizer.vocab_size
     losses = []

@@ -14,6 +14,7 @@ from PIL import Image
 from towers import write_tower
 
 from mapet_ds.config import TeacherConfig
+from mapet_ds.recipe import load_config
 from mapet_ds.teacher import build_teacher
 from mapet_ds.tokenizer import Codebook
 
@@ -68,7 +69,7 @@ def test_the_codebook_is_of_this_recipe(recipe, alone):
     path, done = alone
     codebook = Codebook.load(path)
     teacher = build_teacher(TeacherConfig(name=f"local-dir:{recipe.parent}/vit", img_size=64), torch.device("cpu"))
-    codebook.check(teacher.identity, "random", 16)
+    codebook.check(teacher.identity, load_config(recipe).data, 16)
     assert codebook.centroids.shape == (16, teacher.embed_dim)
     told = codebook.provenance
     assert told["points"] == "320"

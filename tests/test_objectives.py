@@ -5,49 +5,157 @@ import math
 import pytest
 import reference
 import torch
+import torch.nn.functional as F
 
-from mapet_ds.config import Config, MaPeTConfig, ModelConfig, TokenizerConfig
-from mapet_ds.objectives import build_objective
+from mapet_ds.config import (
+    BEiTConfig,
+    Config,
+    ConfigError,
+    ConMIMConfig,
+    MaPeTConfig,
+    ModelConfig,
+    MVPConfig,
+    SAIMConfig,
+    TokenizerConfig,
+)  # fmt: skip
+from mapet_ds.draws import block_masks, cell_masks
+from mapet_ds.objectives import OBJECTIVES, build_objective
 
 VOCAB = 11
+GROUP = 2
+TINY = {"depth": 3, "embed_dim": 24, "num_heads": 2}
+DIMS = {"mapet": VOCAB, "beit": VOCAB, "mvp": 10, "saim": 48, "conmim": 12}
+SEES_BY_ORDER = {"mapet", "saim"}
 
 
-def tiny_config(**changes):
-    model = ModelConfig(
-        name="vit_tiny_patch16_224", img_size=12, patch_size=4, drop_path=0.3, args={"depth": 3, "embed_dim": 24, "num_heads": 2}
-    )
-    settings = {"model": model, "tokenizer": TokenizerConfig(vocab_size=VOCAB), "mapet": MaPeTConfig(hidden_share=0.67)}
+def tiny_config(objective="mapet", **changes):
+    model = ModelConfig(name="vit_tiny_patch16_224", img_size=16, patch_size=4, drop_path=0.3, args=TINY)
+    settings = {
+        "objective": objective, "model": model, "tokenizer": TokenizerConfig(vocab_size=VOCAB),
+        "mapet": MaPeTConfig(hidden_share=0.67), "beit": BEiTConfig(hidden_share=0.5), "mvp": MVPConfig(hidden_share=0.5),
+        "saim": SAIMConfig(query_depth=3), "conmim": ConMIMConfig(hidden_share=0.5, projector_dim=16, bn_group=GROUP),
+    }  # fmt: skip
     return Config(**(settings | changes))
 
 
-def tiny_batch(model, slots=3, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(1)
+def tiny_batch(model, slots=4, dtype=torch.float64):
+    """Images, the target of the model's objective, and a draw."""
+    generator, name = torch.Generator().manual_seed(1), type(model).__name__.lower()
     size = model.vit.patch_embed.img_size[0]
     images = torch.randn(slots, 3, size, size, generator=generator, dtype=dtype)
-    ids = torch.randint(VOCAB, (slots, model.vit.patch_embed.num_patches), generator=generator)
-    return images, ids, model.draw(step=5, first_slot=2, slots=slots)
+    shape = slots, model.vit.patch_embed.num_patches
+    if name in ("mapet", "beit"):
+        target = torch.randint(VOCAB, shape, generator=generator)
+    else:
+        target = torch.randn(*shape, DIMS[name], generator=generator, dtype=dtype)
+        target = F.normalize(target, dim=-1) if name == "conmim" else target
+    return images, target, model.draw(step=5, first_slot=2, slots=slots)
+
+
+def far_from_init(model):
+    for parameter in model.parameters():  # where masks would hardly matter
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+@pytest.fixture(params=OBJECTIVES)
+def any_model(request):
+    return far_from_init(build_objective(tiny_config(request.param), DIMS[request.param]).double())
 
 
 @pytest.fixture
 def model():
-    model = build_objective(tiny_config()).double()
-    for parameter in model.parameters():  # far from init, where masks would hardly matter
-        torch.nn.init.normal_(parameter, std=0.3)
-    return model
+    return far_from_init(build_objective(tiny_config(), VOCAB).double())
 
 
-def test_mapet_equals_slow_twin_with_gradients(model):
-    images, ids, draw = tiny_batch(model)
+def slow_loss(model, images, target, draw):
+    name = type(model).__name__.lower()
+    if name == "mapet":
+        return reference.mapet_loss(model, images, target, draw.order, model.num_visible, draw.keep.double())
+    if name == "conmim":
+        return reference.conmim_loss(model, images, target, draw, GROUP, 0.1)
+    return getattr(reference, f"{name}_loss")(model, images, target, draw)
+
+
+def test_equals_its_slow_twin_with_gradients(any_model):
+    images, target, draw = tiny_batch(any_model)
     assert (draw.keep < 0.3).any(), "stochastic depth must drop something here"
-    model(images, ids, draw).loss.backward()
-    fast = {name: p.grad.clone() for name, p in model.named_parameters()}
-    loss = model(images, ids, draw).loss
-    model.zero_grad()
-    slow = reference.mapet_loss(model, images, ids, draw.order, model.num_visible, draw.keep.double())
+    loss = any_model(images, target, draw).loss
+    loss.backward()
+    fast = {name: p.grad.clone() for name, p in any_model.named_parameters() if p.requires_grad}
+    any_model.zero_grad()
+    slow = slow_loss(any_model, images, target, draw)
     slow.backward()
     assert abs(loss - slow) < 1e-9
-    for name, parameter in model.named_parameters():
-        assert (fast[name] - parameter.grad).abs().max() < 1e-9, name
+    for name, gradient in fast.items():
+        assert (gradient - any_model.get_parameter(name).grad).abs().max() < 1e-9, name
+
+
+def test_draws_depend_on_the_slot_alone(any_model):
+    whole, part = any_model.draw(4, 0, 8), any_model.draw(4, 5, 2)
+    for name in ("mask", "order", "keep"):
+        if getattr(whole, name) is not None:
+            assert torch.equal(getattr(whole, name)[5:7], getattr(part, name)), name
+    assert (whole.order is not None) == (type(any_model).__name__.lower() in SEES_BY_ORDER)
+    assert len({tuple(row) for row in whole.mask.tolist()}) > 1 or whole.mask.all()
+
+
+def test_a_loss_is_the_mean_of_its_parts(any_model):
+    """No split of a batch, in whole BatchNorm groups, changes the loss."""
+    images, target, draw = tiny_batch(any_model)
+    parts = []
+    for part in (slice(0, 2), slice(2, 4)):
+        piece = type(draw)(*(x if x is None else x[part] for x in draw))
+        parts.append(any_model(images[part], target[part], piece).loss)
+    assert abs(torch.stack(parts).mean() - any_model(images, target, draw).loss) < 1e-12
+
+
+def test_grad_checkpointing_changes_nothing(any_model):
+    images, target, draw = tiny_batch(any_model)
+    trained = [p for p in any_model.parameters() if p.requires_grad]
+    any_model(images, target, draw).loss.backward()
+    plain = [p.grad.clone() for p in trained]
+    any_model.zero_grad()
+    any_model.vit.set_grad_checkpointing(True)
+    any_model(images, target, draw).loss.backward()
+    assert all(torch.equal(a, p.grad) for a, p in zip(plain, trained, strict=True))
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_the_same_seed_gives_the_same_weights_and_another_does_not(name):
+    a, b, c = (build_objective(tiny_config(name, seed=seed), DIMS[name]) for seed in (1, 1, 2))
+    assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+    assert not torch.equal(a.vit.blocks[0].attn.qkv.weight, c.vit.blocks[0].attn.qkv.weight)
+
+
+@pytest.mark.parametrize("name", ["beit", "mvp", "conmim"])
+def test_hidden_patches_do_not_reach_the_loss_and_differ_from_one_another(name):
+    """At the first step already: the mask token is one vector, and positions tell the hidden patches apart."""
+    model = build_objective(tiny_config(name), DIMS[name]).double().eval()
+    images, target, draw = tiny_batch(model)
+    images.requires_grad_()
+    (gradient,) = torch.autograd.grad(model(images, target, draw).loss, images)
+    pixels = gradient.unfold(2, 4, 4).unfold(3, 4, 4).abs().amax(dim=(1, 4, 5)).flatten(1)
+    assert (pixels[draw.mask] == 0).all()
+    assert (pixels[~draw.mask] > 0).all()
+    rows = reference.masked_rows(model, images[0], draw.mask[0])[1:][draw.mask[0]]
+    assert torch.cdist(rows, rows).fill_diagonal_(1).min() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["beit", "mvp", "conmim"])
+def test_variable_masks_are_a_mean_per_image(name):
+    """Images with fewer hidden patches than others weigh the same."""
+    model = far_from_init(build_objective(tiny_config(name), DIMS[name]).double())
+    images, target, draw = tiny_batch(model)
+    mask = draw.mask.clone()
+    for row, patch in ((0, 0), (2, 1)):
+        mask[row, mask[row].nonzero()[patch]] = False
+    draw = draw._replace(mask=mask)
+    assert abs(model(images, target, draw).loss - slow_loss(model, images, target, draw)) < 1e-9
+
+
+# ---- MaPeT
 
 
 def test_mapet_equals_dense_raster_form(model):
@@ -59,7 +167,7 @@ def test_mapet_equals_dense_raster_form(model):
 
 
 def test_mapet_masks_and_counts_at_the_published_size():
-    model = build_objective(Config(model=ModelConfig(name="vit_tiny_patch16_224"), tokenizer=TokenizerConfig(vocab_size=8)))
+    model = build_objective(Config(model=ModelConfig(name="vit_tiny_patch16_224")), 8)
     draw = model.draw(step=3, first_slot=0, slots=2)
     assert draw.mask.sum(1).tolist() == [147, 147]
     assert model.num_visible == 49
@@ -88,19 +196,15 @@ def test_mapet_does_not_leak(model):
     images, ids, draw = tiny_batch(model, slots=1)
     images.requires_grad_()
     order = draw.order[0]
-    grid, patch = 3, 4
     model.eval()
     for patch_index in draw.mask[0].nonzero()[:, 0].tolist():
-        alone = ids.clone()
         other = ids.clone()
         other[0, patch_index] = (ids[0, patch_index] + 1) % VOCAB
         # The difference of two losses that differ in one target leaves that target's logits alone.
-        difference = model(images, alone, draw).loss - model(images, other, draw).loss
+        difference = model(images, ids, draw).loss - model(images, other, draw).loss
         (gradient,) = torch.autograd.grad(difference, images)
-        pixels = gradient[0].unfold(1, patch, patch).unfold(2, patch, patch).abs().amax(dim=(0, 3, 4)).flatten()
-        for p in range(grid * grid):
-            seen = order[p] < order[patch_index]
-            assert (pixels[p] > 0) == seen, (patch_index, p)
+        pixels = gradient[0].unfold(1, 4, 4).unfold(2, 4, 4).abs().amax(dim=(0, 3, 4)).flatten()
+        assert ((pixels > 0) == (order < order[patch_index])).all(), patch_index
 
 
 @pytest.mark.parametrize(
@@ -108,12 +212,13 @@ def test_mapet_does_not_leak(model):
     [("vit_tiny_patch16_224", 7_110_272), ("vit_small_patch16_224", 24_829_184), ("vit_base_patch16_224", 92_117_504)],
 )
 def test_mapet_has_the_published_number_of_parameters(name, parameters):
-    model = build_objective(Config(model=ModelConfig(name=name)))
+    model = build_objective(Config(model=ModelConfig(name=name)), 8192)
     assert sum(p.numel() for p in model.parameters()) == parameters
 
 
-def test_mapet_loss_at_initialisation_is_ln_k():
-    model = build_objective(Config(model=ModelConfig(name="vit_tiny_patch16_224")))
+@pytest.mark.parametrize("name", ["mapet", "beit"])
+def test_loss_at_initialisation_is_ln_k(name):
+    model = build_objective(Config(objective=name, model=ModelConfig(name="vit_tiny_patch16_224")), 8192)
     images = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     ids = torch.randint(8192, (2, 196), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -121,43 +226,116 @@ def test_mapet_loss_at_initialisation_is_ln_k():
     assert abs(loss - math.log(8192)) < 0.15
 
 
-def test_metrics_and_prediction_are_at_the_hidden_patches(model):
+@pytest.mark.parametrize("name", ["mapet", "beit"])
+def test_metrics_and_prediction_are_at_the_hidden_patches(name):
+    model = far_from_init(build_objective(tiny_config(name), VOCAB).double())
     images, ids, draw = tiny_batch(model)
     loss = model(images, ids, draw)
     assert ((loss.prediction >= 0) == draw.mask).all()
-    accuracy = (loss.prediction == ids)[draw.mask].double().mean()
-    assert abs(accuracy - loss.metrics["token_accuracy"]) < 1e-6
-    quarters = [loss.metrics[f"loss_rank_quarter_{i}"] for i in (1, 2, 3, 4)]
+    right = [(loss.prediction == ids)[i][draw.mask[i]].double().mean() for i in range(len(ids))]
+    assert abs(torch.stack(right).mean() - loss.metrics["token_accuracy"]) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["mapet", "saim"])
+def test_quarters_of_the_ranks_make_up_the_loss(name):
+    model = far_from_init(build_objective(tiny_config(name), DIMS[name]).double())
+    images, target, draw = tiny_batch(model)
+    loss = model(images, target, draw)
     sizes = [len(q) for q in torch.arange(int(draw.mask[0].sum())).tensor_split(4)]
-    mean = sum(q * n for q, n in zip(quarters, sizes)) / sum(sizes)
+    mean = sum(loss.metrics[f"loss_rank_quarter_{i}"] * n for i, n in enumerate(sizes, start=1)) / sum(sizes)
     assert abs(mean - loss.loss) < 1e-9
 
 
-def test_draws_depend_on_the_slot_alone(model):
-    whole, part = model.draw(4, 0, 8), model.draw(4, 5, 2)
-    for name in ("mask", "order", "keep"):
-        assert torch.equal(getattr(whole, name)[5:7], getattr(part, name)), name
-
-
-def test_grad_checkpointing_changes_nothing(model):
-    images, ids, draw = tiny_batch(model)
-    model(images, ids, draw).loss.backward()
-    plain = [p.grad.clone() for p in model.parameters()]
-    model.zero_grad()
-    model.vit.set_grad_checkpointing(True)
-    model(images, ids, draw).loss.backward()
-    assert all(torch.equal(a, p.grad) for a, p in zip(plain, model.parameters()))
-
-
-def test_the_same_seed_gives_the_same_weights_and_another_does_not():
-    a, b, c = (build_objective(tiny_config(seed=seed)) for seed in (1, 1, 2))
-    assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters()))
-    assert not torch.equal(a.mask_token, c.mask_token)
-
-
 def test_registers_take_part():
-    args = {"depth": 2, "embed_dim": 24, "num_heads": 2, "reg_tokens": 3}
-    model = build_objective(tiny_config(model=ModelConfig(name="vit_tiny_patch16_224", img_size=12, patch_size=4, args=args)))
-    images, ids, draw = tiny_batch(model, dtype=torch.float32)
-    model(images, ids, draw).loss.backward()
-    assert model.vit.reg_token.grad.abs().max() > 0
+    args = TINY | {"reg_tokens": 3}
+    changes = {"model": ModelConfig(name="vit_tiny_patch16_224", img_size=16, patch_size=4, args=args)}
+    for name in ("mapet", "beit", "mvp", "conmim"):
+        model = build_objective(tiny_config(name, **changes), DIMS[name])
+        model(*tiny_batch(model, dtype=torch.float32)).loss.backward()
+        assert model.vit.reg_token.grad.abs().max() > 0, name
+    with pytest.raises(ConfigError, match="saim takes no register tokens"):
+        build_objective(tiny_config("saim", **changes), DIMS["saim"])
+
+
+# ---- block masks
+
+
+def test_block_masks_are_within_the_published_bounds():
+    masks = block_masks(0, 0, 0, 500, 14, 75, 16, exact=False)
+    counts = masks.sum(axis=1)
+    assert counts.max() == 75 and counts.min() >= 60 and 73 < counts.mean() < 75
+    share = masks.mean(axis=0).reshape(14, 14)
+    assert 0.01 < share.min() < share.max() < 0.9, "every patch has its turn, corners seldom"
+    grids = masks.reshape(-1, 14, 14)
+    same = (grids[:, :, 1:] == grids[:, :, :-1]).mean()
+    assert same > 0.8, "neighbours hide together"
+    exact = block_masks(0, 0, 0, 500, 14, 75, 16, exact=True)
+    assert (exact.sum(axis=1) == 75).all() and (exact | ~masks).all(), "the same blocks, filled up"
+
+
+# ---- ConMIM
+
+
+def test_conmim_hides_148_of_196_in_whole_cells():
+    masks = cell_masks(0, 3, 5, 50, 14, 2, 0.75)
+    assert (masks.sum(axis=1) == 148).all()
+    cells = masks.reshape(-1, 7, 2, 7, 2)
+    assert (cells == cells[:, :, :1, :, :1]).all()
+
+
+def test_conmim_loss_at_initialisation_is_near_ln_196():
+    config = Config(objective="conmim", model=ModelConfig(name="vit_tiny_patch16_224"), conmim=ConMIMConfig(bn_group=4))
+    student, teacher = build_objective(config, 256), build_objective(config, 256)
+    images = torch.randn(4, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        loss = student(images, teacher.project(images), student.draw(0, 0, 4)).loss
+    assert abs(loss - math.log(196)) < 0.6, "measured 5.45 to 5.48 for the released model"
+
+
+# ---- SAIM
+
+
+def test_saim_changes_exactly_the_predictions_of_higher_rank():
+    """Another patch at one rank changes every later prediction and none before, nor its own."""
+    model = far_from_init(build_objective(tiny_config("saim"), DIMS["saim"]).double()).eval()
+    images, _, draw = tiny_batch(model, slots=1)
+    with torch.no_grad():
+        before, by_rank = model.streams(images, draw)
+        for rank, patch in enumerate(by_rank[0].tolist()):
+            row, column = divmod(patch, 4)
+            changed = images.clone()
+            changed[:, :, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4] += 1
+            after, _ = model.streams(changed, draw)
+            differs = (after != before).any(dim=-1)[0]
+            assert differs.tolist() == [r > rank for r in range(16)]
+
+
+def test_saim_is_the_published_size_and_its_positions_stay():
+    model = build_objective(Config(objective="saim", model=ModelConfig(drop_path=0.0, layer_scale=None)), 768)
+    parts = {name: sum(p.numel() for p in getattr(model, name).parameters()) for name in ("vit", "decoder", "head")}
+    assert {name: round(n / 1e6, 1) for name, n in parts.items()} == {"vit": 85.8, "decoder": 85.1, "head": 4.7}
+    assert not model.vit.pos_embed.requires_grad
+    assert (model.vit.pos_embed[0, 0] == 0).all() and model.vit.pos_embed[0, 1:].std() > 0.5
+
+
+@pytest.mark.parametrize(("changes", "says"), [({"query_depth": 2}, "does not divide")])
+def test_saim_refuses_what_can_not_be(changes, says):
+    with pytest.raises(ConfigError, match=says):
+        build_objective(tiny_config("saim", saim=SAIMConfig(**changes)), 48)
+
+
+@pytest.mark.parametrize("loss", ["l1", "cosine"])
+def test_saim_and_mvp_have_other_losses(loss):
+    model = far_from_init(build_objective(tiny_config("saim", saim=SAIMConfig(loss=loss)), 48).double()).eval()
+    images, target, draw = tiny_batch(model)
+    g, by_rank = model.streams(images, draw)
+    found = model.head(model.vit.norm(g))
+    wanted = torch.stack([t[r] for t, r in zip(target, by_rank)])
+    expected = (found - wanted).abs().mean()
+    if loss == "cosine":
+        expected = (found / found.norm(dim=-1, keepdim=True) - wanted / wanted.norm(dim=-1, keepdim=True)).square().sum(-1).mean()
+    assert abs(model(images, target, draw).loss - expected) < 1e-9
+    model = far_from_init(build_objective(tiny_config("mvp", mvp=MVPConfig(hidden_share=0.5, loss="smooth_l1")), 10).double())
+    images, target, draw = tiny_batch(model)
+    scaled = model(images, 3 * target + 1, draw).loss
+    assert abs(scaled - model(images, target, draw).loss) < 1e-4, "the target's own scale is gone"

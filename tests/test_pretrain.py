@@ -12,7 +12,8 @@ import torch
 from line import ENVIRONMENT, IMAGES, command, free_port, losses, make_line, pretrain, start
 from safetensors.torch import load_file
 
-from mapet_ds.config import REPOSITORY, load_config
+from mapet_ds.config import REPOSITORY
+from mapet_ds.recipe import load_config
 
 
 @pytest.fixture(scope="module")

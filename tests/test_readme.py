@@ -8,7 +8,8 @@ import sys
 import pytest
 
 from mapet_ds.checks import load_deepspeed_config
-from mapet_ds.config import REPOSITORY, load_config
+from mapet_ds.config import REPOSITORY
+from mapet_ds.recipe import load_config
 
 
 def commands(name):

@@ -6,13 +6,15 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from mapet_ds.checks import load_deepspeed_config
-from mapet_ds.config import REPOSITORY, load_config
+from mapet_ds.config import REPOSITORY
+from mapet_ds.recipe import load_config
 
 SCRIPTS = ["slurm/pretrain_vitb.sh", "slurm/pretrain_vitl.sh"]
 
@@ -62,7 +64,7 @@ def job(tmp_path):
         spooled = tmp_path / "slurm_script"  # SLURM runs a copy, from another folder
         shutil.copy(REPOSITORY / script, spooled)
         full = {
-            **os.environ, "PATH": f"{programs}:{os.environ['PATH']}", "NOTES": str(notes), "USER": "me",
+            **os.environ, "PATH": f"{programs}:{Path(sys.executable).parent}:{os.environ['PATH']}", "NOTES": str(notes), "USER": "me",
             "SLURM_SUBMIT_DIR": str(REPOSITORY), "SLURM_JOB_ID": "41234", "SLURM_JOB_NODELIST": "n[1-2]",
             "SLURM_GPUS_ON_NODE": "8", "DATA": str(tmp_path / "my data"), "RUN_DIR": str(run_dir),
             "TRAIN": "done", "FIT": "",

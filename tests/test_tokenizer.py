@@ -1,5 +1,6 @@
 """Assignment against FAISS, fitting, and codebook files that must be refused."""
 
+import dataclasses
 import os
 import pickle
 
@@ -8,9 +9,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from towers import write_tower
 
-from mapet_ds.config import Config, ConfigError, DataConfig, ModelConfig, TokenizerConfig
-from mapet_ds.tokenizer import Codebook, chosen_patches, fit, num_points, source_of
+from mapet_ds.config import Config, ConfigError, DataConfig, ModelConfig, TeacherConfig, TokenizerConfig
+from mapet_ds.data import View
+from mapet_ds.teacher import build_teacher
+from mapet_ds.tokenizer import Codebook, build_tokenizer, chosen_patches, fit, num_points, source_of
 
 SETTINGS = TokenizerConfig(vocab_size=64, iterations=6, redo=2, points_per_centroid=40)
 IDENTITY = {"name": "ViT-B-16", "sha256": "a" * 64, "layer": 11, "img_size": 224}
@@ -216,6 +220,36 @@ def test_random_crops_are_recorded_and_compared(codebook):
     Codebook(codebook.centroids, source).check(IDENTITY, data, 64)
     with pytest.raises(ConfigError, match=r"crop_scale = \[0.4, 1.0\] .* run has \[0.2, 1.0\]"):
         Codebook(codebook.centroids, source).check(IDENTITY, DataConfig(crop="random"), 64)
+
+
+def test_kclip_is_the_codebook_on_the_teachers_features(tmp_path):
+    config = Config(
+        model=ModelConfig(img_size=64),
+        teacher=TeacherConfig(name=f"local-dir:{write_tower(tmp_path / 'vit', 'vit')}", img_size=64),
+        tokenizer=TokenizerConfig(path=str(tmp_path / "codebook.safetensors"), vocab_size=20),
+    )
+    teacher = build_teacher(config.teacher, torch.device("cpu"))
+    images = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    features = teacher(images).flatten(0, 1)
+    source = source_of(teacher.identity, config.data) | {"tokenizer.vocab_size": 20}
+    book = Codebook(features[5:25], source)
+    book.save(config.tokenizer.path)
+    tokenizer = build_tokenizer(config, torch.device("cpu"))
+    ids = tokenizer(images)
+    assert ids.shape == (3, 16)
+    assert torch.equal(ids.flatten()[5:25], torch.arange(20))
+    assert tokenizer.vocab_size == 20
+    assert tokenizer.view == View(64, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
+    assert tokenizer.identity == {"teacher": teacher.identity, "codebook": book.sha256, "dtype": "torch.float32"}
+    for change, sentence in [
+        ({"path": ""}, "tokenizer.path is empty: make a codebook with tools/fit_codebook.py"),
+        ({"vocab_size": 21}, "vocab_size = 20 .* run has 21"),
+    ]:
+        with pytest.raises(ConfigError, match=sentence):
+            changed = dataclasses.replace(config.tokenizer, **change)
+            build_tokenizer(dataclasses.replace(config, tokenizer=changed), torch.device("cpu"))
+    with pytest.raises(ConfigError, match="features are 4 x 4, the student's patches 2 x 2"):
+        build_tokenizer(dataclasses.replace(config, model=ModelConfig(img_size=32)), torch.device("cpu"))
 
 
 def sampled(config, images, micro):

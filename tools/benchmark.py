@@ -34,8 +34,9 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as F
 
-from mapet_ds.config import REPOSITORY, Config, ConfigError, load_config
+from mapet_ds.config import REPOSITORY, Config, ConfigError
 from mapet_ds.index import DataError, Index, open_index
+from mapet_ds.recipe import load_config
 
 TEACHER_VIEW = (448, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 """Side, mean and std of the published teacher's view, the second one of `loader`."""
@@ -93,9 +94,9 @@ def circumstances(config: Config, arguments: argparse.Namespace) -> Figures:
 
 def ours(index: Index, views: list[Any], config: Config, device: torch.device) -> Iterator[Any]:
     """The package's loader: its index, its exact order, its crops."""
-    from mapet_ds.data import Loader
+    from mapet_ds.data import Loader, View
 
-    second = views[1] if len(views) > 1 else None
+    second = View(*views[1]) if len(views) > 1 else None
     loader = Loader(config, index, student=True, teacher=second, rank=0, world_size=1, local_rank=0)
     with contextlib.closing(loader):
         yield from loader
@@ -201,7 +202,7 @@ def build_step(config: Config, device: torch.device, dtype: str) -> tuple[dict[s
         raise ConfigError(f"`step` compares with tests/reference.py, but {REPOSITORY}/tests has none.") from error
     from mapet_ds.objectives import build_objective
 
-    model = build_objective(config).to(device)
+    model = build_objective(config, config.tokenizer.vocab_size).to(device)
     twin, batch = DenseMaPeT(model), config.train.micro_batch_size
     generator = torch.Generator().manual_seed(config.seed)
     images = torch.randn(batch, 3, config.model.img_size, config.model.img_size, generator=generator).to(device)
@@ -272,7 +273,7 @@ def measure_step(arguments: argparse.Namespace) -> Figures:
 
 
 def measure_assign(arguments: argparse.Namespace) -> Figures:
-    from mapet_ds.data import Loader
+    from mapet_ds.data import Loader, View
     from mapet_ds.teacher import build_teacher, teacher_mean_std
     from mapet_ds.tokenizer import Codebook
 
@@ -284,7 +285,7 @@ def measure_assign(arguments: argparse.Namespace) -> Figures:
     codebook.to(device)
     milliseconds, changed, total = {name: [] for name in (*teachers, "assign")}, {"bf16_teacher": 0, "bf16_features": 0}, 0
     with tempfile.TemporaryDirectory() as cache:
-        view = (config.teacher.img_size, *teacher_mean_std(config.teacher))
+        view = View(config.teacher.img_size, *teacher_mean_std(config.teacher))
         index = open_index(arguments.data, Path(cache) / "index")
         loader = Loader(config, index, student=False, teacher=view, rank=0, world_size=1, local_rank=0)
         with contextlib.closing(loader):

@@ -21,9 +21,10 @@ def main() -> int:
         default="fold",
         help="fold it into the layers before it, so that timm's plain model takes the weights, or keep it",
     )
+    parser.add_argument("--student", action="store_true", help="the student, where the momentum teacher is the one to take")
     arguments = parser.parse_args()
     try:
-        export = export_timm(arguments.checkpoint_or_run, arguments.out, arguments.layer_scale)
+        export = export_timm(arguments.checkpoint_or_run, arguments.out, arguments.layer_scale, arguments.student)
     except (ExportError, ConfigError, ResumeError) as error:
         print(error, file=sys.stderr)
         return 2

@@ -15,7 +15,8 @@ import time
 from pathlib import Path
 
 from mapet_ds.checks import check_inputs
-from mapet_ds.config import Config, ConfigError, load_config
+from mapet_ds.config import Config, ConfigError
+from mapet_ds.recipe import load_config
 
 
 def parse(argv: list[str]) -> Config:

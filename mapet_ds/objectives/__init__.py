@@ -12,12 +12,16 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from mapet_ds.config import Config
-from mapet_ds.draws import Purpose, uniforms
+from mapet_ds.config import BlockMaskConfig, Config
+from mapet_ds.draws import Purpose, block_masks, uniforms
 
 OBJECTIVES = {
     # name: (objective, target)
     "mapet": ("mapet_ds.objectives.mapet:MaPeT", "mapet_ds.targets:TokenIds"),
+    "beit": ("mapet_ds.objectives.beit:BEiT", "mapet_ds.targets:TokenIds"),
+    "mvp": ("mapet_ds.objectives.mvp:MVP", "mapet_ds.targets:TeacherFeatures"),
+    "saim": ("mapet_ds.objectives.saim:SAIM", "mapet_ds.targets:pixels_or_features"),
+    "conmim": ("mapet_ds.objectives.conmim:ConMIM", "mapet_ds.targets:MomentumTeacher"),
 }
 
 
@@ -29,7 +33,7 @@ class Draw(NamedTuple):
     order: Tensor | None
     """long [B, L], rank of each patch in its image's permutation, 0 first; None where nothing is permuted."""
     keep: Tensor
-    """float [B, 2 * depth], uniforms of the stochastic depth decisions."""
+    """float [B, 2 * blocks], uniforms of the stochastic depth decisions, two a block."""
 
     def to(self, device: torch.device) -> Draw:
         return Draw(*(None if x is None else x.to(device, non_blocking=True) for x in self))
@@ -57,12 +61,43 @@ class Objective(Protocol):
     def __call__(self, images: Tensor, target: Tensor, draw: Draw) -> Loss: ...
 
 
-def build_objective(config: Config) -> Objective:
-    """The configured objective, initialised from the run's seed: equal on every rank."""
+def build_objective(config: Config, target_dim: int) -> Objective:
+    """The configured objective, initialised from the run's seed: equal on every rank.
+
+    target_dim: what its target has for each patch: number of token ids, or width of a vector.
+    """
     torch.manual_seed(int(uniforms(config.seed, Purpose.INITIALISATION, 0, 0, 1, 1)[0, 0] * 2**53))
-    return pkgutil.resolve_name(OBJECTIVES[config.objective][0])(config)
+    return pkgutil.resolve_name(OBJECTIVES[config.objective][0])(config, target_dim)
 
 
 def depth_uniforms(seed: int, step: int, first_slot: int, slots: int, depth: int) -> Tensor:
     """float32 [slots, 2 * depth] for Draw.keep."""
     return torch.from_numpy(uniforms(seed, Purpose.DEPTH, step, first_slot, slots, 2 * depth)).float()
+
+
+def block_draw(config: Config, masked: BlockMaskConfig, step: int, first_slot: int, slots: int, depth: int) -> Draw:
+    """Block masks for BEiT's family; blocks are at least as large a share of the image as 16 of 196 patches."""
+    place = config.seed, step, first_slot, slots
+    min_block = max(1, round(16 / 196 * config.num_patches))
+    mask = block_masks(*place, config.grid, masked.num_hidden(config), min_block, masked.exact)
+    return Draw(mask=torch.from_numpy(mask), order=None, keep=depth_uniforms(*place, depth))
+
+
+def hidden_rows(mask: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Patches of `count` rows, long [B, count], the hidden ones first; and which rows are hidden ones, bool [B, count].
+
+    mask: bool [B, L], True = hidden, at most `count` in an image. Shapes don't depend on the mask: no host wait.
+    """
+    rows = mask.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :count]
+    return rows, mask.gather(1, rows)
+
+
+def mean_of(values: Tensor, valid: Tensor) -> Tensor:
+    """Mean over the valid rows of each image [B, n], then over images."""
+    return ((values * valid).sum(dim=1) / valid.sum(dim=1)).mean()
+
+
+def rank_quarters(losses: Tensor) -> dict[str, Tensor]:
+    """Mean of each quarter of losses [B, n] in rank order, as loss_rank_quarter_1 (least context) .. 4."""
+    quarters = losses.detach().tensor_split(4, dim=1)
+    return {f"loss_rank_quarter_{i}": quarter.mean() for i, quarter in enumerate(quarters, start=1)}

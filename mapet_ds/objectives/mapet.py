@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from mapet_ds.config import Config
 from mapet_ds.draws import permutations
-from mapet_ds.objectives import Draw, Loss, depth_uniforms
-from mapet_ds.vit import Band, build_vit, embed, run_blocks
+from mapet_ds.objectives import Draw, Loss, depth_uniforms, rank_quarters
+from mapet_ds.vit import Band, build_vit, embed, run_blocks, take_rows
 
 
 def attention_mask(num_hidden: int) -> Tensor:
@@ -40,13 +40,13 @@ class MaPeT(nn.Module):
     the other rows after it.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, target_dim: int) -> None:
         super().__init__()
         self.seed = config.seed
         self.vit = build_vit(config.model)
         width = self.vit.embed_dim
         self.mask_token = nn.Parameter(torch.empty(1, 1, width))
-        self.head = nn.Linear(width, config.tokenizer.vocab_size)
+        self.head = nn.Linear(width, target_dim)
         trunc_normal_(self.mask_token, std=0.02)
         trunc_normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
@@ -81,8 +81,8 @@ class MaPeT(nn.Module):
         prefix, patches, positions = embed(self.vit, images)
         by_rank = draw.order.argsort(dim=1)
         hidden = by_rank[:, self.num_visible :]
-        patches = _take(patches, by_rank)
-        masks = self.mask_token + _take(positions.expand_as(patches), hidden)
+        patches = take_rows(patches, by_rank)
+        masks = self.mask_token + take_rows(positions.expand_as(patches), hidden)
         rows = [prefix, patches[:, : self.num_visible], masks, patches[:, self.num_visible :], masks]
         x = run_blocks(self.vit, torch.cat(rows, dim=1), self._bands(), draw.keep)
         logits = self.head(x)
@@ -93,13 +93,7 @@ class MaPeT(nn.Module):
         loss = losses.mean(dim=1).mean()
         with torch.no_grad():
             predicted = logits.argmax(dim=-1)
-            metrics = {"token_accuracy": (predicted == target).float().mean()}
-            for i, quarter in enumerate(losses.tensor_split(4, dim=1), start=1):
-                metrics[f"loss_rank_quarter_{i}"] = quarter.mean()
+            metrics = {"token_accuracy": (predicted == target).float().mean(), **rank_quarters(losses)}
             prediction = torch.full_like(by_rank, -1).scatter(1, hidden, predicted)
         return Loss(loss, metrics, prediction)
 
-
-def _take(x: Tensor, index: Tensor) -> Tensor:
-    """Rows `index` [B, n] of x [B, L, D]."""
-    return x.gather(1, index[:, :, None].expand(-1, -1, x.shape[2]))

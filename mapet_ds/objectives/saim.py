@@ -1,0 +1,101 @@
+"""SAIM: the patches of an image predicted one after the other in random order, each from those before it, by two streams.
+
+An encoder reads the patches so far, class token first; a decoder of own blocks asks, from a patch's position alone, what
+comes there. Sorted by rank both are plain causal attention: a content row of rank r reads the class token and ranks
+0 .. r, a query row of rank r the class token and ranks 0 .. r - 1, which are the first r + 1 rows either way.
+
+Source: Qi et al., Exploring Stochastic Autoregressive Image Modeling for Visual Representation, arXiv 2212.01610. With
+saim.target = features the frozen CLIP's patch features are predicted, as SemAIM (arXiv 2312.10457) does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+from timm.layers import build_sincos2d_pos_embed
+from torch import Tensor, nn
+
+from mapet_ds.config import Config, ConfigError
+from mapet_ds.draws import permutations
+from mapet_ds.objectives import Draw, Loss, depth_uniforms, rank_quarters
+from mapet_ds.vit import Band, build_vit, embed, run_block, take_rows
+
+
+def mae_init(module: nn.Module) -> None:
+    """Xavier-uniform linear layers without bias, as MAE (arXiv 2111.06377) starts; for `Module.apply`."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+class SAIM(nn.Module):
+    """vit is the encoder; its final norm is applied to the queries, whose rows alone are predicted from.
+
+    Positions are a fixed sin-cos table (zero for the class token) that no gradient reaches.
+    """
+
+    def __init__(self, config: Config, target_dim: int) -> None:
+        super().__init__()
+        self.config = config
+        self.vit = build_vit(config.model)
+        depth, width = len(self.vit.blocks), self.vit.embed_dim
+        queries = config.saim.query_depth or depth
+        if self.vit.num_prefix_tokens != 1:
+            raise ConfigError("saim takes no register tokens: its streams are causal from the class token on (model.args).")
+        if depth % queries:
+            raise ConfigError(f"saim.query_depth = {queries} does not divide the model's depth, {depth}.")
+        model = config.model
+        self.decoder = build_vit(dataclasses.replace(model, args={**model.args, "depth": queries})).blocks
+        self.head = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, target_dim))
+        self.apply(mae_init)
+        nn.init.xavier_uniform_(self.vit.patch_embed.proj.weight.data.flatten(1))
+        nn.init.normal_(self.vit.cls_token, std=0.02)
+        table = build_sincos2d_pos_embed([config.grid, config.grid], width)
+        self.vit.pos_embed.requires_grad_(False).copy_(F.pad(table, (0, 0, 1, 0)))
+
+        patches = config.num_patches
+        self.content = [Band(slice(0, 1 + patches), slice(0, 1 + patches), causal=True)]
+        self.query = [Band(slice(patches, 2 * patches), slice(0, patches), causal=True)]
+
+    def draw(self, step: int, first_slot: int, slots: int) -> Draw:
+        """A uniform permutation per slot; every patch is predicted."""
+        place = self.config.seed, step, first_slot, slots
+        order = torch.from_numpy(permutations(*place, self.config.num_patches))
+        keep = depth_uniforms(*place, len(self.vit.blocks) + len(self.decoder))
+        return Draw(mask=torch.ones_like(order, dtype=torch.bool), order=order, keep=keep)
+
+    def streams(self, images: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
+        """The query rows [B, L, D] after the decoder, in rank order, and the patch of each rank, long [B, L]."""
+        prefix, patches, positions = embed(self.vit, images)
+        by_rank = draw.order.argsort(dim=1)
+        h = torch.cat([prefix, take_rows(patches, by_rank)], dim=1)
+        g = take_rows(positions.expand_as(patches), by_rank)
+        depth, every = len(self.vit.blocks), len(self.vit.blocks) // len(self.decoder)
+        keep = draw.keep.unflatten(1, (-1, 2))
+        recompute = self.vit.grad_checkpointing
+        for i, block in enumerate(self.vit.blocks):
+            h = run_block(block, h, self.content, keep[:, i], recompute)
+            if (i + 1) % every == 0:
+                j = i // every
+                rows = torch.cat([h[:, :-1], g], dim=1)  # the patch of the last rank is nobody's context
+                g = run_block(self.decoder[j], rows, self.query, keep[:, depth + j], recompute)
+        return g, by_rank
+
+    def forward(self, images: Tensor, target: Tensor, draw: Draw) -> Loss:
+        """images [B, 3, S, S]; target: pixels or features [B, L, P] in raster order. No host wait.
+
+        Metrics: the loss of each quarter of the ranks (1: least context).
+        """
+        g, by_rank = self.streams(images, draw)
+        predicted = self.head(self.vit.norm(g))
+        predicted = predicted.to(torch.promote_types(predicted.dtype, torch.float32))
+        target = take_rows(target, by_rank).to(predicted.dtype)
+        if self.config.saim.loss == "cosine":
+            losses = 2 - 2 * F.cosine_similarity(predicted, target, dim=-1)
+        else:
+            distance = F.mse_loss if self.config.saim.loss == "mse" else F.l1_loss
+            losses = distance(predicted, target, reduction="none").mean(dim=-1)
+        return Loss(losses.mean(dim=1).mean(), rank_quarters(losses))

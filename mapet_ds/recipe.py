@@ -1,0 +1,100 @@
+"""A Config from a YAML recipe and `a.b=value` overrides, mistakes answered with a sentence."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import yaml
+
+from mapet_ds.config import Config, ConfigError
+
+
+class RecipeLoader(yaml.SafeLoader):
+    """YAML 1.2 numbers: PyYAML alone reads 1e-3 as a string."""
+
+
+RecipeLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"),
+    list("-+0123456789"),
+)
+
+
+def _parse_yaml(text: str, source: str) -> Any:
+    try:
+        return yaml.load(text, Loader=RecipeLoader)  # noqa: S506 - a SafeLoader
+    except yaml.YAMLError as error:
+        where = " ".join(str(error).split())
+        raise ConfigError(f"{source} is not valid YAML: {where}.") from error
+
+
+def _read_recipe(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"The recipe {path} can't be read: {error}. Shipped ones: mapet_ds/recipes/.") from error
+    recipe = _parse_yaml(text, f"The recipe {path}")
+    if recipe is None:
+        return {}
+    if not isinstance(recipe, dict):
+        raise ConfigError(f"The recipe {path} must be a mapping of keys to values, not {type(recipe).__name__}.")
+    return recipe
+
+
+def _apply_override(values: dict[str, Any], override: str) -> str:
+    key, equals, text = override.partition("=")
+    if not equals or not all(part.isidentifier() for part in key.split(".")):
+        raise ConfigError(f"'{override}' is not of the form a.b=value, e.g. optim.lr=1e-3.")
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        if not isinstance(values.setdefault(parent, {}), dict):
+            raise ConfigError(f"'{override}': {parent} is a single value and has no keys of its own.")
+        values = values[parent]
+    values[leaf] = _parse_yaml(text, f"The value of '{override}'")
+    return key
+
+
+def known_keys(cls: type = Config, prefix: str = "") -> list[str]:
+    """All knobs as dotted names."""
+    keys = []
+    for name, field in cls.__pydantic_fields__.items():
+        if dataclasses.is_dataclass(field.annotation):
+            keys += known_keys(field.annotation, f"{prefix}{name}.")
+        else:
+            keys.append(prefix + name)
+    return keys
+
+
+def _sentence(error: Any, recipe: str, overridden: set[str]) -> str:
+    key = ".".join(str(part) for part in error["loc"])
+    source = "the command line" if any(k == key or key.startswith(k + ".") for k in overridden) else recipe
+    value = json.dumps(error["input"], default=str)
+    if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        close = difflib.get_close_matches(key, known_keys(), n=1)
+        hint = f"; did you mean {close[0]}?" if close else ". docs/design.md lists the knobs."
+        return f"{key} = {value} (from {source}) is not a knob{hint}"
+    return f"{key} = {value} (from {source}): {error['msg'][0].lower()}{error['msg'][1:]}."
+
+
+def load_config(recipe: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """The typed settings of a recipe with `a.b=value` overrides on top. Not yet checked against each other.
+
+    Raises:
+        ConfigError: unreadable file, bad YAML, unknown key, wrong type or range.
+    """
+    values = _read_recipe(Path(recipe))
+    overridden = {_apply_override(values, override) for override in overrides}
+    try:
+        text = json.dumps(values)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"The recipe {recipe} holds a value that is no number, string or list: {error}.") from error
+    try:
+        return pydantic.TypeAdapter(Config).validate_json(text)
+    except pydantic.ValidationError as errors:
+        raise ConfigError("\n".join(_sentence(e, str(recipe), overridden) for e in errors.errors())) from errors

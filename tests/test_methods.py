@@ -1,0 +1,124 @@
+"""Every objective through the user's own command: golden losses, exact resume, other ranks and ZeRO stages, export."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from line import command, losses, make_line, pretrain, start
+from safetensors.torch import load_file
+
+from mapet_ds.checkpoint import newest
+from mapet_ds.config import REPOSITORY
+from mapet_ds.export import read_vit
+from mapet_ds.objectives import OBJECTIVES
+from mapet_ds.vit import build_vit
+
+GOLDEN = json.loads((Path(__file__).parent / "golden_losses.json").read_text())
+"""Losses of 20 steps, 2 ranks, fp32 on a CPU, by objective."""
+SETTINGS = {
+    "mapet": [], "beit": [], "mvp": ["teacher.features=projected"], "saim": ["model.layer_scale=null"],
+    "conmim": ["conmim.bn_group=2", "conmim.projector_dim=32", "data.color_jitter=0"],
+}  # fmt: skip
+
+
+def words(name, run_dir, *more):
+    return [f"run_dir={run_dir}", f"objective={name}", "train.epochs=3.5", "checkpoint.every_steps=7", *SETTINGS[name], *more]
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    return make_line(tmp_path_factory.mktemp("methods"))
+
+
+@pytest.fixture(scope="module", params=OBJECTIVES)
+def run(request, recipe):
+    """Name and folder of a run that was stopped after 9 of its 20 steps and started again."""
+    name = request.param
+    run_dir = recipe.parent / name
+    for more in (["train.stop_at_step=9"], []):
+        done = pretrain(recipe, 2, *words(name, run_dir, *more))
+        assert done.returncode == 0, done.stderr[-3000:]
+    return name, run_dir
+
+
+def test_golden_losses(run):
+    """Kept from a run in one piece: so this is the proof of exact resume, too, to their precision."""
+    name, run_dir = run
+    found = list(losses(run_dir).values())
+    assert found == pytest.approx(GOLDEN[name], rel=1e-5)
+    assert (run_dir / "DONE").exists()
+
+
+def test_resumed_is_the_same_bit_for_bit(run, recipe):
+    name, run_dir = run
+    done = pretrain(recipe, 2, *words(name, recipe.parent / f"{name}_straight"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert losses(run_dir) == losses(recipe.parent / f"{name}_straight")
+    ends = [newest(folder).path for folder in (run_dir, recipe.parent / f"{name}_straight")]
+    files = [sorted(path.name for path in end.glob("*.safetensors")) for end in ends]
+    assert files[0] == files[1]
+    for file in files[0]:
+        one, other = (load_file(end / file) for end in ends)
+        assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one), file
+
+
+def test_the_export_is_the_runs_own_vit(run, tmp_path):
+    name, run_dir = run
+    done = start(sys.executable, "tools/export_timm.py", run_dir, tmp_path / "timm")
+    assert done.returncode == 0, done.stderr
+    exported = timm.create_model(f"local-dir:{tmp_path}/timm", pretrained=True).eval()
+    config, state = read_vit(newest(run_dir))
+    own = build_vit(config.model).eval()
+    own.load_state_dict(state)
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert (exported.forward_features(images) - own.forward_features(images)).abs().max() < 1e-5
+    student = read_vit(newest(run_dir), student=True)[1]
+    same = all(torch.equal(student[key], state[key]) for key in state)
+    assert same == (name != "conmim"), "the momentum teacher is the one that is exported"
+
+
+@pytest.mark.parametrize("name", ["saim", "conmim"])
+def test_other_ranks_and_stages_go_on_with_the_same_run(name, recipe):
+    """A momentum teacher and a constant table, at 2 -> 1 -> 2 ranks under ZeRO-3 -> 1 -> 2, against the golden losses."""
+    run_dir = recipe.parent / f"{name}_elastic"
+    for ranks, micro, stage, last in ((2, 2, 3, 4), (1, 4, 1, 8), (2, 4, 2, 12)):
+        done = pretrain(
+            recipe, ranks, *words(name, run_dir, f"train.micro_batch_size={micro}", f"train.stop_at_step={last}"),
+            engine=f"ds_configs/zero{stage}_cpu.json",
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert list(losses(run_dir).values()) == pytest.approx(GOLDEN[name][:12], rel=1e-4)
+
+
+def test_a_sixth_objective_touches_four_places(recipe, tmp_path):
+    """Its file, a line in the dictionary, its section, a recipe: here pixels from a cell mask, in a copy of the package."""
+    for folder in ("mapet_ds", "ds_configs"):
+        shutil.copytree(REPOSITORY / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    method = (tmp_path / "mapet_ds/objectives/mvp.py").read_text()
+    method = method.replace("class MVP", "class Sixth").replace("config.mvp", "config.sixth")
+    method = method.replace('if self.config.sixth.loss == "cosine"', "if self.config.sixth.cosine")
+    (tmp_path / "mapet_ds/objectives/sixth.py").write_text(method)
+    for file, before, added in (
+        ("objectives/__init__.py", '    "beit": (', '    "sixth": ("mapet_ds.objectives.sixth:Sixth", "mapet_ds.targets:Pixels"),\n'),
+        ("config.py", "    beit: BEiTConfig =", "    sixth: SixthConfig = Field(default_factory=SixthConfig)\n"),
+        (
+            "config.py", "@knobs\nclass OptimConfig",
+            "@knobs\nclass SixthConfig(BlockMaskConfig):\n    cosine: bool = True\n\n    def uses_teacher(self, config):\n"
+            "        return False\n\n\n",
+        ),
+    ):  # fmt: skip
+        path = tmp_path / "mapet_ds" / file
+        text = path.read_text()
+        assert text.count(before) == 1, before
+        path.write_text(text.replace(before, added + before))
+    text = recipe.read_text() + "objective: sixth\nsixth: {hidden_share: 0.4}\n"
+    (tmp_path / "recipe.yaml").write_text(text)
+    one = command(tmp_path / "recipe.yaml", 1, f"run_dir={tmp_path}/run", "train.stop_at_step=2")
+    done = start("env", f"PYTHONPATH={tmp_path}", one[0], tmp_path / one[1], *one[2:])
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(losses(tmp_path / "run")) == 2
