@@ -4,10 +4,11 @@
 
 PYTHON ?= python3
 RUN ?= runs/demo
+OBJECTIVE ?= mapet
 export OMP_NUM_THREADS ?= 1
 
 demo: .venv/installed
-	.venv/bin/python tools/demo.py $(RUN)
+	.venv/bin/python tools/demo.py $(RUN) $(OBJECTIVE)
 
 test: .venv/installed
 	.venv/bin/python -m pytest

@@ -1,4 +1,4 @@
-"""What frozen features are worth: k-nearest neighbours on the mean patch token of a timm ViT."""
+"""What frozen features are worth: nearest neighbours and a linear classifier on the mean patch token of a timm ViT."""
 
 from __future__ import annotations
 
@@ -135,3 +135,34 @@ def knn(
     rows = np.arange(len(val_features))[:, None]
     np.add.at(votes, (rows, train_labels[neighbours]), np.exp(cosines.astype(np.float64) / temperature))
     return 100 * float((votes.argmax(1) == val_labels).mean())
+
+
+def linear(
+    train_features: NDArray[np.float32],
+    train_labels: NDArray[np.int64],
+    val_features: NDArray[np.float32],
+    val_labels: NDArray[np.int64],
+    penalty: float = 1e-4,
+) -> float:
+    """Accuracy in percent of a multinomial logistic regression on features [n, D], standardised by the training set's.
+
+    Solved whole by L-BFGS, on the CPU, with `penalty` / 2 times the squared weights added to the mean cross-entropy: the same
+    figure each time.
+    """
+    x, y = torch.from_numpy(train_features).double(), torch.from_numpy(train_labels)
+    mean, std = x.mean(0), x.std(0).clamp(min=1e-6)
+    x = (x - mean) / std
+    weight = torch.zeros(x.shape[1], int(y.max()) + 1, dtype=x.dtype, requires_grad=True)
+    bias = torch.zeros(weight.shape[1], dtype=x.dtype, requires_grad=True)
+    solver = torch.optim.LBFGS([weight, bias], max_iter=500, tolerance_grad=1e-5, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        solver.zero_grad()
+        value = F.cross_entropy(x @ weight + bias, y) + penalty / 2 * weight.square().sum()
+        value.backward()
+        return value
+
+    solver.step(loss)
+    with torch.no_grad():
+        found = ((torch.from_numpy(val_features).double() - mean) / std @ weight + bias).argmax(1)
+    return 100 * float((found == torch.from_numpy(val_labels)).double().mean())

@@ -1,4 +1,4 @@
-"""Evaluate a timm ViT on labelled images: `tools/evaluate.py knn --model OUT --train DIR --val DIR`."""
+"""Evaluate a timm ViT on labelled images: `tools/evaluate.py knn|linear --model OUT --train DIR --val DIR`."""
 
 from __future__ import annotations
 
@@ -6,44 +6,56 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
-from torchvision.datasets import ImageFolder
 from tqdm import tqdm
 
 from mapet_ds.config import ConfigError
 from mapet_ds.index import DataError
-from mapet_ds.probe import features, knn, labelled_folders, load_timm
+from mapet_ds.probe import features, knn, labelled_folders, linear, load_timm
 
 
-def evaluate_knn(arguments: argparse.Namespace) -> tuple[str, dict[str, object]]:
-    """Accuracy of the k-NN vote on --val, as a sentence and as figures with what they rest on."""
+def extract(arguments: argparse.Namespace) -> tuple[list[Any], dict[str, object]]:
+    """Features and labels of --train and --val, and what figures rest on."""
     model = load_timm(arguments.model, arguments.arch, arguments.untrained, arguments.seed)
     train, val = labelled_folders(arguments.train, arguments.val, model)
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-
-    def extract(folder: ImageFolder, name: str):
+    found: list[Any] = []
+    for folder, name in ((train, "train"), (val, "val")):
         loader = DataLoader(
             folder, arguments.batch_size, num_workers=arguments.workers, pin_memory=device.type == "cuda"
         )
-        return features(model, tqdm(loader, desc=name, unit="batch", disable=not sys.stderr.isatty()), device)
-
-    accuracy = knn(*extract(train, "train"), *extract(val, "val"), arguments.k, arguments.temperature)
-    figures = {
-        "knn_accuracy_percent": accuracy,
-        "k": arguments.k,
-        "temperature": arguments.temperature,
+        found += features(model, tqdm(loader, desc=name, unit="batch", disable=not sys.stderr.isatty()), device)
+    return found, {
         "train_images": len(train),
         "val_images": len(val),
         "classes": len(train.classes),
         "model": str(arguments.model),
         "untrained": arguments.untrained,
     }
-    weights = "untrained" if arguments.untrained else "trained"
-    images = f"{len(train)} training, {len(val)} validation images, {len(train.classes)} classes"
-    sentence = f"k-NN accuracy {accuracy:.2f} % ({weights} weights; k = {arguments.k}; {images})"
-    return sentence, figures
+
+
+def sentence(name: str, accuracy: float, basis: dict[str, object]) -> str:
+    weights = "untrained" if basis["untrained"] else "trained"
+    images = f"{basis['train_images']} training, {basis['val_images']} validation images, {basis['classes']} classes"
+    return f"{name} accuracy {accuracy:.2f} % ({weights} weights; {images})"
+
+
+def evaluate_knn(arguments: argparse.Namespace) -> tuple[str, dict[str, object]]:
+    """Accuracy of the k-NN vote on --val, as a sentence and as figures with what they rest on."""
+    found, basis = extract(arguments)
+    accuracy = knn(*found, arguments.k, arguments.temperature)
+    figures = {"knn_accuracy_percent": accuracy, "k": arguments.k, "temperature": arguments.temperature}
+    return sentence(f"k-NN (k = {arguments.k})", accuracy, basis), figures | basis
+
+
+def evaluate_linear(arguments: argparse.Namespace) -> tuple[str, dict[str, object]]:
+    """Accuracy of a logistic regression on --val, as a sentence and as figures with what they rest on."""
+    found, basis = extract(arguments)
+    accuracy = linear(*found, arguments.penalty)
+    return sentence("Linear", accuracy, basis), {"linear_accuracy_percent": accuracy, "penalty": arguments.penalty} | basis
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -72,18 +84,21 @@ def parse(argv: list[str]) -> argparse.Namespace:
     neighbours.add_argument("--k", type=int, default=20)
     neighbours.add_argument("--temperature", type=float, default=0.07)
     neighbours.set_defaults(evaluate=evaluate_knn)
+    classifier = commands.add_parser("linear", parents=[shared], help="logistic regression on the frozen features")
+    classifier.add_argument("--penalty", type=float, default=1e-4, help="on the squared weights")
+    classifier.set_defaults(evaluate=evaluate_linear)
     return parser.parse_args(argv)
 
 
 def main(argv: list[str]) -> int:
     arguments = parse(argv)
     try:
-        sentence, figures = arguments.evaluate(arguments)
+        says, figures = arguments.evaluate(arguments)
     except (ConfigError, DataError) as error:
         # From a loader's worker the message comes under a traceback; the last line is the sentence.
         print(str(error).splitlines()[-1].removeprefix("mapet_ds.index.DataError: "), file=sys.stderr)
         return 2
-    print(json.dumps(figures) if arguments.json else sentence)
+    print(json.dumps(figures) if arguments.json else says)
     return 0
 
 

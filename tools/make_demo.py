@@ -6,6 +6,10 @@ writes OUT/train/<pattern>/*.jpg, OUT/val/<pattern>/*.jpg, OUT/captions.tsv and 
 `local-dir:OUT/teacher`. A class is a pattern; its two colours, scale, angle, place and noise are drawn at random and tell
 nothing about it. The CLIP learns from captions such as "dark stripes" with open_clip's own loss. A folder that
 already holds the same set is used as it is.
+
+    python tools/make_demo.py OUT --images DIR
+
+trains such a CLIP on your own labelled images instead, DIR/train/<class>/ and DIR/val/<class>/, with "a photo of a <class>".
 """
 
 from __future__ import annotations
@@ -84,6 +88,14 @@ def write_images(folder: Path, images: int, seed: int) -> dict[Path, str]:
     return captions
 
 
+def photo_captions(folder: Path) -> dict[Path, str]:
+    """A caption for each image of a folder with a sub-folder per class."""
+    paths = sorted(path for path in folder.glob("*/*") if path.is_file())
+    if not paths:
+        sys.exit(f"{folder} holds no sub-folders with images: --images wants DIR/train/<class>/ and DIR/val/<class>/.")
+    return {path: f"a photo of a {path.parent.name}" for path in paths}
+
+
 def load_views(paths: list[Path], size: int) -> Tensor:
     """[n, 3, size, size] in 0..1: the central squares."""
     views = np.empty((len(paths), size, size, 3), dtype=np.uint8)
@@ -151,7 +163,12 @@ def save_teacher(model: torch.nn.Module, folder: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    out = parser.parse_args().out
+    parser.add_argument("--images", type=Path, metavar="DIR", help="labelled images to take instead of rendering some")
+    parser.add_argument("--teacher_steps", type=int, default=SETTINGS["teacher_steps"], help="batches the CLIP is trained on")
+    arguments = parser.parse_args()
+    out, SETTINGS["teacher_steps"] = arguments.out, arguments.teacher_steps
+    if arguments.images:
+        SETTINGS["images"] = str(arguments.images)
     done = out / "demo.json"  # written last: a folder that has it is whole
     settings = json.loads(json.dumps(SETTINGS))
     if done.exists() and json.loads(done.read_text()) == settings:
@@ -160,10 +177,15 @@ def main() -> int:
     if out.exists() and any(out.iterdir()):
         print(f"{out} is not empty and holds no demo set of these settings: remove it, or name another folder.", file=sys.stderr)
         return 2
-    captions = {split: write_images(out / split, n, SETTINGS["seed"] + i) for i, (split, n) in enumerate(SETTINGS["images"].items())}
-    lines = [f"{path.relative_to(out)}\t{caption}\n" for split in captions.values() for path, caption in split.items()]
-    (out / "captions.tsv").write_text("".join(lines))
-    print(f"{len(lines)} JPEGs of {len(PATTERNS)} patterns in {out}; training a CLIP on the captions of train/ (it has seen labels)")
+    out.mkdir(parents=True, exist_ok=True)
+    if arguments.images:
+        captions = {split: photo_captions(arguments.images / split) for split in ("train", "val")}
+    else:
+        captions = {split: write_images(out / split, n, SETTINGS["seed"] + i) for i, (split, n) in enumerate(SETTINGS["images"].items())}
+        lines = [f"{path.relative_to(out)}\t{caption}\n" for split in captions.values() for path, caption in split.items()]
+        (out / "captions.tsv").write_text("".join(lines))
+    images, classes = sum(map(len, captions.values())), len({path.parent.name for path in captions["train"]})
+    print(f"{images} images of {classes} classes; training a CLIP on the captions of train/ (it has seen labels)")
     model = train_teacher(load_views(list(captions["train"]), IMG_SIZE + 8), list(captions["train"].values()))
     save_teacher(model, out / "teacher")
     val = captions["val"]
