@@ -21,9 +21,9 @@ def run(monkeypatch):
     """The program with 16 + 8 images and a teacher of 2 steps; gives its exit code."""
     small = {**make_demo.SETTINGS, "images": {"train": 16, "val": 8}, "teacher_steps": 2, "batch_size": 8}
 
-    def main(out, **settings):
+    def main(out, *more, **settings):
         monkeypatch.setattr(make_demo, "SETTINGS", {**small, **settings})
-        monkeypatch.setattr(sys, "argv", ["make_demo.py", str(out)])
+        monkeypatch.setattr(sys, "argv", ["make_demo.py", str(out), *map(str, more)])
         return make_demo.main()
 
     return main
@@ -54,6 +54,18 @@ def test_images_captions_and_teacher(run, tmp_path, capsys):
     )  # the settings' two steps again: the weights in the folder are those of the training, bit for bit
     for name, tensor in trained.state_dict().items():
         assert torch.equal(teacher.state_dict()[name], tensor), name
+
+
+def test_a_teacher_of_ones_own_images(run, tmp_path, capsys):
+    assert run(tmp_path / "rendered") == 0
+    assert run(tmp_path / "own", "--images", tmp_path / "rendered", "--teacher_steps", 3) == 0
+    assert "24 images of 8 classes" in capsys.readouterr().out
+    assert not (tmp_path / "own/train").exists()
+    captions = make_demo.photo_captions(tmp_path / "rendered/train")
+    assert len(captions) == 16 and set(captions.values()) == {f"a photo of a {name}" for name in make_demo.PATTERNS}
+    open_clip.create_model(f"local-dir:{tmp_path}/own/teacher", require_pretrained=True)
+    with pytest.raises(SystemExit, match="no sub-folders with images"):
+        run(tmp_path / "none", "--images", tmp_path / "nowhere")
 
 
 def test_the_same_again_and_never_over_something_else(run, tmp_path, capsys):

@@ -17,7 +17,7 @@ from timm.models import save_for_hf
 
 from mapet_ds.config import REPOSITORY
 from mapet_ds.index import DataError
-from mapet_ds.probe import features, knn, load_timm
+from mapet_ds.probe import features, knn, linear, load_timm
 
 EVALUATE = REPOSITORY / "tools" / "evaluate.py"
 
@@ -71,6 +71,21 @@ def test_knn_on_a_gpu_is_the_brute_force_vote():
     labels = [(vectors[:, 0] * 4).round().astype(np.int64) + 4 for vectors in (train, val)]
     expected = brute_force_knn(train, labels[0], val, labels[1], 20, 0.07)
     assert knn(train, labels[0], val, labels[1]) == pytest.approx(expected)
+
+
+def test_the_linear_probe_finds_what_a_line_can_tell_and_no_scale_matters():
+    generator = np.random.default_rng(0)
+    labels = generator.integers(0, 3, 400)
+    points = generator.normal(size=(400, 8)).astype(np.float32) + 2.0 * np.eye(3, 8, dtype=np.float32)[labels]
+    sets = points[:300], labels[:300], points[300:], labels[300:]
+    accuracy = linear(*sets)
+    nearest = ((points[300:, None] - 2.0 * np.eye(3, 8)[None]) ** 2).sum(-1).argmin(1)  # the best there is
+    assert abs(accuracy - 100 * (nearest == labels[300:]).mean()) < 6
+    scale = np.float32(1000) ** generator.uniform(-1, 1, 8).astype(np.float32)
+    assert linear(points[:300] * scale + 5, labels[:300], points[300:] * scale + 5, labels[300:]) == pytest.approx(accuracy, abs=1)
+    separable = np.eye(3, 8, dtype=np.float32)[labels] * 9 + points
+    assert linear(separable[:300], labels[:300], separable[300:], labels[300:]) == 100
+    assert linear(points[:300], generator.permutation(labels[:300]), points[300:], labels[300:]) < 50
 
 
 def test_features_are_unit_means_of_the_patch_tokens():
@@ -198,7 +213,7 @@ def test_untrained_needs_no_weights_and_is_seeded(run_tool, model_folder, image_
     train, val = image_folders / "train", image_folders / "val"
     code, printed = run_tool(tmp_path, train, val, "--untrained")
     assert (
-        code == 0 and "untrained weights; k = 5; 36 training, 18 validation images, 3 classes" in printed.out
+        code == 0 and "k-NN (k = 5) accuracy" in printed.out and "untrained weights; 36 training, 18 validation images, 3 classes" in printed.out
     )
     weights = [load_timm(tmp_path, untrained=True, seed=seed).blocks[0].attn.qkv.weight for seed in (1, 1, 2)]
     assert weights[0].equal(weights[1]) and not weights[0].equal(weights[2])
