@@ -42,6 +42,14 @@ def _input_rules(config: Config) -> Rules:
             f"data.crop_ratio = {list(data.crop_ratio)} must be positive and rising.",
         ),
         (min(data.std) <= 0, f"data.std = {list(data.std)} must be positive."),
+        (
+            not 0 < data.strong.blur_sigma[0] <= data.strong.blur_sigma[1],
+            f"data.strong.blur_sigma = {list(data.strong.blur_sigma)} must be positive and rising.",
+        ),
+        (
+            max(data.strong.jitter[:3]) >= 1 or data.strong.jitter[3] > 0.5,
+            f"data.strong.jitter = {list(data.strong.jitter)}: brightness, contrast, saturation below 1, hue at most 0.5.",
+        ),
         (data.color_jitter >= 1, f"data.color_jitter = {data.color_jitter} would turn images black; stay below 1."),
     ]
 

@@ -49,9 +49,7 @@ def read_vit(checkpoint: Checkpoint, student: bool = False) -> tuple[Config, dic
     try:
         config = pydantic.TypeAdapter(Config).validate_json(json.dumps(checkpoint.run["config"]))
     except (KeyError, pydantic.ValidationError) as error:
-        raise ExportError(
-            f"{checkpoint.path / 'run.json'} holds no settings of this program: {error}"
-        ) from error
+        raise ExportError(f"{checkpoint.path / 'run.json'} holds no settings of this program: {error}") from error
     files = [{} if student else checkpoint.load("target"), checkpoint.load("model")]
     states = [{k.removeprefix("vit."): v for k, v in file.items() if k.startswith("vit.")} for file in files]
     return config, states[0] or states[1]
@@ -83,9 +81,7 @@ def timm_arguments(config: Config, layer_scale: Literal["fold", "keep"]) -> dict
 def _save(config: Config, state: dict[str, Tensor], arguments: dict[str, Any], folder: Path) -> None:
     size, data = config.model.img_size, config.data
     provenance = dict.fromkeys(("license", "description", "origin_url", "paper_name", "paper_ids", "notes"))
-    vit = timm.create_model(
-        config.model.name, pretrained_cfg_overlay=provenance | {"tag": config.objective}, **arguments
-    )
+    vit = timm.create_model(config.model.name, pretrained_cfg_overlay=provenance | {"tag": config.objective}, **arguments)
     try:
         vit.load_state_dict(state)
     except RuntimeError as error:
@@ -108,9 +104,7 @@ def _save(config: Config, state: dict[str, Tensor], arguments: dict[str, Any], f
 def feature_difference(vit: VisionTransformer, exported: VisionTransformer, img_size: int) -> float:
     """Largest absolute difference of `forward_features` on random images, in float64: of the functions, not
     of the kernels' rounding."""
-    images = torch.randn(
-        2, 3, img_size, img_size, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
-    )
+    images = torch.randn(2, 3, img_size, img_size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     outputs = [model.eval().double().forward_features(images) for model in (vit, exported)]
     return (outputs[0] - outputs[1]).abs().max().item()
 
@@ -134,17 +128,13 @@ def export_timm(
     path = checkpoint_or_run
     checkpoint = open_checkpoint(path) if (path / "run.json").is_file() else newest(path)
     if checkpoint is None:
-        raise ExportError(
-            f"{path} is neither a run folder with checkpoints/step_* nor a checkpoint: nothing to export."
-        )
+        raise ExportError(f"{path} is neither a run folder with checkpoints/step_* nor a checkpoint: nothing to export.")
     config, state = read_vit(checkpoint, student)
     vit = build_vit(config.model)
     try:
         vit.load_state_dict(state)
     except RuntimeError as error:
-        raise ExportError(
-            f"{checkpoint.path} doesn't hold the ViT that its run.json describes: {error}"
-        ) from error
+        raise ExportError(f"{checkpoint.path} doesn't hold the ViT that its run.json describes: {error}") from error
     kept = state if layer_scale == "keep" else fold_layer_scale(state)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:

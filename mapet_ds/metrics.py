@@ -95,9 +95,7 @@ class Metrics:
     Infinity are written as Python's json does.
     """
 
-    def __init__(
-        self, config: Config, ranks: Ranks, total_steps: int, steps_per_epoch: float, first_step: int = 0
-    ) -> None:
+    def __init__(self, config: Config, ranks: Ranks, total_steps: int, steps_per_epoch: float, first_step: int = 0) -> None:
         self.config, self.ranks, self.steps_per_epoch = config, ranks, steps_per_epoch
         self._report = _Report(config, total_steps, first_step) if ranks.rank == 0 else None
         self._grad_accum_steps = config.grad_accum_steps(ranks.world_size)
@@ -138,9 +136,7 @@ class Metrics:
         totals, numbers, (waited, elapsed) = vector.split([len(names), len(names), 2])
         record: dict[str, Any] = {"step": step, "epoch": step / self.steps_per_epoch}
         record |= dict(zip(names, (totals / numbers).tolist(), strict=True))
-        record |= {
-            name: value.item() if isinstance(value, Tensor) else value for name, value in extra.items()
-        }
+        record |= {name: value.item() if isinstance(value, Tensor) else value for name, value in extra.items()}
         record["images_per_second"] = (step - self.logged_step) * self.config.train.global_batch_size / seconds
         record["data_wait_percent"] = 100 * (waited / elapsed).item()
         record["seconds"] = seconds
@@ -166,9 +162,7 @@ class Metrics:
                 grid = ids[:IMAGES_SHOWN].cpu().unflatten(1, (self.config.grid, self.config.grid))
                 columns.append(F.interpolate(token_colours(grid).movedim(3, 1), size=views.shape[2:]))
         rows = torch.stack(columns, dim=1).flatten(0, 1)
-        self._report.tensorboard.add_image(
-            "view_tokens_predicted", make_grid(rows, nrow=len(columns), padding=1), step
-        )
+        self._report.tensorboard.add_image("view_tokens_predicted", make_grid(rows, nrow=len(columns), padding=1), step)
 
     def close(self) -> None:
         """Finish the files and the bar."""

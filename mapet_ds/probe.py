@@ -21,9 +21,7 @@ from mapet_ds.config import ConfigError
 from mapet_ds.index import DataError
 
 
-def load_timm(
-    path: Path, architecture: str | None = None, untrained: bool = False, seed: int = 0
-) -> VisionTransformer:
+def load_timm(path: Path, architecture: str | None = None, untrained: bool = False, seed: int = 0) -> VisionTransformer:
     """A timm ViT for evaluation: a folder of config.json and model.safetensors, or weights and a name.
 
     untrained: the same architecture with fresh weights drawn from `seed`; no weights are read.
@@ -36,9 +34,7 @@ def load_timm(
     try:
         if (folder / "config.json").is_file():
             if not untrained and not (folder / "model.safetensors").is_file():
-                raise ConfigError(
-                    f"--model {path}: there are no weights, {folder / 'model.safetensors'} is missing."
-                )
+                raise ConfigError(f"--model {path}: there are no weights, {folder / 'model.safetensors'} is missing.")
             return timm.create_model(f"local-dir:{folder}", pretrained=not untrained, num_classes=0).eval()
         if not path.is_file():
             raise ConfigError(
@@ -46,9 +42,7 @@ def load_timm(
                 "tools/export_timm.py writes it, nor a file of weights."
             )
         if architecture is None:
-            raise ConfigError(
-                f"--model {path}: weights alone don't tell the model; add --arch, timm's name for it."
-            )
+            raise ConfigError(f"--model {path}: weights alone don't tell the model; add --arch, timm's name for it.")
         checkpoint = None if untrained else path
         return timm.create_model(architecture, checkpoint_path=checkpoint, num_classes=0).eval()
     except (RuntimeError, ValueError, SafetensorError) as error:
@@ -60,9 +54,7 @@ def _read_rgb(path: str) -> Image.Image:
         with Image.open(path) as image:
             return image.convert("RGB")
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(
-            f"{path} is no image that can be read ({error}); tools/check_images.py lists all such."
-        ) from error
+        raise DataError(f"{path} is no image that can be read ({error}); tools/check_images.py lists all such.") from error
 
 
 def labelled_folders(train: Path, val: Path, model: VisionTransformer) -> tuple[ImageFolder, ImageFolder]:
@@ -82,8 +74,7 @@ def labelled_folders(train: Path, val: Path, model: VisionTransformer) -> tuple[
     if differing:
         more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
         raise DataError(
-            f"{train} and {val} must have the same classes; only in one of them: "
-            f"{', '.join(differing[:5])}{more}."
+            f"{train} and {val} must have the same classes; only in one of them: {', '.join(differing[:5])}{more}."
         )
     return folders[0], folders[1]
 
@@ -123,9 +114,7 @@ def knn(
     Source: Wu et al., arXiv 1805.01978, section 3.4, with the values that DINO (arXiv 2104.14294) uses.
     """
     if len(train_features) < k:
-        raise DataError(
-            f"k = {k} neighbours can't be found among {len(train_features)} training images; lower --k."
-        )
+        raise DataError(f"k = {k} neighbours can't be found among {len(train_features)} training images; lower --k.")
     index = faiss.IndexFlatIP(train_features.shape[1])
     if faiss.get_num_gpus() > 0:
         index = faiss.index_cpu_to_all_gpus(index)

@@ -146,9 +146,7 @@ def embed(
     return x[:, : vit.num_prefix_tokens], x[:, vit.num_prefix_tokens :], vit.pos_embed[:, -num_patches:]
 
 
-def run_block(
-    block: StreamBlock, x: Tensor, bands: Sequence[Band] | None, keep: Tensor | None, recompute: bool
-) -> Tensor:
+def run_block(block: StreamBlock, x: Tensor, bands: Sequence[Band] | None, keep: Tensor | None, recompute: bool) -> Tensor:
     """One block on rows [B, N, D]. keep: [B, 2] or None; recompute: drop its activations until the backward pass."""
     if recompute and torch.is_grad_enabled():
         return checkpoint(block, x, bands, keep, use_reentrant=False)

@@ -22,6 +22,9 @@ def recipe(tmp_path):
     return path
 
 
+RECIPES_BY_NAME = {path.stem: path for path in RECIPES}
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_shipped_recipe_is_complete(path, tmp_path):
     config = load_config(path, [f"data.train={tmp_path}", f"run_dir={tmp_path}/run"])
@@ -42,6 +45,31 @@ def test_published_settings():
     assert config.num_patches == 196
     assert teacher_grid(config.teacher) == 14
     assert total_steps(config, 1_281_167) == 187_671
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["objective=simmim"], "there are: mapet, beit, mvp, saim, conmim"),
+        (["objective=beit", "beit.hidden_share=0"], r"beit\.hidden_share = 0\.0 hides 0 of 196"),
+        (["objective=mvp", "mvp.loss=mse"], r"mvp\.loss"),
+        (["objective=conmim", "conmim.cell=4"], r"conmim\.cell = 4 does not divide the student's grid of 14"),
+        (["objective=conmim", "train.micro_batch_size=32"], r"bn_group = 64 does not divide.*conmim\.bn_group=32"),
+        (["data.strong.blur_sigma=[2, 1]"], "blur_sigma = .* must be positive and rising"),
+        (["data.strong.jitter=[0.4, 0.4, 0.2, 0.6]"], "hue at most 0.5"),
+        (["objective=mvp", "teacher.img_size=224"], "teacher's grid is 7"),
+    ],
+)
+def test_each_objective_knows_its_contradictions(overrides, says, tmp_path):
+    with pytest.raises(ConfigError, match=says):
+        check(load_config(RECIPES_BY_NAME["mapet_vitb16"], [f"data.train={tmp_path}", f"run_dir={tmp_path}", *overrides]), 1)
+
+
+def test_objectives_without_a_teacher_do_not_mind_its_grid(tmp_path):
+    given = [f"data.train={tmp_path}", f"run_dir={tmp_path}", "teacher.img_size=224"]
+    for objective in ("saim", "conmim"):
+        check(load_config(RECIPES_BY_NAME["mapet_vitb16"], [*given, f"objective={objective}"]), 1)
+    check(load_config(RECIPES_BY_NAME["mapet_vitb16"], [*given, "tokenizer.name=vqkd"]), 1)
 
 
 @pytest.mark.parametrize(

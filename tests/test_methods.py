@@ -55,6 +55,8 @@ def test_golden_losses(run):
 
 def test_resumed_is_the_same_bit_for_bit(run, recipe):
     name, run_dir = run
+    if name == "mapet":
+        pytest.skip("tests/test_pretrain.py proves it, after a kill")
     done = pretrain(recipe, 2, *words(name, recipe.parent / f"{name}_straight"))
     assert done.returncode == 0, done.stderr[-3000:]
     assert losses(run_dir) == losses(recipe.parent / f"{name}_straight")

@@ -29,6 +29,8 @@ def parse(argv: list[str]) -> Config:
     try:
         config = load_config(arguments.config, arguments.overrides)
         check_inputs(config)
+        if config.tokenizer.name != "kclip":
+            raise ConfigError(f"tokenizer.name = {config.tokenizer.name} has no codebook to fit; only kclip has.")
         if not config.tokenizer.path:
             raise ConfigError("tokenizer.path is empty: name the file to write, tokenizer.path=/runs/codebook.safetensors.")
         if Path(config.tokenizer.path).exists() and not arguments.overwrite:

@@ -9,11 +9,13 @@ import pkgutil
 from typing import NamedTuple, Protocol
 
 import torch
+from timm.layers import trunc_normal_
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
 from mapet_ds.config import BlockMaskConfig, Config
 from mapet_ds.draws import Purpose, block_masks, uniforms
+from mapet_ds.vit import beit_init, build_vit, embed, run_blocks, take_rows
 
 OBJECTIVES = {
     # name: (objective, target)
@@ -75,14 +77,6 @@ def depth_uniforms(seed: int, step: int, first_slot: int, slots: int, depth: int
     return torch.from_numpy(uniforms(seed, Purpose.DEPTH, step, first_slot, slots, 2 * depth)).float()
 
 
-def block_draw(config: Config, masked: BlockMaskConfig, step: int, first_slot: int, slots: int, depth: int) -> Draw:
-    """Block masks for BEiT's family; blocks are at least as large a share of the image as 16 of 196 patches."""
-    place = config.seed, step, first_slot, slots
-    min_block = max(1, round(16 / 196 * config.num_patches))
-    mask = block_masks(*place, config.grid, masked.num_hidden(config), min_block, masked.exact)
-    return Draw(mask=torch.from_numpy(mask), order=None, keep=depth_uniforms(*place, depth))
-
-
 def hidden_rows(mask: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Patches of `count` rows, long [B, count], the hidden ones first; and which rows are hidden ones, bool [B, count].
 
@@ -101,3 +95,33 @@ def rank_quarters(losses: Tensor) -> dict[str, Tensor]:
     """Mean of each quarter of losses [B, n] in rank order, as loss_rank_quarter_1 (least context) .. 4."""
     quarters = losses.detach().tensor_split(4, dim=1)
     return {f"loss_rank_quarter_{i}": quarter.mean() for i, quarter in enumerate(quarters, start=1)}
+
+
+class BlockMasked(nn.Module):
+    """BEiT's way: a mask token takes the place of each patch that a rectangle hides, before positions are added, and a linear
+    head is applied to what the ViT makes of it."""
+
+    def __init__(self, config: Config, masked: BlockMaskConfig, target_dim: int) -> None:
+        super().__init__()
+        self.config, self.masked = config, masked
+        self.vit = beit_init(build_vit(config.model))
+        self.mask_token = nn.Parameter(torch.empty(1, 1, self.vit.embed_dim))
+        self.head = nn.Linear(self.vit.embed_dim, target_dim)
+        trunc_normal_(self.mask_token, std=0.02)
+        trunc_normal_(self.head.weight, std=0.02)
+        nn.init.zeros_(self.head.bias)
+
+    def draw(self, step: int, first_slot: int, slots: int) -> Draw:
+        """Rectangles at least as large a share of the image as 16 of 196 patches."""
+        config, place = self.config, (self.config.seed, step, first_slot, slots)
+        min_block = max(1, round(16 / 196 * config.num_patches))
+        mask = block_masks(*place, config.grid, self.masked.num_hidden(config), min_block, self.masked.exact)
+        return Draw(mask=torch.from_numpy(mask), order=None, keep=depth_uniforms(*place, len(self.vit.blocks)))
+
+    def predict(self, images: Tensor, draw: Draw) -> tuple[Tensor, Tensor, Tensor]:
+        """The head's output [B, n, target_dim], fp32 or wider, of each of n rows; their patches, and whether they are hidden."""
+        prefix, patches, _ = embed(self.vit, images, draw.mask, self.mask_token)
+        x = run_blocks(self.vit, torch.cat([prefix, patches], dim=1), None, draw.keep)
+        hidden, valid = hidden_rows(draw.mask, self.masked.num_hidden(self.config))
+        predicted = self.head(take_rows(x[:, prefix.shape[1] :], hidden))
+        return predicted.to(torch.promote_types(predicted.dtype, torch.float32)), hidden, valid
