@@ -1,4 +1,4 @@
-# make demo   set up .venv, then pre-train MaPeT on a small rendered data set, on any machine
+# make demo   set up .venv, then pre-train MaPeT (OBJECTIVE=beit, ...) on a small rendered data set, on any machine
 # make test   set up .venv, then run the whole test suite
 # make clean  remove .venv and the demo's run
 

@@ -10,6 +10,7 @@ A folder that has its final name is whole: it is written beside, flushed and ren
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -21,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mapet_ds.config import Config
+from mapet_ds.config import Config, ObjectiveConfig
 
 FREE = (
     "run_dir", "resume", "checkpoint", "log", "teacher.name", "teacher.weights", "teacher.shard", "tokenizer.path",
@@ -74,7 +75,9 @@ def identity(config: Config, data: str, target: dict[str, Any]) -> dict[str, Any
     data: the index's fingerprint; target: the target's own identity.
     """
     knobs = _flatten(config.to_dict())
-    kept = {k: v for k, v in knobs.items() if not any(k == free or k.startswith(free + ".") for free in FREE)}
+    sections = {f.name for f in dataclasses.fields(config) if isinstance(getattr(config, f.name), ObjectiveConfig)}
+    free = {*FREE, *sections} - {config.objective}  # the settings of other objectives change nothing
+    kept = {k: v for k, v in knobs.items() if not any(k == name or k.startswith(name + ".") for name in free)}
     return kept | _flatten({"data": {"fingerprint": data}, "target": target})
 
 

@@ -13,7 +13,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from mapet_ds.config import Config, ConfigError, ObjectiveConfig, Rules, teacher_grid
+from mapet_ds.config import Config, ConfigError, ObjectiveConfig, Rules, teacher_grid, teacher_model_config
 from mapet_ds.recipe import load_config
 
 
@@ -55,8 +55,13 @@ def _input_rules(config: Config) -> Rules:
 
 
 def _teacher_rules(config: Config) -> Rules:
-    grid = teacher_grid(config.teacher)
+    grid, vision = teacher_grid(config.teacher), teacher_model_config(config.teacher.name)["vision_cfg"]
+    plain = not isinstance(vision.get("layers"), list) and not vision.get("timm_model_name")
     return [
+        (
+            config.teacher.features != "tokens" and not plain,
+            f"teacher.features = {config.teacher.features}, but {config.teacher.name} is not open_clip's own ViT: no ln_post.",
+        ),
         (
             grid not in (None, config.grid),
             f"The teacher's grid is {grid} x {grid} (teacher.img_size = {config.teacher.img_size}, {config.teacher.name}) "
@@ -70,6 +75,10 @@ def _run_rules(config: Config, world_size: int) -> Rules:
     train, optim = config.train, config.optim
     per_step = train.micro_batch_size * world_size
     return [
+        (
+            config.method.predicts_ids and config.tokenizer.name not in ("kclip", "vqkd") and ":" not in config.tokenizer.name,
+            f"tokenizer.name = {config.tokenizer.name} is not known; there are kclip, vqkd and package.module:factory.",
+        ),
         (not config.run_dir, "run_dir is empty: name the folder this run writes to, run_dir=/runs/name."),
         (
             train.global_batch_size % per_step != 0,
@@ -110,12 +119,11 @@ def check(config: Config, world_size: int) -> None:
         ConfigError: with one sentence per contradiction.
     """
     sections = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-    objectives = {name: section for name, section in sections.items() if isinstance(section, ObjectiveConfig)}
+    objectives = [name for name, section in sections.items() if isinstance(section, ObjectiveConfig)]
     if config.objective not in objectives:
         raise ConfigError(f"objective = {config.objective} is not known; there are: {', '.join(objectives)}.")
-    objective = objectives[config.objective]
-    teacher = _teacher_rules(config) if objective.uses_teacher(config) else []
-    _refuse(_input_rules(config) + teacher + _run_rules(config, world_size) + objective.rules(config))
+    teacher = _teacher_rules(config) if config.method.uses_teacher(config) else []
+    _refuse(_input_rules(config) + teacher + _run_rules(config, world_size) + config.method.rules(config))
 
 
 ENGINE_KEYS = {

@@ -147,9 +147,12 @@ Rules = list[tuple[bool, str]]
 class ObjectiveConfig:
     """The section of one objective; its name in Config is the objective's name."""
 
+    predicts_ids = True
+    """Whether a tokenizer takes part."""
+
     def uses_teacher(self, config: Config) -> bool:
         """Whether the frozen open_clip tower takes part."""
-        return config.tokenizer.name == "kclip"
+        return self.predicts_ids and config.tokenizer.name == "kclip"
 
     def num_hidden(self, config: Config) -> int:
         """Patches of an image that are predicted, at most."""
@@ -190,6 +193,7 @@ class MVPConfig(BlockMaskConfig):
 
     loss: Literal["cosine", "smooth_l1"] = "cosine"
     """1 - cosine; or smooth L1 on features with mean 0 and variance 1 (MaskDistill)."""
+    predicts_ids = False
 
     def uses_teacher(self, config: Config) -> bool:
         return True
@@ -205,6 +209,7 @@ class SAIMConfig(ObjectiveConfig):
     """cosine: the squared distance of vectors of length 1, SemAIM's for features."""
     query_depth: Positive | None = None
     """Blocks of the decoder, a divisor of the model's depth; null: as many."""
+    predicts_ids = False
 
     def uses_teacher(self, config: Config) -> bool:
         return self.target == "features"
@@ -228,9 +233,7 @@ class ConMIMConfig(ObjectiveConfig):
     """Width of the projector's two hidden layers; its output has 256."""
     bn_group: Positive = 64
     """Consecutive images of the global batch that share BatchNorm statistics; divides the micro-batch."""
-
-    def uses_teacher(self, config: Config) -> bool:
-        return False
+    predicts_ids = False
 
     def num_hidden(self, config: Config) -> int:
         return math.ceil(self.hidden_share * (config.grid // self.cell) ** 2) * self.cell**2
@@ -327,6 +330,11 @@ class Config:
     train: TrainConfig = Field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     log: LogConfig = Field(default_factory=LogConfig)
+
+    @property
+    def method(self) -> ObjectiveConfig:
+        """The section of the objective."""
+        return getattr(self, self.objective)
 
     @property
     def grid(self) -> int:

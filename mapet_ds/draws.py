@@ -60,8 +60,8 @@ def block_masks(
 ) -> NDArray[np.bool_]:
     """[slots, L] BEiT's block masks, True = hidden: rectangles of at least `min_block` patches until `num_hidden` are hidden.
 
-    As published it gives up after ten rectangles in a row that don't fit, with somewhat fewer; `exact` fills up with single
-    patches at random. Rectangles have an aspect of 0.3 .. 1 / 0.3.
+    As published it gives up after ten rectangles in a row that don't fit, with somewhat fewer (but one at least); `exact`
+    fills up with single patches at random. Rectangles have an aspect of 0.3 .. 1 / 0.3.
 
     Source: Bao et al., BEiT, arXiv 2106.08254, algorithm 1.
     """
@@ -88,6 +88,8 @@ def block_masks(
         masks[fits] |= rectangle[fits]
         failed = np.where(fits, 0, failed + active)
     masks = masks.reshape(slots, patches)
+    empty = ~masks.any(axis=1)
+    masks[empty, fill[empty].argmin(axis=1)] = True  # a loss needs one patch at least
     if exact:
         rank = np.argsort(np.argsort(np.where(masks, -1.0, fill), axis=1, kind="stable"), axis=1, kind="stable")
         masks = rank < num_hidden

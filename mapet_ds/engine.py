@@ -141,13 +141,16 @@ def _whole(parameter: nn.Parameter, modifier_rank: int | None = None) -> context
 
 
 def student_weights(engine: deepspeed.DeepSpeedEngine) -> Iterator[tuple[str, Tensor]]:
-    """Name and full tensor of each parameter, in the precision that forwards use; valid until the next is asked for.
+    """Name and full tensor of each parameter, fp32 master weights where there are any; valid until the next is asked for.
 
-    Under ZeRO-3 each is gathered on its turn: every rank must go through all of them, or through none.
+    In bf16, and under ZeRO-3, each is gathered on its turn: every rank must go through all of them, or through none.
     """
     for name, parameter in engine.module.named_parameters():
-        with _whole(parameter):
-            yield name, parameter.detach()
+        if parameter.requires_grad and parameter.dtype != torch.float32:
+            yield name, safe_get_full_fp32_param(parameter).reshape(getattr(parameter, "ds_shape", parameter.shape))
+        else:
+            with _whole(parameter):
+                yield name, parameter.detach()
 
 
 def gather_state(engine: deepspeed.DeepSpeedEngine, rank: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -157,7 +160,7 @@ def gather_state(engine: deepspeed.DeepSpeedEngine, rank: int) -> tuple[dict[str
     """
     weights, moments = {}, {}
     for name, parameter in engine.module.named_parameters():
-        if not parameter.requires_grad:  # a constant: no optimizer holds it
+        if not parameter.requires_grad:  # a constant: no optimizer holds it, so it is saved as forwards use it
             with _whole(parameter):
                 weights |= {name: parameter.detach().float().cpu().clone()} if rank == 0 else {}
             continue

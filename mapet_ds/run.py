@@ -38,6 +38,7 @@ from mapet_ds.metrics import Metrics
 from mapet_ds.objectives import Loss, build_objective
 from mapet_ds.optim import learning_rate
 from mapet_ds.targets import build_target
+from mapet_ds.vit import compile_blocks
 
 PACKAGES = ("torch", "deepspeed", "timm", "open_clip_torch", "nvidia-dali-cuda130", "faiss-gpu", "numpy", "pillow")
 
@@ -66,8 +67,7 @@ class Run:
         objective.vit.set_grad_checkpointing(config.train.grad_checkpointing)
         self.engine = build_engine(objective, config, engine_config, ranks.world_size, ranks.device)
         if config.train.compile:
-            for block in objective.vit.blocks:
-                block.compile()
+            compile_blocks(objective)
 
         self.identity = checkpoint.identity(config, self.index.fingerprint, self.target.identity)
         self.identity["engine.bf16"] = bool(engine_config.get("bf16", {}).get("enabled"))

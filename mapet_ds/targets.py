@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mapet_ds.config import Config
+from mapet_ds.config import Config, ConfigError
 from mapet_ds.data import Batch, View
 from mapet_ds.objectives import OBJECTIVES, build_objective
 from mapet_ds.teacher import build_teacher, teacher_mean_std
 from mapet_ds.tokenizer import build_tokenizer
+from mapet_ds.vit import compile_blocks
 
 
 class Target(Protocol):
@@ -78,7 +79,7 @@ class TokenIds(Constant):
 
     def __init__(self, config: Config, device: torch.device) -> None:
         self.tokenizer = build_tokenizer(config, device)
-        self.dim = self.tokenizer.vocab_size
+        self.dim, self.num_patches = self.tokenizer.vocab_size, config.num_patches
         self.teacher_view = self.tokenizer.view
         self.identity = self.tokenizer.identity
         self.counts = torch.zeros(self.dim, device=device)
@@ -86,6 +87,8 @@ class TokenIds(Constant):
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Tensor:
         ids = self.tokenizer(batch.teacher_images)
+        if ids.shape[1] != self.num_patches:
+            raise ConfigError(f"The tokenizer gives {ids.shape[1]} ids for an image, the student has {self.num_patches} patches.")
         flat = ids.flatten()
         self.counts.scatter_add_(0, flat, torch.ones_like(flat, dtype=self.counts.dtype))
         return ids
@@ -151,7 +154,7 @@ def pixels_or_features(config: Config, device: torch.device) -> Target:
 class MomentumTeacher:
     """A moving average of the student, shown the whole image in a strong view: keys [B, L, 256] of length 1, fp32.
 
-    Every rank holds it whole, in fp32; on a GPU its forward runs in bf16. After each update
+    Every rank holds it whole, in fp32; teacher.precision is that of its forward. After each update
     theta <- m theta + (1 - m) student; m rises along a cosine from conmim.momentum to 1 at the run's end.
 
     Source: ConMIM, arXiv 2205.09616, released settings.
@@ -162,14 +165,18 @@ class MomentumTeacher:
 
     def __init__(self, config: Config, device: torch.device) -> None:
         self.model = build_objective(config, self.dim).to(device).requires_grad_(False)  # the student's first weights: same seed
+        if config.train.compile:
+            compile_blocks(self.model)
+        bf16 = config.teacher.precision == "bf16" or (config.teacher.precision == "auto" and device.type == "cuda")
+        self.dtype = torch.bfloat16 if bf16 else torch.float32
         self.momentum = config.conmim.momentum
         self.teacher_view = View(config.model.img_size, config.data.mean, config.data.std, strong=True)
-        self.identity: dict[str, Any] = {}
+        self.identity = {"dtype": str(self.dtype)}
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Tensor:
         images = batch.teacher_images
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=images.is_cuda):
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             return self.model.project(images).float()
 
     @torch.no_grad()

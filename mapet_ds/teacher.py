@@ -25,7 +25,7 @@ import torch.distributed as dist
 from open_clip.convert import convert_state_dict
 from open_clip.model import _build_vision_tower, resize_pos_embed
 from open_clip.modified_resnet import ModifiedResNet
-from open_clip.transformer import LayerNormFp32, VisionTransformer
+from open_clip.transformer import LayerNormFp32
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -61,8 +61,8 @@ class Teacher(nn.Module):
                 f"teacher.layer = {config.layer}, but {config.name} has {len(shapes)} layers: choose {-len(shapes)} .. -1."
             )
         self.layer, self.features = config.layer % len(shapes), config.features
-        if self.features != "tokens" and not isinstance(visual, VisionTransformer):
-            raise ConfigError(f"teacher.features = {self.features}, but {config.name} has no ln_post: it is not open_clip's ViT.")
+        if self.features == "projected" and visual.proj is None:
+            raise ConfigError(f"teacher.features = projected, but {config.name} has no projection; take normed.")
         _, self.embed_dim, self.grid, _ = shapes[self.layer]
         if self.features == "projected":
             self.embed_dim = visual.proj.shape[1]

@@ -102,6 +102,13 @@ class StreamBlock(Block):
         return residual * kept[:, None, None]
 
 
+def compile_blocks(module: nn.Module) -> None:
+    """torch.compile every StreamBlock of a module, each at its first call."""
+    for block in module.modules():
+        if isinstance(block, StreamBlock):
+            block.compile()
+
+
 def build_vit(config: ModelConfig) -> VisionTransformer:
     """A freshly initialised timm ViT (no classifier) with StreamBlocks, from torch's CPU generator.
 

@@ -79,7 +79,8 @@ class VQKD(nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         """[B, 3, T, T] normalised images -> long ids [B, L], patches row by row. In fp32; does not make the host wait."""
-        with torch.autocast(images.device.type, enabled=False):
+        exact = torch.backends.cudnn.flags(enabled=True, benchmark=torch.backends.cudnn.benchmark, allow_tf32=False)
+        with torch.autocast(images.device.type, enabled=False), exact:
             patches = self.encoder.forward_features(images.float())[:, 1:]
             points = self.encode_task_layer(self.encoder.fc_norm(patches))
             return self.codebook.assign(F.normalize(points, dim=-1))

@@ -75,10 +75,12 @@ os.execvp(sys.argv[1], sys.argv[1:])'
     }
 
     settings=("data.train=$DATA" "tokenizer.path=$CODEBOOK" "$@")
-    if [[ ! -f $CODEBOOK ]]; then
+    ready=1
+    if [[ ! -f $CODEBOOK ]] && python tools/fit_codebook.py --is_needed --config "$RECIPE" "${settings[@]}"; then
         launch deepspeed "${launcher[@]}" tools/fit_codebook.py --config "$RECIPE" "${settings[@]}"
+        [[ -f $CODEBOOK ]] || ready=
     fi
-    if [[ -f $CODEBOOK && -z $stopping ]]; then
+    if [[ -n $ready && -z $stopping ]]; then
         launch python -c "$without_term" deepspeed "${launcher[@]}" \
             mapet_ds/pretrain.py --config "$RECIPE" --deepspeed_config "$ENGINE" \
             "run_dir=$RUN_DIR" "train.world_size=$((nodes * gpus))" "${settings[@]}"

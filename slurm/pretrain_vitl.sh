@@ -19,4 +19,4 @@
 #SBATCH --output=slurm-%x-%j.out
 
 cd "${SLURM_SUBMIT_DIR:?}" || exit # SLURM runs a copy of this file, from elsewhere
-RECIPE=mapet_ds/recipes/mapet_vitl16.yaml exec bash slurm/launch.sh "$@"
+RECIPE=${RECIPE:-mapet_ds/recipes/mapet_vitl16.yaml} exec bash slurm/launch.sh "$@"

@@ -1,6 +1,7 @@
 """Every objective through the user's own command: golden losses, exact resume, other ranks and ZeRO stages, export."""
 
 import json
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -88,13 +89,33 @@ def test_the_export_is_the_runs_own_vit(run, tmp_path):
 def test_other_ranks_and_stages_go_on_with_the_same_run(name, recipe):
     """A momentum teacher and a constant table, at 2 -> 1 -> 2 ranks under ZeRO-3 -> 1 -> 2, against the golden losses."""
     run_dir = recipe.parent / f"{name}_elastic"
-    for ranks, micro, stage, last in ((2, 2, 3, 4), (1, 4, 1, 8), (2, 4, 2, 12)):
+    for ranks, micro, stage, last in ((2, 2, 3, 4), (1, 4, 1, 8), (2, 4, 2, 14)):
         done = pretrain(
             recipe, ranks, *words(name, run_dir, f"train.micro_batch_size={micro}", f"train.stop_at_step={last}"),
             engine=f"ds_configs/zero{stage}_cpu.json",
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
-    assert list(losses(run_dir).values()) == pytest.approx(GOLDEN[name][:12], rel=1e-4)
+    assert list(losses(run_dir).values()) == pytest.approx(GOLDEN[name][:14], rel=1e-4)
+    for file in ("model", "target")[: 2 if name == "conmim" else 1]:
+        one, other = (load_file(recipe.parent / run / f"checkpoints/step_00000014/{file}.safetensors") for run in (run_dir.name, name))
+        assert one.keys() == other.keys() and all((one[key] - other[key]).abs().max() < 2e-4 for key in one), file
+
+
+def test_a_momentum_teacher_of_bf16_students_resumes_exactly(recipe):
+    """It follows the fp32 master weights, not the rounded ones that forwards use."""
+    folders = [recipe.parent / f"bf16_{name}" for name in ("straight", "resumed")]
+    for run_dir, last in ((folders[0], 4), (folders[1], 2), (folders[1], 4)):
+        more = words("conmim", run_dir, f"train.stop_at_step={last}", "checkpoint.every_steps=1", "checkpoint.keep=9")
+        done = pretrain(recipe, 2, *more, engine="ds_configs/zero2.json")
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert losses(folders[0]) == losses(folders[1])
+    files = {name: [load_file(f / "checkpoints/step_00000004" / f"{name}.safetensors") for f in folders] for name in ("model", "target")}
+    assert all(torch.equal(one[key], other[key]) for one, other in files.values() for key in one)
+    before = load_file(folders[0] / "checkpoints/step_00000003/target.safetensors")
+    (student, _), (teacher, _) = files["model"], files["target"]
+    m = 1 - 0.004 * (1 + math.cos(math.pi * 3 / 20)) / 2
+    for name in ("vit.blocks.0.attn.qkv.weight", "projector.0.weight"):
+        assert (teacher[name] - m * before[name] - (1 - m) * student[name]).abs().max() < 1e-6
 
 
 def test_a_sixth_objective_touches_four_places(recipe, tmp_path):

@@ -269,6 +269,7 @@ def test_block_masks_are_within_the_published_bounds():
     grids = masks.reshape(-1, 14, 14)
     same = (grids[:, :, 1:] == grids[:, :, :-1]).mean()
     assert same > 0.8, "neighbours hide together"
+    assert block_masks(0, 0, 0, 500, 14, 6, 16, exact=False).any(axis=1).all(), "where no rectangle fits, one patch"
     exact = block_masks(0, 0, 0, 500, 14, 75, 16, exact=True)
     assert (exact.sum(axis=1) == 75).all() and (exact | ~masks).all(), "the same blocks, filled up"
 
@@ -289,6 +290,9 @@ def test_conmim_loss_at_initialisation_is_near_ln_196():
     images = torch.randn(4, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         loss = student(images, teacher.project(images), student.draw(0, 0, 4)).loss
+        queries = student.project(images)
+    assert torch.equal(queries, teacher.project(images)), "student and teacher start as one"
+    assert (queries @ queries.transpose(1, 2)).argmax(-1).eq(torch.arange(196)).all(), "and no two patches are the same to them"
     assert abs(loss - math.log(196)) < 0.6, "measured 5.45 to 5.48 for the released model"
 
 

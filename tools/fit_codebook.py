@@ -23,11 +23,14 @@ def parse(argv: list[str]) -> Config:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, metavar="YAML", help="a recipe, e.g. mapet_ds/recipes/mapet_vitb16.yaml")
     parser.add_argument("--overwrite", action="store_true", help="replace the codebook at tokenizer.path")
+    parser.add_argument("--is_needed", action="store_true", help="fit nothing; exit with 0 if this recipe needs a codebook, else 1")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="settings that replace the recipe's")
     arguments = parser.parse_intermixed_args(argv)
     try:
         config = load_config(arguments.config, arguments.overrides)
+        if arguments.is_needed:
+            parser.exit(not (config.method.predicts_ids and config.tokenizer.name == "kclip"))
         check_inputs(config)
         if config.tokenizer.name != "kclip":
             raise ConfigError(f"tokenizer.name = {config.tokenizer.name} has no codebook to fit; only kclip has.")

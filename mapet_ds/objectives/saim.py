@@ -2,7 +2,7 @@
 
 An encoder reads the patches so far, class token first; a decoder of own blocks asks, from a patch's position alone, what
 comes there. Sorted by rank both are plain causal attention: a content row of rank r reads the class token and ranks
-0 .. r, a query row of rank r the class token and ranks 0 .. r - 1, which are the first r + 1 rows either way.
+0 .. r, up to itself; a query row of rank r the class token and ranks 0 .. r - 1, the first r + 1 rows.
 
 Source: Qi et al., Exploring Stochastic Autoregressive Image Modeling for Visual Representation, arXiv 2212.01610. With
 saim.target = features the frozen CLIP's patch features are predicted, as SemAIM (arXiv 2312.10457) does.
@@ -20,13 +20,15 @@ from torch import Tensor, nn
 from mapet_ds.config import Config, ConfigError
 from mapet_ds.draws import permutations
 from mapet_ds.objectives import Draw, Loss, depth_uniforms, rank_quarters
-from mapet_ds.vit import Band, build_vit, embed, run_block, take_rows
+from mapet_ds.vit import Band, QKVLinear, build_vit, embed, run_block, take_rows
 
 
 def mae_init(module: nn.Module) -> None:
-    """Xavier-uniform linear layers without bias, as MAE (arXiv 2111.06377) starts; for `Module.apply`."""
+    """Xavier-uniform linear layers with biases of zero, as MAE (arXiv 2111.06377) starts, query, key and value each on its
+    own; for `Module.apply`."""
     if isinstance(module, nn.Linear):
-        nn.init.xavier_uniform_(module.weight)
+        for weight in module.weight.data.chunk(3 if isinstance(module, QKVLinear) else 1):
+            nn.init.xavier_uniform_(weight)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
 
@@ -45,6 +47,10 @@ class SAIM(nn.Module):
         queries = config.saim.query_depth or depth
         if self.vit.num_prefix_tokens != 1:
             raise ConfigError("saim takes no register tokens: its streams are causal from the class token on (model.args).")
+        if config.model.args.get("no_embed_class"):
+            raise ConfigError("saim gives the class token a position, of zero: leave no_embed_class out of model.args.")
+        if width % 4:
+            raise ConfigError(f"saim's sin-cos positions need a width that is a multiple of 4, not {width}.")
         if depth % queries:
             raise ConfigError(f"saim.query_depth = {queries} does not divide the model's depth, {depth}.")
         model = config.model
