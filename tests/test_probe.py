@@ -14,6 +14,7 @@ import timm
 import torch
 from PIL import Image
 from timm.models import save_for_hf
+from towers import write_tower
 
 from mapet_ds.config import REPOSITORY
 from mapet_ds.index import DataError
@@ -182,28 +183,22 @@ def test_the_command(model_folder, image_folders):
 
 
 @pytest.fixture
-def run_tool(monkeypatch, capsys):
+def run_tool_with(monkeypatch, capsys):
     """The program in this process, without seconds of imports: exit code and what it prints."""
 
-    def run(model, train, val, *arguments):
-        argv = [
-            EVALUATE,
-            "knn",
-            "--model",
-            model,
-            "--train",
-            train,
-            "--val",
-            val,
-            "--device",
-            "cpu",
-            "--workers",
-            "0",
-        ]
-        monkeypatch.setattr(sys, "argv", [str(argument) for argument in (*argv, "--k", "5", *arguments)])
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", [str(a) for a in (EVALUATE, *arguments, "--device", "cpu", "--workers", "0")])
         with pytest.raises(SystemExit) as exit:
             runpy.run_path(str(EVALUATE), run_name="__main__")
         return exit.value.code, capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def run_tool(run_tool_with):
+    def run(model, train, val, *arguments):
+        return run_tool_with("knn", "--model", model, "--train", train, "--val", val, "--k", "5", *arguments)
 
     return run
 
@@ -274,3 +269,14 @@ def test_mistakes_are_sentences(run_tool, model_folder, image_folders, tmp_path)
     assert "timm can't load" in message("--arch", "vit_tiny_patch16_224", model=lone)
     lone.write_bytes(b"no weights")
     assert "timm can't load" in message("--arch", "vit_tiny_patch16_224", model=lone)
+
+
+def test_the_teacher_itself_is_evaluated_by_the_same_tool(run_tool_with, image_folders, tmp_path):
+    write_tower(tmp_path / "clip", "vit")
+    (tmp_path / "recipe.yaml").write_text(f"teacher: {{name: 'local-dir:{tmp_path}/clip', img_size: 64}}\n")
+    words = ["--teacher", tmp_path / "recipe.yaml", "--train", image_folders / "train", "--val", image_folders / "val", "--json"]
+    code, printed = run_tool_with("linear", *words)
+    assert code == 0, printed.err
+    assert 0 <= json.loads(printed.out)["linear_accuracy_percent"] <= 100
+    code, printed = run_tool_with("knn", *words, "--k", "5", "teacher.layer=9")
+    assert code == 2 and "teacher.layer = 9" in printed.err

@@ -120,6 +120,14 @@ def test_a_new_run_fits_its_codebook_and_trains(job, script):
     assert not (job.notes / "scontrol").exists()
 
 
+@pytest.mark.parametrize("recipe", ["saim_vitb16", "conmim_vitl16", "mvp_vitb16"])
+def test_a_recipe_that_needs_no_codebook_fits_none(job, recipe):
+    code, output = _finish(job(RECIPE=f"mapet_ds/recipes/{recipe}.yaml"))
+    assert code == 0, output
+    (train,) = _launches(job)
+    assert train[6:9] == ["mapet_ds/pretrain.py", "--config", f"mapet_ds/recipes/{recipe}.yaml"]
+
+
 def test_what_the_trainer_is_given_is_accepted_by_it(job, tmp_path):
     assert _finish(job())[0] == 0
     _, train = _launches(job)

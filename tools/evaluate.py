@@ -12,14 +12,35 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from mapet_ds.config import ConfigError
+from mapet_ds.config import ConfigError, TeacherConfig
 from mapet_ds.index import DataError
 from mapet_ds.probe import features, knn, labelled_folders, linear, load_timm
+from mapet_ds.recipe import load_config
+from mapet_ds.teacher import build_teacher, teacher_mean_std
+
+
+class TeacherFeatures(torch.nn.Module):
+    """A recipe's teacher, its layer's features as a ViT's patch tokens: what the targets themselves are worth."""
+
+    num_prefix_tokens = 0
+
+    def __init__(self, config: TeacherConfig) -> None:
+        super().__init__()
+        self.teacher = build_teacher(config, torch.device("cpu"))
+        mean, std = teacher_mean_std(config)
+        size = (3, config.img_size, config.img_size)
+        self.pretrained_cfg = {"input_size": size, "mean": mean, "std": std, "interpolation": "bicubic", "crop_pct": 1.0}
+
+    def forward_features(self, images: torch.Tensor) -> torch.Tensor:
+        return self.teacher(images)
 
 
 def extract(arguments: argparse.Namespace) -> tuple[list[Any], dict[str, object]]:
     """Features and labels of --train and --val, and what figures rest on."""
-    model = load_timm(arguments.model, arguments.arch, arguments.untrained, arguments.seed)
+    if arguments.teacher:
+        model: Any = TeacherFeatures(load_config(arguments.teacher, arguments.overrides).teacher)
+    else:
+        model = load_timm(arguments.model, arguments.arch, arguments.untrained, arguments.seed)
     train, val = labelled_folders(arguments.train, arguments.val, model)
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     found: list[Any] = []
@@ -32,7 +53,7 @@ def extract(arguments: argparse.Namespace) -> tuple[list[Any], dict[str, object]
         "train_images": len(train),
         "val_images": len(val),
         "classes": len(train.classes),
-        "model": str(arguments.model),
+        "model": str(arguments.model or f"teacher of {arguments.teacher}"),
         "untrained": arguments.untrained,
     }
 
@@ -62,9 +83,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Evaluate a timm ViT on labelled images.")
     commands = parser.add_subparsers(dest="command", required=True)
     shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument(
-        "--model", type=Path, required=True, help="folder of tools/export_timm.py, or a file of weights"
-    )
+    which = shared.add_mutually_exclusive_group(required=True)
+    which.add_argument("--model", type=Path, help="folder of tools/export_timm.py, or a file of weights")
+    which.add_argument("--teacher", metavar="YAML", help="instead: the frozen teacher of this recipe, its dense features")
+    shared.add_argument("overrides", nargs="*", metavar="a.b=value", help="with --teacher: settings that replace the recipe's")
     shared.add_argument("--arch", help="timm model name, for a file of weights")
     shared.add_argument(
         "--untrained", action="store_true", help="the same architecture with fresh weights, to compare"
