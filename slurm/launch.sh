@@ -40,14 +40,14 @@ main() {
         while read -r name; do echo "$name=${!name}"; done >"$DS_ENV_FILE"
 
     # Stop and requeue. STOP is touched again and again, because ranks that are still starting remove an old one.
-    child='' stopping=''
+    child='' stopping='' fitting=''
     # shellcheck disable=SC2317 # called by a trap
     ask_to_stop() {
         [[ -z $stopping ]] || return 0
         echo "$(date): asked to stop; the ranks save and leave."
         while :; do touch "$RUN_DIR/STOP" && sleep 2; done &
         stopping=$!
-        [[ -f $CODEBOOK || -z $child ]] || kill "$child" # fitting a codebook does not look for STOP
+        [[ -z $fitting || -z $child ]] || kill "$child" # fitting a codebook does not look for STOP
     }
     leave() {
         [[ -z $stopping ]] || kill "$stopping" 2>/dev/null || :
@@ -77,7 +77,9 @@ os.execvp(sys.argv[1], sys.argv[1:])'
     settings=("data.train=$DATA" "tokenizer.path=$CODEBOOK" "$@")
     ready=1
     if [[ ! -f $CODEBOOK ]] && python tools/fit_codebook.py --is_needed --config "$RECIPE" "${settings[@]}"; then
+        fitting=1
         launch deepspeed "${launcher[@]}" tools/fit_codebook.py --config "$RECIPE" "${settings[@]}"
+        fitting=
         [[ -f $CODEBOOK ]] || ready=
     fi
     if [[ -n $ready && -z $stopping ]]; then
