@@ -132,6 +132,10 @@ def projected(model: nn.Module, rows: list[Tensor], group: int) -> list[Tensor]:
         elif isinstance(layer, nn.ReLU):
             rows = [row.clamp(min=0) for row in rows]
         else:
+            if layer is model.projector[-1]:  # what a group has in common at a position
+                for first in range(0, len(rows), group):
+                    common = sum(rows[first : first + group]) / group
+                    rows[first : first + group] = [row - common for row in rows[first : first + group]]
             for first in range(0, len(rows), group):
                 together = torch.cat(rows[first : first + group])
                 mean = together.sum(0) / len(together)

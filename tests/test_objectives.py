@@ -284,16 +284,41 @@ def test_conmim_hides_148_of_196_in_whole_cells():
     assert (cells == cells[:, :, :1, :, :1]).all()
 
 
-def test_conmim_loss_at_initialisation_is_near_ln_196():
-    config = Config(objective="conmim", model=ModelConfig(name="vit_tiny_patch16_224"), conmim=ConMIMConfig(bn_group=4))
-    student, teacher = build_objective(config, 256), build_objective(config, 256)
-    images = torch.randn(4, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+@pytest.fixture(scope="module")
+def conmim_at_start():
+    """Student and teacher of the published grid as they start, and a group of images."""
+    config = Config(
+        objective="conmim", model=ModelConfig(name="vit_tiny_patch16_224", args={"depth": 4}),
+        conmim=ConMIMConfig(bn_group=16, projector_dim=256),
+    )  # fmt: skip
+    images = torch.randn(16, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    return build_objective(config, 256), build_objective(config, 256), images
+
+
+def test_conmim_loss_at_initialisation_is_near_ln_196(conmim_at_start):
+    student, teacher, images = conmim_at_start
     with torch.no_grad():
-        loss = student(images, teacher.project(images), student.draw(0, 0, 4)).loss
-        queries = student.project(images)
-    assert torch.equal(queries, teacher.project(images)), "student and teacher start as one"
-    assert (queries @ queries.transpose(1, 2)).argmax(-1).eq(torch.arange(196)).all(), "and no two patches are the same to them"
-    assert abs(loss - math.log(196)) < 0.6, "measured 5.45 to 5.48 for the released model"
+        keys, queries = teacher.project(images), student.project(images)
+        loss = student(images, keys, student.draw(0, 0, 16)).loss
+    assert torch.equal(queries, keys), "student and teacher start as one"
+    assert (queries @ keys.transpose(1, 2)).argmax(-1).eq(torch.arange(196)).all(), "where all is seen, all is found"
+    assert abs(loss - math.log(196)) < 0.4
+
+
+def test_conmim_can_not_answer_by_position_alone(conmim_at_start):
+    """Of images that hardly differ, what is left in the keys is what differs: it points elsewhere in each image."""
+    student, teacher, images = conmim_at_start
+    with torch.no_grad():
+        same = images[:1].expand(16, -1, -1, -1)
+        centred = teacher.project(same + 0.001 * images)
+        common = centred.mean(dim=0).norm(dim=-1)
+    assert common.max() < 0.6, "directions of a position average out over its images"
+    last = teacher.projector[-1]
+    last.centre = False
+    with torch.no_grad():
+        uncentred = teacher.project(same + 0.001 * images).mean(dim=0).norm(dim=-1)
+    last.centre = True
+    assert uncentred.min() > 0.9, "without it they are all the same"
 
 
 # ---- SAIM

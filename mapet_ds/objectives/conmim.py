@@ -3,8 +3,9 @@
 The teacher is fed the whole image in a strongly jittered view of the same crop; it is the ViT to export.
 
 Source: Yi et al., Masked Image Modeling with Denoising Contrast, arXiv 2205.09616. Departures: learned absolute positions
-instead of a relative position bias; BatchNorm over fixed groups of slots instead of a GPU's batch, so that no split of a
-batch changes the loss; no stochastic depth in the teacher.
+instead of a relative position bias. They alone could tell a patch's place, whatever it shows (docs/log.md), so what all
+images of a group have in common at a position is taken off queries and keys. BatchNorm over fixed groups of slots instead
+of a GPU's batch, so that no split of a batch changes the loss; no stochastic depth in the teacher.
 """
 
 from __future__ import annotations
@@ -21,17 +22,21 @@ from mapet_ds.vit import beit_init, build_vit, embed, run_blocks, take_rows
 
 
 class GroupBatchNorm(nn.Module):
-    """BatchNorm over all rows of each `group` consecutive images, in fp32, always by the batch's own statistics."""
+    """BatchNorm over all rows of each `group` consecutive images, in fp32, always by the batch's own statistics.
 
-    def __init__(self, width: int, group: int, affine: bool) -> None:
+    centre: first take off each position's mean over the group, what all images have in common there.
+    """
+
+    def __init__(self, width: int, group: int, affine: bool, centre: bool = False) -> None:
         super().__init__()
-        self.group = group
+        self.group, self.centre = group, centre
         self.weight = nn.Parameter(torch.ones(width)) if affine else None
         self.bias = nn.Parameter(torch.zeros(width)) if affine else None
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, N, D] -> the same; B is a multiple of the group."""
-        rows = x.to(torch.promote_types(x.dtype, torch.float32)).reshape(-1, self.group * x.shape[1], x.shape[2])
+        rows = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(0, (-1, self.group))
+        rows = (rows - rows.mean(dim=1, keepdim=True) if self.centre else rows).flatten(1, 2)
         variance, mean = torch.var_mean(rows, dim=1, keepdim=True, correction=0)
         rows = (rows - mean) * (variance + 1e-5).rsqrt()
         if self.weight is not None:
@@ -52,7 +57,7 @@ class ConMIM(nn.Module):
         self.projector = nn.Sequential(
             nn.Linear(width, inner, bias=False), GroupBatchNorm(inner, settings.bn_group, affine=True), nn.ReLU(),
             nn.Linear(inner, inner, bias=False), GroupBatchNorm(inner, settings.bn_group, affine=True), nn.ReLU(),
-            nn.Linear(inner, target_dim, bias=False), GroupBatchNorm(target_dim, settings.bn_group, affine=False),
+            nn.Linear(inner, target_dim, bias=False), GroupBatchNorm(target_dim, settings.bn_group, affine=False, centre=True),
         )  # fmt: skip
         trunc_normal_(self.mask_token, std=0.02)
         for module in self.projector:
