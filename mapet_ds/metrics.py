@@ -151,7 +151,10 @@ class Metrics:
     @torch.no_grad()
     def images(self, step: int, views: Tensor, target: Tensor, prediction: Tensor | None = None) -> None:
         """Show the first views [B, 3, S, S], each beside its token map and the predicted one (ids, long [B,
-        L]; -1, not predicted, is grey; a target of another kind is not shown). Only rank 0 does anything; its host waits for the GPU."""
+        L]; -1, not predicted, is grey; a target of another kind is not shown).
+
+        Only rank 0 does anything; its host waits for the GPU.
+        """
         if self._report is None:
             return
         data, views = self.config.data, views[:IMAGES_SHOWN].float().cpu()

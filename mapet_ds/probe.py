@@ -135,8 +135,8 @@ def linear(
 ) -> float:
     """Accuracy in percent of a multinomial logistic regression on features [n, D], standardised by the training set's.
 
-    For small sets: solved whole by L-BFGS, in float64 on the CPU, with `penalty` / 2 times the squared weights added to the mean cross-entropy: the same
-    figure each time.
+    For small sets: solved whole by L-BFGS, in float64 on the CPU, with `penalty` / 2 times the squared weights added to the
+    mean cross-entropy; the same figure each time.
     """
     x, y = torch.from_numpy(train_features).double(), torch.from_numpy(train_labels)
     mean, std = x.mean(0), x.std(0).clamp(min=1e-6)

@@ -88,7 +88,7 @@ class TokenIds(Constant):
     def __call__(self, batch: Batch) -> Tensor:
         ids = self.tokenizer(batch.teacher_images)
         if ids.shape[1] != self.num_patches:
-            raise ConfigError(f"The tokenizer gives {ids.shape[1]} ids for an image, the student has {self.num_patches} patches.")
+            raise ConfigError(f"The tokenizer gives {ids.shape[1]} ids for an image of {self.num_patches} patches.")
         flat = ids.flatten()
         self.counts.scatter_add_(0, flat, torch.ones_like(flat, dtype=self.counts.dtype))
         return ids
@@ -119,7 +119,7 @@ class TeacherFeatures(Constant):
 
 
 class Pixels(Constant):
-    """The student's own view, blurred, cut into patches, each with mean 0 and variance 1: float32 [B, L, 3 * patch_size ** 2].
+    """The student's own view, blurred, in patches of mean 0 and variance 1: float32 [B, L, 3 * patch_size ** 2].
 
     The blur is a 9 x 9 Gaussian with a sigma of one pixel on the normalised image, which is zero beyond its border. Values
     of a patch run over rows, columns, channels.
@@ -164,7 +164,8 @@ class MomentumTeacher:
     dim = 256
 
     def __init__(self, config: Config, device: torch.device) -> None:
-        self.model = build_objective(config, self.dim).to(device).requires_grad_(False)  # the student's first weights: same seed
+        # of the same seed: the student's first weights
+        self.model = build_objective(config, self.dim).to(device).requires_grad_(False)
         if config.train.compile:
             compile_blocks(self.model)
         bf16 = config.teacher.precision == "bf16" or (config.teacher.precision == "auto" and device.type == "cuda")

@@ -44,8 +44,8 @@ Weights = dict[str, Any]
 class Teacher(nn.Module):
     """A frozen image tower whose forward gives dense features; always in eval mode, never with a gradient.
 
-    Attributes: identity (name, sha256 of architecture and weights, layer counted from 0, features, img_size), grid (patches along
-    one side), embed_dim (C), dtype.
+    Attributes: identity (name, sha256 of architecture and weights, layer counted from 0, features, img_size), grid (patches
+    along one side), embed_dim (C), dtype.
     """
 
     def __init__(self, visual: nn.Module, config: TeacherConfig, dtype: torch.dtype) -> None:

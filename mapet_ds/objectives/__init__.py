@@ -119,7 +119,7 @@ class BlockMasked(nn.Module):
         return Draw(mask=torch.from_numpy(mask), order=None, keep=depth_uniforms(*place, len(self.vit.blocks)))
 
     def predict(self, images: Tensor, draw: Draw) -> tuple[Tensor, Tensor, Tensor]:
-        """The head's output [B, n, target_dim], fp32 or wider, of each of n rows; their patches, and whether they are hidden."""
+        """The head's output [B, n, target_dim], fp32 or wider, of n rows; their patches; whether they are hidden."""
         prefix, patches, _ = embed(self.vit, images, draw.mask, self.mask_token)
         x = run_blocks(self.vit, torch.cat([prefix, patches], dim=1), None, draw.keep)
         hidden, valid = hidden_rows(draw.mask, self.masked.num_hidden(self.config))
