@@ -61,8 +61,9 @@ class Teacher(nn.Module):
                 f"teacher.layer = {config.layer}, but {config.name} has {len(shapes)} layers: choose {-len(shapes)} .. -1."
             )
         self.layer, self.features = config.layer % len(shapes), config.features
-        if self.features == "projected" and visual.proj is None:
-            raise ConfigError(f"teacher.features = projected, but {config.name} has no projection; take normed.")
+        needed = {"normed": "ln_post", "projected": "proj"}.get(self.features)
+        if needed and getattr(visual, needed, None) is None:
+            raise ConfigError(f"teacher.features = {self.features}, but {config.name} has no {needed}.")
         _, self.embed_dim, self.grid, _ = shapes[self.layer]
         if self.features == "projected":
             self.embed_dim = visual.proj.shape[1]

@@ -58,6 +58,8 @@ def test_published_settings():
         (["data.strong.blur_sigma=[2, 1]"], "blur_sigma = .* must be positive and rising"),
         (["data.strong.jitter=[0.4, 0.4, 0.2, 0.6]"], "hue at most 0.5"),
         (["objective=mvp", "teacher.img_size=224"], "teacher's grid is 7"),
+        (["objective=mvp", "teacher.features=projected"], "RN50x64 is not open_clip's own ViT"),
+        (["tokenizer.name=dalle"], "there are kclip, vqkd and package.module:factory"),
     ],
 )
 def test_each_objective_knows_its_contradictions(overrides, says, tmp_path):

@@ -74,7 +74,7 @@ def test_features_are_open_clips_own_patch_tokens(tower, features):
 def test_features_after_a_norm_need_a_vit(tmp_path):
     write_tower(tmp_path / "resnet", "resnet")
     teacher = TeacherConfig(name=f"local-dir:{tmp_path}/resnet", img_size=64, features="projected")
-    with pytest.raises(ConfigError, match="teacher.features = projected.*no ln_post"):
+    with pytest.raises(ConfigError, match="teacher.features = projected.*has no proj"):
         build_target(tiny_config("mvp", teacher=teacher), CPU)
 
 
