@@ -28,8 +28,8 @@ def batch(step, slot, slots):
     images, ids = [], []
     for i in range(slot, slot + slots):
         generator = torch.Generator().manual_seed(1000 * step + i)
-        images.append(torch.randn(3, 12, 12, generator=generator))
-        ids.append(torch.randint(VOCAB, (9,), generator=generator))
+        images.append(torch.randn(3, 16, 16, generator=generator))
+        ids.append(torch.randint(VOCAB, (16,), generator=generator))
     return torch.stack(images), torch.stack(ids)
 
 
