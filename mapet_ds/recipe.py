@@ -28,7 +28,7 @@ RecipeLoader.add_implicit_resolver(
 
 def _parse_yaml(text: str, source: str) -> Any:
     try:
-        return yaml.load(text, Loader=RecipeLoader)  # noqa: S506 - a SafeLoader
+        return yaml.load(text, Loader=RecipeLoader)
     except yaml.YAMLError as error:
         where = " ".join(str(error).split())
         raise ConfigError(f"{source} is not valid YAML: {where}.") from error

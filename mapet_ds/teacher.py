@@ -261,7 +261,7 @@ def _read_weights(path: Path) -> Weights:
     try:
         if path.suffix == ".safetensors":
             handle = safetensors.safe_open(path, "pt")
-            tensors = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 - not a dictionary
+            tensors = {name: handle.get_slice(name) for name in handle.keys()}
         else:
             if zipfile.is_zipfile(path) and any(n.endswith("/constants.pkl") for n in zipfile.ZipFile(path).namelist()):
                 raise ConfigError(
@@ -297,22 +297,24 @@ def _shape(tensor: Any) -> tuple[int, ...]:
     return tuple(tensor.shape if isinstance(tensor, Tensor) else tensor.get_shape())
 
 
+def mismatches(wanted: dict[str, tuple[int, ...]], given: dict[str, tuple[int, ...]]) -> list[str]:
+    """What is wrong with tensors of these shapes by name, in words, sorted; empty where they fit a model strictly."""
+    wrong = [f"{name} is missing" for name in wanted.keys() - given.keys()]
+    wrong += [f"{name} is not in the model" for name in given.keys() - wanted.keys()]
+    both = wanted.keys() & given.keys()
+    return sorted(wrong + [f"{name} is {given[name]}, the model's {wanted[name]}" for name in both if given[name] != wanted[name]])
+
+
 def _check_strictly(teacher: Teacher, weights: Weights, source: str, config: TeacherConfig) -> None:
     wanted = {name: tuple(tensor.shape) for name, tensor in teacher.state_dict().items()}
     given = {name: _shape(tensor) for name, tensor in weights.items() if name.startswith("visual.")}
     if not given:
         raise ConfigError(f"{source} holds no image tower: no tensor is named visual.*; give a whole open_clip checkpoint.")
-    wrong = [f"{name} is missing" for name in wanted.keys() - given.keys()]
-    wrong += [f"{name} is not in the model" for name in given.keys() - wanted.keys()]
-    wrong += [
-        f"{name} is {given[name]}, the model's {wanted[name]}"
-        for name in wanted.keys() & given.keys()
-        if given[name] != wanted[name]
-    ]
+    wrong = mismatches(wanted, given)
     if wrong:
         raise ConfigError(
             f"{source} does not fit teacher.name = {config.name} at {config.img_size} px: {len(wrong)} tensors differ, e.g. "
-            f"{'; '.join(sorted(wrong)[:3])}. Name the model these weights were trained as."
+            f"{'; '.join(wrong[:3])}. Name the model these weights were trained as."
         )
 
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from mapet_ds.config import Config, ConfigError
 from mapet_ds.data import View
+from mapet_ds.teacher import mismatches
 from mapet_ds.tokenizer import Codebook
 
 CODES = "quantize.embedding.weight"
@@ -91,14 +92,7 @@ class VQKD(nn.Module):
             width = wanted.pop(name)[0] // 3
             wanted |= {name.replace("qkv.bias", bias): (width,) for bias in ("q_bias", "v_bias")}
         given = {name: tuple(tensor.shape) for name, tensor in weights.items() if name != CODES}
-        wrong = [f"{name} is missing" for name in wanted.keys() - given.keys()]
-        wrong += [f"{name} is not in the model" for name in given.keys() - wanted.keys()]
-        wrong += [
-            f"{name} is {given[name]}, the model's {wanted[name]}"
-            for name in wanted.keys() & given.keys()
-            if given[name] != wanted[name]
-        ]
-        _refuse(wrong, path)
+        _refuse(mismatches(wanted, given), path)
 
 
 def _refuse(wrong: list[str], path: str) -> None:

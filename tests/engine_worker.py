@@ -51,7 +51,8 @@ class Trainer:
         adamw = "deepspeed" if "fused" in case else "torch"
         config = tiny_config(train=train, optim=OptimConfig(lr=5e-3, adamw=adamw, clip_grad=1.0))
         self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if "cuda" in case else torch.device("cpu")
-        self.engine = build_engine(build_objective(config, config.tokenizer.vocab_size), config, engine_config(case), world, self.device)
+        objective = build_objective(config, config.tokenizer.vocab_size)
+        self.engine = build_engine(objective, config, engine_config(case), world, self.device)
 
     def train(self, first, last):
         losses = []

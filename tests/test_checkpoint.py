@@ -100,7 +100,10 @@ def identity(**changes):
 
 @pytest.mark.parametrize(
     ("change", "key"),
-    [({"seed": 1}, "seed"), ({"objective": "beit"}, "objective"), ({"data": "x"}, "data.fingerprint"), ({"codebook": "9"}, "target.codebook")],
+    [
+        ({"seed": 1}, "seed"), ({"objective": "beit"}, "objective"), ({"data": "x"}, "data.fingerprint"),
+        ({"codebook": "9"}, "target.codebook"),
+    ],
 )
 def test_another_run_is_refused_naming_both_values(tmp_path, change, key):
     checkpoint.save(tmp_path, {"step": 1, "skipped": [], "identity": identity()}, {"model": {"w": torch.ones(1)}}, 2)

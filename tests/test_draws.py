@@ -96,7 +96,7 @@ def test_permutations_give_ranks():
         assert [sum(other < number for other in row) for number in row] == order.tolist()
 
 
-@pytest.mark.parametrize("world_size, micro_batch_size", [(1, 4), (2, 2), (4, 3), (3, 8)])
+@pytest.mark.parametrize(("world_size", "micro_batch_size"), [(1, 4), (2, 2), (4, 3), (3, 8)])
 def test_slots_share_out_the_global_batch(world_size, micro_batch_size):
     accumulation = 24 // (world_size * micro_batch_size)
     firsts = [

@@ -54,7 +54,8 @@ config = load_config(sys.argv[1])
 facts = {}
 for path in sys.argv[2:]:
     torch.manual_seed(0)
-    engine = build_engine(build_objective(config, config.tokenizer.vocab_size), config, load_deepspeed_config(path), 1, torch.device("cpu"))
+    objective = build_objective(config, config.tokenizer.vocab_size)
+    engine = build_engine(objective, config, load_deepspeed_config(path), 1, torch.device("cpu"))
     dtype, accumulate = engine.get_data_types()
     ids = torch.arange(4 * config.num_patches).view(4, -1) % config.tokenizer.vocab_size
     losses = []

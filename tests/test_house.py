@@ -11,8 +11,9 @@ from mapet_ds.recipe import known_keys
 PACKAGE = sorted((REPOSITORY / "mapet_ds").rglob("*.py"))
 PROGRAMS = sorted((REPOSITORY / "tools").glob("*.py"))
 LAYERS = [
-    {"config", "recipe", "checks", "draws", "formats", "optim"}, {"vit", "metrics", "index", "samples", "launch"}, {"data", "engine"},
-    {"teacher", "tokenizer", "vqkd", "objectives", "targets"}, {"checkpoint", "export", "probe"}, {"run", "pretrain"},
+    {"config", "recipe", "checks", "draws", "formats", "optim"}, {"vit", "metrics", "index", "samples", "launch"},
+    {"data", "engine"}, {"teacher", "tokenizer", "vqkd", "objectives", "targets"}, {"checkpoint", "export", "probe"},
+    {"run", "pretrain"},
 ]  # fmt: skip
 HOMES = {
     "deepspeed": {"engine"}, "nvidia": {"data"}, "open_clip": {"teacher"}, "faiss": {"tokenizer", "probe"},

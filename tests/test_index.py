@@ -80,7 +80,7 @@ def test_a_failed_build_leaves_the_old_index(tmp_path, monkeypatch):
     data = images.write(tmp_path / "data", FILES)
     open_index(str(data), tmp_path / "cache")
     monkeypatch.setattr(np, "save", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
-    with pytest.raises(OSError):
+    with pytest.raises(OSError, match="No space left"):
         build_index(data, tmp_path / "cache")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "data"]
     monkeypatch.undo()

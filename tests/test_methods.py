@@ -3,7 +3,6 @@
 import json
 import math
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -112,7 +111,8 @@ def test_a_momentum_teacher_of_bf16_students_resumes_exactly(recipe):
         done = pretrain(recipe, 1, *more, engine="ds_configs/zero2.json")
         assert done.returncode == 0, done.stderr[-3000:]
     assert losses(folders[0]) == losses(folders[1])
-    files = {name: [load_file(f / "checkpoints/step_00000004" / f"{name}.safetensors") for f in folders] for name in ("model", "target")}
+    ends = [folder / "checkpoints/step_00000004" for folder in folders]
+    files = {name: [load_file(end / f"{name}.safetensors") for end in ends] for name in ("model", "target")}
     assert all(torch.equal(one[key], other[key]) for one, other in files.values() for key in one)
     before = load_file(folders[0] / "checkpoints/step_00000003/target.safetensors")
     (student, _), (teacher, _) = files["model"], files["target"]
@@ -130,7 +130,10 @@ def test_a_sixth_objective_touches_four_places(recipe, tmp_path):
     method = method.replace('if self.config.sixth.loss == "cosine"', "if self.config.sixth.cosine")
     (tmp_path / "mapet_ds/objectives/sixth.py").write_text(method)
     for file, before, added in (
-        ("objectives/__init__.py", '    "beit": (', '    "sixth": ("mapet_ds.objectives.sixth:Sixth", "mapet_ds.targets:Pixels"),\n'),
+        (
+            "objectives/__init__.py", '    "beit": (',
+            '    "sixth": ("mapet_ds.objectives.sixth:Sixth", "mapet_ds.targets:Pixels"),\n',
+        ),
         ("config.py", "    beit: BEiTConfig =", "    sixth: SixthConfig = Field(default_factory=SixthConfig)\n"),
         (
             "config.py", "@knobs\nclass OptimConfig",

@@ -307,7 +307,7 @@ def test_conmim_loss_at_initialisation_is_near_ln_196(conmim_at_start):
 
 def test_conmim_can_not_answer_by_position_alone(conmim_at_start):
     """Of images that hardly differ, what is left in the keys is what differs: it points elsewhere in each image."""
-    student, teacher, images = conmim_at_start
+    _, teacher, images = conmim_at_start
     with torch.no_grad():
         same = images[:1].expand(16, -1, -1, -1)
         centred = teacher.project(same + 0.001 * images)

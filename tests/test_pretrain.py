@@ -59,7 +59,9 @@ def test_a_run_leaves_everything_in_its_folder(recipe, straight):
 def test_killed_and_started_again_is_the_same_run(recipe, straight):
     run_dir = recipe.parent / "killed"
     words = command(recipe, 2, f"run_dir={run_dir}")
-    process = subprocess.Popen(words, cwd=REPOSITORY, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
+    process = subprocess.Popen(
+        words, cwd=REPOSITORY, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
     metrics, deadline = run_dir / "metrics.jsonl", time.monotonic() + 200
     while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 5):
         assert process.poll() is None

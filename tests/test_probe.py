@@ -208,7 +208,9 @@ def test_untrained_needs_no_weights_and_is_seeded(run_tool, model_folder, image_
     train, val = image_folders / "train", image_folders / "val"
     code, printed = run_tool(tmp_path, train, val, "--untrained")
     assert (
-        code == 0 and "k-NN (k = 5) accuracy" in printed.out and "untrained weights; 36 training, 18 validation images, 3 classes" in printed.out
+        code == 0
+        and "k-NN (k = 5) accuracy" in printed.out
+        and "untrained weights; 36 training, 18 validation images, 3 classes" in printed.out
     )
     weights = [load_timm(tmp_path, untrained=True, seed=seed).blocks[0].attn.qkv.weight for seed in (1, 1, 2)]
     assert weights[0].equal(weights[1]) and not weights[0].equal(weights[2])

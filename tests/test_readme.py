@@ -17,7 +17,8 @@ def commands(name):
     text = (REPOSITORY / name).read_text()
     blocks = [code for language, code in re.findall(r"^```(\w*)\n(.*?)^```", text, re.M | re.S) if language in ("", "sh", "bash")]
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [shlex.split(line, comments=True) for line in lines if re.match(r"(\w+=\S+ )*(make|python|deepspeed|torchrun|sbatch) ", line)]
+    program = re.compile(r"(\w+=\S+ )*(make|python|deepspeed|torchrun|sbatch) ")
+    return [shlex.split(line, comments=True) for line in lines if program.match(line)]
 
 
 COMMANDS = [words for name in ("README.md", "docs/cluster.md") for words in commands(name)]
@@ -37,7 +38,10 @@ def test_recipe_commands_load(words):
         load_deepspeed_config(REPOSITORY / words[words.index("--deepspeed_config") + 1])
 
 
-@pytest.mark.parametrize("program", sorted({w for words in COMMANDS for w in words if w.startswith("tools/") and w.endswith(".py")}))
+PROGRAMS = sorted({word for words in COMMANDS for word in words if word.startswith("tools/") and word.endswith(".py")})
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
 def test_programs_know_the_options_that_the_documents_give_them(program):
     done = subprocess.run([sys.executable, program, "--help"], cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

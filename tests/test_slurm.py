@@ -64,9 +64,9 @@ def job(tmp_path):
         spooled = tmp_path / "slurm_script"  # SLURM runs a copy, from another folder
         shutil.copy(REPOSITORY / script, spooled)
         full = {
-            **os.environ, "PATH": f"{programs}:{Path(sys.executable).parent}:{os.environ['PATH']}", "NOTES": str(notes), "USER": "me",
-            "SLURM_SUBMIT_DIR": str(REPOSITORY), "SLURM_JOB_ID": "41234", "SLURM_JOB_NODELIST": "n[1-2]",
-            "SLURM_GPUS_ON_NODE": "8", "DATA": str(tmp_path / "my data"), "RUN_DIR": str(run_dir),
+            **os.environ, "PATH": f"{programs}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "NOTES": str(notes), "USER": "me", "SLURM_SUBMIT_DIR": str(REPOSITORY), "SLURM_JOB_ID": "41234",
+            "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_GPUS_ON_NODE": "8", "DATA": str(tmp_path / "my data"), "RUN_DIR": str(run_dir),
             "TRAIN": "done", "FIT": "",
             "CODEBOOK_PATH": str(run_dir / "codebook.safetensors"), **environment,
         }  # fmt: skip

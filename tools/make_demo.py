@@ -52,7 +52,8 @@ PATTERNS: dict[str, Callable[[Field, Field], NDArray[np.bool_]]] = {
     "zigzag": lambda u, v: (u + np.abs(v % 1 - 0.5)) % 1 < 0.5,
     "bricks": lambda u, v: ((u % 1) < 0.14) | ((v + 0.5 * (np.floor(u) % 2)) % 1 < 0.14),
     "plusses": lambda u, v: (
-        ((np.abs(u % 1 - 0.5) < 0.12) & (np.abs(v % 1 - 0.5) < 0.36)) | ((np.abs(v % 1 - 0.5) < 0.12) & (np.abs(u % 1 - 0.5) < 0.36))
+        ((np.abs(u % 1 - 0.5) < 0.12) & (np.abs(v % 1 - 0.5) < 0.36))
+        | ((np.abs(v % 1 - 0.5) < 0.12) & (np.abs(u % 1 - 0.5) < 0.36))
     ),
 }
 
@@ -181,7 +182,9 @@ def main() -> int:
     if arguments.images:
         captions = {split: photo_captions(arguments.images / split) for split in ("train", "val")}
     else:
-        captions = {split: write_images(out / split, n, SETTINGS["seed"] + i) for i, (split, n) in enumerate(SETTINGS["images"].items())}
+        captions = {
+            split: write_images(out / split, n, SETTINGS["seed"] + i) for i, (split, n) in enumerate(SETTINGS["images"].items())
+        }
         lines = [f"{path.relative_to(out)}\t{caption}\n" for split in captions.values() for path, caption in split.items()]
         (out / "captions.tsv").write_text("".join(lines))
     images, classes = sum(map(len, captions.values())), len({path.parent.name for path in captions["train"]})
