@@ -1,5 +1,6 @@
 # make demo   set up .venv, then pre-train MaPeT (OBJECTIVE=beit, ...) on a small rendered data set, on any machine
 # make test   set up .venv, then run the whole test suite
+# make drill  set up .venv, then let faults happen for half an hour or so: docs/reliability.md
 # make clean  remove .venv and the demo's run
 
 PYTHON ?= python3
@@ -11,7 +12,10 @@ demo: .venv/installed
 	.venv/bin/python tools/demo.py $(RUN) $(OBJECTIVE)
 
 test: .venv/installed
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest --numprocesses 2 --dist loadfile
+
+drill: .venv/installed
+	.venv/bin/python -m pytest -m drill -v
 
 .venv/installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -22,4 +26,4 @@ test: .venv/installed
 clean:
 	rm -rf .venv runs/demo
 
-.PHONY: demo test clean
+.PHONY: demo test drill clean

@@ -28,7 +28,8 @@ FREE = (
     "run_dir", "resume", "checkpoint", "log", "teacher.name", "teacher.weights", "teacher.shard", "tokenizer.path",
     "data.train", "data.device", "data.threads", "data.workers", "data.prefetch", "data.max_bad_share",
     "optim.adamw", "train.micro_batch_size", "train.world_size", "train.compile", "train.grad_checkpointing",
-    "train.deterministic", "train.stop_at_step", "train.max_skipped_steps",
+    "train.deterministic", "train.stop_at_step", "train.max_skipped_steps", "train.spike_factor", "train.max_rollbacks",
+    "train.hang_seconds",
 )  # fmt: skip
 """Knobs that may differ at resume: none changes what is computed, beyond the order of floating-point sums.
 The teacher, the codebook and the data are compared by content instead of by path."""
@@ -136,12 +137,13 @@ def save(run_dir: Path, run: dict[str, Any], files: dict[str, dict[str, Tensor]]
     shutil.rmtree(final, ignore_errors=True)
     partial.rename(final)
     _flush(folder)
-    for old in [path for path in _folders(run_dir) if path.name <= final.name][keep:]:  # a newer one is damaged: not counted
+    older = [path for path in checkpoint_folders(run_dir) if path.name <= final.name]  # a newer one is damaged: not counted
+    for old in older[keep:]:
         shutil.rmtree(old)
     return final
 
 
-def _folders(run_dir: Path) -> list[Path]:
+def checkpoint_folders(run_dir: Path) -> list[Path]:
     """Checkpoint folders, newest first."""
     return sorted((run_dir / "checkpoints").glob("step_" + "[0-9]" * 8), reverse=True)
 
@@ -175,7 +177,7 @@ def newest(run_dir: Path, report: Any = print) -> Checkpoint | None:
     Raises:
         ResumeError: there are checkpoints, and none is whole.
     """
-    folders = _folders(run_dir)
+    folders = checkpoint_folders(run_dir)
     for path in folders:
         found = damage(path)
         if found is None:

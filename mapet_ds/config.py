@@ -292,6 +292,12 @@ class TrainConfig:
     """Save and leave, in order, after this step; the schedule is unchanged."""
     max_skipped_steps: Natural = 10
     """Steps in a row with a non-finite gradient that are skipped before the run stops."""
+    spike_factor: Annotated[float, Field(gt=1)] | None = 1.5
+    """A log window's mean loss above this many times the usual one is undone, its samples passed over; null: never."""
+    max_rollbacks: Natural = 3
+    """Spikes that a run undoes before one stops it."""
+    hang_seconds: Annotated[float, Field(gt=0)] = 600.0
+    """A run that makes no progress for so long names the rank that holds it up, and ends."""
 
 
 @knobs

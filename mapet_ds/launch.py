@@ -6,6 +6,7 @@ deepspeed, torchrun and plain python all end up here; everything is read from th
 from __future__ import annotations
 
 import os
+import re
 import signal
 from datetime import timedelta
 from itertools import takewhile
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 import psutil
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from mapet_ds.config import ConfigError
 
@@ -73,12 +75,29 @@ def check_hostfile(command_lines: list[list[str]]) -> None:
                 )
 
 
-def init_distributed() -> Ranks:
+def _meet(world_size: int, seconds: float) -> dist.Store:
+    """The launch's key-value store, once the ranks have come to it."""
+    try:
+        store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=seconds)))
+        return store
+    except (dist.DistStoreError, dist.DistNetworkError) as error:
+        came = re.search(r"(\d+)/\d+ clients joined", str(error))
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise ConfigError(
+            f"Only {came[1]} of {world_size} ranks came to {address} within {seconds:.0f} s: look above for the host that failed."
+            if came
+            else f"Rank 0 at {address} can't be reached: {str(error).splitlines()[0]} --master_addr and --master_port name it."
+        ) from error
+
+
+def init_distributed(join_seconds: float = 600) -> Ranks:
     """Join the launch: NCCL on GPUs, gloo on CPUs; a plain process is a launch of one. Every rank must call it.
 
+    join_seconds: how long it waits for the others.
+
     Raises:
-        ConfigError: the hostfile is missing, the launcher's variables are incomplete, or there are more ranks on this
-            host than GPUs.
+        ConfigError: the hostfile is missing, the launcher's variables are incomplete, ranks don't come, or there are
+            more of them on this host than GPUs.
     """
     check_hostfile([_command_line(process) for process in psutil.Process().parents()])
     single = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
@@ -101,16 +120,20 @@ def init_distributed() -> Ranks:
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
-    dist.init_process_group(backend, timeout=STEP_TIMEOUT, device_id=device_id)
+    store = _meet(world_size, join_seconds)
+    dist.init_process_group(
+        backend, store=store, rank=rank, world_size=world_size, timeout=STEP_TIMEOUT, device_id=device_id
+    )  # fmt: skip
     return Ranks(rank, local_rank, world_size, device, dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT))
 
 
-def _launchers() -> list[psutil.Process]:
+def launchers() -> list[psutil.Process]:
     """The ancestors that started this rank: torchrun, or deepspeed's runner and the launch under it; none for plain python."""
     return list(takewhile(lambda p: _names(_command_line(p), DEEPSPEED | TORCHRUN), psutil.Process().parents()))
 
 
-def _has_ended(process: psutil.Process) -> bool:
+def has_ended(process: psutil.Process) -> bool:
+    """Whether it is gone, or dead and only not yet waited for."""
     try:
         return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -126,7 +149,7 @@ class StopRequest:
 
     def __init__(self, run_dir: Path, ranks: Ranks) -> None:
         self.file, self.ranks = run_dir / "STOP", ranks
-        self.launchers = _launchers()
+        self.launchers = launchers()
         self.asked = False
         if ranks.rank == 0:
             self.file.unlink(missing_ok=True)
@@ -138,7 +161,7 @@ class StopRequest:
 
     def agreed(self) -> bool:
         """True as soon as one rank has been asked. Every rank must call it at each step boundary; no GPU waits."""
-        asked = self.asked or any(map(_has_ended, self.launchers)) or (self.ranks.rank == 0 and self.file.exists())
+        asked = self.asked or any(map(has_ended, self.launchers)) or (self.ranks.rank == 0 and self.file.exists())
         flag = torch.tensor(float(asked))
         dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.ranks.control)
         return bool(flag)

@@ -29,7 +29,7 @@ def main() -> int:
     from mapet_ds.run import Run
 
     try:
-        ranks = init_distributed()
+        ranks = init_distributed(config.train.hang_seconds)
         Run(config, engine_config, ranks).train()
     except (ConfigError, DataError, ResumeError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)

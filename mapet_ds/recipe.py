@@ -77,7 +77,7 @@ def _sentence(error: Any, recipe: str, overridden: set[str]) -> str:
     value = json.dumps(error["input"], default=str)
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         close = difflib.get_close_matches(key, known_keys(), n=1)
-        hint = f"; did you mean {close[0]}?" if close else ". docs/design.md lists the knobs."
+        hint = f"; did you mean {close[0]}?" if close else ". mapet_ds/config.py lists the knobs."
         return f"{key} = {value} (from {source}) is not a knob{hint}"
     return f"{key} = {value} (from {source}): {error['msg'][0].lower()}{error['msg'][1:]}."
 

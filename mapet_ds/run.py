@@ -37,8 +37,10 @@ from mapet_ds.launch import Ranks, StopRequest
 from mapet_ds.metrics import Metrics
 from mapet_ds.objectives import Loss, build_objective
 from mapet_ds.optim import learning_rate
+from mapet_ds.spikes import Rollback, SpikeGuard
 from mapet_ds.targets import build_target
 from mapet_ds.vit import compile_blocks
+from mapet_ds.watchdog import SAVING, Watchdog
 
 PACKAGES = ("torch", "deepspeed", "timm", "open_clip_torch", "nvidia-dali-cuda130", "faiss-gpu", "numpy", "pillow")
 
@@ -73,16 +75,25 @@ class Run:
         self.identity["engine.bf16"] = bool(engine_config.get("bf16", {}).get("enabled"))
         self.skipped: list[int] = []
         self.step = self.saved = 0
+        self.spikes = SpikeGuard(config.train, self.folder, ranks)
+        if ranks.rank == 0:
+            self.spikes.drop_stale()
         self._resume()
         if ranks.rank == 0:  # after a refusal could have come: another run's folder stays as it was
             (self.folder / "DONE").unlink(missing_ok=True)
             write_record(config, engine_config, self.folder)
         self.quarantine = Quarantine(self.folder / "quarantine.tsv", self.index, config.data.max_bad_share)
+        self._open_at_step()
+
+    def _open_at_step(self) -> None:
+        """What a resumed run does from its step on: loader, metrics, the usual loss."""
+        config, ranks = self.config, self.ranks
         self.loader = Loader(
             config, self.index, student=True, teacher=self.target.teacher_view, rank=ranks.rank,
             world_size=ranks.world_size, local_rank=ranks.local_rank, first_step=self.step, bad=self.quarantine.known,
         )  # fmt: skip
         self.metrics = Metrics(config, ranks, self.total_steps, len(self.index) / config.train.global_batch_size, self.step)
+        self.spikes.recall(self.step)
 
     def _open_folder(self) -> None:
         if self.ranks.rank == 0:
@@ -120,11 +131,12 @@ class Run:
             DataError: the last checkpoint could not be written.
         """
         last = min(self.total_steps, self.config.train.stop_at_step or self.total_steps)
+        self.watchdog = Watchdog(self.config.train.hang_seconds, self.ranks)
         while self.step < last and not self.stop.agreed():
             self._train_step()
-            if self.step % self.config.log.every_steps == 0:
-                self._log()
-            if self.step % self.config.checkpoint.every_steps == 0:
+            if self.step % self.config.log.every_steps == 0 or self.step == last:
+                self._log()  # may go back
+            if self.step != self.saved and self.step % self.config.checkpoint.every_steps == 0:
                 self.save()
         if self.metrics.logged_step != self.step:
             self._log()
@@ -132,6 +144,7 @@ class Run:
             self.save()
         self.metrics.close()
         self.loader.close()
+        self.watchdog.close()
         if self.saved != self.step:
             raise DataError(f"The last checkpoint, of step {self.step}, could not be written: make room in {self.folder}.")
         if self.step == self.total_steps and self.ranks.rank == 0:
@@ -146,9 +159,13 @@ class Run:
         skipped = engine.skipped_steps
         show = config.log.images_every_steps and (self.step + 1) % config.log.images_every_steps == 0
         for micro_step in range(accum):
+            self.watchdog.doing(f"waiting for the images of step {self.step}")
             began = time.perf_counter()
             batch = next(self.loader).to(ranks.device)
             self.metrics.data_wait(time.perf_counter() - began)
+            if self.spikes.passes_over(self.step):
+                continue
+            self.watchdog.doing(f"computing step {self.step}")
             target = self.target(batch)
             slot = first_slot(micro_step, ranks.rank, ranks.world_size, config.train.micro_batch_size)
             draw = engine.module.draw(self.step, slot, len(batch.index)).to(ranks.device)
@@ -157,11 +174,14 @@ class Run:
             engine.step()
             self.metrics.add({"loss": loss.loss.detach(), **loss.metrics})
         self.step += 1
+        self.lr = lr
+        if self.spikes.passes_over(self.step - 1):
+            self.skipped.append(self.step - 1)
+            return
         if engine.skipped_steps > skipped:
             self._skip()
         else:
             self.target.after_step(student_weights(engine), (self.step - 1) / self.total_steps)
-        self.lr = lr
         if show:
             self.metrics.images(self.step, batch.images, target, loss.prediction)
 
@@ -171,7 +191,8 @@ class Run:
         limit = self.config.train.max_skipped_steps
         if self.ranks.rank == 0:
             print(f"Step {self.step - 1} had a non-finite gradient and was skipped.", file=sys.stderr, flush=True)
-        if self.skipped[-limit - 1 :] == list(range(self.step - limit - 1, self.step)):
+        not_finite = [step for step in self.skipped if not self.spikes.passes_over(step)]
+        if not_finite[-limit - 1 :] == list(range(self.step - limit - 1, self.step)):
             raise DataError(
                 f"The gradient was not finite in {limit + 1} steps in a row, up to step {self.step - 1}. The newest "
                 f"checkpoint in {self.folder} is from before. Lower optim.lr or optim.clip_grad, or look at the data."
@@ -180,13 +201,34 @@ class Run:
     def _log(self) -> None:
         self.quarantine.merge(self.loader.new_bad(), self.ranks)
         extra = {"lr": self.lr, "grad_norm": float(self.engine.get_global_grad_norm() or 0.0)}
-        self.metrics.log(self.step, {**extra, **self.target.metrics(), "quarantined": len(self.quarantine.known)})
+        first = self.metrics.logged_step
+        record = self.metrics.log(self.step, {**extra, **self.target.metrics(), "quarantined": len(self.quarantine.known)})
+        if found := self.spikes.judge(first, record):
+            self._go_back(found)
+
+    def _go_back(self, found: Rollback) -> None:
+        """To the newest checkpoint from before a spike.
+
+        Raises:
+            DataError: there is none yet.
+        """
+        says = f"The loss jumped to {found.loss:.4g} (usually {found.usual:.4g}) in steps {found.first} to {found.last - 1}"
+        self.metrics.close()
+        self.loader.close()
+        self.saved = self.step = 0
+        self._resume()
+        if self.step == 0:
+            raise DataError(f"{says}, before the first checkpoint. The same command begins anew and passes over these steps.")
+        if self.ranks.rank == 0:
+            print(f"{says}. They are passed over, from the checkpoint of step {self.step} on.", file=sys.stderr, flush=True)
+        self._open_at_step()
 
     def save(self) -> None:
         """Write a checkpoint of this step. Every rank must call it; the host waits for the GPU.
 
         A full disk does not stop the run: it is said aloud, `saved` stays behind, and the next save tries again.
         """
+        self.watchdog.doing(SAVING)
         self.quarantine.merge(self.loader.new_bad(), self.ranks)
         weights, moments = gather_state(self.engine, self.ranks.rank)
         written = torch.zeros(())

@@ -1,5 +1,6 @@
 """Settings: every recipe loads, and each mistake is answered with a sentence, at once."""
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -7,6 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from mapet_ds.checks import check, check_inputs, load_deepspeed_config
 from mapet_ds.config import REPOSITORY, Config, ConfigError, teacher_grid, total_steps
@@ -180,6 +184,53 @@ def test_every_knob_round_trips_through_the_written_config(recipe, tmp_path):
     written = tmp_path / "config.yaml"
     written.write_text(yaml.safe_dump(config.to_dict()))
     assert load_config(written) == config
-    assert len(known_keys()) <= 80
+    assert len(known_keys()) <= 83
     assert Path(config.run_dir) == tmp_path / "run"
     assert isinstance(config, Config)
+
+
+WORDS = st.sampled_from(sorted({*known_keys(), *(key.split(".")[0] for key in known_keys())})) | st.text(max_size=12)
+NUMBERS = st.integers(1, 64) | st.floats(0.01, 1)
+SCALARS = (
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=12) | WORDS
+    | st.sampled_from(["center", "random", "projected", "pixels", "features", "mapet", "beit", "mvp", "saim", "conmim", "RN50x64"])
+)  # fmt: skip
+VALUES = st.recursive(
+    SCALARS, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=3), max_leaves=6
+)
+
+
+def test_whatever_it_says_a_recipe_gives_a_run_or_a_sentence(recipe):
+    outcomes = []
+
+    @settings(max_examples=400, deadline=None, derandomize=True)
+    @given(st.lists(st.tuples(WORDS, NUMBERS | VALUES), max_size=2), st.sampled_from([1, 2, 3, 8]), st.booleans())
+    def any_recipe(keys, world_size, in_the_file):
+        path, overrides = recipe, [f"{key}={json.dumps(value)}" for key, value in keys]
+        try:
+            if in_the_file:
+                values = yaml.safe_load(recipe.read_text())
+                for key, value in keys:
+                    section, _, knob = key.partition(".")
+                    values[section] = {knob: value} if knob else value
+                path, overrides = recipe.with_name("any.yaml"), []
+                path.write_text(yaml.safe_dump(values))
+            found = load_config(path, overrides)
+            check(found, world_size)
+            assert found.grad_accum_steps(world_size) >= 1
+            outcomes.append("run")
+        except ConfigError:
+            outcomes.append("sentence")
+
+    any_recipe()
+    assert min(outcomes.count("run"), outcomes.count("sentence")) > 20, "both must have been tried"
+
+
+@settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(st.binary(max_size=60) | st.text(max_size=60).map(str.encode))
+def test_whatever_bytes_a_recipe_or_engine_file_has_it_is_a_sentence(tmp_path, data):
+    path = tmp_path / "any"
+    path.write_bytes(data)
+    for load in (load_config, load_deepspeed_config):
+        with contextlib.suppress(ConfigError):
+            load(path)

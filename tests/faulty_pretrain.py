@@ -1,0 +1,47 @@
+"""pretrain.py with a fault in it: `faulty_pretrain.py FAULT RANK FIRST LAST` and then pretrain.py's own arguments.
+
+In steps FIRST .. LAST (counted from 0) rank RANK has, by FAULT: nan, a loss that is none; jump, a loss a hundred times as
+large; stuck, images that never come.
+"""
+
+import os
+import sys
+import time
+
+from mapet_ds.data import Loader
+from mapet_ds.objectives.mapet import MaPeT
+from mapet_ds.pretrain import main
+
+FAULT, RANK, FIRST, LAST = sys.argv[1], *map(int, sys.argv[2:5])
+draw, forward, next_batch = MaPeT.draw, MaPeT.forward, Loader.__next__
+FACTORS = {"nan": float("nan"), "jump": 100.0}
+
+
+def is_due(step):
+    return int(os.environ.get("RANK", "0")) == RANK and FIRST <= step <= LAST
+
+
+def noting_draw(self, step, *place):
+    self.step = step
+    return draw(self, step, *place)
+
+
+def faulty_forward(self, *arguments):
+    loss = forward(self, *arguments)
+    return loss._replace(loss=loss.loss * FACTORS[FAULT]) if is_due(self.step) else loss
+
+
+def stuck_next(self):
+    self.asked = getattr(self, "asked", -1) + 1
+    if is_due(self.asked):
+        time.sleep(1000)
+    return next_batch(self)
+
+
+if __name__ == "__main__":
+    if FAULT == "stuck":
+        Loader.__next__ = stuck_next
+    else:
+        MaPeT.draw, MaPeT.forward = noting_draw, faulty_forward
+    sys.argv[1:] = sys.argv[5:]
+    sys.exit(main())

@@ -1,0 +1,127 @@
+"""Numbers that go wrong and ranks that hang: undone, passed over, named."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+import torch
+from line import ENVIRONMENT, command, free_port, make_line, pretrain, start
+from safetensors.torch import load_file
+
+from mapet_ds.checkpoint import newest
+from mapet_ds.config import REPOSITORY
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    return make_line(tmp_path_factory.mktemp("faults"))
+
+
+def faulty(recipe, run_dir, fault, rank, first, last, *overrides, ranks=2):
+    """The user's command with a fault of faulty_pretrain.py in it."""
+    words = command(recipe, ranks, f"run_dir={run_dir}", *overrides)
+    place = words.index("mapet_ds/pretrain.py")
+    return [*words[:place], "tests/faulty_pretrain.py", fault, str(rank), str(first), str(last), *words[place + 1 :]]
+
+
+def lines(run_dir):
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_step_without_a_number_is_left_out_on_all_ranks(recipe):
+    run_dir = recipe.parent / "nan"
+    done = start(*faulty(recipe, run_dir, "nan", 1, 5, 5))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Step 5 had a non-finite gradient and was skipped." in done.stderr
+    assert newest(run_dir).run["skipped"] == [5]
+    assert [line["step"] for line in lines(run_dir) if not line["loss"] < 10] == [6]
+    assert (run_dir / "DONE").exists()
+
+
+def test_a_jump_of_the_loss_is_undone_and_its_samples_passed_over(recipe):
+    """The run is then the one that has passed over them from the start, bit for bit."""
+    jumped, told = recipe.parent / "jumped", recipe.parent / "told"
+    done = start(*faulty(recipe, jumped, "jump", 1, 8, 8))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "in steps 8 to 8. They are passed over, from the checkpoint of step 6 on." in done.stderr
+    (rollback,) = json.loads((jumped / "rollbacks.json").read_text())
+    assert (rollback["first"], rollback["last"]) == (8, 9)
+    assert rollback["loss"] > 10 * rollback["usual"]
+    told.mkdir()
+    (told / "rollbacks.json").write_text((jumped / "rollbacks.json").read_text())
+    done = pretrain(recipe, 2, f"run_dir={told}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert newest(jumped).run["skipped"] == newest(told).run["skipped"] == [8]
+    found, expected = ([(line["step"], line.get("loss")) for line in lines(run_dir)] for run_dir in (jumped, told))
+    assert found == expected
+    assert [step for step, loss in found if loss is None] == [9]
+    weights = [load_file(newest(run_dir).path / "model.safetensors") for run_dir in (jumped, told)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
+
+
+def test_a_loss_that_goes_on_jumping_stops_the_run(recipe):
+    run_dir = recipe.parent / "unstable"
+    done = start(*faulty(recipe, run_dir, "jump", 0, 8, 99, "train.max_rollbacks=1", ranks=1))
+    assert done.returncode == 2, done.stderr[-3000:]
+    assert "The loss has jumped 2 times" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert newest(run_dir).run["step"] <= 9
+
+
+def test_a_jump_before_the_first_checkpoint_is_passed_over_by_the_next_start(recipe):
+    words = faulty(recipe, recipe.parent / "early", "jump", 0, 7, 7, "checkpoint.every_steps=1000", ranks=1)
+    done = start(*words)
+    assert done.returncode == 2
+    assert "before the first checkpoint. The same command begins anew" in done.stderr
+    done = start(*words)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert newest(recipe.parent / "early").run["skipped"] == [7]
+
+
+def hang(words, run_dir, then=lambda process: None):
+    """Start, wait for step 4, do `then`; gives the exit code, standard error and the ranks' process ids."""
+    process = subprocess.Popen(words, cwd=REPOSITORY, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    metrics, deadline = run_dir / "metrics.jsonl", time.monotonic() + 200
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 4):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    family = psutil.Process(process.pid).children(recursive=True)
+    then(next(each for each in family if each.environ().get("RANK") == "1" and "pretrain" in " ".join(each.cmdline())))
+    _, stderr = process.communicate(timeout=120)
+    gone, alive = psutil.wait_procs(family, timeout=30)
+    assert not alive
+    return process.returncode, stderr, [each.pid for each in gone]
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_a_stopped_rank_is_named(recipe, launcher):
+    run_dir = recipe.parent / f"stopped_{launcher}"
+    more = [f"run_dir={run_dir}", "train.hang_seconds=4", "train.epochs=50"]
+    words = command(recipe, 2, *more)
+    if launcher == "deepspeed":
+        program = os.path.join(os.path.dirname(sys.executable), "deepspeed")
+        words = [program, "--num_gpus", "2", "--master_port", str(free_port()), *command(recipe, 1, *more)[1:]]
+    stopped = []
+
+    def stop(rank):
+        stopped.append(rank.pid)
+        rank.send_signal(signal.SIGSTOP)
+
+    code, stderr, _ = hang(words, run_dir, stop)
+    assert code != 0
+    assert f"rank 1 (process {stopped[0]} on {socket.gethostname()}) does not answer" in stderr
+    assert "the same command continues from it" in stderr
+
+
+def test_a_rank_whose_images_do_not_come_is_named(recipe):
+    run_dir = recipe.parent / "stuck"
+    code, stderr, _ = hang(faulty(recipe, run_dir, "stuck", 1, 6, 6, "train.hang_seconds=4"), run_dir)
+    assert code != 0
+    assert "is behind: waiting for the images of step 6 for" in stderr
