@@ -74,6 +74,7 @@ def test_a_loss_that_goes_on_jumping_stops_the_run(recipe):
     assert newest(run_dir).run["step"] <= 9
 
 
+@pytest.mark.drill
 def test_a_jump_before_the_first_checkpoint_is_passed_over_by_the_next_start(recipe):
     words = faulty(recipe, recipe.parent / "early", "jump", 0, 7, 7, "checkpoint.every_steps=1000", ranks=1)
     done = start(*words)
@@ -100,7 +101,7 @@ def hang(words, run_dir, then=lambda process: None):
     return process.returncode, stderr, [each.pid for each in gone]
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("deepspeed", marks=pytest.mark.drill)])
 def test_a_stopped_rank_is_named(recipe, launcher):
     run_dir = recipe.parent / f"stopped_{launcher}"
     more = [f"run_dir={run_dir}", "train.hang_seconds=4", "train.epochs=50"]
@@ -120,6 +121,7 @@ def test_a_stopped_rank_is_named(recipe, launcher):
     assert "the same command continues from it" in stderr
 
 
+@pytest.mark.drill
 def test_a_rank_whose_images_do_not_come_is_named(recipe):
     run_dir = recipe.parent / "stuck"
     code, stderr, _ = hang(faulty(recipe, run_dir, "stuck", 1, 6, 6, "train.hang_seconds=4"), run_dir)
