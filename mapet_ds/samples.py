@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
+import threading
+import time
 from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
@@ -110,6 +113,12 @@ class _Draws(NamedTuple):
     strong: NDArray[np.float32]
 
 
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
 class SampleSource:
     """The samples of one rank as a function of (micro-step, place in the micro-batch): nothing to store or to restore.
 
@@ -126,6 +135,12 @@ class SampleSource:
         self.rank, self.world_size, self.first_micro_step = rank, world_size, first_micro_step
         self.order = draws.SampleOrder(len(index), config.seed)
         self._drawn: _Draws | None = None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """In a worker, which gets its source pickled: end when the rank has ended. DALI 2.4.0 leaves that to the rank, and
+        the workers of one that was killed stay for ever."""
+        vars(self).update(state)
+        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
 
     def __call__(self, info: Any) -> tuple[NDArray, ...]:
         """What DALI's external_source asks for: bytes, anchor, shape, mirror, (index, passed over); then, where asked
