@@ -8,7 +8,7 @@ export PATH="$PATH"
 # export CUDA_HOME=/usr/local/cuda
 
 # FusedAdam is compiled at the first start, once on each node: keep this on a disk of the node, never on a shared one.
-export TORCH_EXTENSIONS_DIR="/tmp/$USER/torch_extensions"
+export TORCH_EXTENSIONS_DIR="/tmp/${USER:-$(id -un)}/torch_extensions"
 export OMP_NUM_THREADS=1
 
 # The interface that carries NCCL's and gloo's connections; `ip -brief address` lists them. Left out, both guess.

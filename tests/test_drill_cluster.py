@@ -41,13 +41,14 @@ def two_hosts(tmp_path_factory):
 def by_hostfile(two_hosts, tmp_path):
     """Starts a program under deepspeed on the hosts that are named."""
 
-    def start(names, program, *arguments, **environment):
-        hostfile = tmp_path / "hosts"
+    def start(names, program, *arguments):
+        hostfile, environment = tmp_path / "hosts", tmp_path / "environment"
+        environment.write_text("SEEN=yes\nOMP_NUM_THREADS=1\n")
         hostfile.write_text("".join(f"{name} slots=1\n" for name in names))
         words = ["deepspeed", "--hostfile", hostfile, "--master_addr", "n1", "--master_port", free_port(), program, *arguments]
         words[0] = os.path.join(os.path.dirname(sys.executable), "deepspeed")
         return subprocess.Popen(
-            [str(word) for word in words], cwd=REPOSITORY, env={**two_hosts, **environment}, text=True,
+            [str(word) for word in words], cwd=REPOSITORY, env={**two_hosts, "DS_ENV_FILE": str(environment)}, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
 
@@ -70,9 +71,8 @@ def steps(run_dir):
 
 
 def test_the_launchers_environment_file_reaches_every_host(by_hostfile, tmp_path):
-    (tmp_path / "environment").write_text("SEEN=yes\n")
     (tmp_path / "program.py").write_text("import os\nprint('rank', os.environ['RANK'], os.environ.get('SEEN'))\n")
-    said, _ = by_hostfile(["n1", "n2"], tmp_path / "program.py", DS_ENV_FILE=str(tmp_path / "environment")).communicate(timeout=120)
+    said, _ = by_hostfile(["n1", "n2"], tmp_path / "program.py").communicate(timeout=120)
     assert {"rank 0 yes", "rank 1 yes"} <= {line.partition(": ")[2] for line in said.splitlines()}
 
 
