@@ -33,6 +33,16 @@ def benchmark(*words):
     return json.loads(done.stdout)
 
 
+def test_bad(photos):
+    sizes = ["--batch_size", 4, "--threads", 1, "--batches", 4, "--repeats", 2]
+    found = benchmark("bad", "--data", photos, "--device", "cpu", *sizes, "model.img_size=32")
+    check_circumstances(found, "bad")
+    assert (found["images"], found["bad"]) == (22, 2)
+    assert set(found["images_per_second"]) == {"known", "none", "first_sight"}
+    for ratio in found["speed_known_over"].values():
+        check_ratio(ratio)
+
+
 def check_circumstances(found, name):
     assert set(found["hardware"]) == {"cpu", "cores", "load_average", "gpu"}
     assert {"python", "torch", "torchvision", "timm", "pillow", "nvidia-dali-cuda130"} <= set(found["versions"])
