@@ -157,7 +157,7 @@ def test_a_preempted_job_comes_back_and_ends_as_if_nothing_had_been(slurm, submi
 
 
 def test_a_time_limit_is_a_pause(slurm, submit, straight, tmp_path):
-    job = submit("--time=1", "--signal=B:USR1@35")
+    job = submit("--time=2", "--signal=B:USR1@50")
     ended(tmp_path / "run")
     assert losses(tmp_path / "run") == straight
     assert int(cluster.ask(slurm, "scontrol", "show", "job", job).partition("Restarts=")[2].split()[0]) >= 1
