@@ -6,7 +6,7 @@
 # RUN_DIR is on a disk that all nodes share. CODEBOOK names a codebook to use; without one it is fitted first and kept in
 # RUN_DIR. ENGINE names another DeepSpeed JSON than ds_configs/zero2.json. The job queues itself again until it is done.
 # Nodes x GPUs x train.micro_batch_size (64 here) must divide the batch of 2048.
-# Not yet proven on a real cluster.
+# Proven on a SLURM of one machine (docs/reliability.md), not yet on a real cluster.
 #SBATCH --job-name=mapet_vitl
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=1

@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-MIN_GAIN = {"mapet": 15, "beit": 15, "mvp": 10, "saim": 3}
+MIN_GAIN = {"mapet": 15, "beit": 15, "mvp": 10, "saim": 10}
 """Points of k-NN accuracy below which something must be broken. ConMIM's teacher has hardly moved in so few steps (docs/log.md)."""
 MIN_FALL = 0.05
 """Share of its first value by which a loss must have fallen."""
