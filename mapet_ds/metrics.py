@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,14 +50,15 @@ def token_colours(ids: Tensor) -> Tensor:
 
 
 class _Report:
-    """The files and the bar, on rank 0."""
+    """The files and the bar, on rank 0. A full disk is said aloud and stops nothing: lines wait, curves get a gap."""
 
     def __init__(self, config: Config, total_steps: int, first_step: int) -> None:
-        folder = Path(config.run_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        cut_after(folder / "metrics.jsonl", first_step)
-        self.lines = (folder / "metrics.jsonl").open("a", buffering=1)
-        self.tensorboard = SummaryWriter(folder / "tensorboard", purge_step=first_step + 1)
+        self.folder = Path(config.run_dir)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.path, self.waiting = self.folder / "metrics.jsonl", ""
+        cut_after(self.path, first_step)
+        self.path.touch()
+        self.tensorboard: SummaryWriter | None = SummaryWriter(self.folder / "tensorboard", purge_step=first_step + 1)
         self.bar = tqdm(
             total=total_steps,
             initial=first_step,
@@ -68,11 +70,17 @@ class _Report:
         )
 
     def write(self, record: dict[str, Any], epochs: float) -> None:
-        self.lines.write(json.dumps(record) + "\n")
-        for name, value in record.items():
-            if name != "step":
-                self.tensorboard.add_scalar(name, value, record["step"])
-        self.tensorboard.flush()
+        self.waiting += json.dumps(record) + "\n"
+        size = self.path.stat().st_size
+        try:
+            with self.path.open("a") as file:
+                file.write(self.waiting)
+            self.waiting = ""
+        except OSError as error:
+            os.truncate(self.path, size)
+            self.bar.write(f"NOT WRITTEN yet, {self.path} up to step {record['step']}: {error}.", file=sys.stderr)
+        values = {name: value for name, value in record.items() if name != "step"}
+        self.draw(lambda board: [board.add_scalar(name, value, record["step"]) for name, value in values.items()])
         self.bar.update(record["step"] - self.bar.n)
         loss = f"loss {record['loss']:.4f}, " if "loss" in record else ""
         self.bar.set_postfix_str(
@@ -80,10 +88,20 @@ class _Report:
             f"data wait {record['data_wait_percent']:.0f} %"
         )
 
+    def draw(self, add: Callable[[SummaryWriter], Any]) -> None:
+        """Add to TensorBoard's files; a writer that has failed once fails for good, so the next call gets a new one."""
+        try:
+            self.tensorboard = self.tensorboard or SummaryWriter(self.folder / "tensorboard")
+            add(self.tensorboard)
+            self.tensorboard.flush()
+        except OSError as error:
+            self.bar.write(f"NOT WRITTEN, {self.folder / 'tensorboard'}: {error}.", file=sys.stderr)
+            self.tensorboard = None
+
     def close(self) -> None:
         self.bar.close()
-        self.tensorboard.close()
-        self.lines.close()
+        if self.tensorboard:
+            self.tensorboard.close()
 
 
 class Metrics:
@@ -165,7 +183,8 @@ class Metrics:
                 grid = ids[:IMAGES_SHOWN].cpu().unflatten(1, (self.config.grid, self.config.grid))
                 columns.append(F.interpolate(token_colours(grid).movedim(3, 1), size=views.shape[2:]))
         rows = torch.stack(columns, dim=1).flatten(0, 1)
-        self._report.tensorboard.add_image("view_tokens_predicted", make_grid(rows, nrow=len(columns), padding=1), step)
+        grid = make_grid(rows, nrow=len(columns), padding=1)
+        self._report.draw(lambda board: board.add_image("view_tokens_predicted", grid, step))
 
     def close(self) -> None:
         """Finish the files and the bar."""

@@ -264,6 +264,7 @@ class Quarantine:
         head, *lines = path.read_text(errors="replace").split("\n")[:-1] or [""] if path.exists() else [""]
         self.lines = lines if head == self._head else []
         self.known = {int(line.split("\t")[0]) for line in self.lines}
+        self.written = len(self.lines)
 
     @property
     def _head(self) -> str:
@@ -278,13 +279,18 @@ class Quarantine:
         everyone: list[Any] = [None] * ranks.world_size
         dist.all_gather_object(everyone, found, group=ranks.control)
         new = {i: reason for rank in everyone for i, reason in rank if i not in self.known}
-        if not new:
+        if not new and self.written == len(self.lines):
             return
         self.known |= new.keys()
         # json.dumps, without its quotes, keeps any name on one line
         self.lines += [f"{i}\t{json.dumps(self.index.path(i))[1:-1]}\t{reason}" for i, reason in sorted(new.items())]
+        self.written = len(self.lines)
         if ranks.rank == 0:
-            self.path.write_text("\n".join([self._head, *self.lines, ""]))
+            try:
+                self.path.write_text("\n".join([self._head, *self.lines, ""]))
+            except OSError as error:
+                self.written = 0
+                print(f"NOT WRITTEN yet, {self.path}: {error}.", file=sys.stderr, flush=True)
         if len(self.known) > self.limit:
             raise DataError(
                 f"{len(self.known)} of {len(self.index)} images are unreadable, more than data.max_bad_share allows "

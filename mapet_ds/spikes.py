@@ -6,6 +6,7 @@ RUN/rollbacks.json keeps what was found, so that a run which is started again pa
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import statistics
@@ -58,7 +59,8 @@ class SpikeGuard:
         path = self._folder / "metrics.jsonl"
         if self._ranks.rank == 0 and path.exists():
             lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
-            losses = [[line["loss"] for line in lines if line["step"] <= step and "loss" in line][-WINDOWS:]]
+            finite = (line["loss"] for line in lines if line["step"] <= step and math.isfinite(line.get("loss", math.nan)))
+            losses = [list(finite)[-WINDOWS:]]
         dist.broadcast_object_list(losses, src=0, group=self._ranks.control)
         self._usual = losses[0]
 
@@ -72,9 +74,9 @@ class SpikeGuard:
             DataError: it is one too many.
         """
         loss, factor = record.get("loss"), self._config.spike_factor
-        if loss is None:
+        if loss is None or not math.isfinite(loss):
             return None
-        usual = statistics.median(self._usual) if len(self._usual) >= FEWEST else float("inf")
+        usual = statistics.median(self._usual) if len(self._usual) >= FEWEST else math.inf
         if factor is None or not loss > factor * usual:
             self._usual = [*self._usual, loss][-WINDOWS:]
             return None

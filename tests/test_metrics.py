@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
 import textwrap
@@ -65,6 +66,26 @@ def test_means_over_micro_steps_keep_all_digits(tmp_path, ranks):
     assert record["images_per_second"] == 2 * 8 / record["seconds"]
     assert record["data_wait_percent"] == pytest.approx(100 * 1.0 / record["seconds"])
     assert "gpu_memory_gib" not in record
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's own writer
+def test_lines_that_find_no_room_wait_for_the_next(tmp_path, ranks, capsys):
+    metrics = Metrics(make_config(tmp_path), ranks, total_steps=6, steps_per_epoch=2)
+    train(metrics, 0, 1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "metrics.jsonl").stat().st_size + 9, limits[1]))
+    try:
+        train(metrics, 1, 3)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    said = capsys.readouterr().err
+    assert f"NOT WRITTEN yet, {tmp_path}/metrics.jsonl up to step 2" in said
+    assert f"NOT WRITTEN, {tmp_path}/tensorboard" in said
+    assert [line["step"] for line in read_lines(tmp_path)] == [1]
+    train(metrics, 3, 4)
+    metrics.close()
+    assert [line["step"] for line in read_lines(tmp_path)] == [1, 2, 3, 4]
+    assert read_tensorboard(tmp_path).Scalars("loss")[-1].step == 4
 
 
 def test_meters_start_anew_after_a_log(tmp_path, ranks):
