@@ -94,6 +94,12 @@ def _run_rules(config: Config, world_size: int) -> Rules:
             optim.warmup_epochs >= train.epochs,
             f"optim.warmup_epochs = {optim.warmup_epochs} leaves nothing of train.epochs = {train.epochs}.",
         ),
+        (
+            train.spike_factor is not None and config.checkpoint.every_steps % config.log.every_steps != 0,
+            f"checkpoint.every_steps = {config.checkpoint.every_steps} is not a multiple of log.every_steps = "
+            f"{config.log.every_steps}: a checkpoint would hold steps whose loss nobody has judged yet. Change one of the two, or "
+            "set train.spike_factor=null.",
+        ),
         (optim.min_lr > optim.lr, f"optim.min_lr = {optim.min_lr} is above optim.lr = {optim.lr}."),
     ]
 

@@ -296,8 +296,8 @@ class TrainConfig:
     """A log window's mean loss above this many times the usual one is undone, its samples passed over; null: never."""
     max_rollbacks: Natural = 3
     """Spikes that a run undoes before one stops it."""
-    hang_seconds: Annotated[float, Field(gt=0)] = 600.0
-    """A run that makes no progress for so long names the rank that holds it up, and ends."""
+    hang_seconds: Annotated[float, Field(gt=0, le=1e6)] = 600.0
+    """A run that makes no progress for so long names the rank that holds it up, and ends; so long a start waits for all ranks."""
 
 
 @knobs

@@ -83,6 +83,8 @@ def _meet(world_size: int, seconds: float) -> dist.Store:
     except (dist.DistStoreError, dist.DistNetworkError) as error:
         came = re.search(r"(\d+)/\d+ clients joined", str(error))
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        if "address already in use" in str(error):
+            raise ConfigError(f"The port of {address} is taken: choose another --master_port.") from error
         raise ConfigError(
             f"Only {came[1]} of {world_size} ranks came to {address} within {seconds:.0f} s: look above for the host that failed."
             if came

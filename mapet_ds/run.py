@@ -40,7 +40,7 @@ from mapet_ds.optim import learning_rate
 from mapet_ds.spikes import Rollback, SpikeGuard
 from mapet_ds.targets import build_target
 from mapet_ds.vit import compile_blocks
-from mapet_ds.watchdog import SAVING, Watchdog
+from mapet_ds.watchdog import GOING_BACK, SAVING, Watchdog
 
 PACKAGES = ("torch", "deepspeed", "timm", "open_clip_torch", "nvidia-dali-cuda130", "faiss-gpu", "numpy", "pillow")
 
@@ -75,9 +75,7 @@ class Run:
         self.identity["engine.bf16"] = bool(engine_config.get("bf16", {}).get("enabled"))
         self.skipped: list[int] = []
         self.step = self.saved = 0
-        self.spikes = SpikeGuard(config.train, self.folder, ranks)
-        if ranks.rank == 0:
-            self.spikes.drop_stale()
+        self.spikes = SpikeGuard(config, self.folder, ranks)
         self._resume()
         if ranks.rank == 0:  # after a refusal could have come: another run's folder stays as it was
             (self.folder / "DONE").unlink(missing_ok=True)
@@ -199,6 +197,7 @@ class Run:
             )
 
     def _log(self) -> None:
+        self.watchdog.doing(f"logging step {self.step}")
         self.quarantine.merge(self.loader.new_bad(), self.ranks)
         extra = {"lr": self.lr, "grad_norm": float(self.engine.get_global_grad_norm() or 0.0)}
         first = self.metrics.logged_step
@@ -212,6 +211,7 @@ class Run:
         Raises:
             DataError: there is none yet.
         """
+        self.watchdog.doing(GOING_BACK)
         says = f"The loss jumped to {found.loss:.4g} (usually {found.usual:.4g}) in steps {found.first} to {found.last - 1}"
         self.metrics.close()
         self.loader.close()
@@ -228,10 +228,11 @@ class Run:
 
         A full disk does not stop the run: it is said aloud, `saved` stays behind, and the next save tries again.
         """
-        self.watchdog.doing(SAVING)
+        self.watchdog.doing("gathering the state for a checkpoint")
         self.quarantine.merge(self.loader.new_bad(), self.ranks)
         weights, moments = gather_state(self.engine, self.ranks.rank)
         written = torch.zeros(())
+        self.watchdog.doing(SAVING if self.ranks.rank == 0 else "waiting for rank 0 to save")
         if self.ranks.rank == 0:
             run = {
                 "step": self.step,
@@ -249,6 +250,7 @@ class Run:
             except (OSError, SafetensorError) as error:
                 print(f"NO CHECKPOINT of step {self.step} could be written: {error}.", file=sys.stderr, flush=True)
         dist.broadcast(written, src=0, group=self.ranks.control)
+        self.watchdog.doing("going on after a checkpoint")
         if written:
             self.saved = self.step
 

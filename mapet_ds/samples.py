@@ -136,11 +136,14 @@ class SampleSource:
         self.order = draws.SampleOrder(len(index), config.seed)
         self._drawn: _Draws | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"rank_process": os.getpid()}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """In a worker, which gets its source pickled: end when the rank has ended. DALI 2.4.0 leaves that to the rank, and
         the workers of one that was killed stay for ever."""
         vars(self).update(state)
-        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+        threading.Thread(target=_end_with, args=(state["rank_process"],), daemon=True).start()
 
     def __call__(self, info: Any) -> tuple[NDArray, ...]:
         """What DALI's external_source asks for: bytes, anchor, shape, mirror, (index, passed over); then, where asked

@@ -8,15 +8,13 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 import statistics
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
-from mapet_ds.checkpoint import checkpoint_folders
-from mapet_ds.config import TrainConfig
+from mapet_ds.config import Config
 from mapet_ds.index import DataError
 from mapet_ds.launch import Ranks
 
@@ -39,14 +37,15 @@ class Rollback(NamedTuple):
 class SpikeGuard:
     """Judges the mean loss of each log window against those before it. Every rank must build one, and ask it the same."""
 
-    def __init__(self, config: TrainConfig, folder: Path, ranks: Ranks) -> None:
+    def __init__(self, config: Config, folder: Path, ranks: Ranks) -> None:
         self._config, self._folder, self._ranks = config, folder, ranks
         self._path = folder / "rollbacks.json"
-        found: list[Any] = [None]
-        if ranks.rank == 0:
-            found = [json.loads(self._path.read_text()) if self._path.exists() else []]
-        dist.broadcast_object_list(found, src=0, group=ranks.control)
-        self.rollbacks = [Rollback(**each) for each in found[0]]
+        text = [self._path.read_text() if ranks.rank == 0 and self._path.exists() else "[]"]
+        dist.broadcast_object_list(text, src=0, group=ranks.control)
+        try:
+            self.rollbacks = [Rollback(**each) for each in json.loads(text[0])]
+        except (ValueError, TypeError) as error:
+            raise DataError(f"{self._path} is damaged ({error}): restore it, or remove it to learn from all steps.") from error
         self._usual: list[float] = []
 
     def passes_over(self, step: int) -> bool:
@@ -65,16 +64,16 @@ class SpikeGuard:
         self._usual = losses[0]
 
     def judge(self, first: int, record: dict[str, Any]) -> Rollback | None:
-        """What to pass over, if the record of steps first .. record["step"] - 1 is a spike: already on disk, and checkpoints
-        that have seen it are gone. Every rank must call it.
+        """What to pass over, if the record of steps first .. record["step"] - 1 is a spike: already on disk. Every rank must
+        call it.
 
-        A loss that is not finite is none: its steps were left out (run.Run).
+        A loss that is not finite is none: its steps were left out (run.Run). No more is part of a window, which a pause makes.
 
         Raises:
-            DataError: it is one too many.
+            DataError: it is one too many, or can't be noted.
         """
-        loss, factor = record.get("loss"), self._config.spike_factor
-        if loss is None or not math.isfinite(loss):
+        loss, factor = record.get("loss"), self._config.train.spike_factor
+        if loss is None or not math.isfinite(loss) or record["step"] - first != self._config.log.every_steps:
             return None
         usual = statistics.median(self._usual) if len(self._usual) >= FEWEST else math.inf
         if factor is None or not loss > factor * usual:
@@ -82,27 +81,28 @@ class SpikeGuard:
             return None
         found = Rollback(first, record["step"], loss, usual)
         self.rollbacks.append(found)
-        if len(self.rollbacks) > self._config.max_rollbacks:
+        if len(self.rollbacks) > self._config.train.max_rollbacks:
             raise DataError(
                 f"The loss has jumped {len(self.rollbacks)} times, more than train.max_rollbacks allows: now to {loss:.4g} in "
-                f"steps {first} to {found.last - 1}, usually {usual:.4g}; {self._path} has those before. It is not single samples, "
-                "then: lower optim.lr or optim.clip_grad in a new run_dir, or raise train.spike_factor if such jumps are usual."
+                f"steps {first} to {found.last - 1}, usually {usual:.4g}; {self._path} has those before. Passing over samples does "
+                "not help: lower optim.lr or optim.clip_grad in a new run_dir, go on from a copy of an older checkpoint, or raise "
+                "train.spike_factor if such jumps are usual."
             )
-        if self._ranks.rank == 0:
-            partial = self._path.with_name(self._path.name + ".partial")
-            partial.write_text(json.dumps([each._asdict() for each in self.rollbacks], indent=1))
-            os.replace(partial, self._path)
-            self.drop_stale()
-        dist.barrier(self._ranks.control)
+        failed = [self._write() if self._ranks.rank == 0 else ""]
+        dist.broadcast_object_list(failed, src=0, group=self._ranks.control)
+        if failed[0]:
+            raise DataError(f"The loss jumped, and that could not be noted in {self._path}: {failed[0]}. Start again with room.")
         return found
 
-    def drop_stale(self) -> None:
-        """Remove checkpoints that have learnt from steps that are passed over. For rank 0."""
-        for path in checkpoint_folders(self._folder):
-            try:
-                run = json.loads((path / "run.json").read_text())
-                learnt = set(range(run["step"])) - set(run["skipped"])
-            except (OSError, ValueError, KeyError):
-                continue  # damaged: passed over with a reason when it is its turn
-            if any(not learnt.isdisjoint(range(each.first, each.last)) for each in self.rollbacks):
-                shutil.rmtree(path)
+    def _write(self) -> str:
+        """Why it failed; empty where it did not."""
+        partial = self._path.with_name(self._path.name + ".partial")
+        try:
+            with partial.open("w") as file:
+                json.dump([each._asdict() for each in self.rollbacks], file, indent=1)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, self._path)
+        except OSError as error:
+            return str(error)
+        return ""

@@ -1,6 +1,6 @@
-"""pretrain.py with a fault in it: `faulty_pretrain.py FAULT RANK FIRST LAST` and then pretrain.py's own arguments.
+"""pretrain.py with a fault in it, named by the variable FAULT = "KIND RANK FIRST LAST".
 
-In steps FIRST .. LAST (counted from 0) rank RANK has, by FAULT: nan, a loss that is none; jump, a loss a hundred times as
+In steps FIRST .. LAST (counted from 0) rank RANK has, by KIND: nan, a loss that is none; jump, a loss a hundred times as
 large; stuck, images that never come.
 """
 
@@ -12,7 +12,8 @@ from mapet_ds.data import Loader
 from mapet_ds.objectives.mapet import MaPeT
 from mapet_ds.pretrain import main
 
-FAULT, RANK, FIRST, LAST = sys.argv[1], *map(int, sys.argv[2:5])
+KIND, *NUMBERS = os.environ["FAULT"].split()
+RANK, FIRST, LAST = map(int, NUMBERS)
 draw, forward, next_batch = MaPeT.draw, MaPeT.forward, Loader.__next__
 FACTORS = {"nan": float("nan"), "jump": 100.0}
 
@@ -28,7 +29,7 @@ def noting_draw(self, step, *place):
 
 def faulty_forward(self, *arguments):
     loss = forward(self, *arguments)
-    return loss._replace(loss=loss.loss * FACTORS[FAULT]) if is_due(self.step) else loss
+    return loss._replace(loss=loss.loss * FACTORS[KIND]) if is_due(self.step) else loss
 
 
 def stuck_next(self):
@@ -39,9 +40,8 @@ def stuck_next(self):
 
 
 if __name__ == "__main__":
-    if FAULT == "stuck":
+    if KIND == "stuck":
         Loader.__next__ = stuck_next
     else:
         MaPeT.draw, MaPeT.forward = noting_draw, faulty_forward
-    sys.argv[1:] = sys.argv[5:]
     sys.exit(main())

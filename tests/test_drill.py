@@ -70,6 +70,7 @@ def wait_until_due(kind, chance, run_dir, process):
         if kind != "while saving" and steps(run_dir) >= target:
             return
         time.sleep(0.0005 if kind == "while saving" else 0.005)
+    raise AssertionError(f"{kind}: its moment did not come")
 
 
 def strike(kind, process, family):

@@ -27,7 +27,8 @@ def faulty(recipe, run_dir, fault, rank, first, last, *overrides, ranks=2):
     """The user's command with a fault of faulty_pretrain.py in it."""
     words = command(recipe, ranks, f"run_dir={run_dir}", *overrides)
     place = words.index("mapet_ds/pretrain.py")
-    return [*words[:place], "tests/faulty_pretrain.py", fault, str(rank), str(first), str(last), *words[place + 1 :]]
+    fault = f"FAULT={fault} {rank} {first} {last}"
+    return ["env", fault, *words[:place], "tests/faulty_pretrain.py", *words[place + 1 :]]
 
 
 def lines(run_dir):
@@ -85,8 +86,8 @@ def test_a_jump_before_the_first_checkpoint_is_passed_over_by_the_next_start(rec
     assert newest(recipe.parent / "early").run["skipped"] == [7]
 
 
-def hang(words, run_dir, then=lambda process: None):
-    """Start, wait for step 4, do `then`; gives the exit code, standard error and the ranks' process ids."""
+def hang(words, run_dir, then=lambda process: None, rank="1"):
+    """Start, wait for step 4, do `then` to a rank; gives the exit code, standard error and the ranks' process ids."""
     process = subprocess.Popen(words, cwd=REPOSITORY, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     metrics, deadline = run_dir / "metrics.jsonl", time.monotonic() + 200
     while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 4):
@@ -94,17 +95,21 @@ def hang(words, run_dir, then=lambda process: None):
         assert time.monotonic() < deadline
         time.sleep(0.02)
     family = psutil.Process(process.pid).children(recursive=True)
-    then(next(each for each in family if each.environ().get("RANK") == "1" and "pretrain" in " ".join(each.cmdline())))
+    then(next(each for each in family if each.environ().get("RANK") == rank and "pretrain" in " ".join(each.cmdline())))
     _, stderr = process.communicate(timeout=120)
     gone, alive = psutil.wait_procs(family, timeout=30)
     assert not alive
     return process.returncode, stderr, [each.pid for each in gone]
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("deepspeed", marks=pytest.mark.drill)])
-def test_a_stopped_rank_is_named(recipe, launcher):
-    run_dir = recipe.parent / f"stopped_{launcher}"
-    more = [f"run_dir={run_dir}", "train.hang_seconds=4", "train.epochs=50"]
+@pytest.mark.parametrize(
+    ("launcher", "rank"),
+    [("torchrun", 1), *(pytest.param("deepspeed", rank, marks=pytest.mark.drill) for rank in (0, 1))],
+)
+def test_a_stopped_rank_is_named(recipe, launcher, rank):
+    """Rank 0 keeps the store of a launch by deepspeed: its silence is the store's."""
+    run_dir = recipe.parent / f"stopped_{launcher}{rank}"
+    more = [f"run_dir={run_dir}", "train.hang_seconds=8", "train.epochs=50"]
     words = command(recipe, 2, *more)
     if launcher == "deepspeed":
         program = os.path.join(os.path.dirname(sys.executable), "deepspeed")
@@ -115,9 +120,10 @@ def test_a_stopped_rank_is_named(recipe, launcher):
         stopped.append(rank.pid)
         rank.send_signal(signal.SIGSTOP)
 
-    code, stderr, _ = hang(words, run_dir, stop)
+    code, stderr, _ = hang(words, run_dir, stop, str(rank))
     assert code != 0
-    assert f"rank 1 (process {stopped[0]} on {socket.gethostname()}) does not answer" in stderr
+    one = f"rank {rank} (process {stopped[0]} on {socket.gethostname()}) does not answer"
+    assert (one if rank else "rank 0 or the launcher, one of which keeps the launch's store, does not answer") in stderr
     assert "the same command continues from it" in stderr
 
 
