@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -142,6 +142,11 @@ def check_decodes(data: bytes) -> None:
         raise BadImage(f"announces {width} x {height} pixels, decodes to {decoded[1]} x {decoded[0]}")
 
 
+def _refuse_placeholders(outputs: Sequence[Any]) -> None:
+    if (np.array(outputs[-1].as_tensor())[:, 0] < 0).any():
+        raise RuntimeError("The source could not give a sample.")
+
+
 class Loader:
     """An endless iterator of micro-batches, in the order of the run from `first_step` on.
 
@@ -226,6 +231,7 @@ class Loader:
         while True:
             try:
                 outputs = self._pipeline.run(*([torch.cuda.current_stream(self.device)] if self.device.type == "cuda" else []))
+                _refuse_placeholders(outputs)
                 self._alone = 0
                 return outputs
             except RuntimeError as error:
@@ -252,6 +258,7 @@ class Loader:
         self._pipeline = None  # ends its workers; the source is used anew from here
         self._source.first_micro_step = self._micro_step
         outputs = self._pipeline_of("cpu", workers=0, prefetch=1).run()
+        _refuse_placeholders(outputs)
         self._build(self._micro_step + 1)
         return outputs
 

@@ -45,6 +45,13 @@ def inspect(data: bytes) -> tuple[int, int]:
     return width, height
 
 
+def smallest_jpeg() -> bytes:
+    """A black JPEG of one pixel."""
+    stream = io.BytesIO()
+    Image.new("RGB", (1, 1)).save(stream, "JPEG")
+    return stream.getvalue()
+
+
 JPEG_FRAMES = {0xC0, 0xC1, 0xC2, 0xC9, 0xCA}
 
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from mapet_ds import draws
 from mapet_ds.config import Config, DataConfig, StrongViewConfig
-from mapet_ds.formats import BadImage, inspect
+from mapet_ds.formats import BadImage, inspect, smallest_jpeg
 from mapet_ds.index import DataError, Index
 
 
@@ -39,6 +39,7 @@ STRONG_NUMBERS = 9
 STRONG_VALUES = 6
 UNBLURRED = 0.01
 """A sigma in pixels that leaves every pixel as it is: the neighbour's weight is exp(-5000). DALI refuses 0."""
+PLACEHOLDER = smallest_jpeg()
 SOLARIZE_FROM, NEVER = 128, 256
 """Grey levels from which pixels are inverted."""
 
@@ -149,14 +150,14 @@ class SampleSource:
         """What DALI's external_source asks for: bytes, anchor, shape, mirror, (index, passed over); then, where asked
         for, the three factors of the jitter and the six values of the strong view.
 
-        Where `sample` raises, bytes that no decoder takes: DALI would lose the type of an error on its way from a worker,
-        so the loader gets it by asking again.
+        Where `sample` raises, a placeholder of index -1: DALI would lose the type of an error on its way from a worker, so
+        the loader gets it by asking again. (Bytes that no decoder takes can end DALI 2.4.0 with a segmentation fault.)
         """
         try:
             sample = self.sample(self.first_micro_step + info.iteration, info.idx_in_batch)
         except DataError:
             nothing = Crop(0, 0, 1, 1, False)
-            sample = Sample(b"", (0, 0), nothing, np.ones(JITTER_NUMBERS), np.ones(STRONG_VALUES, np.float32), -1, 0)
+            sample = Sample(PLACEHOLDER, (1, 1), nothing, np.ones(JITTER_NUMBERS), np.ones(STRONG_VALUES, np.float32), -1, 0)
         top, left, height, width, flip = sample.crop
         return (
             np.frombuffer(sample.data, np.uint8),
