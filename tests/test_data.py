@@ -482,6 +482,13 @@ def test_nothing_readable_is_a_sentence(tmp_path, workers):
         load(settings(4, workers=workers), index, 1)
 
 
+def test_one_too_many_in_a_large_batch_is_a_sentence_not_a_crash(tmp_path):
+    """Placed in the middle of a batch of 32, bytes that are no image make DALI 2.4.0 fail in its own memory."""
+    index = make_index(tmp_path, {**images.photos(39), "note.jpg": b"nothing to decode"})
+    with pytest.raises(DataError, match="1 of 40 images are unreadable"):
+        load(settings(32, workers=0, max_bad_share=0.0), index, 2)
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_storage_fault_stops_the_run(tmp_path, workers):
     index = make_index(tmp_path, images.photos(8))
