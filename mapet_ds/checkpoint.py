@@ -31,7 +31,8 @@ FREE = (
     "train.deterministic", "train.stop_at_step", "train.max_skipped_steps", "train.spike_factor", "train.max_rollbacks",
     "train.hang_seconds",
 )  # fmt: skip
-"""Knobs that may differ at resume: none changes what is computed, beyond the order of floating-point sums.
+"""Knobs that may differ at resume: none changes what is computed, beyond the order of floating-point sums; those that judge a
+jump of the loss, `log.every_steps` among them, can change which jumps are undone from there on.
 The teacher, the codebook and the data are compared by content instead of by path."""
 
 

@@ -297,7 +297,7 @@ class TrainConfig:
     max_rollbacks: Natural = 3
     """Spikes that a run undoes before one stops it."""
     hang_seconds: Annotated[float, Field(gt=0, le=1e6)] = 600.0
-    """A run that makes no progress for so long names the rank that holds it up, and ends; so long a start waits for all ranks."""
+    """A run without progress for so long names the rank that holds it up, and ends; so long a start waits for all ranks."""
 
 
 @knobs

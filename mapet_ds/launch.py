@@ -88,7 +88,7 @@ def _meet(world_size: int, seconds: float) -> dist.Store:
         raise ConfigError(
             f"Only {came[1]} of {world_size} ranks came to {address} within {seconds:.0f} s: look above for the host that failed."
             if came
-            else f"Rank 0 at {address} can't be reached: {str(error).splitlines()[0]} --master_addr and --master_port name it."
+            else f"Rank 0 at {address} can't be reached: {str(error).splitlines()[0]}. --master_addr and --master_port name it."
         ) from error
 
 

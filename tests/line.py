@@ -69,8 +69,20 @@ def command(recipe: Path, ranks: int, *overrides: str, engine: str = "ds_configs
     return [*words, *overrides]
 
 
+def by_deepspeed(recipe: Path, *overrides: str) -> list[str]:
+    """The user's own on two ranks under the deepspeed launcher."""
+    program = str(Path(sys.executable).parent / "deepspeed")
+    return [program, "--num_gpus", "2", "--master_port", str(free_port()), *command(recipe, 1, *overrides)[1:]]
+
+
 def pretrain(recipe: Path, ranks: int, *overrides: str, **options: str) -> subprocess.CompletedProcess:
     return start(*command(recipe, ranks, *overrides, **options))
+
+
+def steps(run_dir: Path) -> int:
+    """Lines that a run has written so far."""
+    path = run_dir / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
 
 
 def losses(run_dir: Path) -> dict[int, float]:

@@ -8,14 +8,13 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import numpy as np
 import psutil
 import pytest
 import torch
-from line import ENVIRONMENT, IMAGES, command, free_port, losses, make_line, pretrain, start
+from line import ENVIRONMENT, IMAGES, by_deepspeed, command, losses, make_line, pretrain, start, steps
 from safetensors.torch import load_file
 
 from mapet_ds.checkpoint import newest
@@ -44,16 +43,9 @@ def straight(recipe):
     return recipe.parent / "straight"
 
 
-def steps(run_dir):
-    path = run_dir / "metrics.jsonl"
-    return path.read_text().count("\n") if path.exists() else 0
-
-
 def launch(recipe, run_dir, launcher, log):
-    words = command(recipe, 2, f"run_dir={run_dir}", *SETTINGS)
-    if launcher == "deepspeed":
-        program = os.path.join(os.path.dirname(sys.executable), "deepspeed")
-        words = [program, "--num_gpus", "2", "--master_port", str(free_port()), *words[words.index("mapet_ds/pretrain.py") :]]
+    more = [f"run_dir={run_dir}", *SETTINGS]
+    words = by_deepspeed(recipe, *more) if launcher == "deepspeed" else command(recipe, 2, *more)
     return subprocess.Popen(words, cwd=REPOSITORY, env=ENVIRONMENT, stdout=log, stderr=log)
 
 

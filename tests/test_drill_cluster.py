@@ -9,7 +9,7 @@ import time
 import cluster
 import psutil
 import pytest
-from line import command, free_port, losses, make_line, pretrain
+from line import command, free_port, losses, make_line, pretrain, steps
 
 from mapet_ds.checkpoint import newest
 from mapet_ds.config import REPOSITORY
@@ -63,11 +63,6 @@ def ranks(run_dir):
     """Processes of this run's ranks and launchers, and the ssh that lead to them."""
     found = [each for each in psutil.process_iter(["cmdline"]) if str(run_dir) in " ".join(each.info["cmdline"] or [])]
     return [each for each in found if each.pid != os.getpid()]
-
-
-def steps(run_dir):
-    path = run_dir / "metrics.jsonl"
-    return len(path.read_text().splitlines()) if path.exists() else 0
 
 
 def test_the_launchers_environment_file_reaches_every_host(by_hostfile, tmp_path):

@@ -1,17 +1,15 @@
 """Numbers that go wrong and ranks that hang: undone, passed over, named."""
 
 import json
-import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 
 import psutil
 import pytest
 import torch
-from line import ENVIRONMENT, command, free_port, make_line, pretrain, start
+from line import ENVIRONMENT, by_deepspeed, command, make_line, pretrain, start, steps
 from safetensors.torch import load_file
 
 from mapet_ds.checkpoint import newest
@@ -89,8 +87,8 @@ def test_a_jump_before_the_first_checkpoint_is_passed_over_by_the_next_start(rec
 def hang(words, run_dir, then=lambda process: None, rank="1"):
     """Start, wait for step 4, do `then` to a rank; gives the exit code, standard error and the ranks' process ids."""
     process = subprocess.Popen(words, cwd=REPOSITORY, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    metrics, deadline = run_dir / "metrics.jsonl", time.monotonic() + 200
-    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 4):
+    deadline = time.monotonic() + 200
+    while steps(run_dir) < 4:
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -110,10 +108,7 @@ def test_a_stopped_rank_is_named(recipe, launcher, rank):
     """Rank 0 keeps the store of a launch by deepspeed: its silence is the store's."""
     run_dir = recipe.parent / f"stopped_{launcher}{rank}"
     more = [f"run_dir={run_dir}", "train.hang_seconds=8", "train.epochs=50"]
-    words = command(recipe, 2, *more)
-    if launcher == "deepspeed":
-        program = os.path.join(os.path.dirname(sys.executable), "deepspeed")
-        words = [program, "--num_gpus", "2", "--master_port", str(free_port()), *command(recipe, 1, *more)[1:]]
+    words = by_deepspeed(recipe, *more) if launcher == "deepspeed" else command(recipe, 2, *more)
     stopped = []
 
     def stop(rank):

@@ -4,12 +4,11 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
 import torch
-from line import ENVIRONMENT, IMAGES, command, free_port, losses, make_line, pretrain, start
+from line import ENVIRONMENT, IMAGES, by_deepspeed, command, losses, make_line, pretrain, start
 from safetensors.torch import load_file
 
 from mapet_ds.config import REPOSITORY
@@ -25,8 +24,7 @@ def recipe(tmp_path_factory):
 def straight(recipe):
     """The uninterrupted run on two ranks, by the deepspeed launcher."""
     run_dir = recipe.parent / "straight"
-    deepspeed = [os.path.join(os.path.dirname(sys.executable), "deepspeed"), "--num_gpus", "2", "--master_port", str(free_port())]
-    done = start(*deepspeed, *command(recipe, 1, f"run_dir={run_dir}")[1:])
+    done = start(*by_deepspeed(recipe, f"run_dir={run_dir}"))
     assert done.returncode == 0, done.stderr[-3000:]
     return run_dir
 
