@@ -8,8 +8,11 @@ RUN ?= runs/demo
 OBJECTIVE ?= mapet
 export OMP_NUM_THREADS ?= 1
 
-demo: .venv/installed
+demo: objective .venv/installed
 	.venv/bin/python tools/demo.py $(RUN) $(OBJECTIVE)
+
+objective:
+	@test -f mapet_ds/objectives/$(OBJECTIVE).py || { echo "OBJECTIVE=$(OBJECTIVE) is none of mapet beit mvp saim conmim."; exit 2; }
 
 test: .venv/installed
 	.venv/bin/python -m pytest --numprocesses 2 --dist loadfile
@@ -26,4 +29,4 @@ drill: .venv/installed
 clean:
 	rm -rf .venv runs/demo
 
-.PHONY: demo test drill clean
+.PHONY: demo objective test drill clean

@@ -8,13 +8,60 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import importlib.util
 import json
 import os
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from mapet_ds.config import Config, ConfigError, ObjectiveConfig, Rules, teacher_grid, teacher_model_config
+import psutil
+
+from mapet_ds.config import Config, ConfigError, ObjectiveConfig, Rules, TeacherConfig
 from mapet_ds.recipe import load_config
+
+
+def teacher_model_config(name: str) -> dict[str, Any]:
+    """open_clip's own description of a model, read from its JSON without importing it.
+
+    Raises:
+        ConfigError: no such model, or no open_clip_config.json in the folder.
+    """
+    if name.startswith("local-dir:"):
+        path = Path(name.removeprefix("local-dir:")) / "open_clip_config.json"
+        if not path.is_file():
+            raise ConfigError(f"teacher.name = {name}: there is no {path}. tools/make_demo.py writes such a folder.")
+        try:
+            model = json.loads(path.read_text())["model_cfg"]
+            return {**model, "vision_cfg": dict(model["vision_cfg"])}
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{path} does not describe an open_clip model: {type(error).__name__} {error}.") from error
+    folder = Path(importlib.util.find_spec("open_clip").submodule_search_locations[0]) / "model_configs"
+    path = folder / f"{name}.json"
+    if not path.is_file():
+        close = difflib.get_close_matches(name, [p.stem for p in folder.glob("*.json")], n=3)
+        raise ConfigError(f"teacher.name = {name} is not an open_clip model; close: {', '.join(close) or 'none'}.")
+    return json.loads(path.read_text())
+
+
+def teacher_layers(teacher: TeacherConfig) -> int | None:
+    """How many layers teacher.layer chooses from; None where only building the tower can tell."""
+    layers = teacher_model_config(teacher.name)["vision_cfg"].get("layers", 12)
+    if teacher_model_config(teacher.name)["vision_cfg"].get("timm_model_name"):
+        return None
+    return 5 if isinstance(layers, list) else layers  # a ModifiedResNet: stem, layer1 .. layer4
+
+
+def teacher_grid(teacher: TeacherConfig) -> int | None:
+    """Patches along one side of the teacher's feature map; None where only building it can tell."""
+    vision = teacher_model_config(teacher.name)["vision_cfg"]
+    if isinstance(vision.get("layers"), list):  # ModifiedResNet: stem 4, then 1, 2, 4, 8
+        stage = teacher.layer % 5  # stem, layer1 .. layer4
+        return teacher.img_size // (4 * 2 ** max(stage - 1, 0))
+    if patch := vision.get("patch_size"):
+        return teacher.img_size // patch
+    match = re.search(r"patch(\d+)", vision.get("timm_model_name") or "")
+    return teacher.img_size // int(match[1]) if match else None
 
 
 def _input_rules(config: Config) -> Rules:
@@ -55,24 +102,28 @@ def _input_rules(config: Config) -> Rules:
 
 
 def _teacher_rules(config: Config) -> Rules:
-    grid, vision = teacher_grid(config.teacher), teacher_model_config(config.teacher.name)["vision_cfg"]
+    teacher, grid, layers = config.teacher, teacher_grid(config.teacher), teacher_layers(config.teacher)
+    vision = teacher_model_config(teacher.name)["vision_cfg"]
     plain = not isinstance(vision.get("layers"), list) and not vision.get("timm_model_name")
+    known_layer = layers is None or -layers <= teacher.layer < layers
+    per_patch = teacher.img_size // max(grid or 1, 1)
     return [
         (
-            config.teacher.features != "tokens" and not plain,
-            f"teacher.features = {config.teacher.features}, but {config.teacher.name} is not open_clip's own ViT: no ln_post.",
+            teacher.features != "tokens" and not plain,
+            f"teacher.features = {teacher.features}, but {teacher.name} is not open_clip's own ViT: no ln_post.",
         ),
+        (not known_layer, f"teacher.layer = {teacher.layer}, but {teacher.name} has {layers} layers, 0 (first) to -1 (last)."),
         (
-            grid not in (None, config.grid),
-            f"The teacher's grid is {grid} x {grid} (teacher.img_size = {config.teacher.img_size}, {config.teacher.name}) "
-            f"but the student's is {config.grid} x {config.grid}: each patch needs one target. Change teacher.img_size "
-            f"to {config.teacher.img_size * config.grid // max(grid or 1, 1)}, or the student's size.",
+            known_layer and grid not in (None, config.grid) and config.model.img_size % config.model.patch_size == 0,
+            f"The teacher's grid is {grid} x {grid} (teacher.img_size = {teacher.img_size}, layer {teacher.layer} of "
+            f"{teacher.name}) but the student's is {config.grid} x {config.grid}: each patch needs one target. Set "
+            f"teacher.img_size={per_patch * config.grid}, or change the layer or the student's size.",
         ),
     ]
 
 
 def _run_rules(config: Config, world_size: int) -> Rules:
-    train, optim = config.train, config.optim
+    train, optim, data = config.train, config.optim, config.data.train
     per_step = train.micro_batch_size * world_size
     return [
         (
@@ -99,6 +150,11 @@ def _run_rules(config: Config, world_size: int) -> Rules:
             f"checkpoint.every_steps = {config.checkpoint.every_steps} is not a multiple of log.every_steps = "
             f"{config.log.every_steps}: a checkpoint would hold steps whose loss nobody has judged yet. Change one of the two, or "
             "set train.spike_factor=null.",
+        ),
+        (
+            bool(data) and Path(os.path.abspath(config.run_dir)).is_relative_to(os.path.abspath(data)),
+            f"run_dir = {config.run_dir} lies inside data.train = {data}: what a run writes would lie among the images. Name a "
+            "folder outside.",
         ),
         (optim.min_lr > optim.lr, f"optim.min_lr = {optim.min_lr} is above optim.lr = {optim.lr}."),
     ]
@@ -130,6 +186,63 @@ def check(config: Config, world_size: int) -> None:
         raise ConfigError(f"objective = {config.objective} is not known; there are: {', '.join(objectives)}.")
     teacher = _teacher_rules(config) if config.method.uses_teacher(config) else []
     _refuse(_input_rules(config) + teacher + _run_rules(config, world_size) + config.method.rules(config))
+
+
+def check_files(config: Config) -> None:
+    """Refuse a run whose codebook or folder can't be used, as far as a look at the paths tells. Every rank may call it.
+
+    Raises:
+        ConfigError: no file at tokenizer.path; run_dir can't be made or written.
+    """
+    tokenizer, folder = config.tokenizer, Path(os.path.abspath(config.run_dir))
+    writes = {"kclip": "tools/fit_codebook.py writes it", "vqkd": "BEiT v2 publishes it"}.get(tokenizer.name)
+    if config.method.predicts_ids and writes and not Path(tokenizer.path).is_file():
+        found = "is empty" if not tokenizer.path else f"= {tokenizer.path} is not a file"
+        raise ConfigError(f"tokenizer.path {found}: name the file that the {tokenizer.name} tokenizer reads; {writes}.")
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        why = "may not be written" if there.is_dir() else "is not a folder"
+        raise ConfigError(f"run_dir = {config.run_dir} can't be used: {there} {why}.")
+
+
+DEEPSPEED = {"deepspeed", "ds", "deepspeed.launcher.launch", "deepspeed.launcher.runner"}
+
+
+def command_line(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:  # another user's, or it has just ended
+        return []
+
+
+def ancestors() -> list[list[str]]:
+    """The command lines of the processes above this one."""
+    return [command_line(process) for process in psutil.Process().parents()]
+
+
+def runs_one_of(words: list[str], programs: set[str]) -> bool:
+    return any(Path(word).name in programs for word in words)
+
+
+def check_hostfile(command_lines: list[list[str]]) -> None:
+    """Refuse a launch whose hostfile is missing: DeepSpeed 0.19.8 only warns and trains on the local node alone.
+
+    command_lines: those of this process's ancestors; only deepspeed's are looked at (mpirun's -H lists hosts).
+
+    Raises:
+        ConfigError: a `--hostfile` or `-H` of deepspeed names a file that is not there.
+    """
+    for words in (words for words in command_lines if runs_one_of(words, DEEPSPEED)):
+        for i, word in enumerate(words):
+            name, equals, value = word.partition("=")
+            if name not in ("--hostfile", "-H"):
+                continue
+            path = value if equals else words[i + 1] if i + 1 < len(words) else ""
+            if not Path(path).is_file():
+                raise ConfigError(
+                    f"The hostfile {path or '(no name)'} does not exist, and DeepSpeed would train on this host alone. "
+                    "Write it (one line a host: NAME slots=GPUS), or leave --hostfile out to use one host."
+                )
 
 
 ENGINE_KEYS = {
@@ -183,8 +296,16 @@ def parse_command_line(argv: list[str], description: str) -> tuple[Config, dict[
     parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="settings that replace the recipe's")
     arguments = parser.parse_intermixed_args(argv)
     try:
+        check_hostfile(ancestors())
         config = load_config(arguments.config, arguments.overrides)
         check(config, int(os.environ.get("WORLD_SIZE", "1")))
-        return config, load_deepspeed_config(arguments.deepspeed_config)
+        engine_config = load_deepspeed_config(arguments.deepspeed_config)
+        check_files(config)
+        return config, engine_config
     except ConfigError as error:
-        parser.exit(2, f"{error}\n")
+        refuse(parser, error)
+
+
+def refuse(parser: argparse.ArgumentParser, error: ConfigError) -> NoReturn:
+    """End the program with code 2 and the sentence, which one rank of each host says."""
+    parser.exit(2, f"{error}\n" if os.environ.get("LOCAL_RANK", "0") == "0" else None)

@@ -7,11 +7,8 @@ Imports neither torch nor open_clip, so that a mistake in a recipe is answered i
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import importlib.util
 import json
 import math
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -100,7 +97,7 @@ class DataConfig:
     prefetch: Positive = 2
     """Micro-batches prepared ahead."""
     max_bad_share: Share = 0.01
-    """The run stops when more than this share of the data set is unreadable."""
+    """The run stops when more than this share of the data set, rounded up to whole images, is unreadable."""
 
 
 @knobs
@@ -358,41 +355,6 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dictionaries, as they are written to the run folder."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
-
-
-def teacher_model_config(name: str) -> dict[str, Any]:
-    """open_clip's own description of a model, read from its JSON without importing it.
-
-    Raises:
-        ConfigError: no such model, or no open_clip_config.json in the folder.
-    """
-    if name.startswith("local-dir:"):
-        path = Path(name.removeprefix("local-dir:")) / "open_clip_config.json"
-        if not path.is_file():
-            raise ConfigError(f"teacher.name = {name}: there is no {path}. tools/make_demo.py writes such a folder.")
-        try:
-            model = json.loads(path.read_text())["model_cfg"]
-            return {**model, "vision_cfg": dict(model["vision_cfg"])}
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{path} does not describe an open_clip model: {type(error).__name__} {error}.") from error
-    folder = Path(importlib.util.find_spec("open_clip").submodule_search_locations[0]) / "model_configs"
-    path = folder / f"{name}.json"
-    if not path.is_file():
-        close = difflib.get_close_matches(name, [p.stem for p in folder.glob("*.json")], n=3)
-        raise ConfigError(f"teacher.name = {name} is not an open_clip model; close: {', '.join(close) or 'none'}.")
-    return json.loads(path.read_text())
-
-
-def teacher_grid(teacher: TeacherConfig) -> int | None:
-    """Patches along one side of the teacher's feature map; None where only building it can tell."""
-    vision = teacher_model_config(teacher.name)["vision_cfg"]
-    if isinstance(vision.get("layers"), list):  # ModifiedResNet: stem 4, then 1, 2, 4, 8
-        stage = teacher.layer % 5  # stem, layer1 .. layer4
-        return teacher.img_size // (4 * 2 ** max(stage - 1, 0))
-    if patch := vision.get("patch_size"):
-        return teacher.img_size // patch
-    match = re.search(r"patch(\d+)", vision.get("timm_model_name") or "")
-    return teacher.img_size // int(match[1]) if match else None
 
 
 def total_steps(config: Config, num_samples: int) -> int:

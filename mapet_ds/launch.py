@@ -18,10 +18,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
+from mapet_ds.checks import DEEPSPEED, command_line, runs_one_of
 from mapet_ds.config import ConfigError
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-DEEPSPEED = {"deepspeed", "ds", "deepspeed.launcher.launch", "deepspeed.launcher.runner"}
 TORCHRUN = {"torchrun", "torch.distributed.run"}
 STEP_TIMEOUT = timedelta(minutes=30)
 CONTROL_TIMEOUT = timedelta(hours=6)  # ranks wait here while the first one lists a large data set; a dead one is seen at once
@@ -38,41 +38,9 @@ class Ranks(NamedTuple):
     """A gloo process group for messages between hosts that must not touch a GPU."""
 
 
-def _command_line(process: psutil.Process) -> list[str]:
-    try:
-        return process.cmdline()
-    except psutil.Error:  # another user's, or it has just ended
-        return []
-
-
-def _names(words: list[str], programs: set[str]) -> bool:
-    return any(Path(word).name in programs for word in words)
-
-
 def use_gpu() -> bool:
     """Whether this process trains on a GPU: where torch sees one, unless DS_ACCELERATOR=cpu, which DeepSpeed obeys too."""
     return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
-
-
-def check_hostfile(command_lines: list[list[str]]) -> None:
-    """Refuse a launch whose hostfile is missing: DeepSpeed 0.19.8 only warns and trains on the local node alone.
-
-    command_lines: those of this process's ancestors; only deepspeed's are looked at (mpirun's -H lists hosts).
-
-    Raises:
-        ConfigError: a `--hostfile` or `-H` of deepspeed names a file that is not there.
-    """
-    for words in (words for words in command_lines if _names(words, DEEPSPEED)):
-        for i, word in enumerate(words):
-            name, equals, value = word.partition("=")
-            if name not in ("--hostfile", "-H"):
-                continue
-            path = value if equals else words[i + 1] if i + 1 < len(words) else ""
-            if not Path(path).is_file():
-                raise ConfigError(
-                    f"The hostfile {path or '(no name)'} does not exist, and DeepSpeed would train on this host alone. "
-                    "Write it (one line a host: NAME slots=GPUS), or leave --hostfile out to use one host."
-                )
 
 
 def _meet(world_size: int, seconds: float) -> dist.Store:
@@ -98,10 +66,9 @@ def init_distributed(join_seconds: float = 600) -> Ranks:
     join_seconds: how long it waits for the others.
 
     Raises:
-        ConfigError: the hostfile is missing, the launcher's variables are incomplete, ranks don't come, or there are
+        ConfigError: the launcher's variables are incomplete, ranks don't come, or there are
             more of them on this host than GPUs.
     """
-    check_hostfile([_command_line(process) for process in psutil.Process().parents()])
     single = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     if os.environ.get("WORLD_SIZE", "1") == "1":
         for name, value in single.items():
@@ -131,7 +98,7 @@ def init_distributed(join_seconds: float = 600) -> Ranks:
 
 def launchers() -> list[psutil.Process]:
     """The ancestors that started this rank: torchrun, or deepspeed's runner and the launch under it; none for plain python."""
-    return list(takewhile(lambda p: _names(_command_line(p), DEEPSPEED | TORCHRUN), psutil.Process().parents()))
+    return list(takewhile(lambda p: runs_one_of(command_line(p), DEEPSPEED | TORCHRUN), psutil.Process().parents()))
 
 
 def has_ended(process: psutil.Process) -> bool:

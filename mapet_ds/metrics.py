@@ -84,7 +84,7 @@ class _Report:
         self.bar.update(record["step"] - self.bar.n)
         loss = f"loss {record['loss']:.4f}, " if "loss" in record else ""
         self.bar.set_postfix_str(
-            f"epoch {record['epoch']:.2f}/{epochs:g}, {loss}{record['images_per_second']:.1f} img/s, "
+            f"epoch {min(record['epoch'], epochs):.2f}/{epochs:g}, {loss}{record['images_per_second']:.1f} img/s, "
             f"data wait {record['data_wait_percent']:.0f} %"
         )
 

@@ -16,7 +16,13 @@ from mapet_ds.config import Config, ConfigError
 
 
 class RecipeLoader(yaml.SafeLoader):
-    """YAML 1.2 numbers: PyYAML alone reads 1e-3 as a string."""
+    """YAML 1.2 numbers and single keys: PyYAML alone reads 1e-3 as a string, and takes the last of two equal keys."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {twice[0]} is there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 RecipeLoader.add_implicit_resolver(
@@ -47,6 +53,15 @@ def _read_recipe(path: Path) -> dict[str, Any]:
     return recipe
 
 
+def _put(values: dict[str, Any], leaf: str, value: Any) -> None:
+    """Set one value; a mapping adds its keys to those that are there."""
+    if isinstance(value, dict) and isinstance(values.get(leaf), dict):
+        for key, inner in value.items():
+            _put(values[leaf], key, inner)
+    else:
+        values[leaf] = value
+
+
 def _apply_override(values: dict[str, Any], override: str) -> str:
     key, equals, text = override.partition("=")
     if not equals or not all(part.isidentifier() for part in key.split(".")):
@@ -56,7 +71,7 @@ def _apply_override(values: dict[str, Any], override: str) -> str:
         if not isinstance(values.setdefault(parent, {}), dict):
             raise ConfigError(f"'{override}': {parent} is a single value and has no keys of its own.")
         values = values[parent]
-    values[leaf] = _parse_yaml(text, f"The value of '{override}'")
+    _put(values, leaf, _parse_yaml(text, f"The value of '{override}'") if text else "")
     return key
 
 
@@ -73,13 +88,17 @@ def known_keys(cls: type = Config, prefix: str = "") -> list[str]:
 
 def _sentence(error: Any, recipe: str, overridden: set[str]) -> str:
     key = ".".join(str(part) for part in error["loc"])
-    source = "the command line" if any(k == key or key.startswith(k + ".") for k in overridden) else recipe
+    of_command = any(f"{key}.".startswith(f"{k}.") or k.startswith(f"{key}.") for k in overridden)
+    source = "the command line" if of_command else recipe
     value = json.dumps(error["input"], default=str)
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         close = difflib.get_close_matches(key, known_keys(), n=1)
         hint = f"; did you mean {close[0]}?" if close else ". mapet_ds/config.py lists the knobs."
         return f"{key} = {value} (from {source}) is not a knob{hint}"
-    return f"{key} = {value} (from {source}): {error['msg'][0].lower()}{error['msg'][1:]}."
+    if error["type"] == "missing":
+        return f"{key.rpartition('.')[0]} = {value} (from {source}) has too few values."
+    says = error["msg"].replace("a valid array", "a list, e.g. [1, 2]").replace("an object", "a mapping of keys to values")
+    return f"{key} = {value} (from {source}): {says[0].lower()}{says[1:]}."
 
 
 def load_config(recipe: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:

@@ -32,11 +32,12 @@ from mapet_ds.engine import (
     set_learning_rate,
     student_weights,
 )
-from mapet_ds.index import DataError
+from mapet_ds.index import DataError, Index
 from mapet_ds.launch import Ranks, StopRequest
 from mapet_ds.metrics import Metrics
 from mapet_ds.objectives import Loss, build_objective
 from mapet_ds.optim import learning_rate
+from mapet_ds.samples import allowed_bad, too_many_bad
 from mapet_ds.spikes import Rollback, SpikeGuard
 from mapet_ds.targets import build_target
 from mapet_ds.vit import compile_blocks
@@ -80,7 +81,7 @@ class Run:
         if ranks.rank == 0:  # after a refusal could have come: another run's folder stays as it was
             (self.folder / "DONE").unlink(missing_ok=True)
             write_record(config, engine_config, self.folder)
-        self.quarantine = Quarantine(self.folder / "quarantine.tsv", self.index, config.data.max_bad_share)
+        self.quarantine = Quarantine(config, self.index)
         self._open_at_step()
 
     def _open_at_step(self) -> None:
@@ -120,7 +121,8 @@ class Run:
         if state := found.load("target"):
             self.target.load_state_dict(state)
         if self.ranks.rank == 0:
-            print(f"Continuing {self.folder} at step {self.step} of {self.total_steps}.", flush=True)
+            says = "Continuing" if self.step < self.total_steps else "Nothing is left to do in"
+            print(f"{says} {self.folder} at step {self.step} of {self.total_steps}.", flush=True)
 
     def train(self) -> None:
         """Train to the last step, or until asked to stop; save either way.
@@ -145,8 +147,16 @@ class Run:
         self.watchdog.close()
         if self.saved != self.step:
             raise DataError(f"The last checkpoint, of step {self.step}, could not be written: make room in {self.folder}.")
-        if self.step == self.total_steps and self.ranks.rank == 0:
-            (self.folder / "DONE").write_text(f"{self.step} steps\n")
+        if self.ranks.rank == 0:
+            self._say_farewell()
+
+    def _say_farewell(self) -> None:
+        if self.step < self.total_steps:
+            says = f"Stopped and saved at step {self.step} of {self.total_steps}"
+            print(f"{says}: the same command continues {self.folder}.", flush=True)
+            return
+        (self.folder / "DONE").write_text(f"{self.step} steps\n")
+        print(f"Done: {self.step} steps in {self.folder}. To timm: python tools/export_timm.py {self.folder} OUT", flush=True)
 
     def _train_step(self) -> None:
         """One update: accumulate over micro-batches, clip, AdamW. A step with a non-finite gradient changes nothing."""
@@ -261,8 +271,9 @@ class Quarantine:
     Its first line is the index's fingerprint: a list of another data set is not believed.
     """
 
-    def __init__(self, path: Path, index: Any, max_bad_share: float) -> None:
-        self.path, self.index, self.limit = path, index, max_bad_share * len(index)
+    def __init__(self, config: Config, index: Index) -> None:
+        self.config, self.index = config, index
+        self.path = path = Path(config.run_dir) / "quarantine.tsv"
         head, *lines = path.read_text(errors="replace").split("\n")[:-1] or [""] if path.exists() else [""]
         self.lines = lines if head == self._head else []
         self.known = {int(line.split("\t")[0]) for line in self.lines}
@@ -293,12 +304,9 @@ class Quarantine:
             except OSError as error:
                 self.written = 0
                 print(f"NOT WRITTEN yet, {self.path}: {error}.", file=sys.stderr, flush=True)
-        if len(self.known) > self.limit:
-            raise DataError(
-                f"{len(self.known)} of {len(self.index)} images are unreadable, more than data.max_bad_share allows "
-                f"({self.limit:.0f}). {self.path} lists them. Raise data.max_bad_share; or mend the data, delete that list and "
-                f"{self.path.parent / 'index'}, and start in a new run_dir."
-            )
+            print(f"Unreadable and replaced: {len(new)} more, {len(self.known)} in all, listed in {self.path}.", flush=True)
+        if len(self.known) > allowed_bad(self.config, self.index):
+            raise too_many_bad(self.config, self.index, sorted(self.known))
 
 
 def versions() -> dict[str, str]:

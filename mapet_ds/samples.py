@@ -220,15 +220,16 @@ class SampleSource:
 
 
 def allowed_bad(config: Config, index: Index) -> int:
-    """Unreadable images that the run puts up with."""
-    return int(config.data.max_bad_share * len(index))
+    """Unreadable images that the run puts up with: data.max_bad_share of them, rounded up, but never all."""
+    return min(math.ceil(config.data.max_bad_share * len(index)), len(index) - 1)
 
 
 def too_many_bad(config: Config, index: Index, bad: Collection[int]) -> DataError:
     """The sentence with which a run stops when more than that are unreadable."""
     bad = list(dict.fromkeys(bad))
-    some = ", ".join(index.path(i) for i in bad[:3])
+    some, allowed = ", ".join(index.path(i) for i in bad[:3]), allowed_bad(config, index)
     return DataError(
-        f"At least {len(bad)} of {len(index)} images are unreadable, more than data.max_bad_share = "
-        f"{config.data.max_bad_share} allows; among them {some}. tools/check_images.py lists them all."
+        f"Unreadable images: at least {len(bad)} of {len(index)}, more than the {allowed} that data.max_bad_share "
+        f"= {config.data.max_bad_share} allows; among them {some}. tools/check_images.py lists them all. Raise the share; or mend "
+        "the data, and start in a new run_dir."
     )

@@ -32,7 +32,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from mapet_ds.config import ConfigError, TeacherConfig, Triple, teacher_model_config
+from mapet_ds.checks import teacher_model_config
+from mapet_ds.config import ConfigError, TeacherConfig, Triple
 from mapet_ds.launch import CONTROL_TIMEOUT
 
 log = logging.getLogger(__name__)

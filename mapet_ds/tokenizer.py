@@ -138,10 +138,11 @@ class Codebook:
         for key, value in wanted.items():
             found = self.provenance.get(key, "not recorded")
             if found != str(value):
+                names = self.provenance.get("teacher.name"), identity["name"]
+                then, here = (f" (teacher {name})" if key.startswith("teacher.") else "" for name in names)
                 raise ConfigError(
-                    f"The codebook was fitted with {key} = {found[:12]} (teacher {self.provenance.get('teacher.name')}), but "
-                    f"this run has {str(value)[:12]} (teacher {identity['name']}). Fit one with tools/fit_codebook.py and this "
-                    "recipe, or change the recipe."
+                    f"The codebook was fitted with {key} = {found[:24]}{then}, but this run has {str(value)[:24]}{here}. "
+                    "Fit one with tools/fit_codebook.py and this recipe, or change the recipe."
                 )
 
     def save(self, path: str | Path) -> None:
@@ -188,8 +189,6 @@ class KClip:
     """
 
     def __init__(self, config: Config, device: torch.device) -> None:
-        if not config.tokenizer.path:
-            raise ConfigError("tokenizer.path is empty: make a codebook with tools/fit_codebook.py and name it here.")
         self.codebook = Codebook.load(config.tokenizer.path)
         self.teacher = build_teacher(config.teacher, device)
         self.teacher.check_grid(config.grid)

@@ -5,6 +5,7 @@ Parameter names, initialisation and position resampling stay timm's; only the at
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
@@ -127,12 +128,19 @@ def build_vit(config: ModelConfig) -> VisionTransformer:
             block_fn=StreamBlock,
             **config.args,
         )
-    except (RuntimeError, TypeError) as error:
-        raise ConfigError(f"timm can't build model.name = {config.name} with model.args = {config.args}: {error}") from error
-    if type(vit) is not VisionTransformer or not vit.has_class_token or vit.pos_embed is None:
+    except RuntimeError as error:  # timm's own: no such model
+        close = difflib.get_close_matches(config.name, timm.list_models("vit_*"), n=3)
+        raise ConfigError(f"model.name = {config.name}: {error}; close: {', '.join(close) or 'none'}.") from error
+    except (TypeError, ValueError, AssertionError, AttributeError, ZeroDivisionError) as error:
+        # timm checks what it is given here and there: an assertion, a division, an attribute that isn't there
         raise ConfigError(
-            f"model.name = {config.name} is not a plain timm ViT with a class token and a learned position table; "
-            "take one such as vit_small_patch16_224, vit_base_patch16_224, vit_large_patch16_224."
+            f"timm can't build model.name = {config.name} with model.args = {config.args}: {type(error).__name__} {error}"
+        ) from error
+    plain = type(vit) is VisionTransformer and vit.has_class_token and vit.pos_embed is not None
+    if not plain or not len(vit.blocks):
+        raise ConfigError(
+            f"model.name = {config.name} with model.args = {config.args} is not a plain timm ViT with a class token, a learned "
+            "position table and blocks; take one such as vit_small_patch16_224, vit_base_patch16_224, vit_large_patch16_224."
         )
     return vit
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -12,8 +13,8 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mapet_ds.checks import check, check_inputs, load_deepspeed_config
-from mapet_ds.config import REPOSITORY, Config, ConfigError, teacher_grid, total_steps
+from mapet_ds.checks import check, check_files, check_inputs, load_deepspeed_config, teacher_grid
+from mapet_ds.config import REPOSITORY, Config, ConfigError, total_steps
 from mapet_ds.recipe import known_keys, load_config
 
 RECIPES = sorted((REPOSITORY / "mapet_ds/recipes").glob("*.yaml"))
@@ -22,7 +23,8 @@ RECIPES = sorted((REPOSITORY / "mapet_ds/recipes").glob("*.yaml"))
 @pytest.fixture
 def recipe(tmp_path):
     path = tmp_path / "recipe.yaml"
-    path.write_text(f"data: {{train: {tmp_path}}}\nrun_dir: {tmp_path}/run\n")
+    (tmp_path / "images").mkdir()
+    path.write_text(f"data: {{train: {tmp_path}/images}}\nrun_dir: {tmp_path}/run\n")
     return path
 
 
@@ -31,11 +33,13 @@ RECIPES_BY_NAME = {path.stem: path for path in RECIPES}
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_shipped_recipe_is_complete(path, tmp_path):
-    config = load_config(path, [f"data.train={tmp_path}", f"run_dir={tmp_path}/run"])
+    (tmp_path / "images").mkdir()
+    folders = [f"data.train={tmp_path}/images", f"run_dir={tmp_path}/run"]
+    config = load_config(path, folders)
     if config.teacher.name.startswith("local-dir:"):
         grid = {"model_cfg": {"vision_cfg": {"patch_size": config.teacher.img_size // config.grid}}}
         (tmp_path / "open_clip_config.json").write_text(json.dumps(grid))
-        config = load_config(path, [f"data.train={tmp_path}", f"run_dir={tmp_path}/run", f"teacher.name=local-dir:{tmp_path}"])
+        config = load_config(path, [*folders, f"teacher.name=local-dir:{tmp_path}"])
     check(config, world_size=2)
     head = path.read_text().split("objective:")[0]
     assert "pretrain.py --config mapet_ds/recipes/" + path.name in head.replace("\\\n", ""), "its command stands at its head"
@@ -72,7 +76,7 @@ def test_each_objective_knows_its_contradictions(overrides, says, tmp_path):
 
 
 def test_objectives_without_a_teacher_do_not_mind_its_grid(tmp_path):
-    given = [f"data.train={tmp_path}", f"run_dir={tmp_path}", "teacher.img_size=224"]
+    given = [f"data.train={tmp_path}", f"run_dir={tmp_path}-run", "teacher.img_size=224"]
     for objective in ("saim", "conmim"):
         check(load_config(RECIPES_BY_NAME["mapet_vitb16"], [*given, f"objective={objective}"]), 1)
     check(load_config(RECIPES_BY_NAME["mapet_vitb16"], [*given, "tokenizer.name=vqkd"]), 1)
@@ -89,7 +93,7 @@ def test_objectives_without_a_teacher_do_not_mind_its_grid(tmp_path):
         ("train.micro_batch_size=1.5", "train.micro_batch_size = 1.5"),
         ("train.global_batch_size=100", "100 is not a multiple of train.micro_batch_size 128 x 2 ranks"),
         ("train.world_size=64", "launcher started 2 ranks"),
-        ("teacher.img_size=224", "7 x 7 .* 14 x 14: each patch needs one target. Change teacher.img_size to 448"),
+        ("teacher.img_size=224", "7 x 7 .* 14 x 14: each patch needs one target. Set teacher.img_size=448"),
         ("teacher.name=RN50x65", "RN50x64"),
         ("teacher.name=local-dir:/nowhere", "/nowhere"),
         ("model.img_size=225", "225 is not a multiple"),
@@ -107,6 +111,12 @@ def test_objectives_without_a_teacher_do_not_mind_its_grid(tmp_path):
         ("model.name.x=3", "single value|model.name"),
         ("lr", "a.b=value"),
         ("optim.lr=[", "not valid YAML"),
+        ("optm.lr=1", "optm = .* .from the command line. is not a knob; did you mean optim"),
+        ("data.mean=3", r"data.mean = 3 .*a list, e.g. \[1, 2\]"),
+        ("data.crop_scale=[1]", r"data.crop_scale = \[1\] .from the command line. has too few values"),
+        ("optim=3", "a mapping of keys to values"),
+        ("teacher.layer=9", "RN50x64 has 5 layers, 0 .first. to -1 .last."),
+        ("tokenizer={vocab_size: 0}", "tokenizer.vocab_size = 0 .from the command line"),
     ],
 )
 def test_mistakes_are_sentences(recipe, override, says):
@@ -118,6 +128,52 @@ def test_a_mistake_in_the_file_names_the_file(recipe):
     recipe.write_text(recipe.read_text() + "optim: {lrr: 1}\n")
     with pytest.raises(ConfigError, match=f"optim.lrr = 1 .from {recipe}.*did you mean optim.lr"):
         load_config(recipe)
+
+
+def test_a_size_that_fits_no_patch_is_the_only_complaint(recipe):
+    with pytest.raises(ConfigError) as caught:
+        check(load_config(recipe, ["model.img_size=60"]), 1)
+    assert str(caught.value) == "model.img_size = 60 is not a multiple of model.patch_size = 16."
+
+
+def test_a_mapping_on_the_command_line_adds_its_keys(recipe):
+    recipe.write_text(recipe.read_text() + "model: {name: vit_small_patch16_224, args: {depth: 3, qkv_bias: false}}\n")
+    config = load_config(recipe, ["model={args: {depth: 4}, img_size: 32}", "model.args={num_heads: 2}"])
+    assert config.model.args == {"depth": 4, "qkv_bias": False, "num_heads": 2}
+    assert (config.model.name, config.model.img_size) == ("vit_small_patch16_224", 32)
+
+
+def test_a_key_given_twice_is_refused(recipe):
+    recipe.write_text(recipe.read_text() + "optim: {lr: 1.0e-3, lr: 2.0e-3}\n")
+    with pytest.raises(ConfigError, match="the key lr is there twice"):
+        load_config(recipe)
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("tokenizer.path=", "tokenizer.path is empty: .* the kclip tokenizer reads; tools/fit_codebook.py writes it"),
+        ("tokenizer.path={}", "tokenizer.path = .* is not a file"),
+        ("run_dir={}/a_file/run", "run_dir = .* can't be used: .*a_file is not a folder"),
+        ("run_dir={}/images/run", "run_dir = .* lies inside data.train"),
+    ],
+)
+def test_paths_are_looked_at_before_anything_starts(recipe, tmp_path, override, says):
+    (tmp_path / "a_file").touch()
+    config = load_config(recipe, [f"tokenizer.path={tmp_path}/a_file", override.format(tmp_path)])
+    with pytest.raises(ConfigError, match=says):
+        check(config, 1)
+        check_files(config)
+    check_files(load_config(recipe, [f"tokenizer.path={tmp_path}/a_file"]))
+    check_files(load_config(recipe, ["objective=conmim"]))  # needs no tokens
+
+
+def test_a_mistake_is_said_once_a_host(recipe):
+    command = [sys.executable, "mapet_ds/pretrain.py", "--config", str(recipe), "--deepspeed_config", "ds_configs/zero2_cpu.json"]
+    for rank, lines in (("0", 1), ("1", 0)):
+        environment = {**os.environ, "LOCAL_RANK": rank}
+        done = subprocess.run([*command, "seed=-1"], cwd=REPOSITORY, capture_output=True, text=True, env=environment)
+        assert (done.returncode, done.stderr.count("\n")) == (2, lines)
 
 
 @pytest.mark.parametrize("text", ["- 1\n- 2\n", "a: [", "!!python/object/apply:os.system ['touch pwned']"])

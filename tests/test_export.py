@@ -181,9 +181,15 @@ def test_the_command(tmp_path):
 
 
 def test_the_command_says_what_is_wrong(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", [str(TOOL), str(tmp_path / "nowhere"), str(tmp_path / "out")])
-    with pytest.raises(SystemExit) as exit:
-        runpy.run_path(str(TOOL), run_name="__main__")  # in this process, without seconds of imports
-    assert exit.value.code == 2
-    message = capsys.readouterr().err
-    assert len(message.splitlines()) == 1 and "nothing to export" in message
+    write_checkpoint(tmp_path / "run", MODELS["patch4"])
+    (tmp_path / "a_file").touch()
+    for run, out, says in (
+        ("nowhere", "out", "nothing to export"), ("run", "a_file", "a_file can't be written"),
+        ("run", "a_file/out", "can't be written"),
+    ):  # fmt: skip
+        monkeypatch.setattr(sys, "argv", [str(TOOL), str(tmp_path / run), str(tmp_path / out)])
+        with pytest.raises(SystemExit) as exit:
+            runpy.run_path(str(TOOL), run_name="__main__")  # in this process, without seconds of imports
+        assert exit.value.code == 2
+        message = capsys.readouterr().err
+        assert len(message.splitlines()) == 1 and says in message

@@ -107,6 +107,7 @@ def test_a_codebook_is_not_replaced_unasked(recipe, alone):
     ("arguments", "sentence"),
     [
         ([], "tokenizer.path is empty: name the file to write"),
+        (["tokenizer.path=/tmp", "--overwrite"], "tokenizer.path = /tmp is a folder"),
         (["tokenizer.path=x", "tokenizer.vocabsize=5"], "is not a knob; did you mean tokenizer.vocab_size?"),
         (["tokenizer.path=x", "data.train=/nowhere"], "data.train = /nowhere is not a folder"),
         (["tokenizer.path=x", "teacher.img_size=128"], "The teacher's grid is 8 x 8"),

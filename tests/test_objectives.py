@@ -20,6 +20,7 @@ from mapet_ds.config import (
 )  # fmt: skip
 from mapet_ds.draws import block_masks, cell_masks
 from mapet_ds.objectives import OBJECTIVES, build_objective
+from mapet_ds.vit import build_vit
 
 VOCAB = 11
 GROUP = 2
@@ -244,6 +245,24 @@ def test_quarters_of_the_ranks_make_up_the_loss(name):
     sizes = [len(q) for q in torch.arange(int(draw.mask[0].sum())).tensor_split(4)]
     mean = sum(loss.metrics[f"loss_rank_quarter_{i}"] * n for i, n in enumerate(sizes, start=1)) / sum(sizes)
     assert abs(mean - loss.loss) < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"name": "vit_base_patch16_22"}, "close: vit_base_patch16_224"),
+        ({"name": "resnet50"}, "resnet50"),
+        ({"args": {"num_heads": 5}}, "AssertionError dim should be divisible"),
+        ({"args": {"num_heads": 0}}, "num_heads.: 0"),
+        ({"args": {"class_token": False}}, "class_token"),
+        ({"args": {"depth": 0}}, "depth"),
+        ({"args": {"depht": 1}}, "depht"),
+    ],
+)
+def test_what_is_no_student_is_a_sentence(changes, says):
+    with pytest.raises(ConfigError, match=says) as caught:
+        build_vit(ModelConfig(**{"name": "vit_tiny_patch16_224", "img_size": 32, "patch_size": 8} | changes))
+    assert str(caught.value).startswith(("model.name = ", "timm can't build model.name = "))
 
 
 def test_registers_take_part():

@@ -92,7 +92,7 @@ def test_other_numbers_of_ranks_see_the_same_samples(recipe, straight):
 def test_an_orderly_stop_saves_where_it_is(recipe, straight, ask):
     run_dir = recipe.parent / f"asked_{ask}"
     words = command(recipe, 2, f"run_dir={run_dir}", "checkpoint.every_steps=1000")
-    process = subprocess.Popen(words, cwd=REPOSITORY, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(words, cwd=REPOSITORY, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     metrics, deadline = run_dir / "metrics.jsonl", time.monotonic() + 200
     while not (metrics.exists() and metrics.read_text()):
         assert process.poll() is None
@@ -102,10 +102,11 @@ def test_an_orderly_stop_saves_where_it_is(recipe, straight, ask):
         (run_dir / "STOP").touch()
     else:
         process.terminate()
-    process.wait(timeout=60)
+    says = process.communicate(timeout=60)[0]
     (checkpoint,) = (run_dir / "checkpoints").iterdir()
     stopped = json.loads((checkpoint / "run.json").read_text())["step"]
     assert 1 <= stopped <= 12
+    assert f"Stopped and saved at step {stopped} of 12: the same command continues {run_dir}." in says or stopped == 12
     assert losses(run_dir) == {step: loss for step, loss in losses(straight).items() if step <= stopped}
     if ask == "STOP":
         done = pretrain(recipe, 2, f"run_dir={run_dir}")
@@ -136,6 +137,7 @@ def test_a_finished_run_started_again_changes_nothing(recipe, straight):
     before = losses(straight)
     done = pretrain(recipe, 2, f"run_dir={straight}")
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "Nothing is left to do" in done.stdout and f"python tools/export_timm.py {straight}" in done.stdout
     assert losses(straight) == before
     assert (straight / "DONE").exists()
 
@@ -162,6 +164,7 @@ def test_bad_images_cost_only_themselves(recipe):
     done = pretrain(recipe, 2, *words)
     assert done.returncode == 0, done.stderr[-3000:]
     listed = [line.split("\t")[1] for line in (run_dir / "quarantine.tsv").read_text().splitlines()[1:]]
+    assert f"2 in all, listed in {run_dir}/quarantine.tsv" in done.stdout
     assert sorted(listed) == sorted(str(p) for p in (folder / "spoilt").rglob("*.jpg") if b"\xff\xd9" not in p.read_bytes()[-2:])
     done = pretrain(recipe, 1, f"run_dir={folder}/too_bad", f"data.train={folder}/spoilt", "data.max_bad_share=0.02")
     assert done.returncode == 2
@@ -174,7 +177,7 @@ def test_bad_images_cost_only_themselves(recipe):
         (["tokenizer.path=''"], "tokenizer.path is empty"),
         (["tokenizer.path=/nowhere/codebook.safetensors"], "/nowhere/codebook.safetensors"),
         (["data.crop=center", "data.flip=0"], "random.*center|center.*random"),
-        (["run_dir=/proc/nowhere"], "can't be written"),
+        (["run_dir=/proc/nowhere"], "/proc/nowhere.*can't be written"),
         (["model.name=resnet50"], "plain timm ViT|can't build"),
     ],
 )

@@ -264,6 +264,13 @@ def test_mistakes_are_sentences(run_tool, model_folder, image_folders, tmp_path)
             f"{val / 'blue' / '2.jpg'} is no image that can be read"
         )
     assert "lower --k" in message("--k", "37", val=image_folders / "val")
+    for option, says in (
+        ("--k=0", "--k: 0 must be at least 1"), ("--batch_size=0", "must be at least 1"), ("--workers=-1", "-1 must be at least 0"),
+        ("--temperature=0", "0 must be above 0"), ("--temperature=nan", "must be above 0"),
+        ("--device=foo", "no device of this host"),
+    ):  # fmt: skip
+        code, printed = run_tool(model_folder, train, val, option)
+        assert code == 2 and says in printed.err
     lone = tmp_path / "weights.safetensors"
     lone.write_bytes((model_folder / "model.safetensors").read_bytes())
     assert "add --arch" in message(model=lone)

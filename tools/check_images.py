@@ -71,7 +71,7 @@ def main() -> int:
     except DataError as error:
         print(error, file=sys.stderr)
         return 2
-    print(f"{number} of {len(index)} images are unreadable.", file=sys.stderr)
+    print(f"Unreadable: {number} of {len(index)}.", file=sys.stderr)
     return 1 if number else 0
 
 

@@ -60,6 +60,7 @@ def main() -> None:
         f"objective={objective}",
     ]  # fmt: skip
 
+    print(f"\nFor each command: export DS_ACCELERATOR=cpu OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']}")
     run("Render labelled JPEGs and train a small CLIP on them: the teacher", python, "tools/make_demo.py", data)
     if subprocess.run([python, "tools/fit_codebook.py", "--is_needed", *recipe, *paths], cwd=REPOSITORY).returncode == 0:
         run("Fit the k-CLIP codebook: k-means of the teacher's patch features",

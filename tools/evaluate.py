@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +44,12 @@ def extract(arguments: argparse.Namespace) -> tuple[list[Any], dict[str, object]
     else:
         model = load_timm(arguments.model, arguments.arch, arguments.untrained, arguments.seed)
     train, val = labelled_folders(arguments.train, arguments.val, model)
-    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     found: list[Any] = []
     for folder, name in ((train, "train"), (val, "val")):
         loader = DataLoader(
-            folder, arguments.batch_size, num_workers=arguments.workers, pin_memory=device.type == "cuda"
+            folder, arguments.batch_size, num_workers=arguments.workers, pin_memory=arguments.device.type == "cuda"
         )
-        found += features(model, tqdm(loader, desc=name, unit="batch", disable=not sys.stderr.isatty()), device)
+        found += features(model, tqdm(loader, desc=name, unit="batch", disable=not sys.stderr.isatty()), arguments.device)
     return found, {
         "train_images": len(train),
         "val_images": len(val),
@@ -79,6 +80,28 @@ def evaluate_linear(arguments: argparse.Namespace) -> tuple[str, dict[str, objec
     return sentence("Linear", accuracy, basis), {"linear_accuracy_percent": accuracy, "penalty": arguments.penalty} | basis
 
 
+def number(kind: type, least: float, above: bool = False) -> Callable[[str], Any]:
+    """A type for argparse: a finite number that is at least, or above, `least`."""
+
+    def parse_number(text: str) -> Any:
+        value = kind(text)
+        if not (value > least or (value == least and not above)) or not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"{text} must be {'above' if above else 'at least'} {least}")
+        return value
+
+    return parse_number
+
+
+def device(text: str) -> torch.device:
+    """A type for argparse: a device that this host has."""
+    try:
+        found = torch.device(text)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"{text} is no device of this host: {str(error).splitlines()[0]}") from error
+    return found
+
+
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Evaluate a timm ViT on labelled images.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -96,18 +119,18 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--train", type=Path, required=True, help="folder with a sub-folder of images per class"
     )
     shared.add_argument("--val", type=Path, required=True, help="the same classes, other images")
-    shared.add_argument("--batch_size", type=int, default=128)
-    shared.add_argument("--workers", type=int, default=2, help="processes that read and decode")
-    shared.add_argument("--device", help="cuda, cuda:1, cpu; default: cuda where there is one")
+    shared.add_argument("--batch_size", type=number(int, 1), default=128)
+    shared.add_argument("--workers", type=number(int, 0), default=2, help="processes that read and decode")
+    shared.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cuda:1, cpu")
     shared.add_argument("--json", action="store_true", help="print one JSON object instead of a sentence")
     neighbours = commands.add_parser(
         "knn", parents=[shared], help="weighted vote of the k nearest training images"
     )
-    neighbours.add_argument("--k", type=int, default=20)
-    neighbours.add_argument("--temperature", type=float, default=0.07)
+    neighbours.add_argument("--k", type=number(int, 1), default=20)
+    neighbours.add_argument("--temperature", type=number(float, 0, above=True), default=0.07)
     neighbours.set_defaults(evaluate=evaluate_knn)
     classifier = commands.add_parser("linear", parents=[shared], help="logistic regression on the frozen features")
-    classifier.add_argument("--penalty", type=float, default=1e-4, help="on the squared weights")
+    classifier.add_argument("--penalty", type=number(float, 0), default=1e-4, help="on the squared weights")
     classifier.set_defaults(evaluate=evaluate_linear)
     return parser.parse_args(argv)
 

@@ -28,6 +28,9 @@ def main() -> int:
     except (ExportError, ConfigError, ResumeError) as error:
         print(error, file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"Nothing was exported: {arguments.out} can't be written as a folder: {error}.", file=sys.stderr)
+        return 2
     print(f"{export.folder / 'model.safetensors'}: {export.architecture} of {export.checkpoint}")
     print(f"largest difference between timm's features and the run's own: {export.difference:.3g}")
     print("Load it with:")

@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from mapet_ds.checks import check_inputs
+from mapet_ds.checks import ancestors, check_hostfile, check_inputs, refuse
 from mapet_ds.config import Config, ConfigError
 from mapet_ds.recipe import load_config
 
@@ -31,11 +31,14 @@ def parse(argv: list[str]) -> Config:
         config = load_config(arguments.config, arguments.overrides)
         if arguments.is_needed:
             parser.exit(not (config.method.predicts_ids and config.tokenizer.name == "kclip"))
+        check_hostfile(ancestors())
         check_inputs(config)
         if config.tokenizer.name != "kclip":
             raise ConfigError(f"tokenizer.name = {config.tokenizer.name} has no codebook to fit; only kclip has.")
         if not config.tokenizer.path:
             raise ConfigError("tokenizer.path is empty: name the file to write, tokenizer.path=/runs/codebook.safetensors.")
+        if Path(config.tokenizer.path).is_dir():
+            raise ConfigError(f"tokenizer.path = {config.tokenizer.path} is a folder; name a file in it, codebook.safetensors.")
         if Path(config.tokenizer.path).exists() and not arguments.overwrite:
             raise ConfigError(
                 f"tokenizer.path = {config.tokenizer.path} exists, and runs may rest on it: name another file, or say "
@@ -43,7 +46,7 @@ def parse(argv: list[str]) -> Config:
             )
         return config
     except ConfigError as error:
-        parser.exit(2, f"{error}\n")
+        refuse(parser, error)
 
 
 def fit_codebook(config: Config) -> None:

@@ -72,7 +72,10 @@ def make_shards(source: str, out: Path, max_bytes: int, max_images: int) -> str:
         number = write_shards(index, written, max_bytes, max_images)
         build_index(written, written / "index", index.classes)
         written.rename(out)
-    return f"{len(index)} images, {len(index.classes)} classes, {number} shards in {out}."
+    return (
+        f"{out}: images {len(index)}, classes {len(index.classes)}, shards {number}. Unreadable images are in them as they are "
+        "(tools/check_images.py lists them). A run that has begun on the folder does not continue on its shards."
+    )
 
 
 def main() -> int:
@@ -89,6 +92,9 @@ def main() -> int:
         print(make_shards(arguments.folder, arguments.out, max_bytes, arguments.shard_images))
     except DataError as error:
         print(error, file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"{arguments.out} can't be written as a folder: {error}.", file=sys.stderr)
         return 2
     return 0
 
