@@ -1,20 +1,21 @@
 """pretrain.py with a fault in it, named by the variable FAULT = "KIND RANK FIRST LAST".
 
 In steps FIRST .. LAST (counted from 0) rank RANK has, by KIND: nan, a loss that is none; jump, a loss a hundred times as
-large; stuck, images that never come.
+large; stuck, images that never come; slow, a disk that takes ten seconds for the checkpoint.
 """
 
 import os
 import sys
 import time
 
+from mapet_ds import checkpoint
 from mapet_ds.data import Loader
 from mapet_ds.objectives.mapet import MaPeT
 from mapet_ds.pretrain import main
 
 KIND, *NUMBERS = os.environ["FAULT"].split()
 RANK, FIRST, LAST = map(int, NUMBERS)
-draw, forward, next_batch = MaPeT.draw, MaPeT.forward, Loader.__next__
+draw, forward, next_batch, save = MaPeT.draw, MaPeT.forward, Loader.__next__, checkpoint.save
 FACTORS = {"nan": float("nan"), "jump": 100.0}
 
 
@@ -39,9 +40,17 @@ def stuck_next(self):
     return next_batch(self)
 
 
+def slow_save(folder, run, *more):
+    if is_due(run["step"]):
+        time.sleep(10)
+    return save(folder, run, *more)
+
+
 if __name__ == "__main__":
     if KIND == "stuck":
         Loader.__next__ = stuck_next
+    elif KIND == "slow":
+        checkpoint.save = slow_save
     else:
         MaPeT.draw, MaPeT.forward = noting_draw, faulty_forward
     sys.exit(main())

@@ -84,6 +84,24 @@ def test_a_jump_before_the_first_checkpoint_is_passed_over_by_the_next_start(rec
     assert newest(recipe.parent / "early").run["skipped"] == [7]
 
 
+@pytest.mark.drill
+def test_a_window_of_several_steps_is_passed_over_whole(recipe):
+    run_dir = recipe.parent / "windows"
+    more = ["log.every_steps=2", "checkpoint.every_steps=4", "train.epochs=8"]
+    done = start(*faulty(recipe, run_dir, "jump", 0, 13, 13, *more, ranks=1))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "in steps 12 to 13. They are passed over, from the checkpoint of step 12 on." in done.stderr
+    assert newest(run_dir).run["skipped"] == [12, 13]
+
+
+@pytest.mark.drill
+def test_a_slow_save_is_no_hanging_rank(recipe):
+    run_dir = recipe.parent / "slow"
+    done = start(*faulty(recipe, run_dir, "slow", 0, 6, 6, "train.hang_seconds=4"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (run_dir / "DONE").exists()
+
+
 def hang(words, run_dir, then=lambda process: None, rank="1"):
     """Start, wait for step 4, do `then` to a rank; gives the exit code, standard error and the ranks' process ids."""
     process = subprocess.Popen(words, cwd=REPOSITORY, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
@@ -120,6 +138,45 @@ def test_a_stopped_rank_is_named(recipe, launcher, rank):
     one = f"rank {rank} (process {stopped[0]} on {socket.gethostname()}) does not answer"
     assert (one if rank else "rank 0 or the launcher, one of which keeps the launch's store, does not answer") in stderr
     assert "the same command continues from it" in stderr
+
+
+@pytest.mark.drill
+def test_a_killed_loader_worker_costs_a_micro_batch_done_again(recipe):
+    def kill_worker(rank):
+        next(child for child in rank.children(recursive=True) if "spawn_main" in " ".join(child.cmdline())).kill()
+
+    found = []
+    for name, then in (("undisturbed", lambda rank: None), ("worker", kill_worker)):
+        words = command(recipe, 2, f"run_dir={recipe.parent / name}", "data.workers=1", "train.epochs=9")
+        code, stderr, _ = hang(words, recipe.parent / name, then)
+        assert code == 0
+        found.append([(line["step"], line["loss"]) for line in lines(recipe.parent / name)])
+    assert "is done again on the CPU" in stderr
+    assert found[0] == found[1]
+
+
+@pytest.mark.drill
+@pytest.mark.parametrize("readable", [True, False])
+def test_ranks_without_launcher_end_while_one_stands_still(recipe, readable):
+    """torchrun's agent keeps the store: with it gone, nobody can be asked, nor perhaps be told."""
+    run_dir = recipe.parent / f"orphans_{readable}"
+    words = command(recipe, 2, f"run_dir={run_dir}", "train.epochs=200")
+    process = subprocess.Popen(words, cwd=REPOSITORY, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 200
+    while steps(run_dir) < 4:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    family = psutil.Process(process.pid).children(recursive=True)
+    still = next(each for each in family if each.environ().get("RANK") == "1" and "pretrain" in " ".join(each.cmdline()))
+    still.send_signal(signal.SIGSTOP)
+    if not readable:
+        process.stderr.close()
+    process.kill()
+    _, alive = psutil.wait_procs([each for each in family if each != still], timeout=60)
+    assert not alive
+    still.send_signal(signal.SIGCONT)
+    _, alive = psutil.wait_procs([still], timeout=60)
+    assert not alive
 
 
 @pytest.mark.drill

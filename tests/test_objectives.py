@@ -7,6 +7,7 @@ import reference
 import torch
 import torch.nn.functional as F
 
+from mapet_ds import objectives
 from mapet_ds.config import (
     BEiTConfig,
     Config,
@@ -110,6 +111,28 @@ def test_a_loss_is_the_mean_of_its_parts(any_model):
         piece = type(draw)(*(x if x is None else x[part] for x in draw))
         parts.append(any_model(images[part], target[part], piece).loss)
     assert abs(torch.stack(parts).mean() - any_model(images, target, draw).loss) < 1e-12
+
+
+@pytest.mark.parametrize("name", ["mapet", "beit"])
+def test_logits_in_groups_of_images_change_nothing(name, monkeypatch):
+    """What is held at once is bounded; losses and gradients are those of one piece."""
+    model = build_objective(tiny_config(name), VOCAB).double()
+    far_from_init(model)
+    images, target, draw = tiny_batch(model)
+    held = []
+    model.head.register_forward_hook(lambda head, rows, logits: held.append(logits.numel()))
+    found = []
+    for most in (2**26, max(1, 3 * model.head.out_features)):
+        monkeypatch.setattr(objectives, "LOGITS", most)
+        model.zero_grad()
+        held.clear()
+        loss = model(images, target, draw)
+        loss.loss.backward()
+        found.append((loss, [p.grad.clone() for p in model.parameters()], list(held)))
+    (whole, whole_grads, once), (parts, part_grads, often) = found
+    assert len(once) == 1 and len(often) == 2 * len(images) and max(often) == once[0] / len(images)
+    assert torch.equal(whole.prediction, parts.prediction) and abs(whole.loss - parts.loss) < 1e-12
+    assert all((a - b).abs().max() < 1e-12 for a, b in zip(whole_grads, part_grads, strict=True))
 
 
 def test_grad_checkpointing_changes_nothing(any_model):

@@ -9,14 +9,18 @@ import pkgutil
 from typing import NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mapet_ds.config import BlockMaskConfig, Config
 from mapet_ds.draws import Purpose, block_masks, uniforms
 from mapet_ds.vit import beit_init, build_vit, embed, run_blocks, take_rows
 
+LOGITS = 2**26
+"""Logits held at once: 256 MiB of fp32, and as much again for their gradient."""
 OBJECTIVES = {
     # name: (objective, target)
     "mapet": ("mapet_ds.objectives.mapet:MaPeT", "mapet_ds.targets:TokenIds"),
@@ -97,6 +101,27 @@ def rank_quarters(losses: Tensor) -> dict[str, Tensor]:
     return {f"loss_rank_quarter_{i}": quarter.mean() for i, quarter in enumerate(quarters, start=1)}
 
 
+def token_losses(head: nn.Module, x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy [B, n] of the head's logits of rows x [B, n, D] at ids [B, n], fp32 or wider; and the likeliest ids.
+
+    Never more than LOGITS logits are held: beyond that, images are taken in groups whose logits the backward pass makes
+    anew, one more product with the head.
+    """
+
+    def score(x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        logits = head(x)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # bf16 can't tell 8192 logits apart
+        losses = F.cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="none").view(ids.shape)
+        return losses, logits.detach().argmax(dim=-1)
+
+    images = max(1, LOGITS // (ids.shape[1] * head.out_features))
+    if images >= len(x):
+        return score(x, ids)
+    parts = [checkpoint(score, *part, use_reentrant=False) for part in zip(x.split(images), ids.split(images), strict=True)]
+    losses, predicted = (torch.cat(part) for part in zip(*parts, strict=True))
+    return losses, predicted
+
+
 class BlockMasked(nn.Module):
     """BEiT's way: a mask token takes the place of each patch that a rectangle hides, before positions are added, and a linear
     head is applied to what the ViT makes of it."""
@@ -118,10 +143,9 @@ class BlockMasked(nn.Module):
         mask = block_masks(*place, config.grid, self.masked.num_hidden(config), min_block, self.masked.exact)
         return Draw(mask=torch.from_numpy(mask), order=None, keep=depth_uniforms(*place, len(self.vit.blocks)))
 
-    def predict(self, images: Tensor, draw: Draw) -> tuple[Tensor, Tensor, Tensor]:
-        """The head's output [B, n, target_dim], fp32 or wider, of n rows; their patches; whether they are hidden."""
+    def rows(self, images: Tensor, draw: Draw) -> tuple[Tensor, Tensor, Tensor]:
+        """What the ViT makes of n patches of each image [B, n, D], all hidden ones among them; which they are; whether hidden."""
         prefix, patches, _ = embed(self.vit, images, draw.mask, self.mask_token)
         x = run_blocks(self.vit, torch.cat([prefix, patches], dim=1), None, draw.keep)
         hidden, valid = hidden_rows(draw.mask, self.masked.num_hidden(self.config))
-        predicted = self.head(take_rows(x[:, prefix.shape[1] :], hidden))
-        return predicted.to(torch.promote_types(predicted.dtype, torch.float32)), hidden, valid
+        return take_rows(x[:, prefix.shape[1] :], hidden), hidden, valid

@@ -7,11 +7,10 @@ position bias, so that timm's plain model takes the result.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mapet_ds.config import Config
-from mapet_ds.objectives import BlockMasked, Draw, Loss, mean_of
+from mapet_ds.objectives import BlockMasked, Draw, Loss, mean_of, token_losses
 
 
 class BEiT(BlockMasked):
@@ -22,11 +21,10 @@ class BEiT(BlockMasked):
 
     def forward(self, images: Tensor, target: Tensor, draw: Draw) -> Loss:
         """images [B, 3, S, S]; target: token ids, long [B, L] in raster order. No host wait. Metrics: token_accuracy."""
-        logits, hidden, valid = self.predict(images, draw)
+        x, hidden, valid = self.rows(images, draw)
         ids = target.gather(1, hidden)
-        losses = F.cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="none").view(ids.shape)
+        losses, predicted = token_losses(self.head, x, ids)
         with torch.no_grad():
-            predicted = logits.argmax(dim=-1)
             accuracy = mean_of((predicted == ids).float(), valid)
             everywhere = torch.full_like(target, -1).scatter(1, hidden, torch.where(valid, predicted, -1))
         return Loss(mean_of(losses, valid), {"token_accuracy": accuracy}, everywhere)

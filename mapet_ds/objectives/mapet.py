@@ -10,13 +10,12 @@ Source: Baraldi et al., "Learning to Mask and Permute Visual Tokens for Vision T
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from mapet_ds.config import Config
 from mapet_ds.draws import permutations
-from mapet_ds.objectives import Draw, Loss, depth_uniforms, rank_quarters
+from mapet_ds.objectives import Draw, Loss, depth_uniforms, rank_quarters, token_losses
 from mapet_ds.vit import Band, build_vit, embed, run_blocks, take_rows
 
 
@@ -85,14 +84,10 @@ class MaPeT(nn.Module):
         masks = self.mask_token + take_rows(positions.expand_as(patches), hidden)
         rows = [prefix, patches[:, : self.num_visible], masks, patches[:, self.num_visible :], masks]
         x = run_blocks(self.vit, torch.cat(rows, dim=1), self._bands(), draw.keep)
-        logits = self.head(x)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # bf16 can't tell 8192 logits apart
-
         target = target.gather(1, hidden)
-        losses = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none").view(target.shape)
+        losses, predicted = token_losses(self.head, x, target)
         loss = losses.mean(dim=1).mean()
         with torch.no_grad():
-            predicted = logits.argmax(dim=-1)
             metrics = {"token_accuracy": (predicted == target).float().mean(), **rank_quarters(losses)}
             prediction = torch.full_like(by_rank, -1).scatter(1, hidden, predicted)
         return Loss(loss, metrics, prediction)

@@ -7,6 +7,7 @@ Departure: learned absolute positions instead of a relative position bias.
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -23,7 +24,9 @@ class MVP(BlockMasked):
 
     def forward(self, images: Tensor, target: Tensor, draw: Draw) -> Loss:
         """images [B, 3, S, S]; target: teacher features [B, L, C] in raster order. No host wait. Metrics: cosine."""
-        predicted, hidden, valid = self.predict(images, draw)
+        x, hidden, valid = self.rows(images, draw)
+        predicted = self.head(x)
+        predicted = predicted.to(torch.promote_types(predicted.dtype, torch.float32))
         target = take_rows(target, hidden).to(predicted.dtype)
         cosine = F.cosine_similarity(predicted, target, dim=-1)
         if self.config.mvp.loss == "cosine":
