@@ -92,9 +92,8 @@ def check_identity(checkpoint: Checkpoint, now: dict[str, Any]) -> None:
     now, then = json.loads(json.dumps(now)), checkpoint.run["identity"]
     differing = [k for k in sorted(now.keys() | then.keys()) if now.get(k) != then.get(k)]
     if differing:
-        then_in = checkpoint.run["config"]["data"]["train"]
-        says = {"data.fingerprint": f"what data.train holds, names and lengths ({then_in} at that time)"}
-        lines = [f"  {says.get(k, k)}: {then.get(k)} in the checkpoint, {now.get(k)} now" for k in differing]
+        explained = {"data.fingerprint": " (names and lengths of what data.train holds)"}
+        lines = [f"  {k}{explained.get(k, '')}: {then.get(k)} in the checkpoint, {now.get(k)} now" for k in differing]
         raise ResumeError(
             f"{checkpoint.path} belongs to another run:\n" + "\n".join(lines) + "\n"
             "Set them back to continue it, or name a new run_dir to start afresh."

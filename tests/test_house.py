@@ -35,7 +35,7 @@ def room(path):
 
 def test_budgets():
     lines = {path: len(path.read_text().splitlines()) for path in PACKAGE}
-    assert sum(lines.values()) <= 5420
+    assert sum(lines.values()) <= 5460
     assert max(lines.values()) <= 400
     assert len(known_keys()) <= 83
     for path in PACKAGE + PROGRAMS:

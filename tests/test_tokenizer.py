@@ -204,8 +204,8 @@ def test_a_codebook_knows_its_teacher(codebook):
         ({"sha256": "b" * 64, "name": "RN50"}, data, 64, r"sha256 = aaa.*\(teacher ViT-B-16\).* bbb.*\(teacher RN50\)"),
         ({"layer": 10}, data, 64, r"layer = 11 .* run has 10"),
         ({"img_size": 448}, data, 64, r"img_size = 224 .* run has 448"),
-        ({}, DataConfig(crop="random"), 64, r"data.crop = center .* run has random"),
-        ({}, data, 65, r"vocab_size = 64 .* run has 65"),
+        ({}, DataConfig(crop="random"), 64, r"data.crop = center, .* run has random"),
+        ({}, data, 65, r"vocab_size = 64, .* run has 65"),
     ]:
         with pytest.raises(ConfigError, match=sentence):
             codebook.check(IDENTITY | change, crops, vocab_size)
@@ -218,7 +218,7 @@ def test_random_crops_are_recorded_and_compared(codebook):
     source = source_of(IDENTITY, data) | {"tokenizer.vocab_size": 64}
     assert source["data.crop_scale"] == "[0.4, 1.0]"
     Codebook(codebook.centroids, source).check(IDENTITY, data, 64)
-    with pytest.raises(ConfigError, match=r"crop_scale = \[0.4, 1.0\] .* run has \[0.2, 1.0\]"):
+    with pytest.raises(ConfigError, match=r"crop_scale = \[0.4, 1.0\], .* run has \[0.2, 1.0\]"):
         Codebook(codebook.centroids, source).check(IDENTITY, DataConfig(crop="random"), 64)
 
 
@@ -242,8 +242,8 @@ def test_kclip_is_the_codebook_on_the_teachers_features(tmp_path):
     assert tokenizer.view == View(64, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
     assert tokenizer.identity == {"teacher": teacher.identity, "codebook": book.sha256, "dtype": "torch.float32"}
     for change, sentence in [
-        ({"path": ""}, "tokenizer.path is empty: make a codebook with tools/fit_codebook.py"),
-        ({"vocab_size": 21}, "vocab_size = 20 .* run has 21"),
+        ({"path": ""}, "is not a file: tools/fit_codebook.py writes it"),
+        ({"vocab_size": 21}, "vocab_size = 20, .* run has 21"),
     ]:
         with pytest.raises(ConfigError, match=sentence):
             changed = dataclasses.replace(config.tokenizer, **change)
