@@ -83,6 +83,7 @@ class Run:
             write_record(config, engine_config, self.folder)
         self.quarantine = Quarantine(config, self.index)
         self._open_at_step()
+        self.watchdog = Watchdog(config.train.hang_seconds, ranks)
 
     def _open_at_step(self) -> None:
         """What a resumed run does from its step on: loader, metrics, the usual loss."""
@@ -131,9 +132,8 @@ class Run:
             DataError: the last checkpoint could not be written.
         """
         last = min(self.total_steps, self.config.train.stop_at_step or self.total_steps)
-        self.watchdog = Watchdog(self.config.train.hang_seconds, self.ranks)
         while self.step < last and not self.stop.agreed():
-            self._train_step()
+            self.train_step()
             if self.step % self.config.log.every_steps == 0 or self.step == last:
                 self._log()  # may go back
             if self.step != self.saved and self.step % self.config.checkpoint.every_steps == 0:
@@ -158,7 +158,7 @@ class Run:
         (self.folder / "DONE").write_text(f"{self.step} steps\n")
         print(f"Done: {self.step} steps in {self.folder}. To timm: python tools/export_timm.py {self.folder} OUT", flush=True)
 
-    def _train_step(self) -> None:
+    def train_step(self) -> None:
         """One update: accumulate over micro-batches, clip, AdamW. A step with a non-finite gradient changes nothing."""
         config, ranks, engine = self.config, self.ranks, self.engine
         accum = config.grad_accum_steps(ranks.world_size)

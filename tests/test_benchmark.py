@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 import torch
 from images import encode, picture
-from line import start
+from line import make_line, start
 from towers import write_tower
 
 from mapet_ds.config import DataConfig, TeacherConfig
+from mapet_ds.objectives import build_objective
+from mapet_ds.recipe import load_config
 from mapet_ds.teacher import build_teacher
 from mapet_ds.tokenizer import Codebook, source_of
 
@@ -103,6 +105,50 @@ def test_assign(photos, tmp_path):
     assert 0 <= found["changed_share"]["bf16_features"] < 0.5
     assert set(found["ms_per_image"]) == {"teacher_fp32", "teacher_bf16", "assign"}
     assert all(set(values) == SPREAD and 0 < values["min"] for values in found["ms_per_image"].values())
+
+
+@pytest.fixture(scope="module")
+def line(tmp_path_factory):
+    recipe = make_line(tmp_path_factory.mktemp("line"))
+    return ["--config", recipe, "--data", recipe.parent / "train", "--deepspeed_config", "ds_configs/zero2_cpu.json"]
+
+
+FEW = ["--device", "cpu", "--batch_size", 4, "--threads", 1, "--repeats", 2]
+
+
+def test_teacher(line):
+    found = benchmark("teacher", *line[:2], *FEW)
+    check_circumstances(found, "teacher")
+    tower = build_teacher(load_config(line[1]).teacher, torch.device("cpu"))
+    weights = sum(p.numel() for p in tower.visual.transformer.parameters() if p.ndim > 1)
+    assert found["gflop_per_image"] * 1e9 > 2 * weights * 17  # each weight meets 16 patches and the class token
+    assert "bf16" not in found and set(found["fp32"]["images_per_second"]) == SPREAD
+    assert found["fp32"]["ceiling_tflops"] > 0
+
+
+def test_train_and_more_ranks_of_it(line):
+    found = benchmark("scaling", *line, *FEW, "--steps", 2, "--ranks", 2, "--rounds", 1)
+    assert set(found["images_per_second"]) == set(found["weak_scaling"]) == {"1", "2"}
+    assert found["weak_scaling"]["1"]["ratio"] == 1
+    flops = found["gflop_per_image"]
+    assert flops["train"] == flops["student"] + flops["target"]
+    one = benchmark("train", *line, *FEW, "--steps", 2)
+    check_circumstances(one, "train")
+    assert one["gflop_per_image"] == flops
+    assert set(one["images_per_second"]) == {"data", "target", "student", "train"}
+    for name, share in one["share_of_ceiling"].items():
+        speed = one["images_per_second"][name]["median"]
+        assert share["median"] == pytest.approx(flops[name] * speed / 1e3 / one["ceiling_tflops"])
+    check_ratio(one["target_and_student_over_train"])
+    assert 0 <= one["data_wait_percent"]["min"] <= 100
+
+
+def test_checkpoint(line):
+    found = benchmark("checkpoint", *line, *FEW)
+    check_circumstances(found, "checkpoint")
+    model = build_objective(load_config(line[1]), 16)
+    assert found["checkpoint_bytes"] > 12 * sum(p.numel() for p in model.parameters())  # weights and two moments in fp32
+    assert found["seconds"]["save"]["min"] > 0
 
 
 def test_mistake_is_one_line():

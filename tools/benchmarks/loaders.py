@@ -1,0 +1,130 @@
+"""Images per second of the loader: beside other loaders, and where some images are unreadable."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from benchmarks.measuring import Figures, circumstances, device_of, race, settings
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import InterpolationMode, RandomResizedCrop
+from torchvision.transforms import functional as F
+
+from mapet_ds.config import Config
+from mapet_ds.index import DataError, Index, open_index
+
+TEACHER_VIEW = (448, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+"""Side, mean and std of the published teacher's view, the second one of `loader`."""
+
+
+def ours(index: Index, views: list[Any], config: Config, device: torch.device) -> Iterator[Any]:
+    """The package's loader: its index, its exact order, its crops."""
+    from mapet_ds.data import Loader, View
+
+    second = View(*views[1]) if len(views) > 1 else None
+    loader = Loader(config, index, student=True, teacher=second, rank=0, world_size=1, local_rank=0)
+    with contextlib.closing(loader):
+        yield from loader
+
+
+def dali(index: Index, views: list[Any], config: Config, device: torch.device) -> Iterator[Any]:
+    """DALI's file reader, shuffle buffer and random crop; its outputs are not even copied."""
+    from nvidia.dali import Pipeline, fn, types
+
+    data, device_id = config.data, 0 if device.type == "cuda" else None
+    with Pipeline(config.train.micro_batch_size, data.threads, device_id, prefetch_queue_depth=data.prefetch) as pipeline:
+        encoded, label = fn.readers.file(files=[index.path(i) for i in range(len(index))], random_shuffle=True)
+        crop = fn.decoders.image_random_crop(
+            encoded, device="cpu" if device_id is None else "mixed", output_type=types.RGB, adjust_orientation=False,
+            random_area=data.crop_scale, random_aspect_ratio=data.crop_ratio, num_attempts=10,
+        )  # fmt: skip
+        mirror, outputs = fn.random.coin_flip(probability=data.flip), []
+        for side, mean, std in views:
+            image = fn.resize(crop, size=[side, side], interp_type=types.INTERP_CUBIC, antialias=True)
+            mean, std = [255 * m for m in mean], [255 * s for s in std]
+            outputs.append(fn.crop_mirror_normalize(image, mirror=mirror, mean=mean, std=std, output_layout="CHW"))
+        pipeline.set_outputs(*outputs, label)
+    while True:
+        yield pipeline.run()
+
+
+class Images(torch.utils.data.Dataset):
+    """Image files as torchvision's transforms see them: cropped once, each view resized from the crop."""
+
+    def __init__(self, paths: list[str], views: list[Any], config: Config) -> None:
+        self.paths, self.views, self.data = paths, views, config.data
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, i: int) -> list[Tensor]:
+        with Image.open(self.paths[i]) as image:
+            image = image.convert("RGB")
+        image = F.crop(image, *RandomResizedCrop.get_params(image, self.data.crop_scale, self.data.crop_ratio))
+        if torch.rand(1) < self.data.flip:
+            image = F.hflip(image)
+        resized = [F.resize(image, [side, side], InterpolationMode.BICUBIC) for side, _, _ in self.views]
+        return [F.normalize(F.to_tensor(im), mean, std) for im, (_, mean, std) in zip(resized, self.views)]
+
+
+def torchvision(index: Index, views: list[Any], config: Config, device: torch.device) -> Iterator[Any]:
+    """A DataLoader of worker processes, as many as the others have threads."""
+    images = Images([index.path(i) for i in range(len(index))], views, config)
+    # Without replacement, one permutation after another: no end of an epoch within a measurement.
+    order = torch.utils.data.RandomSampler(images, num_samples=10**6)
+    batch_size, workers, gpu = config.train.micro_batch_size, config.data.threads, device.type == "cuda"
+    for batch in torch.utils.data.DataLoader(images, batch_size, sampler=order, num_workers=workers, pin_memory=gpu):
+        yield [view.to(device, non_blocking=True) for view in batch]
+
+
+def measure_loader(arguments: argparse.Namespace) -> Figures:
+    device = device_of(arguments.device)
+    config = settings(
+        arguments, "data.crop=random", "data.flip=0.5", "data.color_jitter=0", "data.workers=0", "data.prefetch=2"
+    )
+    student = (config.model.img_size, config.data.mean, config.data.std)
+    with tempfile.TemporaryDirectory() as cache:
+        index = open_index(arguments.data, Path(cache) / "index")
+        if not Path(index.path(0)).is_file():
+            raise DataError(f"--data {arguments.data} holds shards: the readers compared with need image files.")
+        readers = {"ours": ours, "dali": dali, "torchvision": torchvision}
+        one, two = (
+            race(arguments, {name: partial(reader, index, views, config, device) for name, reader in readers.items()})
+            for views in ([student], [student, TEACHER_VIEW])
+        )
+    return circumstances(config, arguments) | {"images": len(index), "one_view": one, "two_views": two}
+
+
+def measure_bad(arguments: argparse.Namespace) -> Figures:
+    """Our loader on --data with one unreadable image more for every 19: cut off, or only its decoder can tell."""
+    from mapet_ds.data import Loader
+
+    config = settings(arguments, "data.crop=random", "data.color_jitter=0", "data.workers=0", "data.max_bad_share=0.1")
+
+    def loader(index: Index, bad: list[int]) -> Iterator[Any]:
+        loader = Loader(config, index, student=True, teacher=None, rank=0, world_size=1, local_rank=0, bad=bad)
+        with contextlib.closing(loader):
+            yield from loader
+
+    with tempfile.TemporaryDirectory() as folder:
+        good = open_index(arguments.data, Path(folder) / "good")
+        (Path(folder) / "mixed/bad").mkdir(parents=True)
+        os.symlink(Path(arguments.data).resolve(), Path(folder) / "mixed/good")
+        for number in range(-(-len(good) // 19)):
+            data = good.read(number)
+            spoilt = data[: len(data) // 2] if number % 2 else data.replace(b"\xff\xdb", b"\xff\xe9")
+            (Path(folder) / f"mixed/bad/{number}.jpg").write_bytes(spoilt)
+        mixed = open_index(str(Path(folder) / "mixed"), Path(folder) / "index")
+        bad = [i for i in range(len(mixed)) if "/bad/" in mixed.path(i)]
+        contestants = {"known": (mixed, bad), "none": (good, []), "first_sight": (mixed, [])}
+        found = race(arguments, {name: partial(loader, *which) for name, which in contestants.items()})
+    return circumstances(config, arguments) | {"images": len(mixed), "bad": len(bad)} | found
+

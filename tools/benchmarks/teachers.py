@@ -1,0 +1,70 @@
+"""The frozen teacher: its speed, and the ids that its precision changes."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import tempfile
+from functools import partial
+from pathlib import Path
+
+import torch
+from benchmarks.measuring import Figures, ceiling, circumstances, counted_flops, device_of, settings, summary, timed
+
+from mapet_ds.data import Loader, View
+from mapet_ds.index import open_index
+from mapet_ds.teacher import build_teacher, teacher_mean_std
+from mapet_ds.tokenizer import Codebook
+
+
+def measure_teacher(arguments: argparse.Namespace) -> Figures:
+    """The recipe's teacher on noise, in fp32, and on a GPU in bf16 too: a CPU without bf16 takes minutes for a product."""
+    device, figures = device_of(arguments.device), {}
+    torch.set_num_threads(arguments.threads)
+    for precision in ("fp32", "bf16") if device.type == "cuda" else ("fp32",):
+        config = settings(arguments, f"teacher.precision={precision}")
+        teacher = build_teacher(config.teacher, device)
+        images = torch.randn(arguments.batch_size, 3, config.teacher.img_size, config.teacher.img_size, device=device)
+        figures["gflop_per_image"] = counted_flops(partial(teacher, images[:1])) / 1e9
+        peak = ceiling(device, teacher.dtype)
+        teacher(images)
+        seconds = [timed(device, teacher, images)[0] for _ in range(arguments.repeats)]
+        speed = [len(images) / each for each in seconds]
+        figures[precision] = {
+            "images_per_second": summary(speed), "ceiling_tflops": peak, "local_mib": teacher.local_bytes / 2**20,
+            "share_of_ceiling": summary([figures["gflop_per_image"] * each / 1e3 / peak for each in speed]),
+        }  # fmt: skip
+    return circumstances(config, arguments) | {"teacher": config.teacher.name} | figures
+
+
+def measure_assign(arguments: argparse.Namespace) -> Figures:
+    device, name = device_of(arguments.device), f"teacher.name={json.dumps(arguments.teacher)}"
+    configs = {precision: settings(arguments, name, f"teacher.precision={precision}") for precision in ("fp32", "bf16")}
+    config, codebook = configs["fp32"], Codebook.load(arguments.codebook)
+    teachers = {f"teacher_{precision}": build_teacher(configs[precision].teacher, device) for precision in configs}
+    codebook.check(teachers["teacher_fp32"].identity, config.data, len(codebook.centroids))
+    codebook.to(device)
+    milliseconds, changed, total = {name: [] for name in (*teachers, "assign")}, {"bf16_teacher": 0, "bf16_features": 0}, 0
+    with tempfile.TemporaryDirectory() as cache:
+        view = View(config.teacher.img_size, *teacher_mean_std(config.teacher))
+        index = open_index(arguments.data, Path(cache) / "index")
+        loader = Loader(config, index, student=False, teacher=view, rank=0, world_size=1, local_rank=0)
+        with contextlib.closing(loader):
+            for _ in range(1 + -(-arguments.images // arguments.batch_size)):
+                images, found = next(loader).teacher_images.to(device), {}
+                for name, teacher in teachers.items():
+                    seconds, _, found[name] = timed(device, teacher, images)
+                    milliseconds[name].append(1000 * seconds / len(images))
+                seconds, _, ids = timed(device, codebook.assign, found["teacher_fp32"])
+                milliseconds["assign"].append(1000 * seconds / len(images))
+                changed["bf16_teacher"] += int((codebook.assign(found["teacher_bf16"]) != ids).sum())
+                changed["bf16_features"] += int((codebook.assign(found["teacher_fp32"].bfloat16()) != ids).sum())
+                total += ids.numel()
+    return circumstances(config, arguments) | {
+        "codes": len(codebook.centroids),
+        "ids": total,
+        "changed_share": {name: count / total for name, count in changed.items()},
+        "ms_per_image": {name: summary(values[1:]) for name, values in milliseconds.items()},  # the first is a warm-up
+    }
+
