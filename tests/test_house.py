@@ -11,7 +11,7 @@ from mapet_ds.recipe import known_keys
 PACKAGE = sorted((REPOSITORY / "mapet_ds").rglob("*.py"))
 PROGRAMS = sorted((REPOSITORY / "tools").glob("*.py"))
 LAYERS = [
-    {"config", "recipe", "checks", "draws", "formats", "optim"}, {"vit", "metrics", "index", "samples", "launch"},
+    {"config", "ids", "recipe", "checks", "draws", "formats", "optim"}, {"vit", "metrics", "index", "samples", "launch"},
     {"data", "engine"}, {"teacher", "tokenizer", "vqkd", "objectives", "targets"}, {"checkpoint", "export", "probe", "watchdog"},
     {"spikes"}, {"run", "pretrain"},
 ]  # fmt: skip
