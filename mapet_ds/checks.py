@@ -201,19 +201,6 @@ def check_tokenizer_file(tokenizer: TokenizerConfig) -> None:
         raise ConfigError(f"tokenizer.path {found}: name the file that the {tokenizer.name} tokenizer reads; {writes}.")
 
 
-def check_writable(knob: str, path: str) -> None:
-    """Refuse a folder, given by this knob, that can't be made or written.
-
-    Raises:
-        ConfigError: naming the part of the path that is in the way.
-    """
-    folder = Path(os.path.abspath(path))
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        why = "may not be written" if there.is_dir() else "is not a folder"
-        raise ConfigError(f"{knob} = {path} can't be used: {there} {why}.")
-
-
 def check_files(config: Config) -> None:
     """Refuse a run whose codebook, ids or folder can't be used, as far as a look at the paths tells. Every rank may call it.
 
@@ -225,7 +212,11 @@ def check_files(config: Config) -> None:
         StoredIds(config.tokenizer.ids).check(config)
     elif config.method.predicts_ids:
         check_tokenizer_file(config.tokenizer)
-    check_writable("run_dir", config.run_dir)
+    folder = Path(os.path.abspath(config.run_dir))
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        why = "may not be written" if there.is_dir() else "is not a folder"
+        raise ConfigError(f"run_dir = {config.run_dir} can't be used: {there} {why}.")
 
 
 DEEPSPEED = {"deepspeed", "ds", "deepspeed.launcher.launch", "deepspeed.launcher.runner"}

@@ -164,7 +164,7 @@ class IdsWriter:
             ConfigError: the pass that was cut off there is of another recipe.
         """
         self.folder = Path(os.path.abspath(folder))
-        self.partial = self.folder_of(folder)
+        self.partial = self.make_folder(folder)
         self.images, self._chunk = images, -(-images // CHUNKS)
         self.about = json.loads(json.dumps(about))
         self.sha256: list[str] = []
@@ -172,19 +172,27 @@ class IdsWriter:
         self.path, self._record = self.partial / "ids.bin", self.partial / "ids.json"
         if self._record.is_file():
             self._go_on(json.loads(self._record.read_text()))
-        self.partial.mkdir(parents=True, exist_ok=True)
-        self.path.touch()
         self.done = self._next = min(len(self.sha256) * self._chunk, images)
         self._waiting = np.empty((0, num_patches), "<u2")
 
     @staticmethod
-    def folder_of(folder: str | Path) -> Path:
-        """Where a pass writes until it is whole."""
-        return _partial(Path(os.path.abspath(folder)))
+    def make_folder(folder: str | Path) -> Path:
+        """Where a pass writes until it is whole. Every rank may call it.
+
+        Raises:
+            ConfigError: it can't be made or written.
+        """
+        partial = _partial(Path(os.path.abspath(folder)))
+        try:
+            partial.mkdir(parents=True, exist_ok=True)
+            (partial / "ids.bin").touch()
+        except OSError as error:
+            raise ConfigError(f"tokenizer.ids = {folder} can't be written: {error}.") from error
+        return partial
 
     def _go_on(self, found: dict[str, Any]) -> None:
         then, now = (
-            {**about["settings"], **flatten(about["identity"]), "the index's fingerprint": about["fingerprint"]}
+            {**about["settings"], **flatten(about["identity"], "the tokenizer's "), "the index's fingerprint": about["fingerprint"]}
             for about in (found, self.about)
         )
         if difference := _difference(then, now):

@@ -35,9 +35,9 @@ def room(path):
 
 def test_budgets():
     lines = {path: len(path.read_text().splitlines()) for path in PACKAGE}
-    assert sum(lines.values()) <= 5420
+    assert sum(lines.values()) <= 5740
     assert max(lines.values()) <= 400
-    assert len(known_keys()) <= 83
+    assert len(known_keys()) <= 84
     for path in PACKAGE + PROGRAMS:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef):

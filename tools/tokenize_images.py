@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from mapet_ds.checks import ancestors, check_hostfile, check_inputs, check_tokenizer_file, check_writable, refuse
+from mapet_ds.checks import ancestors, check_hostfile, check_inputs, check_tokenizer_file, refuse
 from mapet_ds.config import Config, ConfigError
 from mapet_ds.ids import NO_ID, IdsWriter, StoredIds, check_storable, settings_of
 from mapet_ds.recipe import load_config
@@ -58,7 +58,7 @@ def parse(argv: list[str]) -> tuple[Config, int]:
         elif folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
             raise ConfigError(f"tokenizer.ids = {folder} is something else, and not empty: name another folder.")
         else:
-            check_writable("tokenizer.ids", config.tokenizer.ids)
+            IdsWriter.make_folder(folder)
         return config, arguments.check
     except ConfigError as error:
         refuse(parser, error)
@@ -131,7 +131,7 @@ def write(config: Config, ranks: Ranks) -> None:
         if ranks.rank == 0:
             print(f"Nothing is left to do: {folder} is whole.")
         return
-    index = open_shared_index(config.data.train, IdsWriter.folder_of(folder) / "index", ranks)
+    index = open_shared_index(config.data.train, IdsWriter.make_folder(folder) / "index", ranks)
     tokenizer = build_tokenizer(config, ranks.device)
     about = {"settings": settings_of(config), "identity": tokenizer.identity, "fingerprint": index.fingerprint}
     writer = IdsWriter(folder, about, len(index), config.num_patches) if ranks.rank == 0 else None
