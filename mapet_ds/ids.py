@@ -77,7 +77,7 @@ class StoredIds:
     """The ids of a whole index, memory-mapped: opening them costs the same for a thousand images as for a billion.
 
     Attributes: images, num_patches; settings, what they were computed with; fingerprint, of the index; identity, the
-    tokenizer's own; unreadable, path -> reason of the images without ids.
+    tokenizer's own; unreadable, place in the index (as text) -> path and reason of the images without ids.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -154,7 +154,7 @@ def _sha256(rows: NDArray[np.uint16]) -> str:
 class IdsWriter:
     """Writes the rows of an index in their order, and goes on where an earlier pass was cut off. One process per job has one.
 
-    Attributes: done, rows that are safely on the disk; unreadable, path -> reason.
+    Attributes: done, rows that are safely on the disk; unreadable, place in the index (as text) -> path and reason.
     """
 
     def __init__(self, folder: str | Path, about: dict[str, Any], images: int, num_patches: int) -> None:
@@ -207,13 +207,13 @@ class IdsWriter:
                     break
                 self.sha256.append(sha256)
 
-    def add(self, first: int, rows: NDArray[np.uint16], unreadable: dict[str, str]) -> None:
+    def add(self, first: int, rows: NDArray[np.uint16], unreadable: dict[int, str]) -> None:
         """The next rows, from image `first` on; those that are there already, and those past the last image, are left out.
 
         Raises:
             OSError: the disk is full or fails; `done` says what is safe.
         """
-        self.unreadable |= unreadable
+        self.unreadable |= {str(i): reason for i, reason in unreadable.items()}
         fresh = rows[self._next - first : self.images - first]
         self._next += len(fresh)
         self._waiting = np.concatenate([self._waiting, fresh])
@@ -230,7 +230,8 @@ class IdsWriter:
         self.sha256.append(_sha256(rows))
         self.done += len(rows)
         sizes = {"images": self.images, "num_patches": rows.shape[1], "images_per_chunk": self._chunk}
-        record = {**sizes, **self.about, "unreadable": dict(sorted(self.unreadable.items())), "sha256": self.sha256}
+        unreadable = {i: self.unreadable[i] for i in sorted(self.unreadable, key=int)}
+        record = {**sizes, **self.about, "unreadable": unreadable, "sha256": self.sha256}
         beside = self._record.with_suffix(".beside")
         with beside.open("w") as file:
             json.dump(record, file, indent=1)

@@ -152,8 +152,9 @@ class LookedUpIds(TokenIds):
         if rows.max() >= self.dim:
             i = int(batch.index[(rows >= self.dim).any(axis=1).argmax()])
             raise DataError(
-                f"{self.stored.folder} has no ids of image {i} of the index, which could not be read when they were written "
-                "and now can: write them anew with tools/tokenize_images.py, or leave tokenizer.ids empty."
+                f"{self.stored.folder} has no ids of image {i} of the index, which can be read now and could not when they were "
+                f"written ({self.stored.unreadable.get(str(i))}). Write them anew with tools/tokenize_images.py, or leave "
+                "tokenizer.ids empty."
             )
         ids = torch.from_numpy(rows.astype(np.int64))
         return (ids.pin_memory() if self.counts.is_cuda else ids).to(self.counts.device, non_blocking=True)

@@ -143,7 +143,7 @@ def write(config: Config, ranks: Ranks) -> None:
     for rows in tokenize(config, index, tokenizer, ranks, began, len(index), in_order=True):
         # A row is an image's from its own place: one that stands in for an unreadable image comes again, or was there.
         rows.ids[rows.index != rows.first + np.arange(len(rows.index))] = NO_ID
-        unreadable = {index.path(i): reason for i, reason in rows.unreadable.items()}
+        unreadable = {i: f"{index.path(i)}: {reason}" for i, reason in rows.unreadable.items()}
         try:
             writer.add(rows.first, rows.ids, unreadable)
         except OSError as error:
@@ -151,7 +151,7 @@ def write(config: Config, ranks: Ranks) -> None:
                 f"{writer.path} can't be written: {error}. {writer.done} images are done; the same command goes on from there."
             ) from error
         if len(writer.unreadable) > allowed_bad(config, index):
-            raise too_many_bad(config, index, list(rows.unreadable))
+            raise too_many_bad(config, index, [int(i) for i in writer.unreadable])
     if writer:
         writer.finish()
         rate = (len(index) - began) / (time.monotonic() - start)
