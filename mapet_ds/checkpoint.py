@@ -22,11 +22,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mapet_ds.config import Config, ObjectiveConfig
+from mapet_ds.config import Config, ObjectiveConfig, flatten
 
 FREE = (
     "run_dir", "resume", "checkpoint", "log", "teacher.name", "teacher.weights", "teacher.shard", "tokenizer.path",
-    "data.train", "data.device", "data.threads", "data.workers", "data.prefetch", "data.max_bad_share",
+    "tokenizer.ids", "data.train", "data.device", "data.threads", "data.workers", "data.prefetch", "data.max_bad_share",
     "optim.adamw", "train.micro_batch_size", "train.world_size", "train.compile", "train.grad_checkpointing",
     "train.deterministic", "train.stop_at_step", "train.max_skipped_steps", "train.spike_factor", "train.max_rollbacks",
     "train.hang_seconds",
@@ -61,26 +61,16 @@ class Checkpoint(NamedTuple):
             raise ResumeError(f"{path} is not a safetensors file ({error}); nothing else is read.") from error
 
 
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
-
-
 def identity(config: Config, data: str, target: dict[str, Any]) -> dict[str, Any]:
     """What must be equal for a run to be the same run, as a flat dictionary.
 
     data: the index's fingerprint; target: the target's own identity.
     """
-    knobs = _flatten(config.to_dict())
+    knobs = flatten(config.to_dict())
     sections = {f.name for f in dataclasses.fields(config) if isinstance(getattr(config, f.name), ObjectiveConfig)}
     free = {*FREE, *sections} - {config.objective}  # the settings of other objectives change nothing
     kept = {k: v for k, v in knobs.items() if not any(k == name or k.startswith(name + ".") for name in free)}
-    return kept | _flatten({"data": {"fingerprint": data}, "target": target})
+    return kept | flatten({"data": {"fingerprint": data}, "target": target})
 
 
 def check_identity(checkpoint: Checkpoint, now: dict[str, Any]) -> None:

@@ -17,7 +17,8 @@ from typing import Any, NoReturn
 
 import psutil
 
-from mapet_ds.config import Config, ConfigError, ObjectiveConfig, Rules, TeacherConfig
+from mapet_ds.config import Config, ConfigError, ObjectiveConfig, Rules, TeacherConfig, TokenizerConfig
+from mapet_ds.ids import StoredIds, check_storable
 from mapet_ds.recipe import load_config
 
 
@@ -171,7 +172,7 @@ def check_inputs(config: Config) -> None:
     Raises:
         ConfigError: with one sentence per contradiction.
     """
-    _refuse(_input_rules(config) + _teacher_rules(config))
+    _refuse(_input_rules(config) + (_teacher_rules(config) if config.tokenizer.name == "kclip" else []))
 
 
 def check(config: Config, world_size: int) -> None:
@@ -188,17 +189,30 @@ def check(config: Config, world_size: int) -> None:
     _refuse(_input_rules(config) + teacher + _run_rules(config, world_size) + config.method.rules(config))
 
 
-def check_files(config: Config) -> None:
-    """Refuse a run whose codebook or folder can't be used, as far as a look at the paths tells. Every rank may call it.
+def check_tokenizer_file(tokenizer: TokenizerConfig) -> None:
+    """Refuse a tokenizer whose file isn't there.
 
     Raises:
-        ConfigError: no file at tokenizer.path; run_dir can't be made or written.
+        ConfigError: no file at tokenizer.path.
     """
-    tokenizer, folder = config.tokenizer, Path(os.path.abspath(config.run_dir))
     writes = {"kclip": "tools/fit_codebook.py writes it", "vqkd": "BEiT v2 publishes it"}.get(tokenizer.name)
-    if config.method.predicts_ids and writes and not Path(tokenizer.path).is_file():
+    if writes and not Path(tokenizer.path).is_file():
         found = "is empty" if not tokenizer.path else f"= {tokenizer.path} is not a file"
         raise ConfigError(f"tokenizer.path {found}: name the file that the {tokenizer.name} tokenizer reads; {writes}.")
+
+
+def check_files(config: Config) -> None:
+    """Refuse a run whose codebook, ids or folder can't be used, as far as a look at the paths tells. Every rank may call it.
+
+    Raises:
+        ConfigError: no file at tokenizer.path; no ids of this recipe at tokenizer.ids; run_dir can't be made or written.
+    """
+    if config.method.predicts_ids and config.tokenizer.ids:
+        check_storable(config)
+        StoredIds(config.tokenizer.ids).check(config)
+    elif config.method.predicts_ids:
+        check_tokenizer_file(config.tokenizer)
+    folder = Path(os.path.abspath(config.run_dir))
     there = next(path for path in (folder, *folder.parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         why = "may not be written" if there.is_dir() else "is not a folder"

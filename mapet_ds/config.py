@@ -130,6 +130,8 @@ class TokenizerConfig:
     package.module:factory: your own, called as factory(config, device)."""
     path: str = ""
     """kclip: codebook.safetensors, written by tools/fit_codebook.py; vqkd: its published checkpoint (.pth or safetensors)."""
+    ids: str = ""
+    """Folder of ids that tools/tokenize_images.py has written for the whole of data.train; empty: computed on the fly."""
     vocab_size: Positive = 8192
     """Number of ids."""
     iterations: Positive = 20
@@ -149,7 +151,7 @@ class ObjectiveConfig:
 
     def uses_teacher(self, config: Config) -> bool:
         """Whether the frozen open_clip tower takes part."""
-        return self.predicts_ids and config.tokenizer.name == "kclip"
+        return self.predicts_ids and config.tokenizer.name == "kclip" and not config.tokenizer.ids
 
     def num_hidden(self, config: Config) -> int:
         """Patches of an image that are predicted, at most."""
@@ -355,6 +357,17 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dictionaries, as they are written to the run folder."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one, by dotted names."""
+    flat = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
 
 
 def total_steps(config: Config, num_samples: int) -> int:

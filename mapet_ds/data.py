@@ -156,9 +156,9 @@ class Loader:
 
     def __init__(
         self, config: Config, index: Index, *, student: bool, teacher: View | None, rank: int, world_size: int,
-        local_rank: int, first_step: int = 0, bad: Collection[int] = (),
+        local_rank: int, first_step: int = 0, bad: Collection[int] = (), in_order: bool = False,
     ) -> None:  # fmt: skip
-        """Every rank builds its own. `teacher` is its view; None for no second view.
+        """Every rank builds its own. `teacher` is its view; None for no second view. `in_order`: the index's, not the run's.
 
         Raises:
             ConfigError: data.device = gpu on a host without one.
@@ -167,7 +167,7 @@ class Loader:
         if config.data.device == "gpu" and not gpu:
             raise ConfigError("data.device = gpu, but torch sees no GPU on this host; set data.device=cpu or auto.")
         self.device = torch.device("cuda", local_rank) if gpu and config.data.device != "cpu" else torch.device("cpu")
-        self._config, self._index, self._ranks = config, index, (rank, world_size)
+        self._config, self._index, self._ranks, self._in_order = config, index, (rank, world_size), in_order
         self._student = View(config.model.img_size, config.data.mean, config.data.std) if student else None
         self._teacher = teacher
         self._bad, self._new_bad = dict.fromkeys(bad, ""), []
@@ -223,7 +223,9 @@ class Loader:
         self._pipeline = None
         jitter = self._student is not None and self._config.data.color_jitter > 0
         strong = self._teacher is not None and self._teacher.strong
-        self._source = SampleSource(self._config, self._index, *self._ranks, micro_step, self._bad, jitter, strong)
+        self._source = SampleSource(
+            self._config, self._index, *self._ranks, micro_step, self._bad, jitter, strong, self._in_order
+        )  # fmt: skip
         data, device = self._config.data, "gpu" if self.device.type == "cuda" else "cpu"
         self._pipeline = self._pipeline_of(device, data.workers, data.prefetch)
 

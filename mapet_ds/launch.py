@@ -43,6 +43,11 @@ def use_gpu() -> bool:
     return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
 
 
+def ranks_per_host() -> int:
+    """Ranks that the launcher has started on this host: LOCAL_SIZE is deepspeed's word for it, LOCAL_WORLD_SIZE torchrun's."""
+    return int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def _meet(world_size: int, seconds: float) -> dist.Store:
     """The launch's key-value store, once the ranks have come to it."""
     try:

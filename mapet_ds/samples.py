@@ -129,12 +129,12 @@ class SampleSource:
 
     def __init__(
         self, config: Config, index: Index, rank: int, world_size: int, first_micro_step: int = 0,
-        bad: Collection[int] = (), jitter: bool = True, strong: bool = False,
+        bad: Collection[int] = (), jitter: bool = True, strong: bool = False, in_order: bool = False,
     ) -> None:  # fmt: skip
         self.config, self.index, self.bad = config, index, frozenset(bad)
         self.jitter, self.strong = jitter, strong
         self.rank, self.world_size, self.first_micro_step = rank, world_size, first_micro_step
-        self.order = draws.SampleOrder(len(index), config.seed)
+        self.order = (draws.IndexOrder if in_order else draws.SampleOrder)(len(index), config.seed)
         self._drawn: _Draws | None = None
 
     def __getstate__(self) -> dict[str, Any]:

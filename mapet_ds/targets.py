@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import math
+import os
 import pkgutil
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mapet_ds.config import Config, ConfigError
 from mapet_ds.data import Batch, View
+from mapet_ds.ids import StoredIds
+from mapet_ds.index import DataError, open_index
+from mapet_ds.launch import ranks_per_host
 from mapet_ds.objectives import OBJECTIVES, build_objective
 from mapet_ds.teacher import build_teacher, teacher_mean_std
 from mapet_ds.tokenizer import build_tokenizer
@@ -78,15 +84,21 @@ class TokenIds(Constant):
     """
 
     def __init__(self, config: Config, device: torch.device) -> None:
-        self.tokenizer = build_tokenizer(config, device)
-        self.dim, self.num_patches = self.tokenizer.vocab_size, config.num_patches
-        self.teacher_view = self.tokenizer.view
-        self.identity = self.tokenizer.identity
+        self.dim, self.num_patches = config.tokenizer.vocab_size, config.num_patches
         self.counts = torch.zeros(self.dim, device=device)
+        self._open(config)
+
+    def _open(self, config: Config) -> None:
+        self.tokenizer = build_tokenizer(config, self.counts.device)
+        self.teacher_view, self.identity = self.tokenizer.view, self.tokenizer.identity
+
+    def ids(self, batch: Batch) -> Tensor:
+        """long [B, L]."""
+        return self.tokenizer(batch.teacher_images)
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Tensor:
-        ids = self.tokenizer(batch.teacher_images)
+        ids = self.ids(batch)
         if ids.shape[1] != self.num_patches:
             raise ConfigError(f"The tokenizer gives {ids.shape[1]} ids for an image of {self.num_patches} patches.")
         flat = ids.flatten()
@@ -102,6 +114,55 @@ class TokenIds(Constant):
         entropy = -(share * share.clamp(min=1e-12).log()).sum()
         used = (counts > 0).float().mean()
         return {"codebook_perplexity": entropy.exp().item(), "codebook_used": used.item()}
+
+
+class LookedUpIds(TokenIds):
+    """The same ids, looked up where tools/tokenize_images.py has written them: neither tokenizer nor teacher is built, and the
+    loader makes no second view. Nothing waits for the GPU.
+
+    Raises:
+        ConfigError: ids of other images, or damaged ones.
+    """
+
+    teacher_view = None
+
+    def _open(self, config: Config) -> None:
+        self.stored = StoredIds(config.tokenizer.ids)
+        self.identity = self.stored.identity
+        self.stored.check_data(config.data.train, open_index(config.data.train, Path(config.run_dir) / "index").fingerprint)
+        # The ranks of each host share the reading, and the rows are then in its page cache: they are looked up at random.
+        whole = len(self.stored.sha256)
+        found = self.stored.damaged(int(os.environ.get("LOCAL_RANK", "0")), ranks_per_host())
+        first = torch.tensor(whole if found is None else found, device=self.counts.device)
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(first, op=torch.distributed.ReduceOp.MIN)
+        if first < whole:
+            raise ConfigError(
+                f"{self.stored.folder / 'ids.bin'} is damaged: part {int(first)} of {whole} hasn't the checksum of ids.json. "
+                "Restore it from a copy, or delete the folder and write it anew with tools/tokenize_images.py."
+            )
+
+    def ids(self, batch: Batch) -> Tensor:
+        """long [B, L].
+
+        Raises:
+            DataError: an image that could not be read when the ids were written.
+        """
+        rows = self.stored.rows[batch.index.numpy()]
+        if rows.max() >= self.dim:
+            i = int(batch.index[(rows >= self.dim).any(axis=1).argmax()])
+            raise DataError(
+                f"{self.stored.folder} has no ids of image {i} of the index, which can be read now and could not when they were "
+                f"written ({self.stored.unreadable.get(str(i))}). Write them anew with tools/tokenize_images.py, or leave "
+                "tokenizer.ids empty."
+            )
+        ids = torch.from_numpy(rows.astype(np.int64))
+        return (ids.pin_memory() if self.counts.is_cuda else ids).to(self.counts.device, non_blocking=True)
+
+
+def token_ids(config: Config, device: torch.device) -> Target:
+    """The ids of MaPeT and BEiT, as tokenizer.ids says."""
+    return (LookedUpIds if config.tokenizer.ids else TokenIds)(config, device)
 
 
 class TeacherFeatures(Constant):

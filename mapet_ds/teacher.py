@@ -34,7 +34,7 @@ from torch.distributed.tensor import DTensor
 
 from mapet_ds.checks import teacher_model_config
 from mapet_ds.config import ConfigError, TeacherConfig, Triple
-from mapet_ds.launch import CONTROL_TIMEOUT
+from mapet_ds.launch import CONTROL_TIMEOUT, ranks_per_host
 
 log = logging.getLogger(__name__)
 
@@ -353,7 +353,7 @@ def _shard(teacher: Teacher, config: TeacherConfig, device: torch.device) -> Non
         return
     ranks = dist.get_world_size()
     if config.shard == "node":
-        ranks = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE", "1"))  # deepspeed's; torchrun's
+        ranks = ranks_per_host()
     if dist.get_world_size() % ranks:
         raise ConfigError(
             f"teacher.shard = node needs equally many ranks on every node, but {dist.get_world_size()} ranks are not a "

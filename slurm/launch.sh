@@ -1,5 +1,5 @@
 #!/bin/bash
-# The body of the SLURM scripts: hostfile from the allocation, codebook if there is none, training, and what follows it.
+# The body of the SLURM scripts: hostfile from the allocation, codebook and ids if there are none, training, and what follows.
 # Needs RECIPE, DATA and RUN_DIR in the environment; CODEBOOK and ENGINE have defaults. Arguments are overrides, a.b=value.
 #
 # Training stops in order when SLURM warns of the time limit (USR1) or takes the nodes away (TERM): RUN_DIR/STOP makes the
@@ -40,14 +40,14 @@ main() {
         while read -r name; do echo "$name=${!name}"; done >"$DS_ENV_FILE"
 
     # Stop and requeue. STOP is touched again and again, because ranks that are still starting remove an old one.
-    child='' stopping='' fitting=''
+    child='' stopping='' preparing=''
     # shellcheck disable=SC2317 # called by a trap
     ask_to_stop() {
         [[ -z $stopping ]] || return 0
         echo "$(date): asked to stop; the ranks save and leave."
         while :; do touch "$RUN_DIR/STOP" && sleep 2; done &
         stopping=$!
-        [[ -z $fitting || -z $child ]] || kill "$child" # fitting a codebook does not look for STOP
+        [[ -z $preparing || -z $child ]] || kill "$child" # only training looks for STOP
     }
     leave() {
         [[ -z $stopping ]] || kill "$stopping" 2>/dev/null || :
@@ -75,13 +75,17 @@ os.execvp(sys.argv[1], sys.argv[1:])'
     }
 
     settings=("data.train=$DATA" "tokenizer.path=$CODEBOOK" "$@")
-    ready=1
-    if [[ ! -f $CODEBOOK ]] && python tools/fit_codebook.py --is_needed --config "$RECIPE" "${settings[@]}"; then
-        fitting=1
+    ready=1 preparing=1 written=${IDS:+$IDS/ids.json}
+    if [[ ! -f $CODEBOOK && ! -f $written ]] && python tools/fit_codebook.py --is_needed --config "$RECIPE" "${settings[@]}"; then
         launch deepspeed "${launcher[@]}" tools/fit_codebook.py --config "$RECIPE" "${settings[@]}"
-        fitting=
         [[ -f $CODEBOOK ]] || ready=
     fi
+    settings+=(${IDS:+"tokenizer.ids=$IDS"})
+    if [[ -n $written && ! -f $written && -n $ready && -z $stopping ]]; then
+        launch deepspeed "${launcher[@]}" tools/tokenize_images.py --config "$RECIPE" "${settings[@]}"
+        [[ -f $written ]] || ready=
+    fi
+    preparing=
     if [[ -n $ready && -z $stopping ]]; then
         launch python -c "$without_term" deepspeed "${launcher[@]}" \
             mapet_ds/pretrain.py --config "$RECIPE" --deepspeed_config "$ENGINE" \

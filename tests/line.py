@@ -17,8 +17,8 @@ from mapet_ds.config import REPOSITORY
 IMAGES = 45  # 5.6 steps of 8 an epoch: a run passes an epoch's end in the middle of a batch
 
 
-def make_line(folder: Path) -> Path:
-    """The recipe of a run of 12 steps, all that it names beside it."""
+def make_line(folder: Path, **data: object) -> Path:
+    """The recipe of a run of 12 steps, all that it names beside it; `data` replaces settings of that section."""
     generator = np.random.default_rng(0)
     for number in range(IMAGES):
         width, height = generator.integers(40, 120, 2)
@@ -33,7 +33,7 @@ def make_line(folder: Path) -> Path:
             "name": "vit_tiny_patch16_224", "img_size": 32, "patch_size": 8,
             "args": {"depth": 3, "embed_dim": 32, "num_heads": 2},
         },
-        "data": {"train": str(folder / "train"), "crop": "random", "flip": 0.5, "threads": 1},
+        "data": {"train": str(folder / "train"), "crop": "random", "flip": 0.5, "threads": 1, **data},
         "teacher": {"name": f"local-dir:{folder}/teacher", "img_size": 64},
         "tokenizer": {"path": str(folder / "codebook.safetensors"), "vocab_size": 16, "redo": 1, "iterations": 5},
         "optim": {"lr": 2e-3, "warmup_epochs": 0.5},

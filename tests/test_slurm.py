@@ -36,6 +36,11 @@ if [[ "$*" == *fit_codebook* ]]; then
     touch "$CODEBOOK_PATH"
     exit 0
 fi
+if [[ "$*" == *tokenize_images* ]]; then
+    [[ $IDS == *fails ]] && exit 0
+    mkdir "$IDS" && touch "$IDS/ids.json"
+    exit 0
+fi
 touch "$NOTES/training"
 case $TRAIN in
     done) echo "100 steps" >"$RUN_DIR/DONE" ;;
@@ -143,6 +148,26 @@ def test_an_existing_codebook_is_used(job, tmp_path):
     assert _finish(job(CODEBOOK=str(codebook)))[0] == 0
     (train,) = _launches(job)
     assert f"tokenizer.path={codebook}" in train
+
+
+def test_ids_that_are_asked_for_are_written_once(job, tmp_path):
+    ids = tmp_path / "my ids"
+    assert _finish(job("data.threads=8", IDS=str(ids)))[0] == 0
+    fit, tokenize, train = _launches(job)
+    assert not any(word.startswith("tokenizer.ids") for word in fit)
+    assert tokenize[6:9] == ["tools/tokenize_images.py", "--config", "mapet_ds/recipes/mapet_vitl16.yaml"]
+    assert tokenize[-2:] == train[-2:] == ["data.threads=8", f"tokenizer.ids={ids}"]
+    (job.run_dir / "codebook.safetensors").unlink()
+    (job.notes / "arguments").unlink()
+    assert _finish(job(IDS=str(ids)))[0] == 0
+    (train,) = _launches(job)
+    assert train[6] == "mapet_ds/pretrain.py"
+
+
+def test_without_the_ids_that_are_asked_for_there_is_no_training(job, tmp_path):
+    code, output = _finish(job(IDS=str(tmp_path / "fails")))
+    assert code == 1, output
+    assert not (job.notes / "training").exists()
 
 
 def test_the_sites_variables_reach_every_host(job):

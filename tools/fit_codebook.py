@@ -30,7 +30,8 @@ def parse(argv: list[str]) -> Config:
     try:
         config = load_config(arguments.config, arguments.overrides)
         if arguments.is_needed:
-            parser.exit(not (config.method.predicts_ids and config.tokenizer.name == "kclip"))
+            tokenizer = config.tokenizer
+            parser.exit(not (config.method.predicts_ids and tokenizer.name == "kclip" and not tokenizer.ids))
         check_hostfile(ancestors())
         check_inputs(config)
         if config.tokenizer.name != "kclip":

@@ -23,8 +23,8 @@ LOGITS = 2**26
 """Logits held at once: 256 MiB of fp32, and as much again for their gradient."""
 OBJECTIVES = {
     # name: (objective, target)
-    "mapet": ("mapet_ds.objectives.mapet:MaPeT", "mapet_ds.targets:TokenIds"),
-    "beit": ("mapet_ds.objectives.beit:BEiT", "mapet_ds.targets:TokenIds"),
+    "mapet": ("mapet_ds.objectives.mapet:MaPeT", "mapet_ds.targets:token_ids"),
+    "beit": ("mapet_ds.objectives.beit:BEiT", "mapet_ds.targets:token_ids"),
     "mvp": ("mapet_ds.objectives.mvp:MVP", "mapet_ds.targets:TeacherFeatures"),
     "saim": ("mapet_ds.objectives.saim:SAIM", "mapet_ds.targets:pixels_or_features"),
     "conmim": ("mapet_ds.objectives.conmim:ConMIM", "mapet_ds.targets:MomentumTeacher"),
