@@ -28,7 +28,8 @@ LINK_SHARE, MEMORY_SHARE, FP32_SHARE = 0.8, 0.7, 0.7
 """Attained shares of a link's, the memory's and the fp32 units' data sheet."""
 HOP_SECONDS = 1e-5
 """Latency of one hop of a collective."""
-COUNTS = [2**i for i in range(11)]
+LARGEST = 1024
+"""GPUs at the end of the scaling curve."""
 
 
 class Engine(NamedTuple):
@@ -122,8 +123,9 @@ class Cluster(NamedTuple):
         return self.nodes * self.gpus_per_node
 
     def of(self, ranks: int) -> Cluster:
-        """The same kind of cluster with so many GPUs."""
+        """The same kind of cluster with so many GPUs, part of a node or whole ones."""
         each = min(ranks, self.gpus_per_node)
+        assert ranks % each == 0
         return self._replace(nodes=ranks // each, gpus_per_node=each)
 
     def seconds(self, size: float, ranks: int, passes: int) -> float:
@@ -294,8 +296,9 @@ def predict(request: Request) -> dict[str, Any]:
 
 def scaling(request: Request) -> list[dict[str, Any]]:
     """The plan at 1 to 1,024 GPUs in nodes of the same kind; what can't run there says so."""
-    curve, one = [], None
-    for ranks in COUNTS:
+    curve, one, node = [], None, request.cluster.gpus_per_node
+    parts = [2**i for i in range(11) if 2**i < node]
+    for ranks in [*parts, *(node * 2**i for i in range(11) if node * 2**i <= LARGEST)]:
         try:
             found = predict(request._replace(cluster=request.cluster.of(ranks), fixed=False))
         except ConfigError as error:

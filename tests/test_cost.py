@@ -76,7 +76,7 @@ def shapes_only(config, dtype=torch.bfloat16):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_parameters_and_flops_are_those_of_the_modules(name):
-    config = recipe(name, "train.grad_checkpointing=false")
+    config = recipe(name, *([] if name == "mapet_vitb16" else [HALF]))
     model, counted = shapes_only(config), student(config)
     trainable = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
     assert counted.parameters == sum(trainable)

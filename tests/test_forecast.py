@@ -144,6 +144,13 @@ def test_a_step_is_the_sum_of_its_parts_and_a_run_of_its_steps():
     assert seconds["student"] + seconds["teacher"] == pytest.approx(compute, rel=0.001)
 
 
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "mapet_ds/recipes").glob("*_vit*16.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_recipe_fits_a_node_of_the_smallest_gpus(path):
+    found, asked = predict(request(path.stem, "a100-40")), load_config(path).train.micro_batch_size
+    assert found["micro_batch_size"] == asked <= found["largest_micro_batch_size"]
+    assert found["memory_gib"]["total"] < 39.4
+
+
 def test_each_thing_can_bind():
     assert predict(request())["binds"] == "teacher"
     assert predict(request("saim_vitb16"))["binds"] == "student"
@@ -165,6 +172,9 @@ def test_scaling_is_never_better_than_linear_and_names_what_can_not_run():
     assert [row["gpus"] for row in curve] == [2**i for i in range(11)]
     shares = [row["efficiency"] for row in curve]
     assert shares == sorted(shares, reverse=True) and 0 < shares[-1] < shares[0] == 1
+    six = request(overrides=["train.global_batch_size=3072"])
+    counts = [row["gpus"] for row in scaling(six._replace(cluster=six.cluster._replace(gpus_per_node=6)))]
+    assert counts == [1, 2, 4, 6, 12, 24, 48, 96, 192, 384, 768]
     refused = [row for row in scaling(request("conmim_vitl16")) if "refused" in row]
     assert [row["gpus"] for row in refused] == [64, 128, 256, 512, 1024]
     assert "at most 32 GPUs" in refused[0]["refused"]

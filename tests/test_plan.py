@@ -9,8 +9,6 @@ from line import start
 
 from mapet_ds.config import REPOSITORY
 
-RECIPES = sorted((REPOSITORY / "mapet_ds/recipes").glob("*_vit*16.yaml"))
-
 
 def plan(*words, recipe="mapet_vitb16"):
     return start(sys.executable, "tools/plan.py", "--config", REPOSITORY / f"mapet_ds/recipes/{recipe}.yaml", *words)
@@ -20,13 +18,6 @@ def as_json(*words, **options):
     done = plan(*words, "--json", **options)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
-
-
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_every_shipped_recipe_fits_a_node_of_the_smallest_gpus(path):
-    found = as_json("--gpu", "a100-40", recipe=path.stem)
-    assert found["predicted"]["memory_gib"]["total"] < 39.4
-    assert found["predicted"]["micro_batch_size"] > 0
 
 
 def test_the_report_says_what_binds_what_helps_and_what_it_rests_on():

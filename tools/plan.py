@@ -52,9 +52,9 @@ def changes(request: Request, found: dict[str, Any]) -> list[tuple[str, dict[str
     if binds == "student":
         more = request._replace(cluster=request.cluster._replace(nodes=2 * request.cluster.nodes), fixed=False)
         tried.append((f"--nodes {2 * request.cluster.nodes}", more))
-    if binds == "launch" and request.cluster.ranks > 1:
+    if binds == "launch" and request.cluster.nodes % 2 == 0:
         fewer = request._replace(cluster=request.cluster.of(request.cluster.ranks // 2), fixed=False)
-        tried.append(("half the GPUs: so small a micro-batch leaves them waiting for the host", fewer))
+        tried.append(("half the nodes: so small a micro-batch leaves them waiting for the host", fewer))
     results = []
     for words, other in tried:
         try:
