@@ -181,12 +181,25 @@ def check(config: Config, world_size: int) -> None:
     Raises:
         ConfigError: with one sentence per contradiction.
     """
+    _refuse(_input_rules(config) + _method_rules(config) + _run_rules(config, world_size))
+
+
+def check_method(config: Config) -> None:
+    """Refuse an objective, a teacher and sizes that don't fit together, whatever the data and the launch.
+
+    Raises:
+        ConfigError: with one sentence per contradiction.
+    """
+    _refuse(_method_rules(config))
+
+
+def _method_rules(config: Config) -> Rules:
     sections = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     objectives = [name for name, section in sections.items() if isinstance(section, ObjectiveConfig)]
     if config.objective not in objectives:
         raise ConfigError(f"objective = {config.objective} is not known; there are: {', '.join(objectives)}.")
     teacher = _teacher_rules(config) if config.method.uses_teacher(config) else []
-    _refuse(_input_rules(config) + teacher + _run_rules(config, world_size) + config.method.rules(config))
+    return teacher + config.method.rules(config)
 
 
 def check_tokenizer_file(tokenizer: TokenizerConfig) -> None:

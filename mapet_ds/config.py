@@ -213,6 +213,9 @@ class SAIMConfig(ObjectiveConfig):
     def uses_teacher(self, config: Config) -> bool:
         return self.target == "features"
 
+    def num_hidden(self, config: Config) -> int:
+        return config.num_patches
+
     def rules(self, config: Config) -> Rules:
         return []
 

@@ -11,7 +11,8 @@ from mapet_ds.recipe import known_keys
 PACKAGE = sorted((REPOSITORY / "mapet_ds").rglob("*.py"))
 PROGRAMS = sorted((REPOSITORY / "tools").glob("*.py"))
 LAYERS = [
-    {"config", "ids", "recipe", "checks", "draws", "formats", "optim"}, {"vit", "metrics", "index", "samples", "launch"},
+    {"config", "ids", "recipe", "checks", "draws", "formats", "optim"},
+    {"cost", "forecast", "vit", "metrics", "index", "samples", "launch"},
     {"data", "engine"}, {"teacher", "tokenizer", "vqkd", "objectives", "targets"}, {"checkpoint", "export", "probe", "watchdog"},
     {"spikes"}, {"run", "pretrain"},
 ]  # fmt: skip
@@ -35,7 +36,7 @@ def room(path):
 
 def test_budgets():
     lines = {path: len(path.read_text().splitlines()) for path in PACKAGE}
-    assert sum(lines.values()) <= 5790
+    assert sum(lines.values()) <= 6480
     assert max(lines.values()) <= 400
     assert len(known_keys()) <= 84
     for path in PACKAGE + PROGRAMS:
