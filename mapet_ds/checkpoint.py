@@ -22,18 +22,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mapet_ds.config import Config, ObjectiveConfig
+from mapet_ds.config import ObjectiveConfig, RunConfig
 
 FREE = (
     "run_dir", "resume", "checkpoint", "log", "teacher.name", "teacher.weights", "teacher.shard", "tokenizer.path",
-    "data.train", "data.device", "data.threads", "data.workers", "data.prefetch", "data.max_bad_share",
+    "data.train", "data.val", "model.path", "data.device", "data.threads", "data.workers", "data.prefetch", "data.max_bad_share",
     "optim.adamw", "train.micro_batch_size", "train.world_size", "train.compile", "train.grad_checkpointing",
     "train.deterministic", "train.stop_at_step", "train.max_skipped_steps", "train.spike_factor", "train.max_rollbacks",
     "train.hang_seconds",
 )  # fmt: skip
 """Knobs that may differ at resume: none changes what is computed, beyond the order of floating-point sums; those that judge a
 jump of the loss, `log.every_steps` among them, can change which jumps are undone from there on.
-The teacher, the codebook and the data are compared by content instead of by path."""
+The teacher, the codebook, the weights that fine-tuning starts from and the data are compared by content instead of by path."""
 
 
 class ResumeError(Exception):
@@ -71,7 +71,7 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def identity(config: Config, data: str, target: dict[str, Any]) -> dict[str, Any]:
+def identity(config: RunConfig, data: str, target: dict[str, Any]) -> dict[str, Any]:
     """What must be equal for a run to be the same run, as a flat dictionary.
 
     data: the index's fingerprint; target: the target's own identity.

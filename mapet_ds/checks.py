@@ -17,7 +17,8 @@ from typing import Any, NoReturn
 
 import psutil
 
-from mapet_ds.config import Config, ConfigError, ObjectiveConfig, Rules, TeacherConfig
+from mapet_ds.config import Config, ConfigError, ObjectiveConfig, Rules, RunConfig, TeacherConfig
+from mapet_ds.finetune_config import FinetuneConfig
 from mapet_ds.recipe import load_config
 
 
@@ -64,14 +65,17 @@ def teacher_grid(teacher: TeacherConfig) -> int | None:
     return teacher.img_size // int(match[1]) if match else None
 
 
+def _folder_rules(name: str, folder: str) -> Rules:
+    return [
+        (not folder, f"data.{name} is empty: name the folder of images, data.{name}=/data/imagenet/{name}."),
+        (bool(folder) and not Path(folder).is_dir(), f"data.{name} = {folder} is not a folder that this host can see."),
+    ]
+
+
 def _input_rules(config: Config) -> Rules:
     model, data = config.model, config.data
     return [
-        (not data.train, "data.train is empty: name the folder of images, data.train=/data/imagenet/train."),
-        (
-            bool(data.train) and not Path(data.train).is_dir(),
-            f"data.train = {data.train} is not a folder that this host can see.",
-        ),
+        *_folder_rules("train", data.train),
         (
             model.img_size % model.patch_size != 0,
             f"model.img_size = {model.img_size} is not a multiple of model.patch_size = {model.patch_size}.",
@@ -122,14 +126,50 @@ def _teacher_rules(config: Config) -> Rules:
     ]
 
 
-def _run_rules(config: Config, world_size: int) -> Rules:
+def _tokenizer_rules(config: Config) -> Rules:
+    name = config.tokenizer.name
+    return [
+        (
+            config.method.predicts_ids and name not in ("kclip", "vqkd") and ":" not in name,
+            f"tokenizer.name = {name} is not known; there are kclip, vqkd and package.module:factory.",
+        )
+    ]
+
+
+def _classifier_rules(config: FinetuneConfig) -> Rules:
+    model, data = config.model, config.data
+    folder = Path(model.path) if Path(model.path).is_dir() or not model.name else Path(model.path).parent
+    return [
+        (
+            not model.path and not (model.untrained and model.name),
+            "model.path is empty: name the folder that tools/export_timm.py wrote. (model.untrained=true with model.name, timm's "
+            "name, begins from nothing.)",
+        ),
+        (
+            bool(model.path) and not Path(model.path).exists(),
+            f"model.path = {model.path} is neither a folder nor a file that this host can see.",
+        ),
+        (
+            bool(model.path) and Path(model.path).exists() and not model.name and not (folder / "config.json").is_file(),
+            f"model.path = {model.path}: there is no config.json that tells the model; tools/export_timm.py writes one. For a file "
+            "of weights alone, add model.name=, timm's name for it.",
+        ),
+        (
+            not 0 < data.crop_scale[0] <= data.crop_scale[1] <= 1,
+            f"data.crop_scale = {list(data.crop_scale)} must rise within (0, 1].",
+        ),
+        (
+            (data.mixup > 0 or data.cutmix > 0) and config.train.micro_batch_size % 2 != 0,
+            f"train.micro_batch_size = {config.train.micro_batch_size} is odd, but images are mixed in pairs: make it even, or set "
+            "data.mixup=0 data.cutmix=0.",
+        ),
+    ]
+
+
+def _run_rules(config: RunConfig, world_size: int) -> Rules:
     train, optim, data = config.train, config.optim, config.data.train
     per_step = train.micro_batch_size * world_size
     return [
-        (
-            config.method.predicts_ids and config.tokenizer.name not in ("kclip", "vqkd") and ":" not in config.tokenizer.name,
-            f"tokenizer.name = {config.tokenizer.name} is not known; there are kclip, vqkd and package.module:factory.",
-        ),
         (not config.run_dir, "run_dir is empty: name the folder this run writes to, run_dir=/runs/name."),
         (
             train.global_batch_size % per_step != 0,
@@ -185,7 +225,31 @@ def check(config: Config, world_size: int) -> None:
     if config.objective not in objectives:
         raise ConfigError(f"objective = {config.objective} is not known; there are: {', '.join(objectives)}.")
     teacher = _teacher_rules(config) if config.method.uses_teacher(config) else []
-    _refuse(_input_rules(config) + teacher + _run_rules(config, world_size) + config.method.rules(config))
+    rules = _input_rules(config) + teacher + _tokenizer_rules(config) + _run_rules(config, world_size)
+    _refuse(rules + config.method.rules(config))
+
+
+def check_finetune(config: FinetuneConfig, world_size: int) -> None:
+    """The same for the settings of fine-tuning.
+
+    Raises:
+        ConfigError: with one sentence per contradiction.
+    """
+    folders = _folder_rules("train", config.data.train) + _folder_rules("val", config.data.val)
+    _refuse(folders + _classifier_rules(config) + _run_rules(config, world_size))
+
+
+def check_run_dir(config: RunConfig) -> None:
+    """Refuse a run whose folder can't be used, as far as a look at the path tells. Every rank may call it.
+
+    Raises:
+        ConfigError: run_dir can't be made or written.
+    """
+    folder = Path(os.path.abspath(config.run_dir))
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        why = "may not be written" if there.is_dir() else "is not a folder"
+        raise ConfigError(f"run_dir = {config.run_dir} can't be used: {there} {why}.")
 
 
 def check_files(config: Config) -> None:
@@ -194,15 +258,12 @@ def check_files(config: Config) -> None:
     Raises:
         ConfigError: no file at tokenizer.path; run_dir can't be made or written.
     """
-    tokenizer, folder = config.tokenizer, Path(os.path.abspath(config.run_dir))
+    tokenizer = config.tokenizer
     writes = {"kclip": "tools/fit_codebook.py writes it", "vqkd": "BEiT v2 publishes it"}.get(tokenizer.name)
     if config.method.predicts_ids and writes and not Path(tokenizer.path).is_file():
         found = "is empty" if not tokenizer.path else f"= {tokenizer.path} is not a file"
         raise ConfigError(f"tokenizer.path {found}: name the file that the {tokenizer.name} tokenizer reads; {writes}.")
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        why = "may not be written" if there.is_dir() else "is not a folder"
-        raise ConfigError(f"run_dir = {config.run_dir} can't be used: {there} {why}.")
+    check_run_dir(config)
 
 
 DEEPSPEED = {"deepspeed", "ds", "deepspeed.launcher.launch", "deepspeed.launcher.runner"}
@@ -284,8 +345,11 @@ def load_deepspeed_config(path: str | Path) -> dict[str, Any]:
     return engine
 
 
-def parse_command_line(argv: list[str], description: str) -> tuple[Config, dict[str, Any]]:
-    """Config and DeepSpeed JSON of a training command, both checked; a mistake ends the program with code 2 and a sentence.
+CHECKS = {Config: (check, check_files), FinetuneConfig: (check_finetune, check_run_dir)}
+
+
+def parse_command_line(argv: list[str], description: str, settings: type[RunConfig] = Config) -> tuple[Any, dict[str, Any]]:
+    """Settings and DeepSpeed JSON of a training command, both checked; a mistake ends the program with code 2 and a sentence.
 
     Takes what the launchers pass: `--local_rank` from deepspeed, the world size from the environment.
     """
@@ -297,10 +361,11 @@ def parse_command_line(argv: list[str], description: str) -> tuple[Config, dict[
     arguments = parser.parse_intermixed_args(argv)
     try:
         check_hostfile(ancestors())
-        config = load_config(arguments.config, arguments.overrides)
-        check(config, int(os.environ.get("WORLD_SIZE", "1")))
+        config = load_config(arguments.config, arguments.overrides, settings)
+        check_settings, check_paths = CHECKS[settings]
+        check_settings(config, int(os.environ.get("WORLD_SIZE", "1")))
         engine_config = load_deepspeed_config(arguments.deepspeed_config)
-        check_files(config)
+        check_paths(config)
         return config, engine_config
     except ConfigError as error:
         refuse(parser, error)

@@ -30,12 +30,12 @@ OBJECTIVES = {
 class Draw(NamedTuple):
     """The random decisions for one micro-batch, functions of (seed, step, slot)."""
 
-    mask: Tensor
-    """bool [B, L], True = hidden from the student, hence predicted."""
+    mask: Tensor | None
+    """bool [B, L], True = hidden from the student, hence predicted; None where nothing is hidden."""
     order: Tensor | None
     """long [B, L], rank of each patch in its image's permutation, 0 first; None where nothing is permuted."""
     keep: Tensor
-    """float [B, 2 * blocks], uniforms of the stochastic depth decisions, two a block."""
+    """float [B, decisions], uniforms of the stochastic depth decisions, two a block."""
 
     def to(self, device: torch.device) -> Draw:
         return Draw(*(None if x is None else x.to(device, non_blocking=True) for x in self))
@@ -49,7 +49,8 @@ class Loss(NamedTuple):
     metrics: dict[str, Tensor]
     """Detached device scalars; reading them makes the host wait."""
     prediction: Tensor | None = None
-    """For token targets: predicted ids, long [B, L] in raster order, -1 where nothing is predicted."""
+    """For token targets: predicted ids, long [B, L] in raster order, -1 where nothing is predicted; for classes: float [B,
+    classes], logits."""
 
 
 class Objective(Protocol):
