@@ -101,7 +101,8 @@ def check_identity(checkpoint: Checkpoint, now: dict[str, Any]) -> None:
         )
 
 
-def _sha256(path: Path) -> str:
+def checksum(path: Path) -> str:
+    """sha256 of a file."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 22):
@@ -133,7 +134,7 @@ def save(run_dir: Path, run: dict[str, Any], files: dict[str, dict[str, Tensor]]
             path = partial / f"{name}.safetensors"
             save_file(tensors, path)
             _flush(path)
-            checksums[path.name] = _sha256(path)
+            checksums[path.name] = checksum(path)
     path = partial / "run.json"
     path.write_text(json.dumps({**run, "files": checksums}, indent=1))
     _flush(path)
@@ -155,8 +156,8 @@ def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint folder, or None where it is whole: every file is there with its checksum."""
     try:
         run = json.loads((path / "run.json").read_text())
-        for name, checksum in run["files"].items():
-            if _sha256(path / name) != checksum:
+        for name, recorded in run["files"].items():
+            if checksum(path / name) != recorded:
                 return f"{name} does not have the checksum that run.json gives"
     except (OSError, ValueError, KeyError) as error:
         return f"{type(error).__name__}: {error}"

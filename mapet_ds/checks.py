@@ -136,38 +136,16 @@ def _tokenizer_rules(config: Config) -> Rules:
     ]
 
 
-def _classifier_rules(config: FinetuneConfig) -> Rules:
-    model, data = config.model, config.data
-    folder = Path(model.path) if Path(model.path).is_dir() or not model.name else Path(model.path).parent
-    return [
-        (
-            not model.path and not (model.untrained and model.name),
-            "model.path is empty: name the folder that tools/export_timm.py wrote. (model.untrained=true with model.name, timm's "
-            "name, begins from nothing.)",
-        ),
-        (
-            bool(model.path) and not Path(model.path).exists(),
-            f"model.path = {model.path} is neither a folder nor a file that this host can see.",
-        ),
-        (
-            bool(model.path) and Path(model.path).exists() and not model.name and not (folder / "config.json").is_file(),
-            f"model.path = {model.path}: there is no config.json that tells the model; tools/export_timm.py writes one. For a file "
-            "of weights alone, add model.name=, timm's name for it.",
-        ),
-        (
-            not 0 < data.crop_scale[0] <= data.crop_scale[1] <= 1,
-            f"data.crop_scale = {list(data.crop_scale)} must rise within (0, 1].",
-        ),
-        (
-            (data.mixup > 0 or data.cutmix > 0) and config.train.micro_batch_size % 2 != 0,
-            f"train.micro_batch_size = {config.train.micro_batch_size} is odd, but images are mixed in pairs: make it even, or set "
-            "data.mixup=0 data.cutmix=0.",
-        ),
-    ]
+def _outside_rule(config: RunConfig, name: str, folder: str) -> tuple[bool, str]:
+    return (
+        bool(folder) and Path(os.path.abspath(config.run_dir)).is_relative_to(os.path.abspath(folder)),
+        f"run_dir = {config.run_dir} lies inside data.{name} = {folder}: what a run writes would lie among the images. Name a "
+        "folder outside.",
+    )
 
 
 def _run_rules(config: RunConfig, world_size: int) -> Rules:
-    train, optim, data = config.train, config.optim, config.data.train
+    train, optim = config.train, config.optim
     per_step = train.micro_batch_size * world_size
     return [
         (not config.run_dir, "run_dir is empty: name the folder this run writes to, run_dir=/runs/name."),
@@ -191,11 +169,7 @@ def _run_rules(config: RunConfig, world_size: int) -> Rules:
             f"{config.log.every_steps}: a checkpoint would hold steps whose loss nobody has judged yet. Change one of the two, or "
             "set train.spike_factor=null.",
         ),
-        (
-            bool(data) and Path(os.path.abspath(config.run_dir)).is_relative_to(os.path.abspath(data)),
-            f"run_dir = {config.run_dir} lies inside data.train = {data}: what a run writes would lie among the images. Name a "
-            "folder outside.",
-        ),
+        _outside_rule(config, "train", config.data.train),
         (optim.min_lr > optim.lr, f"optim.min_lr = {optim.min_lr} is above optim.lr = {optim.lr}."),
     ]
 
@@ -236,7 +210,8 @@ def check_finetune(config: FinetuneConfig, world_size: int) -> None:
         ConfigError: with one sentence per contradiction.
     """
     folders = _folder_rules("train", config.data.train) + _folder_rules("val", config.data.val)
-    _refuse(folders + _classifier_rules(config) + _run_rules(config, world_size))
+    outside = [_outside_rule(config, "val", config.data.val)]
+    _refuse(folders + config.rules() + _run_rules(config, world_size) + outside)
 
 
 def check_run_dir(config: RunConfig) -> None:

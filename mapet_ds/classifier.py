@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import os
 import tempfile
@@ -16,6 +15,7 @@ from timm.loss import SoftTargetCrossEntropy
 from timm.models import load_state_dict, save_for_hf
 from torch import Tensor, nn
 
+from mapet_ds.checkpoint import checksum
 from mapet_ds.config import ConfigError
 from mapet_ds.draws import Purpose, uniforms
 from mapet_ds.finetune_config import ClassifierConfig, FinetuneConfig
@@ -128,7 +128,8 @@ def load_weights(vit: nn.Module, model: ClassifierConfig) -> list[str]:
     except UNREADABLE as error:
         raise ConfigError(f"{path} holds no weights that can be read: {type(error).__name__} {error}.") from error
     wanted = {name: tuple(tensor.shape) for name, tensor in vit.state_dict().items()}
-    heads = tuple(f"{name}." for name in vit.pretrained_cfg.get("classifier", "head").split())
+    heads = vit.pretrained_cfg.get("classifier") or "head"
+    heads = tuple(f"{name}." for name in ([heads] if isinstance(heads, str) else heads))
     state = {
         name: tensor for name, tensor in state.items()
         if not name.startswith((*heads, "norm.", "fc_norm.")) or wanted.get(name) == tuple(tensor.shape)
@@ -149,7 +150,7 @@ def start_identity(model: ClassifierConfig) -> dict[str, Any]:
     files = {} if model.untrained else {"weights": weights_file(model)}
     config = model_folder(model) / "config.json"
     files |= {"config": config} if model.path and config.is_file() else {}
-    return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
+    return {name: checksum(path) for name, path in files.items()}
 
 
 class Labels(Constant):

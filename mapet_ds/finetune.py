@@ -31,8 +31,9 @@ class Finetuning(Run):
         check_classes(config, self.index, self.val)
         classes = len(self.index.classes)
         objective = Classifier(config, classes)
-        crop = {"crop_pct": config.data.crop_pct} if config.data.crop_pct else {}
-        self.data_config = timm.data.resolve_model_data_config(objective.vit) | crop
+        size = config.model.img_size
+        asked = {"input_size": size and (3, size, size), "crop_pct": config.data.crop_pct}
+        self.data_config = timm.data.resolve_model_data_config(objective.vit, args=asked)
         try:
             self.transform = train_transform(config.data, self.data_config)
         except (AssertionError, ValueError, KeyError) as error:

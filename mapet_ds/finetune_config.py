@@ -5,11 +5,12 @@ Defaults are BEiT's for a ViT-B, as released (arXiv 2106.08254). Imports neither
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from mapet_ds.config import Natural, NonNegative, OptimConfig, Positive, RunConfig, Share, knobs
+from mapet_ds.config import Natural, NonNegative, OptimConfig, Positive, Rules, RunConfig, Share, knobs
 
 
 @knobs
@@ -88,3 +89,33 @@ class FinetuneConfig(RunConfig):
     optim: LayerwiseOptimConfig = Field(default_factory=LayerwiseOptimConfig)
     log: EvaluationLogConfig = Field(default_factory=EvaluationLogConfig)
     objective = "finetune"
+
+    def rules(self) -> Rules:
+        """What must hold of the model, and of what is done to images."""
+        model, data, path = self.model, self.data, Path(self.model.path)
+        folder = path if path.is_dir() else path.parent
+        return [
+            (
+                not model.path and not (model.untrained and model.name),
+                "model.path is empty: name the folder that tools/export_timm.py wrote. (model.untrained=true with model.name, "
+                "timm's name, begins from nothing.)",
+            ),
+            (
+                bool(model.path) and not path.exists(),
+                f"model.path = {model.path} is neither a folder nor a file that this host can see.",
+            ),
+            (
+                bool(model.path) and path.exists() and not model.name and not (folder / "config.json").is_file(),
+                f"model.path = {model.path}: there is no config.json that tells the model; tools/export_timm.py writes one. For a "
+                "file of weights alone, add model.name=, timm's name for it.",
+            ),
+            (
+                not 0 < data.crop_scale[0] <= data.crop_scale[1] <= 1,
+                f"data.crop_scale = {list(data.crop_scale)} must rise within (0, 1].",
+            ),
+            (
+                (data.mixup > 0 or data.cutmix > 0) and self.train.micro_batch_size % 2 != 0,
+                f"train.micro_batch_size = {self.train.micro_batch_size} is odd, but images are mixed in pairs: make it even, or "
+                "set data.mixup=0 data.cutmix=0.",
+            ),
+        ]

@@ -17,6 +17,7 @@ import numpy as np
 import timm.data
 import torch
 from PIL import Image
+from timm.data.mixup import mixup_target
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -105,8 +106,7 @@ class TrainBatches(Dataset):
         data = config.data
         self.mixup = timm.data.Mixup(
             data.mixup, data.cutmix, label_smoothing=data.label_smoothing, num_classes=len(index.classes)
-        )
-        self.mixup.mixup_enabled = data.mixup > 0 or data.cutmix > 0
+        )  # fmt: skip
 
     def __getitem__(self, micro_step: int) -> LabelledBatch | DataError:
         """An error is handed over, not raised: it would leave a worker as a traceback."""
@@ -122,8 +122,7 @@ class TrainBatches(Dataset):
         bad: Bad = []
         images, indices = zip(*(self._sample(step, slot, bad) for slot in range(first, first + slots)))
         images, labels = torch.stack(images), torch.tensor([self.index.label(i) for i in indices])
-        target = [self._mix(step, first + i, images[i : i + 2], labels[i : i + 2]) for i in range(0, slots, 2)]
-        return LabelledBatch(images, torch.cat(target), torch.tensor(indices), bad)
+        return LabelledBatch(images, self._mix(step, first, images, labels), torch.tensor(indices), bad)
 
     def _sample(self, step: int, slot: int, bad: Bad) -> tuple[Tensor, int]:
         n = step * self.config.train.global_batch_size + slot
@@ -137,10 +136,16 @@ class TrainBatches(Dataset):
         _seed_generators(self.config.seed, Purpose.AUGMENT, step, slot)
         return self.transform(image), index
 
-    def _mix(self, step: int, slot: int, images: Tensor, labels: Tensor) -> Tensor:
-        """Mix a pair [2, 3, S, S] in place; its target [2, classes]."""
-        _seed_generators(self.config.seed, Purpose.MIX, step, slot)
-        return self.mixup(images, labels)[1]
+    def _mix(self, step: int, first: int, images: Tensor, labels: Tensor) -> Tensor:
+        """Mix the images of the slots from `first` on in place; their target [B, classes]."""
+        data = self.config.data
+        if not data.mixup and not data.cutmix:
+            return mixup_target(labels, len(self.index.classes), smoothing=data.label_smoothing)
+        target = []
+        for i in range(0, len(images), 2):
+            _seed_generators(self.config.seed, Purpose.MIX, step, first + i)
+            target.append(self.mixup(images[i : i + 2], labels[i : i + 2])[1])
+        return torch.cat(target)
 
 
 class EvaluationBatches(Dataset):
