@@ -2,7 +2,7 @@
 
 import json
 import os
-import re
+import shutil
 import signal
 import subprocess
 import time
@@ -24,6 +24,8 @@ MODEL = ModelConfig(
     name="vit_tiny_patch16_224", img_size=32, patch_size=8, args={"depth": 3, "embed_dim": 32, "num_heads": 2}, layer_scale=None
 )  # fmt: skip
 
+BAD_TRAIN, BAD_VAL = "train/b/001.png", "val/a/003.png"
+
 
 def write_images(folder, number, seed, classes="abc"):
     """Images whose colour tells the class, with noise."""
@@ -39,10 +41,12 @@ def write_images(folder, number, seed, classes="abc"):
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
-    """16 steps of 8 images, 45 of them an epoch; 26 for evaluation; a pre-trained folder of random weights."""
+    """16 steps of 8 images, of 45 and 26 for evaluation, one of each unreadable; an exported model of random weights."""
     folder = tmp_path_factory.mktemp("finetune")
     write_images(folder / "train", 45, 0)
     write_images(folder / "val", 26, 1)
+    for path in (folder / BAD_TRAIN, folder / BAD_VAL):
+        path.write_bytes(path.read_bytes()[:-30])
     write_checkpoint(folder / "pretrained", MODEL)
     export_timm(folder / "pretrained", folder / "timm")
     values = {
@@ -66,6 +70,7 @@ def straight(recipe):
     done = finetune(recipe, 2, f"run_dir={run_dir}")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "fresh are fc_norm, head." in done.stdout
+    (run_dir / "said").write_text(done.stderr)
     return run_dir
 
 
@@ -77,11 +82,19 @@ def test_it_learns_and_evaluates_after_each_epoch(straight):
     assert (straight / "DONE").read_text() == "16 steps\n"
     evaluated = [line for line in records(straight) if "val_top1" in line]
     assert [line["step"] for line in evaluated] == [6, 12, 16], "an epoch is 5.6 steps"
-    assert all(line["val_images"] == 26 for line in evaluated), "no rank's share divides evenly, each image counts once"
+    assert all(line["val_images"] == 25 for line in evaluated), "each once but the unreadable one, though 26 don't divide evenly"
     assert evaluated[-1]["val_loss"] < evaluated[0]["val_loss"]
     results = json.loads((straight / "results.json").read_text())
     assert results["val_top1"] == evaluated[-1]["val_top1"]
     assert results.keys() >= {"val_top5", "classes", "seed", "start"}
+
+
+def test_unreadable_images_cost_only_themselves(recipe, straight):
+    """The one of training is replaced and listed, the one of validation left out and named."""
+    listed = (straight / "quarantine.tsv").read_text().splitlines()[1:]
+    assert [line.split("\t")[1] for line in listed] == [str(recipe.parent / BAD_TRAIN)]
+    assert records(straight)[-1]["quarantined"] == 1
+    assert f"left out of the evaluation: 1 of 26, e.g. {recipe.parent / BAD_VAL}: " in (straight / "said").read_text()
 
 
 def test_timm_loads_what_it_leaves_and_finds_the_same_accuracy(recipe, straight):
@@ -89,7 +102,7 @@ def test_timm_loads_what_it_leaves_and_finds_the_same_accuracy(recipe, straight)
     model = timm.create_model(f"local-dir:{straight}/timm", pretrained=True).eval()
     assert model.pretrained_cfg["label_names"] == ["a", "b", "c"]
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-    hits, loss, paths = 0, 0.0, sorted((recipe.parent / "val").rglob("*.png"))
+    hits, loss, paths = 0, 0.0, sorted({*(recipe.parent / "val").rglob("*.png")} - {recipe.parent / BAD_VAL})
     with torch.no_grad():
         for path in paths:
             logits = model(transform(Image.open(path))[None])[0]
@@ -105,7 +118,9 @@ def test_timm_loads_what_it_leaves_and_finds_the_same_accuracy(recipe, straight)
     assert not torch.equal(average["vit.head.weight"], weights["vit.head.weight"])
 
 
-def test_killed_and_started_again_is_the_same_run(recipe, straight):
+@pytest.fixture(scope="module")
+def killed(recipe):
+    """A run on two ranks that was killed after a checkpoint."""
     run_dir = recipe.parent / "killed"
     words = command(recipe, 2, f"run_dir={run_dir}", program="tools/finetune.py")
     process = subprocess.Popen(
@@ -119,6 +134,12 @@ def test_killed_and_started_again_is_the_same_run(recipe, straight):
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert not (run_dir / "DONE").exists()
+    return run_dir
+
+
+def test_killed_and_started_again_is_the_same_run(recipe, straight, killed):
+    run_dir = recipe.parent / "again"
+    shutil.copytree(killed, run_dir)
     done = finetune(recipe, 2, f"run_dir={run_dir}", "data.workers=1")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Continuing" in done.stdout
@@ -129,41 +150,12 @@ def test_killed_and_started_again_is_the_same_run(recipe, straight):
         assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one), file
 
 
-def test_other_ranks_and_stages_go_on_with_the_same_run(recipe, straight):
+def test_another_number_of_ranks_and_stage_goes_on_with_the_same_run(recipe, straight, killed):
     run_dir = recipe.parent / "elastic"
-    for ranks, micro, stage, last in ((2, 2, 3, 7), (1, 8, 1, 16)):
-        done = finetune(
-            recipe, ranks, f"run_dir={run_dir}", f"train.micro_batch_size={micro}", f"train.stop_at_step={last}",
-            engine=f"ds_configs/zero{stage}_cpu.json",
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-3000:]
+    shutil.copytree(killed, run_dir)
+    done = finetune(recipe, 1, f"run_dir={run_dir}", "train.micro_batch_size=8", engine="ds_configs/zero3_cpu.json")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Continuing" in done.stdout
     assert losses(run_dir) == pytest.approx(losses(straight), rel=1e-4)
     found, expected = (json.loads((folder / "results.json").read_text()) for folder in (run_dir, straight))
     assert found["val_loss"] == pytest.approx(expected["val_loss"], rel=1e-4)
-
-
-def spoil(path):
-    path.write_bytes(path.read_bytes()[:-30])
-
-
-def test_unreadable_images_cost_only_themselves(recipe):
-    """One of training is replaced and listed, one of validation left out; too many stop the run."""
-    folder = recipe.parent / "spoilt"
-    write_images(folder / "train", 45, 0)
-    write_images(folder / "val", 26, 1)
-    spoil(folder / "train/b/001.png")
-    spoil(folder / "val/a/003.png")
-    data = [f"data.train={folder}/train", f"data.val={folder}/val", "train.epochs=1", "model.ema=null"]
-    done = finetune(recipe, 1, f"run_dir={recipe.parent}/with_bad", *data)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "quarantined" in records(recipe.parent / "with_bad")[-1]
-    listed = (recipe.parent / "with_bad/quarantine.tsv").read_text().splitlines()[1:]
-    assert [line.split("\t")[1] for line in listed] == [f"{folder}/train/b/001.png"]
-    assert f"left out of the evaluation: 1 of 26, e.g. {folder}/val/a/003.png" in done.stderr
-    assert json.loads((recipe.parent / "with_bad/results.json").read_text())["val_images"] == 25
-    for name in ("train/a/000.png", "train/c/002.png"):
-        spoil(folder / name)
-    done = finetune(recipe, 1, f"run_dir={recipe.parent}/too_bad", *data, "data.workers=1")
-    assert done.returncode == 2
-    assert re.search(r"^DataError: Unreadable images: at least [23] of 45", done.stderr, re.M), done.stderr[-2000:]
-    assert "Traceback" not in done.stderr
