@@ -196,7 +196,7 @@ def test_a_head_for_as_many_classes_is_kept(folder, tmp_path):
 @pytest.mark.parametrize(
     ("model", "says"),
     [
-        ({"path": "{}/timm/model.safetensors", "name": "vit_tiny_patch16_224"}, "safetensors is of another architecture than vit_tiny"),
+        ({"path": "{}/timm/model.safetensors", "name": "vit_tiny_patch16_224"}, "is of another architecture than vit_tiny"),
         ({"path": "{}/timm/config.json"}, "config.json holds no weights that can be read"),
         ({"path": "{}/train"}, "timm can't build local-dir:.*train"),
         ({"name": "vit_tinny", "untrained": True}, "timm can't build vit_tinny"),
