@@ -27,18 +27,15 @@ from mapet_ds.vqkd import UNREADABLE
 
 
 class DrawnDropPath(nn.Module):
-    """timm's DropPath by uniforms [B] that it is given before a forward, so that a recomputed one decides alike."""
+    """timm's DropPath by factors [B] that it is given before a forward, so that a recomputed one decides alike."""
 
     def __init__(self, drop_prob: float) -> None:
         super().__init__()
         self.drop_prob = drop_prob
-        self.keep: Tensor | None = None
+        self.factor: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
-            return x
-        kept = (self.keep >= self.drop_prob).to(x.dtype) / (1 - self.drop_prob)
-        return x * kept.view(-1, *[1] * (x.ndim - 1))
+        return x if self.factor is None else x * self.factor.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
 
 
 class Classifier(nn.Module):
@@ -63,9 +60,8 @@ class Classifier(nn.Module):
 
     def forward(self, images: Tensor, target: Tensor, draw: Draw | None = None) -> Loss:
         """images [B, 3, S, S]; target [B, classes], rows sum to 1; no draw: nothing is dropped, for evaluation. No host wait."""
-        if draw is not None:
-            for drop_path, keep in zip(self.drop_paths, draw.keep.unbind(1), strict=True):
-                drop_path.keep = keep
+        for i, drop_path in enumerate(self.drop_paths):
+            drop_path.factor = draw and (draw.keep[:, i] >= drop_path.drop_prob) / (1 - drop_path.drop_prob)
         logits = self.vit(images.to(next(self.vit.parameters()).dtype)).float()
         return Loss(self.loss(logits, target), {}, logits.detach())
 
