@@ -1,13 +1,12 @@
 """finetune.py by the user's own commands: exact resume, other ranks, a model that timm loads, mistakes as sentences."""
 
 import json
-import os
 import shutil
-import signal
 import subprocess
 import time
 
 import numpy as np
+import psutil
 import pytest
 import timm
 import torch
@@ -123,16 +122,16 @@ def killed(recipe):
     """A run on two ranks that was killed after a checkpoint."""
     run_dir = recipe.parent / "killed"
     words = command(recipe, 2, f"run_dir={run_dir}", program="tools/finetune.py")
-    process = subprocess.Popen(
-        words, cwd=REPOSITORY, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
+    process = psutil.Popen(words, cwd=REPOSITORY, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 200
     while steps(run_dir) < 6:
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    everyone = [*process.children(recursive=True), process]  # ranks outlive their launcher, and would save
+    for each in everyone:
+        each.kill()
+    psutil.wait_procs(everyone)
     assert not (run_dir / "DONE").exists()
     return run_dir
 
