@@ -20,7 +20,7 @@ from mapet_ds.config import ConfigError
 from mapet_ds.draws import Purpose, uniforms
 from mapet_ds.finetune_config import ClassifierConfig, FinetuneConfig
 from mapet_ds.labelled import LabelledBatch
-from mapet_ds.objectives import Draw, Loss
+from mapet_ds.objectives import Draw, Loss, seed_weights
 from mapet_ds.targets import Constant, MovingAverage
 from mapet_ds.teacher import mismatches
 from mapet_ds.vqkd import UNREADABLE
@@ -43,7 +43,7 @@ class Classifier(nn.Module):
 
     def __init__(self, config: FinetuneConfig, num_classes: int) -> None:
         super().__init__()
-        torch.manual_seed(int(uniforms(config.seed, Purpose.INITIALISATION, 0, 0, 1, 1)[0, 0] * 2**53))
+        seed_weights(config.seed)
         self.seed, self.loss = config.seed, SoftTargetCrossEntropy()
         self.vit, self.fresh = build_model(config.model, num_classes)
         self.drop_paths: list[DrawnDropPath] = []
@@ -61,14 +61,14 @@ class Classifier(nn.Module):
     def forward(self, images: Tensor, target: Tensor, draw: Draw | None = None) -> Loss:
         """images [B, 3, S, S]; target [B, classes], rows sum to 1; no draw: nothing is dropped, for evaluation. No host wait."""
         for i, drop_path in enumerate(self.drop_paths):
-            drop_path.factor = draw and (draw.keep[:, i] >= drop_path.drop_prob) / (1 - drop_path.drop_prob)
+            drop = drop_path.drop_prob
+            drop_path.factor = None if draw is None else (draw.keep[:, i] >= drop) / (1 - drop)
         logits = self.vit(images.to(next(self.vit.parameters()).dtype)).float()
         return Loss(self.loss(logits, target), {}, logits.detach())
 
 
 def _create(model: ClassifierConfig, **arguments: Any) -> nn.Module:
-    folder = model_folder(model)
-    source = model.name or f"local-dir:{folder}"
+    source = model.name or f"local-dir:{model.folder}"
     try:
         return timm.create_model(source, pretrained=False, **arguments)
     except (RuntimeError, TypeError, ValueError, AssertionError, AttributeError, LookupError, OSError) as error:
@@ -77,15 +77,6 @@ def _create(model: ClassifierConfig, **arguments: Any) -> nn.Module:
             f"timm can't build {source} with {arguments}: {type(error).__name__} {error}. Look at model.name, model.pool, "
             "model.img_size and model.drop_path."
         ) from error
-
-
-def model_folder(model: ClassifierConfig) -> Path:
-    path = Path(model.path)
-    return path if path.is_dir() else path.parent
-
-
-def weights_file(model: ClassifierConfig) -> Path:
-    return Path(model.path) / "model.safetensors" if Path(model.path).is_dir() else Path(model.path)
 
 
 def build_model(model: ClassifierConfig, num_classes: int) -> tuple[nn.Module, list[str]]:
@@ -102,9 +93,9 @@ def build_model(model: ClassifierConfig, num_classes: int) -> tuple[nn.Module, l
             f"{type(vit).__name__} has a state beside its parameters ({extra[0]}, ...), such as running statistics, which would "
             "depend on the number of ranks: take a ViT, or another model with LayerNorm."
         )
+    fresh = list(vit.state_dict()) if model.untrained else load_weights(vit, model)
     head = vit.get_classifier()
-    fresh = list(dict(vit.named_parameters())) if model.untrained else load_weights(vit, model)
-    if isinstance(head, nn.Linear) and any(parameter is head.weight for name, parameter in vit.named_parameters() if name in fresh):
+    if isinstance(head, nn.Linear) and any(vit.get_parameter(name) is head.weight for name in fresh):
         with torch.no_grad():
             head.weight.mul_(model.head_scale)
     return vit, fresh
@@ -116,7 +107,7 @@ def load_weights(vit: nn.Module, model: ClassifierConfig) -> list[str]:
     Raises:
         ConfigError: no such file, or another architecture.
     """
-    path = weights_file(model)
+    path = model.weights
     try:
         state = load_state_dict(str(path))
         convert = getattr(importlib.import_module(type(vit).__module__), "checkpoint_filter_fn", None)
@@ -143,10 +134,8 @@ def load_weights(vit: nn.Module, model: ClassifierConfig) -> list[str]:
 
 def start_identity(model: ClassifierConfig) -> dict[str, Any]:
     """What a run begins from: the sha256 of its weights and of the description of the model."""
-    files = {} if model.untrained else {"weights": weights_file(model)}
-    config = model_folder(model) / "config.json"
-    files |= {"config": config} if model.path and config.is_file() else {}
-    return {name: checksum(path) for name, path in files.items()}
+    files = {"weights": None if model.untrained else model.weights, "config": model.path and model.folder / "config.json"}
+    return {name: checksum(path) for name, path in files.items() if path and path.is_file()}
 
 
 class Labels(Constant):

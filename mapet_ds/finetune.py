@@ -17,7 +17,7 @@ from mapet_ds.classifier import AveragedLabels, Classifier, Labels, export_class
 from mapet_ds.config import ConfigError
 from mapet_ds.data import open_shared_index
 from mapet_ds.index import DataError
-from mapet_ds.labelled import EvaluationBatches, TrainLoader, batches, check_classes, train_transform
+from mapet_ds.labelled import EvaluationBatches, TrainLoader, check_classes, served, train_transform
 from mapet_ds.run import Run
 from mapet_ds.samples import allowed_bad, too_many_bad
 
@@ -40,12 +40,8 @@ class Finetuning(Run):
             raise ConfigError(f"data.rand_augment = {config.data.rand_augment} is no policy that timm knows: {error}.") from error
         if ranks.rank == 0:
             fresh = sorted({name.rpartition(".")[0] for name in objective.fresh})
-            print(
-                f"{config.model.path or config.model.name}: fresh weights throughout."
-                if config.model.untrained
-                else f"{config.model.path}: fresh are {', '.join(fresh) or 'none'}.",
-                flush=True,
-            )
+            says = "all weights are fresh" if config.model.untrained else f"fresh are {', '.join(fresh) or 'none'}"
+            print(f"{config.model.path or config.model.name}: {says}.", flush=True)
         start = start_identity(config.model)
         if config.model.ema is None:
             return Labels(classes, start), objective
@@ -78,7 +74,7 @@ class Finetuning(Run):
         model = self.target.model if config.model.ema else self.engine
         model.eval()
         sums, bad = torch.zeros(4, dtype=torch.float64), []
-        for number, batch in enumerate(batches(dataset, range(len(dataset)), config.data.workers, ranks)):
+        for number, batch in enumerate(served(dataset, range(len(dataset)), config.data.workers, ranks)):
             self.watchdog.doing(f"evaluating batch {number} of {len(dataset)}")
             counted = batch.label >= 0
             label = batch.label.clamp(min=0)

@@ -34,6 +34,15 @@ class ClassifierConfig:
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Momentum, per step, of a moving average of the weights, which is then what is evaluated and written; null: none."""
 
+    @property
+    def folder(self) -> Path:
+        """Where config.json is."""
+        return Path(self.path) if Path(self.path).is_dir() else Path(self.path).parent
+
+    @property
+    def weights(self) -> Path:
+        return self.folder / "model.safetensors" if Path(self.path).is_dir() else Path(self.path)
+
 
 @knobs
 class LabelledDataConfig:
@@ -53,9 +62,9 @@ class LabelledDataConfig:
     erasing: Share = 0.25
     """Probability of a rectangle of noise."""
     mixup: NonNegative = 0.8
-    """Parameter of the beta distribution that weights are drawn from; 0: never. A pair that is not mixed is cut and pasted."""
+    """Both parameters of the beta distribution of a pair's weight; 0: never. Where cutmix is on too, half of the pairs each."""
     cutmix: NonNegative = 1.0
-    """The same for the area of a pasted rectangle; both above 0: half of the pairs each."""
+    """The same, of the share that a pasted rectangle leaves."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
     crop_pct: Annotated[float, Field(gt=0, le=1)] | None = None
     """Side of the evaluated central square over the image's shorter one; null: the model's own."""
@@ -93,7 +102,6 @@ class FinetuneConfig(RunConfig):
     def rules(self) -> Rules:
         """What must hold of the model, and of what is done to images."""
         model, data, path = self.model, self.data, Path(self.model.path)
-        folder = path if path.is_dir() else path.parent
         return [
             (
                 not model.path and not (model.untrained and model.name),
@@ -105,7 +113,7 @@ class FinetuneConfig(RunConfig):
                 f"model.path = {model.path} is neither a folder nor a file that this host can see.",
             ),
             (
-                bool(model.path) and path.exists() and not model.name and not (folder / "config.json").is_file(),
+                bool(model.path) and path.exists() and not model.name and not (model.folder / "config.json").is_file(),
                 f"model.path = {model.path}: there is no config.json that tells the model; tools/export_timm.py writes one. For a "
                 "file of weights alone, add model.name=, timm's name for it.",
             ),

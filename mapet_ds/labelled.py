@@ -89,7 +89,18 @@ def _seed_generators(seed: int, purpose: Purpose, step: int, slot: int) -> None:
     torch.default_generator.manual_seed(own)
 
 
-class TrainBatches(Dataset):
+class Batches(Dataset):
+    """An item is a whole batch of a rank, so that a worker makes all of it; or the DataError that was met, which would leave a
+    worker as a traceback."""
+
+    def __getitem__(self, number: int) -> LabelledBatch | EvaluationBatch | DataError:
+        try:
+            return self.batch(number)
+        except DataError as error:
+            return error
+
+
+class TrainBatches(Batches):
     """A rank's micro-batches by their number, counted from the start of the run over all steps.
 
     Slots 2k and 2k + 1 are mixed with each other. Departure: one weight a pair, timm's "pair" mode with the neighbour as
@@ -108,14 +119,7 @@ class TrainBatches(Dataset):
             data.mixup, data.cutmix, label_smoothing=data.label_smoothing, num_classes=len(index.classes)
         )  # fmt: skip
 
-    def __getitem__(self, micro_step: int) -> LabelledBatch | DataError:
-        """An error is handed over, not raised: it would leave a worker as a traceback."""
-        try:
-            return self._batch(micro_step)
-        except DataError as error:
-            return error
-
-    def _batch(self, micro_step: int) -> LabelledBatch:
+    def batch(self, micro_step: int) -> LabelledBatch:
         slots = self.config.train.micro_batch_size
         step, micro = divmod(micro_step, self.config.grad_accum_steps(self.world_size))
         first = first_slot(micro, self.rank, self.world_size, slots)
@@ -148,7 +152,7 @@ class TrainBatches(Dataset):
         return torch.cat(target)
 
 
-class EvaluationBatches(Dataset):
+class EvaluationBatches(Batches):
     """A rank's share of a data set, in as many batches on each rank."""
 
     def __init__(
@@ -160,18 +164,11 @@ class EvaluationBatches(Dataset):
     def __len__(self) -> int:
         return math.ceil(len(self.index) / (self.world_size * self.batch_size))
 
-    def __getitem__(self, number: int) -> EvaluationBatch | DataError:
-        try:
-            first = number * self.batch_size
-            places = [(first + i) * self.world_size + self.rank for i in range(self.batch_size)]
-            return self._batch(places)
-        except DataError as error:
-            return error
-
-    def _batch(self, places: list[int]) -> EvaluationBatch:
+    def batch(self, number: int) -> EvaluationBatch:
         bad: Bad = []
         images, labels = [], []
-        for place in places:
+        for i in range(number * self.batch_size, (number + 1) * self.batch_size):
+            place = i * self.world_size + self.rank
             image, label = Image.new("RGB", (1, 1)), -1
             if place < len(self.index):
                 try:
@@ -183,8 +180,8 @@ class EvaluationBatches(Dataset):
         return EvaluationBatch(torch.stack(images), torch.tensor(labels), bad)
 
 
-def batches(dataset: Dataset, numbers: Iterator[int] | range, workers: int, ranks: Ranks) -> Iterator[Any]:
-    """The items of a data set of batches, made ahead by workers, in order.
+def served(dataset: Batches, numbers: Iterator[int] | range, workers: int, ranks: Ranks) -> Iterator[Any]:
+    """The batches of these numbers in order, made ahead by workers.
 
     Raises:
         DataError: one that is among them.
@@ -210,7 +207,7 @@ class TrainLoader:
         self._bad, self._new_bad = set(bad), Bad()
         dataset = TrainBatches(config, index, transform, ranks.rank, ranks.world_size, bad)
         first = first_step * config.grad_accum_steps(ranks.world_size)
-        self._batches = batches(dataset, itertools.count(first), config.data.workers, ranks)
+        self._batches = served(dataset, itertools.count(first), config.data.workers, ranks)
 
     def __next__(self) -> LabelledBatch:
         """

@@ -21,7 +21,8 @@ from mapet_ds.engine import set_learning_rate
 from mapet_ds.export import export_timm
 from mapet_ds.finetune_config import ClassifierConfig, FinetuneConfig
 from mapet_ds.index import DataError, open_index
-from mapet_ds.labelled import TrainBatches, check_classes, train_transform
+from mapet_ds.labelled import TrainBatches, TrainLoader, check_classes, served, train_transform
+from mapet_ds.launch import Ranks
 from mapet_ds.optim import parameter_groups
 from mapet_ds.recipe import load_config
 
@@ -77,6 +78,35 @@ def test_a_batch_is_the_same_however_it_is_split(config, folder, tmp_path):
             assert all(torch.equal(one, other) for one, other in zip(whole, split)), (micro, world_size)
     other = global_batch(config("seed=1"), index, 0, 1)
     assert not torch.equal(other[0], global_batch(config(), index, 0, 1)[0])
+
+
+def test_workers_serve_the_same_and_hand_over_what_stops_a_run(config, folder, tmp_path):
+    ranks = Ranks(0, 0, 1, torch.device("cpu"), None)
+    write_images(tmp_path / "spoilt", 6, 0)
+    for path in sorted((tmp_path / "spoilt").rglob("*.png"))[:2]:
+        path.write_bytes(path.read_bytes()[:-30])
+    for root, allowed in ((folder / "train", True), (tmp_path / "spoilt", False)):
+        index = open_index(root, tmp_path / root.name)
+        dataset = TrainBatches(config(), index, train_transform(config().data, DATA), 0, 1, ())
+        if allowed:
+            for batch, own in zip(served(dataset, range(3, 5), 1, ranks), (dataset[3], dataset[4]), strict=True):
+                assert torch.equal(batch.images, own.images) and torch.equal(batch.target, own.target)
+        else:
+            with pytest.raises(DataError, match="^Unreadable images: at least 2 of 6"):
+                list(served(dataset, range(3), 1, ranks))
+
+
+def test_an_unreadable_image_is_reported_once(config, folder, tmp_path):
+    write_images(tmp_path / "spoilt", 6, 0)
+    path = tmp_path / "spoilt/b/001.png"
+    path.write_bytes(path.read_bytes()[:-30])
+    index = open_index(tmp_path / "spoilt", tmp_path / "index")
+    loader = TrainLoader(config(), index, train_transform(config().data, DATA), Ranks(0, 0, 1, torch.device("cpu"), None), 0, ())
+    served_indices = [int(i) for _ in range(6) for i in next(loader).index]  # four epochs
+    (bad,) = loader.new_bad()
+    assert index.path(bad[0]) == str(path) and bad[1] == "cut off"
+    assert bad[0] not in served_indices and set(served_indices) == set(range(6)) - {bad[0]}
+    assert loader.new_bad() == []
 
 
 def test_neighbours_are_mixed_or_pasted_as_their_targets_say(config, folder, tmp_path):

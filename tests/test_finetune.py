@@ -96,9 +96,9 @@ def test_unreadable_images_cost_only_themselves(recipe, straight):
     assert f"left out of the evaluation: 1 of 26, e.g. {recipe.parent / BAD_VAL}: " in (straight / "said").read_text()
 
 
-def test_timm_loads_what_it_leaves_and_finds_the_same_accuracy(recipe, straight):
-    """By timm alone and an ordinary loop over the files; of the moving average, which differs from the weights."""
-    model = timm.create_model(f"local-dir:{straight}/timm", pretrained=True).eval()
+def assert_timm_finds_the_same(recipe, run_dir):
+    """By timm alone and an ordinary loop over the files; gives the model."""
+    model = timm.create_model(f"local-dir:{run_dir}/timm", pretrained=True).eval()
     assert model.pretrained_cfg["label_names"] == ["a", "b", "c"]
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
     hits, loss, paths = 0, 0.0, sorted({*(recipe.parent / "val").rglob("*.png")} - {recipe.parent / BAD_VAL})
@@ -108,13 +108,27 @@ def test_timm_loads_what_it_leaves_and_finds_the_same_accuracy(recipe, straight)
             label = "abc".index(path.parent.name)
             hits += int(logits.argmax() == label)
             loss -= logits.log_softmax(0)[label].item() / len(paths)
-    results = json.loads((straight / "results.json").read_text())
+    results = json.loads((run_dir / "results.json").read_text())
     assert 100 * hits / len(paths) == pytest.approx(results["val_top1"])
     assert loss == pytest.approx(results["val_loss"], rel=1e-5)
+    return model
+
+
+def test_timm_loads_the_moving_average_and_finds_the_same_accuracy(recipe, straight):
+    model = assert_timm_finds_the_same(recipe, straight)
     last = max((straight / "checkpoints").iterdir())
     weights, average = load_file(last / "model.safetensors"), load_file(last / "target.safetensors")
     assert torch.equal(average["vit.head.weight"], model.head.weight)
     assert not torch.equal(average["vit.head.weight"], weights["vit.head.weight"])
+
+
+def test_timm_loads_the_weights_themselves_and_finds_the_same_accuracy(recipe):
+    """Under ZeRO-3, where each evaluated batch is gathered; no moving average, the class token's head."""
+    run_dir, more = recipe.parent / "whole", ["model.ema=null", "model.pool=token", "train.epochs=0.6"]
+    done = finetune(recipe, 2, f"run_dir={run_dir}", *more, engine="ds_configs/zero3_cpu.json")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert list(losses(run_dir)) == [1, 2, 3, 4]
+    assert_timm_finds_the_same(recipe, run_dir)
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +153,7 @@ def killed(recipe):
 def test_killed_and_started_again_is_the_same_run(recipe, straight, killed):
     run_dir = recipe.parent / "again"
     shutil.copytree(killed, run_dir)
-    done = finetune(recipe, 2, f"run_dir={run_dir}", "data.workers=1")
+    done = finetune(recipe, 2, f"run_dir={run_dir}")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Continuing" in done.stdout
     assert losses(run_dir) == losses(straight)

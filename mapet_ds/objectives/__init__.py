@@ -69,8 +69,13 @@ def build_objective(config: Config, target_dim: int) -> Objective:
 
     target_dim: what its target has for each patch: number of token ids, or width of a vector.
     """
-    torch.manual_seed(int(uniforms(config.seed, Purpose.INITIALISATION, 0, 0, 1, 1)[0, 0] * 2**53))
+    seed_weights(config.seed)
     return pkgutil.resolve_name(OBJECTIVES[config.objective][0])(config, target_dim)
+
+
+def seed_weights(seed: int) -> None:
+    """Set torch's generator for the initial weights of a run."""
+    torch.manual_seed(int(uniforms(seed, Purpose.INITIALISATION, 0, 0, 1, 1)[0, 0] * 2**53))
 
 
 def depth_uniforms(seed: int, step: int, first_slot: int, slots: int, depth: int) -> Tensor:
