@@ -37,7 +37,7 @@ def room(path):
 
 def test_budgets():
     lines = {path: len(path.read_text().splitlines()) for path in PACKAGE}
-    assert sum(lines.values()) <= 6060
+    assert sum(lines.values()) <= 6240
     assert max(lines.values()) <= 400
     assert len(known_keys()) <= 83
     assert len(set(known_keys(FinetuneConfig)) - set(known_keys())) <= 15
