@@ -1,6 +1,7 @@
 """Every knob of a fine-tuning run. What it shares with pre-training is config.RunConfig.
 
-Defaults are BEiT's for a ViT-B, as released (arXiv 2106.08254). Imports neither torch nor timm.
+Defaults of what is only here are BEiT's for a ViT-B (arXiv 2106.08254), as ConMIM's program releases them. Imports neither torch
+nor timm.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ class ClassifierConfig:
 
     @property
     def weights(self) -> Path:
+        """The file of weights."""
         return self.folder / "model.safetensors" if Path(self.path).is_dir() else Path(self.path)
 
 
@@ -101,7 +103,9 @@ class FinetuneConfig(RunConfig):
 
     def rules(self) -> Rules:
         """What must hold of the model, and of what is done to images."""
-        model, data, path = self.model, self.data, Path(self.model.path)
+        model, data = self.model, self.data
+        known = bool(model.path) and Path(model.path).exists()
+        described = bool(model.name) or (model.folder / "config.json").is_file()
         return [
             (
                 not model.path and not (model.untrained and model.name),
@@ -109,13 +113,17 @@ class FinetuneConfig(RunConfig):
                 "timm's name, begins from nothing.)",
             ),
             (
-                bool(model.path) and not path.exists(),
+                bool(model.path) and not known,
                 f"model.path = {model.path} is neither a folder nor a file that this host can see.",
             ),
             (
-                bool(model.path) and path.exists() and not model.name and not (model.folder / "config.json").is_file(),
+                known and not described,
                 f"model.path = {model.path}: there is no config.json that tells the model; tools/export_timm.py writes one. For a "
                 "file of weights alone, add model.name=, timm's name for it.",
+            ),
+            (
+                known and described and not model.untrained and not model.weights.is_file(),
+                f"model.path = {model.path}: the weights are missing, {model.weights}; tools/export_timm.py writes them.",
             ),
             (
                 not 0 < data.crop_scale[0] <= data.crop_scale[1] <= 1,

@@ -2,6 +2,7 @@
 
 import random
 import runpy
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -27,6 +28,7 @@ from mapet_ds.optim import parameter_groups
 from mapet_ds.recipe import load_config
 
 DATA = {"input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3}
+RANKS = Ranks(0, 0, 1, torch.device("cpu"), None)
 RECIPES = sorted((REPOSITORY / "mapet_ds/recipes").glob("finetune_*.yaml"))
 
 
@@ -38,6 +40,8 @@ def folder(tmp_path_factory):
     write_images(folder / "val", 9, 1)
     write_checkpoint(folder / "pretrained", MODEL)
     export_timm(folder / "pretrained", folder / "timm")
+    (folder / "described").mkdir()
+    shutil.copy(folder / "timm/config.json", folder / "described")
     return folder
 
 
@@ -80,20 +84,21 @@ def test_a_batch_is_the_same_however_it_is_split(config, folder, tmp_path):
     assert not torch.equal(other[0], global_batch(config(), index, 0, 1)[0])
 
 
-def test_workers_serve_the_same_and_hand_over_what_stops_a_run(config, folder, tmp_path):
-    ranks = Ranks(0, 0, 1, torch.device("cpu"), None)
+def test_workers_serve_the_same(config, folder, tmp_path):
+    index = open_index(folder / "train", tmp_path / "index")
+    dataset = TrainBatches(config(), index, train_transform(config().data, DATA), 0, 1, ())
+    for batch, own in zip(served(dataset, range(3, 5), 1, RANKS), (dataset[3], dataset[4]), strict=True):
+        assert torch.equal(batch.images, own.images) and torch.equal(batch.target, own.target)
+
+
+def test_too_many_unreadable_images_stop_the_run(config, tmp_path):
     write_images(tmp_path / "spoilt", 6, 0)
     for path in sorted((tmp_path / "spoilt").rglob("*.png"))[:2]:
         path.write_bytes(path.read_bytes()[:-30])
-    for root, allowed in ((folder / "train", True), (tmp_path / "spoilt", False)):
-        index = open_index(root, tmp_path / root.name)
-        dataset = TrainBatches(config(), index, train_transform(config().data, DATA), 0, 1, ())
-        if allowed:
-            for batch, own in zip(served(dataset, range(3, 5), 1, ranks), (dataset[3], dataset[4]), strict=True):
-                assert torch.equal(batch.images, own.images) and torch.equal(batch.target, own.target)
-        else:
-            with pytest.raises(DataError, match="^Unreadable images: at least 2 of 6"):
-                list(served(dataset, range(3), 1, ranks))
+    index = open_index(tmp_path / "spoilt", tmp_path / "index")
+    loader = TrainLoader(config(), index, train_transform(config().data, DATA), RANKS, 0, ())
+    with pytest.raises(DataError, match="^Unreadable images: at least 2 of 6"):
+        next(loader)
 
 
 def test_an_unreadable_image_is_reported_once(config, folder, tmp_path):
@@ -101,7 +106,7 @@ def test_an_unreadable_image_is_reported_once(config, folder, tmp_path):
     path = tmp_path / "spoilt/b/001.png"
     path.write_bytes(path.read_bytes()[:-30])
     index = open_index(tmp_path / "spoilt", tmp_path / "index")
-    loader = TrainLoader(config(), index, train_transform(config().data, DATA), Ranks(0, 0, 1, torch.device("cpu"), None), 0, ())
+    loader = TrainLoader(config(), index, train_transform(config().data, DATA), RANKS, 0, ())
     served_indices = [int(i) for _ in range(6) for i in next(loader).index]  # four epochs
     (bad,) = loader.new_bad()
     assert index.path(bad[0]) == str(path) and bad[1] == "cut off"
@@ -214,6 +219,21 @@ def test_pre_trained_weights_are_all_in_the_model(folder):
     assert len(found) == len(vit.state_dict())
 
 
+def test_another_architecture_of_timm_learns_as_well(config, tmp_path):
+    """BEiT's own: relative positions in each block, LayerScale, no position table."""
+    beit = timm.create_model("beit_base_patch16_224", embed_dim=32, depth=2, num_heads=2, img_size=32, patch_size=8, num_classes=9)
+    timm.models.save_for_hf(beit, tmp_path / "beit", safe_serialization=True)
+    given = config(f"model.path={tmp_path}/beit", "model.drop_path=0.2", "optim.layer_decay=0.5")
+    classifier = Classifier(given, 3).train()
+    assert torch.equal(classifier.vit.blocks[1].attn.relative_position_bias_table, beit.blocks[1].attn.relative_position_bias_table)
+    assert set(classifier.fresh) == {"head.weight", "head.bias"}
+    images, target, draw = torch.randn(4, 3, 32, 32), torch.full((4, 3), 1 / 3), classifier.draw(0, 0, 4)
+    assert draw.keep.shape == (4, 2), "the first block drops nothing"
+    classifier(images, target, draw).loss.backward()
+    scales = {group["lr_scale"] for group in parameter_groups(classifier, given.optim)}
+    assert scales == {1, 0.5, 0.25, 0.125}
+
+
 def test_a_head_for_as_many_classes_is_kept(folder, tmp_path):
     vit, _ = build_model(ClassifierConfig(path=str(folder / "timm")), 3)
     torch.save({"state_dict": vit.state_dict()}, tmp_path / "tuned.pth")
@@ -268,6 +288,7 @@ def test_classes_that_do_not_fit_are_refused(config, tmp_path, train, val, numbe
         ("model.path=", "model.path is empty: name the folder that tools/export_timm.py wrote"),
         ("model.path=/nowhere", "model.path = /nowhere is neither a folder nor a file"),
         ("model.path={}/train", "there is no config.json"),
+        ("model.path={}/described", "the weights are missing, .*described/model.safetensors"),
         ("data.val=", "data.val is empty"),
         ("data.val=/nowhere", "data.val = /nowhere is not a folder"),
         ("run_dir={}/val/run", "lies inside data.val"),
