@@ -22,18 +22,19 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mapet_ds.config import Config, ObjectiveConfig, flatten
+from mapet_ds.config import ObjectiveConfig, RunConfig, flatten
 
 FREE = (
     "run_dir", "resume", "checkpoint", "log", "teacher.name", "teacher.weights", "teacher.shard", "tokenizer.path",
-    "tokenizer.ids", "data.train", "data.device", "data.threads", "data.workers", "data.prefetch", "data.max_bad_share",
+    "tokenizer.ids", "data.train", "data.val", "model.path", "data.device", "data.threads", "data.workers", "data.prefetch",
+    "data.max_bad_share",
     "optim.adamw", "train.micro_batch_size", "train.world_size", "train.compile", "train.grad_checkpointing",
     "train.deterministic", "train.stop_at_step", "train.max_skipped_steps", "train.spike_factor", "train.max_rollbacks",
     "train.hang_seconds",
 )  # fmt: skip
 """Knobs that may differ at resume: none changes what is computed, beyond the order of floating-point sums; those that judge a
 jump of the loss, `log.every_steps` among them, can change which jumps are undone from there on.
-The teacher, the codebook and the data are compared by content instead of by path."""
+The teacher, the codebook, the weights that fine-tuning starts from and the data are compared by content instead of by path."""
 
 
 class ResumeError(Exception):
@@ -61,7 +62,7 @@ class Checkpoint(NamedTuple):
             raise ResumeError(f"{path} is not a safetensors file ({error}); nothing else is read.") from error
 
 
-def identity(config: Config, data: str, target: dict[str, Any]) -> dict[str, Any]:
+def identity(config: RunConfig, data: str, target: dict[str, Any]) -> dict[str, Any]:
     """What must be equal for a run to be the same run, as a flat dictionary.
 
     data: the index's fingerprint; target: the target's own identity.
@@ -90,7 +91,8 @@ def check_identity(checkpoint: Checkpoint, now: dict[str, Any]) -> None:
         )
 
 
-def _sha256(path: Path) -> str:
+def checksum(path: Path) -> str:
+    """sha256 of a file."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 22):
@@ -122,7 +124,7 @@ def save(run_dir: Path, run: dict[str, Any], files: dict[str, dict[str, Tensor]]
             path = partial / f"{name}.safetensors"
             save_file(tensors, path)
             _flush(path)
-            checksums[path.name] = _sha256(path)
+            checksums[path.name] = checksum(path)
     path = partial / "run.json"
     path.write_text(json.dumps({**run, "files": checksums}, indent=1))
     _flush(path)
@@ -144,8 +146,8 @@ def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint folder, or None where it is whole: every file is there with its checksum."""
     try:
         run = json.loads((path / "run.json").read_text())
-        for name, checksum in run["files"].items():
-            if _sha256(path / name) != checksum:
+        for name, recorded in run["files"].items():
+            if checksum(path / name) != recorded:
                 return f"{name} does not have the checksum that run.json gives"
     except (OSError, ValueError, KeyError) as error:
         return f"{type(error).__name__}: {error}"

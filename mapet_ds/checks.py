@@ -17,7 +17,8 @@ from typing import Any, NoReturn
 
 import psutil
 
-from mapet_ds.config import Config, ConfigError, ObjectiveConfig, Rules, TeacherConfig, TokenizerConfig
+from mapet_ds.config import Config, ConfigError, ObjectiveConfig, Rules, RunConfig, TeacherConfig, TokenizerConfig
+from mapet_ds.finetune_config import FinetuneConfig
 from mapet_ds.ids import StoredIds, check_storable
 from mapet_ds.recipe import load_config
 
@@ -65,14 +66,17 @@ def teacher_grid(teacher: TeacherConfig) -> int | None:
     return teacher.img_size // int(match[1]) if match else None
 
 
+def _folder_rules(name: str, folder: str) -> Rules:
+    return [
+        (not folder, f"data.{name} is empty: name the folder of images, data.{name}=/data/imagenet/{name}."),
+        (bool(folder) and not Path(folder).is_dir(), f"data.{name} = {folder} is not a folder that this host can see."),
+    ]
+
+
 def _input_rules(config: Config) -> Rules:
     model, data = config.model, config.data
     return [
-        (not data.train, "data.train is empty: name the folder of images, data.train=/data/imagenet/train."),
-        (
-            bool(data.train) and not Path(data.train).is_dir(),
-            f"data.train = {data.train} is not a folder that this host can see.",
-        ),
+        *_folder_rules("train", data.train),
         (
             model.img_size % model.patch_size != 0,
             f"model.img_size = {model.img_size} is not a multiple of model.patch_size = {model.patch_size}.",
@@ -123,14 +127,28 @@ def _teacher_rules(config: Config) -> Rules:
     ]
 
 
-def _run_rules(config: Config, world_size: int) -> Rules:
-    train, optim, data = config.train, config.optim, config.data.train
-    per_step = train.micro_batch_size * world_size
+def _tokenizer_rules(config: Config) -> Rules:
+    name = config.tokenizer.name
     return [
         (
-            config.method.predicts_ids and config.tokenizer.name not in ("kclip", "vqkd") and ":" not in config.tokenizer.name,
-            f"tokenizer.name = {config.tokenizer.name} is not known; there are kclip, vqkd and package.module:factory.",
-        ),
+            config.method.predicts_ids and name not in ("kclip", "vqkd") and ":" not in name,
+            f"tokenizer.name = {name} is not known; there are kclip, vqkd and package.module:factory.",
+        )
+    ]
+
+
+def _outside_rule(config: RunConfig, name: str, folder: str) -> tuple[bool, str]:
+    return (
+        bool(folder) and Path(os.path.abspath(config.run_dir)).is_relative_to(os.path.abspath(folder)),
+        f"run_dir = {config.run_dir} lies inside data.{name} = {folder}: what a run writes would lie among the images. Name a "
+        "folder outside.",
+    )
+
+
+def _run_rules(config: RunConfig, world_size: int) -> Rules:
+    train, optim = config.train, config.optim
+    per_step = train.micro_batch_size * world_size
+    return [
         (not config.run_dir, "run_dir is empty: name the folder this run writes to, run_dir=/runs/name."),
         (
             train.global_batch_size % per_step != 0,
@@ -152,11 +170,7 @@ def _run_rules(config: Config, world_size: int) -> Rules:
             f"{config.log.every_steps}: a checkpoint would hold steps whose loss nobody has judged yet. Change one of the two, or "
             "set train.spike_factor=null.",
         ),
-        (
-            bool(data) and Path(os.path.abspath(config.run_dir)).is_relative_to(os.path.abspath(data)),
-            f"run_dir = {config.run_dir} lies inside data.train = {data}: what a run writes would lie among the images. Name a "
-            "folder outside.",
-        ),
+        _outside_rule(config, "train", config.data.train),
         (optim.min_lr > optim.lr, f"optim.min_lr = {optim.min_lr} is above optim.lr = {optim.lr}."),
     ]
 
@@ -199,7 +213,7 @@ def _method_rules(config: Config) -> Rules:
     if config.objective not in objectives:
         raise ConfigError(f"objective = {config.objective} is not known; there are: {', '.join(objectives)}.")
     teacher = _teacher_rules(config) if config.method.uses_teacher(config) else []
-    return teacher + config.method.rules(config)
+    return teacher + _tokenizer_rules(config) + config.method.rules(config)
 
 
 def check_tokenizer_file(tokenizer: TokenizerConfig) -> None:
@@ -214,6 +228,30 @@ def check_tokenizer_file(tokenizer: TokenizerConfig) -> None:
         raise ConfigError(f"tokenizer.path {found}: name the file that the {tokenizer.name} tokenizer reads; {writes}.")
 
 
+def check_finetune(config: FinetuneConfig, world_size: int) -> None:
+    """The same for the settings of fine-tuning.
+
+    Raises:
+        ConfigError: with one sentence per contradiction.
+    """
+    folders = _folder_rules("train", config.data.train) + _folder_rules("val", config.data.val)
+    outside = [_outside_rule(config, "val", config.data.val)]
+    _refuse(folders + config.rules() + _run_rules(config, world_size) + outside)
+
+
+def check_run_dir(config: RunConfig) -> None:
+    """Refuse a run whose folder can't be used, as far as a look at the path tells. Every rank may call it.
+
+    Raises:
+        ConfigError: run_dir can't be made or written.
+    """
+    folder = Path(os.path.abspath(config.run_dir))
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        why = "may not be written" if there.is_dir() else "is not a folder"
+        raise ConfigError(f"run_dir = {config.run_dir} can't be used: {there} {why}.")
+
+
 def check_files(config: Config) -> None:
     """Refuse a run whose codebook, ids or folder can't be used, as far as a look at the paths tells. Every rank may call it.
 
@@ -225,11 +263,7 @@ def check_files(config: Config) -> None:
         StoredIds(config.tokenizer.ids).check(config)
     elif config.method.predicts_ids:
         check_tokenizer_file(config.tokenizer)
-    folder = Path(os.path.abspath(config.run_dir))
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        why = "may not be written" if there.is_dir() else "is not a folder"
-        raise ConfigError(f"run_dir = {config.run_dir} can't be used: {there} {why}.")
+    check_run_dir(config)
 
 
 DEEPSPEED = {"deepspeed", "ds", "deepspeed.launcher.launch", "deepspeed.launcher.runner"}
@@ -311,8 +345,11 @@ def load_deepspeed_config(path: str | Path) -> dict[str, Any]:
     return engine
 
 
-def parse_command_line(argv: list[str], description: str) -> tuple[Config, dict[str, Any]]:
-    """Config and DeepSpeed JSON of a training command, both checked; a mistake ends the program with code 2 and a sentence.
+CHECKS = {Config: (check, check_files), FinetuneConfig: (check_finetune, check_run_dir)}
+
+
+def parse_command_line(argv: list[str], description: str, settings: type[RunConfig] = Config) -> tuple[Any, dict[str, Any]]:
+    """Settings and DeepSpeed JSON of a training command, both checked; a mistake ends the program with code 2 and a sentence.
 
     Takes what the launchers pass: `--local_rank` from deepspeed, the world size from the environment.
     """
@@ -324,10 +361,11 @@ def parse_command_line(argv: list[str], description: str) -> tuple[Config, dict[
     arguments = parser.parse_intermixed_args(argv)
     try:
         check_hostfile(ancestors())
-        config = load_config(arguments.config, arguments.overrides)
-        check(config, int(os.environ.get("WORLD_SIZE", "1")))
+        config = load_config(arguments.config, arguments.overrides, settings)
+        check_settings, check_paths = CHECKS[settings]
+        check_settings(config, int(os.environ.get("WORLD_SIZE", "1")))
         engine_config = load_deepspeed_config(arguments.deepspeed_config)
-        check_files(config)
+        check_paths(config)
         return config, engine_config
     except ConfigError as error:
         refuse(parser, error)

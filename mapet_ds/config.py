@@ -270,6 +270,7 @@ class OptimConfig:
     eps: Annotated[float, Field(gt=0)] = 1e-8
     clip_grad: NonNegative = 3.0
     """Largest norm of the whole gradient; 0 never clips."""
+    layer_decay = None  # a knob of fine-tuning
     adamw: Literal["auto", "deepspeed", "torch"] = "auto"
     """deepspeed: FusedAdam, compiled once per node; torch: torch's own (fused on a GPU), no compiler.
     auto: deepspeed on a GPU with nvcc, else torch."""
@@ -318,13 +319,33 @@ class LogConfig:
 
 
 @knobs
-class Config:
-    objective: str = "mapet"
+class RunConfig:
+    """What every run has, whatever it learns."""
+
     run_dir: str = ""
     """Everything a run writes. On a cluster: a path that all hosts share."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     resume: Literal["auto", "never"] = "auto"
     """auto: continue from the newest whole checkpoint in run_dir, else start; never: refuse a used run_dir."""
+    optim: OptimConfig = Field(default_factory=OptimConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    log: LogConfig = Field(default_factory=LogConfig)
+
+    def grad_accum_steps(self, world_size: int) -> int:
+        """Forwards per update on each rank."""
+        return self.train.global_batch_size // (self.train.micro_batch_size * world_size)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested dictionaries, as they are written to the run folder."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+
+@knobs
+class Config(RunConfig):
+    """A pre-training run."""
+
+    objective: str = "mapet"
     model: ModelConfig = Field(default_factory=ModelConfig)
     data: DataConfig = Field(default_factory=DataConfig)
     teacher: TeacherConfig = Field(default_factory=TeacherConfig)
@@ -334,10 +355,6 @@ class Config:
     mvp: MVPConfig = Field(default_factory=MVPConfig)
     saim: SAIMConfig = Field(default_factory=SAIMConfig)
     conmim: ConMIMConfig = Field(default_factory=ConMIMConfig)
-    optim: OptimConfig = Field(default_factory=OptimConfig)
-    train: TrainConfig = Field(default_factory=TrainConfig)
-    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
-    log: LogConfig = Field(default_factory=LogConfig)
 
     @property
     def method(self) -> ObjectiveConfig:
@@ -353,14 +370,6 @@ class Config:
     def num_patches(self) -> int:
         return self.grid**2
 
-    def grad_accum_steps(self, world_size: int) -> int:
-        """Forwards per update on each rank."""
-        return self.train.global_batch_size // (self.train.micro_batch_size * world_size)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain nested dictionaries, as they are written to the run folder."""
-        return json.loads(json.dumps(dataclasses.asdict(self)))
-
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested dictionaries as one, by dotted names."""
@@ -373,6 +382,6 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def total_steps(config: Config, num_samples: int) -> int:
+def total_steps(config: RunConfig, num_samples: int) -> int:
     """Updates in the whole run: epochs * samples / global batch, rounded up."""
     return math.ceil(config.train.epochs * num_samples / config.train.global_batch_size)

@@ -26,6 +26,8 @@ class Purpose(IntEnum):
     INITIALISATION = 6
     MASK = 7
     STRONG = 8
+    AUGMENT = 9
+    MIX = 10
 
 
 def uniforms(seed: int, purpose: Purpose, step: int, first_slot: int, slots: int, width: int) -> NDArray[np.float64]:
@@ -41,6 +43,11 @@ def uniforms(seed: int, purpose: Purpose, step: int, first_slot: int, slots: int
     key = np.array([seed, purpose], dtype=np.uint64)
     generator = np.random.Generator(np.random.Philox(counter=counter, key=key))
     return generator.random((slots, 4 * blocks))[:, :width]
+
+
+def generator_seeds(seed: int, purpose: Purpose, step: int, slot: int) -> list[int]:
+    """Three seeds of 32 bits, for a library's own generators, which know nothing of slots."""
+    return (uniforms(seed, purpose, step, slot, 1, 3)[0] * 2**32).astype(np.int64).tolist()
 
 
 def permutations(seed: int, step: int, first_slot: int, slots: int, num_patches: int) -> NDArray[np.int64]:

@@ -30,7 +30,7 @@ from deepspeed.utils import (
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from mapet_ds.config import Config, ConfigError
+from mapet_ds.config import ConfigError, RunConfig
 from mapet_ds.optim import parameter_groups
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -51,7 +51,7 @@ def check_engine_config(engine_config: dict[str, Any]) -> None:
 
 
 def build_engine(
-    objective: nn.Module, config: Config, engine_config: dict[str, Any], world_size: int, device: torch.device
+    objective: nn.Module, config: RunConfig, engine_config: dict[str, Any], world_size: int, device: torch.device
 ) -> deepspeed.DeepSpeedEngine:
     """A ZeRO engine that trains the objective, its optimizer states allocated. Every rank must call it.
 
@@ -82,9 +82,9 @@ def build_engine(
     return engine
 
 
-def _adamw(objective: nn.Module, config: Config, device: torch.device) -> torch.optim.Optimizer:
+def _adamw(objective: nn.Module, config: RunConfig, device: torch.device) -> torch.optim.Optimizer:
     optim = config.optim
-    groups = parameter_groups(objective, optim.weight_decay)
+    groups = parameter_groups(objective, optim)
     arguments = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps}
     can_build = torch.tensor(float(device.type == "cuda" and all(map(shutil.which, ("nvcc", "ninja")))), device=device)
     dist.all_reduce(can_build, op=dist.ReduceOp.MIN)  # all hosts must choose the same optimizer
@@ -210,6 +210,6 @@ def _own_part(parameter: nn.Parameter, full: Tensor) -> Tensor:
 
 
 def set_learning_rate(engine: deepspeed.DeepSpeedEngine, lr: float) -> None:
-    """The rate of the next update, for every parameter group."""
+    """The rate of the next update, for every parameter group: times its lr_scale, where it has one."""
     for group in engine.optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_scale", 1.0)

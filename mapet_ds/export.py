@@ -49,7 +49,9 @@ def read_vit(checkpoint: Checkpoint, student: bool = False) -> tuple[Config, dic
     try:
         config = pydantic.TypeAdapter(Config).validate_json(json.dumps(checkpoint.run["config"]))
     except (KeyError, pydantic.ValidationError) as error:
-        raise ExportError(f"{checkpoint.path / 'run.json'} holds no settings of this program: {error}") from error
+        raise ExportError(
+            f"{checkpoint.path / 'run.json'} holds no settings of pre-training (fine-tuning leaves RUN/timm by itself): {error}"
+        ) from error
     files = [{} if student else checkpoint.load("target"), checkpoint.load("model")]
     states = [{k.removeprefix("vit."): v for k, v in file.items() if k.startswith("vit.")} for file in files]
     return config, states[0] or states[1]

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mapet_ds.formats import BadImage
 
@@ -220,6 +221,16 @@ class Index:
     def label(self, i: int) -> int:
         """Position of a sample's class in `classes`; -1 where it has none."""
         return int(self._samples[i]["label"])
+
+    def labels(self) -> NDArray[np.int32]:
+        """`label` of every sample."""
+        return self._samples["label"]
+
+    def empty_folders(self) -> list[str]:
+        """Folders beside those of the classes: none of them holds a sample."""
+        with os.scandir(self.root) as entries:
+            found = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+        return [] if self._shards else [name for name in found if name not in self.classes]
 
     def read(self, i: int) -> bytes:
         """The bytes of a sample.

@@ -18,7 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from mapet_ds.config import Config
+from mapet_ds.config import RunConfig
 
 if TYPE_CHECKING:
     from mapet_ds.launch import Ranks
@@ -52,7 +52,7 @@ def token_colours(ids: Tensor) -> Tensor:
 class _Report:
     """The files and the bar, on rank 0. A full disk is said aloud and stops nothing: lines wait, curves get a gap."""
 
-    def __init__(self, config: Config, total_steps: int, first_step: int) -> None:
+    def __init__(self, config: RunConfig, total_steps: int, first_step: int) -> None:
         self.folder = Path(config.run_dir)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.path, self.waiting = self.folder / "metrics.jsonl", ""
@@ -113,7 +113,7 @@ class Metrics:
     Infinity are written as Python's json does.
     """
 
-    def __init__(self, config: Config, ranks: Ranks, total_steps: int, steps_per_epoch: float, first_step: int = 0) -> None:
+    def __init__(self, config: RunConfig, ranks: Ranks, total_steps: int, steps_per_epoch: float, first_step: int = 0) -> None:
         self.config, self.ranks, self.steps_per_epoch = config, ranks, steps_per_epoch
         self._report = _Report(config, total_steps, first_step) if ranks.rank == 0 else None
         self._grad_accum_steps = config.grad_accum_steps(ranks.world_size)
@@ -140,6 +140,10 @@ class Metrics:
     def data_wait(self, seconds: float) -> None:
         """Count in the time that this rank has waited for a batch."""
         self._waited += seconds
+
+    def leave_out(self, seconds: float) -> None:
+        """Don't count in the time of something else than training."""
+        self._began += seconds
 
     def log(self, step: int, extra: dict[str, Tensor | float]) -> dict[str, Any]:
         """Read the meters, report, start them anew; gives the report. `extra` is taken as rank 0 has it.

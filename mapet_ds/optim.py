@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from timm.optim import param_groups_layer_decay
 from torch import nn
 
 from mapet_ds.config import OptimConfig
@@ -12,19 +13,24 @@ from mapet_ds.config import OptimConfig
 NO_DECAY = ("pos_embed", "cls_token", "reg_token")
 
 
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(module: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
     """Two AdamW groups: weights decay; biases, norms, layer scale, positions and prefix tokens don't. A mask token decays.
 
-    Call before DeepSpeed takes the module: ZeRO-3 leaves no shapes to go by.
+    With a layer_decay, timm's groups of module.vit: two a layer, and `lr_scale` = layer_decay ** (layers above it); the head
+    and what follows the blocks' mean have 1. Call before DeepSpeed takes the module: ZeRO-3 leaves no shapes to go by.
 
-    Source: MaPeT, released settings (arXiv 2306.07346).
+    Source: MaPeT, released settings (arXiv 2306.07346); layers: BEiT, arXiv 2106.08254, as in timm.
     """
+    if config.layer_decay is not None:
+        vit = module.vit
+        no_decay = vit.no_weight_decay() if hasattr(vit, "no_weight_decay") else ()
+        return param_groups_layer_decay(vit, config.weight_decay, no_decay, layer_decay=config.layer_decay)
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             groups[parameter.ndim > 1 and not name.endswith(NO_DECAY)].append(parameter)
     return [
-        {"params": groups[True], "weight_decay": weight_decay},
+        {"params": groups[True], "weight_decay": config.weight_decay},
         {"params": groups[False], "weight_decay": 0.0},
     ]
 

@@ -8,6 +8,7 @@ The same command continues a run that was interrupted. torchrun and plain python
 
 from __future__ import annotations
 
+import pkgutil
 import sys
 from pathlib import Path
 
@@ -15,22 +16,24 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from mapet_ds.checks import parse_command_line  # noqa: E402
-from mapet_ds.config import ConfigError  # noqa: E402
+from mapet_ds.config import Config, ConfigError, RunConfig  # noqa: E402
 
 
-def main() -> int:
-    """Exit code 0: the run is at its end or was asked to stop; 2: a setting, the data or a checkpoint must be corrected."""
-    config, engine_config = parse_command_line(sys.argv[1:], __doc__)
+def main(description: str = __doc__, settings: type[RunConfig] = Config, run: str = "mapet_ds.run:Run") -> int:
+    """Exit code 0: the run is at its end or was asked to stop; 2: a setting, the data or a checkpoint must be corrected.
+
+    run: where the class of the run is, which takes these settings.
+    """
+    config, engine_config = parse_command_line(sys.argv[1:], description, settings)
     # torch and DeepSpeed take seconds to import: a mistake in the recipe is answered before, and the loader's
     # spawned workers, which import this file, do without them.
     from mapet_ds.checkpoint import ResumeError
     from mapet_ds.index import DataError
     from mapet_ds.launch import init_distributed
-    from mapet_ds.run import Run
 
     try:
         ranks = init_distributed(config.train.hang_seconds)
-        Run(config, engine_config, ranks).train()
+        pkgutil.resolve_name(run)(config, engine_config, ranks).train()
     except (ConfigError, DataError, ResumeError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         return 2

@@ -7,12 +7,14 @@ import difflib
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pydantic
 import yaml
 
-from mapet_ds.config import Config, ConfigError
+from mapet_ds.config import Config, ConfigError, RunConfig
+
+Settings = TypeVar("Settings", bound=RunConfig)
 
 
 class RecipeLoader(yaml.SafeLoader):
@@ -75,7 +77,7 @@ def _apply_override(values: dict[str, Any], override: str) -> str:
     return key
 
 
-def known_keys(cls: type = Config, prefix: str = "") -> list[str]:
+def known_keys(cls: type[RunConfig] = Config, prefix: str = "") -> list[str]:
     """All knobs as dotted names."""
     keys = []
     for name, field in cls.__pydantic_fields__.items():
@@ -86,14 +88,14 @@ def known_keys(cls: type = Config, prefix: str = "") -> list[str]:
     return keys
 
 
-def _sentence(error: Any, recipe: str, overridden: set[str]) -> str:
+def _sentence(error: Any, recipe: str, overridden: set[str], cls: type[RunConfig]) -> str:
     key = ".".join(str(part) for part in error["loc"])
     of_command = any(f"{key}.".startswith(f"{k}.") or k.startswith(f"{key}.") for k in overridden)
     source = "the command line" if of_command else recipe
     value = json.dumps(error["input"], default=str)
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        close = difflib.get_close_matches(key, known_keys(), n=1)
-        hint = f"; did you mean {close[0]}?" if close else ". mapet_ds/config.py lists the knobs."
+        close = difflib.get_close_matches(key, known_keys(cls), n=1)
+        hint = f"; did you mean {close[0]}?" if close else f". {cls.__module__.replace('.', '/')}.py lists the knobs."
         return f"{key} = {value} (from {source}) is not a knob{hint}"
     if error["type"] == "missing":
         return f"{key.rpartition('.')[0]} = {value} (from {source}) has too few values."
@@ -101,8 +103,8 @@ def _sentence(error: Any, recipe: str, overridden: set[str]) -> str:
     return f"{key} = {value} (from {source}): {says[0].lower()}{says[1:]}."
 
 
-def load_config(recipe: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """The typed settings of a recipe with `a.b=value` overrides on top. Not yet checked against each other.
+def load_config(recipe: str | Path, overrides: list[str] | tuple[str, ...] = (), cls: type[Settings] = Config) -> Settings:
+    """The typed settings, a `cls`, of a recipe with `a.b=value` overrides on top. Not yet checked against each other.
 
     Raises:
         ConfigError: unreadable file, bad YAML, unknown key, wrong type or range.
@@ -114,6 +116,6 @@ def load_config(recipe: str | Path, overrides: list[str] | tuple[str, ...] = ())
     except (TypeError, ValueError) as error:
         raise ConfigError(f"The recipe {recipe} holds a value that is no number, string or list: {error}.") from error
     try:
-        return pydantic.TypeAdapter(Config).validate_json(text)
+        return pydantic.TypeAdapter(cls).validate_json(text)
     except pydantic.ValidationError as errors:
-        raise ConfigError("\n".join(_sentence(e, str(recipe), overridden) for e in errors.errors())) from errors
+        raise ConfigError("\n".join(_sentence(e, str(recipe), overridden, cls) for e in errors.errors())) from errors

@@ -1,6 +1,7 @@
 """One training run, in the order things happen: data -> target -> objective -> engine -> resume -> loop.
 
-Nothing here knows which method runs: a target says what is to be predicted, an objective predicts it.
+Nothing here knows which method runs: a target says what is to be predicted, an objective predicts it. Fine-tuning is a Run with
+other parts (finetune.py).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from mapet_ds import checkpoint
-from mapet_ds.config import REPOSITORY, Config, ConfigError, total_steps
+from mapet_ds.config import REPOSITORY, ConfigError, RunConfig, total_steps
 from mapet_ds.data import Loader, open_shared_index
 from mapet_ds.draws import first_slot
 from mapet_ds.engine import (
@@ -35,11 +36,11 @@ from mapet_ds.engine import (
 from mapet_ds.index import DataError, Index
 from mapet_ds.launch import Ranks, StopRequest
 from mapet_ds.metrics import Metrics
-from mapet_ds.objectives import Loss, build_objective
+from mapet_ds.objectives import Loss, Objective, build_objective
 from mapet_ds.optim import learning_rate
 from mapet_ds.samples import allowed_bad, too_many_bad
 from mapet_ds.spikes import Rollback, SpikeGuard
-from mapet_ds.targets import build_target
+from mapet_ds.targets import Target, build_target
 from mapet_ds.vit import compile_blocks
 from mapet_ds.watchdog import GOING_BACK, SAVING, Watchdog
 
@@ -53,7 +54,7 @@ class Run:
         ConfigError, DataError, ResumeError: what the user can correct.
     """
 
-    def __init__(self, config: Config, engine_config: dict[str, Any], ranks: Ranks) -> None:
+    def __init__(self, config: RunConfig, engine_config: dict[str, Any], ranks: Ranks) -> None:
         check_engine_config(engine_config)
         self.config, self.ranks = config, ranks
         self.folder = Path(config.run_dir)
@@ -64,9 +65,9 @@ class Run:
         torch.use_deterministic_algorithms(config.train.deterministic)
 
         self.index = open_shared_index(config.data.train, self.folder / "index", ranks)
+        self.steps_per_epoch = len(self.index) / config.train.global_batch_size
         self.total_steps = total_steps(config, len(self.index))
-        self.target = build_target(config, ranks.device)
-        objective = build_objective(config, self.target.dim)
+        self.target, objective = self._build_parts()
         objective.vit.set_grad_checkpointing(config.train.grad_checkpointing)
         self.engine = build_engine(objective, config, engine_config, ranks.world_size, ranks.device)
         if config.train.compile:
@@ -85,14 +86,30 @@ class Run:
         self._open_at_step()
         self.watchdog = Watchdog(config.train.hang_seconds, ranks)
 
-    def _open_at_step(self) -> None:
-        """What a resumed run does from its step on: loader, metrics, the usual loss."""
-        config, ranks = self.config, self.ranks
-        self.loader = Loader(
-            config, self.index, student=True, teacher=self.target.teacher_view, rank=ranks.rank,
+    def _build_parts(self) -> tuple[Target, Objective]:
+        target = build_target(self.config, self.ranks.device)
+        return target, build_objective(self.config, target.dim)
+
+    def _open_loader(self) -> Any:
+        """The micro-batches of this rank from the present step on."""
+        ranks = self.ranks
+        return Loader(
+            self.config, self.index, student=True, teacher=self.target.teacher_view, rank=ranks.rank,
             world_size=ranks.world_size, local_rank=ranks.local_rank, first_step=self.step, bad=self.quarantine.known,
         )  # fmt: skip
-        self.metrics = Metrics(config, ranks, self.total_steps, len(self.index) / config.train.global_batch_size, self.step)
+
+    def _figures(self) -> dict[str, float]:
+        """What a line of metrics has beside losses and speed. Every rank must call it."""
+        return self.target.metrics()
+
+    def _hand_over(self) -> str:
+        """What rank 0 does and says when all steps are done and saved."""
+        return f"To timm: python tools/export_timm.py {self.folder} OUT"
+
+    def _open_at_step(self) -> None:
+        """What a resumed run does from its step on: loader, metrics, the usual loss."""
+        self.loader = self._open_loader()
+        self.metrics = Metrics(self.config, self.ranks, self.total_steps, self.steps_per_epoch, self.step)
         self.spikes.recall(self.step)
 
     def _open_folder(self) -> None:
@@ -155,14 +172,15 @@ class Run:
             says = f"Stopped and saved at step {self.step} of {self.total_steps}"
             print(f"{says}: the same command continues {self.folder}.", flush=True)
             return
+        says = self._hand_over()
         (self.folder / "DONE").write_text(f"{self.step} steps\n")
-        print(f"Done: {self.step} steps in {self.folder}. To timm: python tools/export_timm.py {self.folder} OUT", flush=True)
+        print(f"Done: {self.step} steps in {self.folder}. {says}", flush=True)
 
     def train_step(self) -> None:
         """One update: accumulate over micro-batches, clip, AdamW. A step with a non-finite gradient changes nothing."""
         config, ranks, engine = self.config, self.ranks, self.engine
         accum = config.grad_accum_steps(ranks.world_size)
-        lr = learning_rate(self.step, config.optim, len(self.index) / config.train.global_batch_size, self.total_steps)
+        lr = learning_rate(self.step, config.optim, self.steps_per_epoch, self.total_steps)
         set_learning_rate(engine, lr)
         skipped = engine.skipped_steps
         show = config.log.images_every_steps and (self.step + 1) % config.log.images_every_steps == 0
@@ -211,7 +229,7 @@ class Run:
         self.quarantine.merge(self.loader.new_bad(), self.ranks)
         extra = {"lr": self.lr, "grad_norm": float(self.engine.get_global_grad_norm() or 0.0)}
         first = self.metrics.logged_step
-        record = self.metrics.log(self.step, {**extra, **self.target.metrics(), "quarantined": len(self.quarantine.known)})
+        record = self.metrics.log(self.step, {**extra, **self._figures(), "quarantined": len(self.quarantine.known)})
         if found := self.spikes.judge(first, record):
             self._go_back(found)
 
@@ -271,7 +289,7 @@ class Quarantine:
     Its first line is the index's fingerprint: a list of another data set is not believed.
     """
 
-    def __init__(self, config: Config, index: Index) -> None:
+    def __init__(self, config: RunConfig, index: Index) -> None:
         self.config, self.index = config, index
         self.path = path = Path(config.run_dir) / "quarantine.tsv"
         head, *lines = path.read_text(errors="replace").split("\n")[:-1] or [""] if path.exists() else [""]
@@ -314,7 +332,7 @@ def versions() -> dict[str, str]:
     return {d.name: d.version for d in distributions() if d.name in PACKAGES}
 
 
-def write_record(config: Config, engine_config: dict[str, Any], folder: Path) -> None:
+def write_record(config: RunConfig, engine_config: dict[str, Any], folder: Path) -> None:
     """The resolved settings (config.yaml) and what ran them (environment.json)."""
 
     def git(*arguments: str) -> str:

@@ -193,13 +193,7 @@ class SampleSource:
         return list(itertools.islice(self._candidates(self._draw(micro_step), i), number))
 
     def _candidates(self, drawn: _Draws, i: int) -> Iterator[int]:
-        """The index that is due, then the ones that stand in for it."""
-        yield drawn.indices[i]
-        passed = [drawn.indices[i]]
-        while len(passed) <= allowed_bad(self.config, self.index):
-            passed.append(self.order.after(drawn.first + i, len(passed)))
-            yield passed[-1]
-        raise too_many_bad(self.config, self.index, passed)
+        return candidates(self.config, self.index, self.order, drawn.first + i, drawn.indices[i])
 
     def _draw(self, micro_step: int) -> _Draws:
         """Everything random of one micro-batch; kept until another one is asked for."""
@@ -219,12 +213,26 @@ class SampleSource:
         return self._drawn
 
 
-def allowed_bad(config: Config, index: Index) -> int:
+def candidates(config: Any, index: Index, order: draws.SampleOrder, n: int, due: int) -> Iterator[int]:
+    """The index that is due as sample n, then the ones that stand in for it.
+
+    Raises:
+        DataError: they are more than data.max_bad_share allows.
+    """
+    yield due
+    passed = [due]
+    while len(passed) <= allowed_bad(config, index):
+        passed.append(order.after(n, len(passed)))
+        yield passed[-1]
+    raise too_many_bad(config, index, passed)
+
+
+def allowed_bad(config: Any, index: Index) -> int:
     """Unreadable images that the run puts up with: data.max_bad_share of them, rounded up, but never all."""
     return min(math.ceil(config.data.max_bad_share * len(index)), len(index) - 1)
 
 
-def too_many_bad(config: Config, index: Index, bad: Collection[int]) -> DataError:
+def too_many_bad(config: Any, index: Index, bad: Collection[int]) -> DataError:
     """The sentence with which a run stops when more than that are unreadable."""
     bad = list(dict.fromkeys(bad))
     some, allowed = ", ".join(index.path(i) for i in bad[:3]), allowed_bad(config, index)

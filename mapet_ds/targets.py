@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from mapet_ds.config import Config, ConfigError
 from mapet_ds.data import Batch, View
@@ -212,43 +212,21 @@ def pixels_or_features(config: Config, device: torch.device) -> Target:
     return (Pixels if config.saim.target == "pixels" else TeacherFeatures)(config, device)
 
 
-class MomentumTeacher:
-    """A moving average of the student, shown the whole image in a strong view: keys [B, L, 256] of length 1, fp32.
+class MovingAverage:
+    """A whole fp32 copy of the student on every rank, of which each update moves it closer: theta <- m theta + (1 - m) student."""
 
-    Every rank holds it whole, in fp32; teacher.precision is that of its forward. After each update
-    theta <- m theta + (1 - m) student; m rises along a cosine from conmim.momentum to 1 at the run's end.
+    def __init__(self, model: nn.Module, momentum: float) -> None:
+        self.model, self.momentum = model.requires_grad_(False), momentum
 
-    Source: ConMIM, arXiv 2205.09616, released settings.
-    """
-
-    uses_student = True
-    dim = 256
-
-    def __init__(self, config: Config, device: torch.device) -> None:
-        # of the same seed: the student's first weights
-        self.model = build_objective(config, self.dim).to(device).requires_grad_(False)
-        if config.train.compile:
-            compile_blocks(self.model)
-        bf16 = config.teacher.precision == "bf16" or (config.teacher.precision == "auto" and device.type == "cuda")
-        self.dtype = torch.bfloat16 if bf16 else torch.float32
-        self.momentum = config.conmim.momentum
-        self.teacher_view = View(config.model.img_size, config.data.mean, config.data.std, strong=True)
-        self.identity = {"dtype": str(self.dtype)}
-
-    @torch.no_grad()
-    def __call__(self, batch: Batch) -> Tensor:
-        images = batch.teacher_images
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            return self.model.project(images).float()
+    def momentum_at(self, progress: float) -> float:
+        """m, when this share of the run is done."""
+        return self.momentum
 
     @torch.no_grad()
     def after_step(self, weights: Iterable[tuple[str, Tensor]], progress: float) -> None:
         own = dict(self.model.named_parameters())
         for name, weight in weights:
             own[name].lerp_(weight.float(), 1 - self.momentum_at(progress))
-
-    def momentum_at(self, progress: float) -> float:
-        return 1 - (1 - self.momentum) * (1 + math.cos(math.pi * progress)) / 2
 
     def state_dict(self) -> dict[str, Tensor]:
         return {name: parameter.cpu() for name, parameter in self.model.named_parameters()}
@@ -258,3 +236,34 @@ class MomentumTeacher:
 
     def metrics(self) -> dict[str, float]:
         return {}
+
+
+class MomentumTeacher(MovingAverage):
+    """A moving average of the student, shown the whole image in a strong view: keys [B, L, 256] of length 1, fp32.
+
+    teacher.precision is that of its forward; m rises along a cosine from conmim.momentum to 1 at the run's end.
+
+    Source: ConMIM, arXiv 2205.09616, released settings.
+    """
+
+    uses_student = True
+    dim = 256
+
+    def __init__(self, config: Config, device: torch.device) -> None:
+        # of the same seed: the student's first weights
+        super().__init__(build_objective(config, self.dim).to(device), config.conmim.momentum)
+        if config.train.compile:
+            compile_blocks(self.model)
+        bf16 = config.teacher.precision == "bf16" or (config.teacher.precision == "auto" and device.type == "cuda")
+        self.dtype = torch.bfloat16 if bf16 else torch.float32
+        self.teacher_view = View(config.model.img_size, config.data.mean, config.data.std, strong=True)
+        self.identity = {"dtype": str(self.dtype)}
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch) -> Tensor:
+        images = batch.teacher_images
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            return self.model.project(images).float()
+
+    def momentum_at(self, progress: float) -> float:
+        return 1 - (1 - self.momentum) * (1 + math.cos(math.pi * progress)) / 2

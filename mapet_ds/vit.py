@@ -104,9 +104,9 @@ class StreamBlock(Block):
 
 
 def compile_blocks(module: nn.Module) -> None:
-    """torch.compile every StreamBlock of a module, each at its first call."""
+    """torch.compile every block of a module's ViTs, each at its first call."""
     for block in module.modules():
-        if isinstance(block, StreamBlock):
+        if isinstance(block, Block):
             block.compile()
 
 

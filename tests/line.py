@@ -62,10 +62,12 @@ def start(*command: object, **options: object) -> subprocess.CompletedProcess:
     return subprocess.run(words, cwd=REPOSITORY, env=ENVIRONMENT, capture_output=True, text=True, timeout=400, **options)
 
 
-def command(recipe: Path, ranks: int, *overrides: str, engine: str = "ds_configs/zero2_cpu.json") -> list[str]:
+def command(
+    recipe: Path, ranks: int, *overrides: str, engine: str = "ds_configs/zero2_cpu.json", program: str = "mapet_ds/pretrain.py"
+) -> list[str]:
     """The user's own, under torchrun; plain python for one rank."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
-    words = [sys.executable, *launcher, "mapet_ds/pretrain.py", "--config", str(recipe), "--deepspeed_config", engine]
+    words = [sys.executable, *launcher, program, "--config", str(recipe), "--deepspeed_config", engine]
     return [*words, *overrides]
 
 

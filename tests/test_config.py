@@ -17,7 +17,7 @@ from mapet_ds.checks import check, check_files, check_inputs, load_deepspeed_con
 from mapet_ds.config import REPOSITORY, Config, ConfigError, total_steps
 from mapet_ds.recipe import known_keys, load_config
 
-RECIPES = sorted((REPOSITORY / "mapet_ds/recipes").glob("*.yaml"))
+RECIPES = [p for p in sorted((REPOSITORY / "mapet_ds/recipes").glob("*.yaml")) if not p.stem.startswith("finetune_")]
 
 
 @pytest.fixture

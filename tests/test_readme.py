@@ -8,7 +8,8 @@ import sys
 import pytest
 
 from mapet_ds.checks import load_deepspeed_config
-from mapet_ds.config import REPOSITORY
+from mapet_ds.config import REPOSITORY, Config
+from mapet_ds.finetune_config import FinetuneConfig
 from mapet_ds.recipe import load_config
 
 
@@ -32,7 +33,9 @@ def test_there_are_commands():
 
 @pytest.mark.parametrize("words", [w for w in COMMANDS if "--config" in w], ids=lambda words: " ".join(words)[:60])
 def test_recipe_commands_load(words):
-    config = load_config(REPOSITORY / words[words.index("--config") + 1], [w for w in words if re.match(r"[a-z_.]+=", w)])
+    settings = FinetuneConfig if "tools/finetune.py" in words else Config
+    overrides = [w for w in words if re.match(r"[a-z_.]+=", w)]
+    config = load_config(REPOSITORY / words[words.index("--config") + 1], overrides, settings)
     assert config.data.train or "tools/plan.py" in words  # a plan reads no image
     if "--deepspeed_config" in words:
         load_deepspeed_config(REPOSITORY / words[words.index("--deepspeed_config") + 1])

@@ -34,12 +34,12 @@ OBJECTIVES = {
 class Draw(NamedTuple):
     """The random decisions for one micro-batch, functions of (seed, step, slot)."""
 
-    mask: Tensor
-    """bool [B, L], True = hidden from the student, hence predicted."""
+    mask: Tensor | None
+    """bool [B, L], True = hidden from the student, hence predicted; None where nothing is hidden."""
     order: Tensor | None
     """long [B, L], rank of each patch in its image's permutation, 0 first; None where nothing is permuted."""
     keep: Tensor
-    """float [B, 2 * blocks], uniforms of the stochastic depth decisions, two a block."""
+    """float [B, decisions], uniforms of the stochastic depth decisions, two a block."""
 
     def to(self, device: torch.device) -> Draw:
         return Draw(*(None if x is None else x.to(device, non_blocking=True) for x in self))
@@ -53,7 +53,8 @@ class Loss(NamedTuple):
     metrics: dict[str, Tensor]
     """Detached device scalars; reading them makes the host wait."""
     prediction: Tensor | None = None
-    """For token targets: predicted ids, long [B, L] in raster order, -1 where nothing is predicted."""
+    """For token targets: predicted ids, long [B, L] in raster order, -1 where nothing is predicted; for classes: float [B,
+    classes], logits."""
 
 
 class Objective(Protocol):
@@ -72,8 +73,13 @@ def build_objective(config: Config, target_dim: int) -> Objective:
 
     target_dim: what its target has for each patch: number of token ids, or width of a vector.
     """
-    torch.manual_seed(int(uniforms(config.seed, Purpose.INITIALISATION, 0, 0, 1, 1)[0, 0] * 2**53))
+    seed_weights(config.seed)
     return pkgutil.resolve_name(OBJECTIVES[config.objective][0])(config, target_dim)
+
+
+def seed_weights(seed: int) -> None:
+    """Set torch's generator for the initial weights of a run."""
+    torch.manual_seed(int(uniforms(seed, Purpose.INITIALISATION, 0, 0, 1, 1)[0, 0] * 2**53))
 
 
 def depth_uniforms(seed: int, step: int, first_slot: int, slots: int, depth: int) -> Tensor:
