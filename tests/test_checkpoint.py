@@ -85,7 +85,7 @@ def test_a_pickle_in_place_of_weights_executes_nothing(tmp_path):
     path = folder / "model.safetensors"
     path.write_bytes(pickle.dumps(Bomb()))
     run = json.loads((folder / "run.json").read_text())
-    run["files"][path.name] = checkpoint._sha256(path)  # even with a matching checksum
+    run["files"][path.name] = checkpoint.checksum(path)  # even with a matching checksum
     (folder / "run.json").write_text(json.dumps(run))
     found = checkpoint.newest(tmp_path)
     with pytest.raises(ResumeError, match="model.safetensors"):
