@@ -240,7 +240,7 @@ def test_every_knob_round_trips_through_the_written_config(recipe, tmp_path):
     written = tmp_path / "config.yaml"
     written.write_text(yaml.safe_dump(config.to_dict()))
     assert load_config(written) == config
-    assert len(known_keys()) <= 83
+    assert len(known_keys()) <= 84
     assert Path(config.run_dir) == tmp_path / "run"
     assert isinstance(config, Config)
 
