@@ -16,7 +16,7 @@ from mapet_ds.objectives import OBJECTIVES, Draw, build_objective
 from mapet_ds.recipe import load_config
 from mapet_ds.teacher import Teacher, _build_tower, teacher_model_config
 
-RECIPES = sorted(path.stem for path in (REPOSITORY / "mapet_ds/recipes").glob("*_vitb16.yaml"))
+RECIPES = sorted(path.stem for path in (REPOSITORY / "mapet_ds/recipes").glob("[!f]*_vitb16.yaml"))  # not fine-tuning's
 HALF = "model.args={depth: 6}"
 BYTES = {torch.bfloat16: 2, torch.float32: 4}
 
