@@ -312,12 +312,13 @@ def scaling(request: Request) -> list[dict[str, Any]]:
 
 def assumptions(request: Request) -> list[str]:
     """What a plan rests on, in words."""
+    known = f"measured: {'; '.join(request.speeds.measured)}; the rest ASSUMED"
     gpu, speeds, cluster, config = request.cluster.gpu, request.speeds, request.cluster, request.config
     lines = [
         f"{gpu.name}: {gpu.bf16_tflops:g} bf16 and {gpu.fp32_tflops:g} fp32 TFLOP/s, {gpu.memory_gbyte_s:g} GB/s memory, "
         f"{gpu.nvlink_gbyte_s:g} GB/s NVLink each way (NVIDIA's data sheet, SXM, dense), {gpu.gib:g} GiB",
         f"attained: student {speeds.student:.2f}, teacher {speeds.teacher:.2f} of that, fp32 {speeds.fp32:.2f}; "
-        + (f"measured: {'; '.join(speeds.measured)}" if speeds.measured else "ASSUMED, not yet measured (--calibrate)"),
+        + (known if speeds.measured else "ASSUMED, not yet measured (--calibrate)"),
         f"links at {LINK_SHARE:g} and memory at {MEMORY_SHARE:g} of their data sheet; rings, whose slowest link is "
         f"{cluster.link_gbit:g} Gbit/s of a node; {1e6 * HOP_SECONDS:g} us a hop",
         "gradients are summed behind the backward pass where overlap_comm is on (stages 2, 3), weights gathered in the open",
