@@ -16,6 +16,8 @@ import pydantic
 from pydantic import ConfigDict, Field
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+LOGITS = 2**24
+"""Logits that a loss holds at once: 64 MiB of fp32, and as much again for their gradient."""
 
 
 class ConfigError(Exception):

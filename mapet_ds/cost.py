@@ -10,7 +10,7 @@ import re
 from typing import Any, NamedTuple
 
 from mapet_ds.checks import teacher_layers, teacher_model_config
-from mapet_ds.config import Config, ConfigError, ModelConfig, TeacherConfig
+from mapet_ds.config import LOGITS, Config, ConfigError, ModelConfig, TeacherConfig
 
 SIZES = {
     # timm's vit_NAME: width, depth, heads, hidden width of the MLP over the width
@@ -197,7 +197,8 @@ def student(config: Config, size: int = 2) -> Student:
         blocks = _mapet_blocks(vit, patches, hidden)
         head_saved = 2 * size * hidden * width
     if config.objective in ("mapet", "beit"):
-        head_saved, head_peak = head_saved + FP32 * hidden * dim, 2 * FP32 * hidden * dim  # log-softmax; two gradients
+        held = max(1, LOGITS // (hidden * dim)) / config.train.micro_batch_size  # share whose logits are there at once
+        head_peak = round(3 * FP32 * hidden * dim * min(1, held))  # log-softmax; two gradients
     elif config.objective == "mvp":
         head_saved, head_peak = head_saved + 2 * FP32 * hidden * dim, 2 * FP32 * hidden * dim
     elif config.objective == "saim":

@@ -101,8 +101,9 @@ def test_every_objective_has_a_recipe():
     ("name", "dtype"), [*((name, torch.bfloat16) for name in RECIPES), ("mapet_vitb16", torch.float32)], ids=str
 )
 def test_the_peak_of_activations(name, dtype, recompute):
-    config = recipe(name, f"train.grad_checkpointing={str(recompute).lower()}", HALF)
-    model, batch = shapes_only(config, dtype), 64
+    batch = 64
+    config = recipe(name, f"train.grad_checkpointing={str(recompute).lower()}", f"train.micro_batch_size={batch}", HALF)
+    model = shapes_only(config, dtype)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
         images, goal, draw = batch_of(config, model, batch)
@@ -112,7 +113,8 @@ def test_the_peak_of_activations(name, dtype, recompute):
 
 
 def test_the_peak_of_activations_of_a_real_step():
-    config = recipe("mapet_vitb16", "model.args={depth: 3, embed_dim: 192, num_heads: 3}", "tokenizer.vocab_size=512")
+    small = ["model.args={depth: 3, embed_dim: 192, num_heads: 3}", "tokenizer.vocab_size=512", "train.micro_batch_size=4"]
+    config = recipe("mapet_vitb16", *small)
     model = build_objective(config, 512)
     images, goal, draw = batch_of(config, model, 4)
     with PeakBytes([*model.parameters(), *model.buffers(), images, goal, *draw]) as memory:

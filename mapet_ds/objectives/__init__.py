@@ -15,12 +15,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mapet_ds.config import BlockMaskConfig, Config
+from mapet_ds.config import LOGITS, BlockMaskConfig, Config
 from mapet_ds.draws import Purpose, block_masks, uniforms
 from mapet_ds.vit import beit_init, build_vit, embed, run_blocks, take_rows
 
-LOGITS = 2**24
-"""Logits held at once: 64 MiB of fp32, and as much again for their gradient."""
 OBJECTIVES = {
     # name: (objective, target)
     "mapet": ("mapet_ds.objectives.mapet:MaPeT", "mapet_ds.targets:token_ids"),
