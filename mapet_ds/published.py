@@ -84,9 +84,10 @@ def read_weights(path: Path, ema: bool = False) -> dict[str, Tensor]:
     try:
         held = read_checkpoint(path)
     except UNREADABLE as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        program = re.search(r"GLOBAL (\S+)", str(error))  # PyTorch's reader goes on to advise reading it all the same
+        reason = f"it holds {program[1]}" if program else str(error).partition(". ")[0].partition("\n")[0]
         raise ConfigError(
-            f"{path} can't be read as plain tensors by name ({reason}). An archive must be unpacked first; a file that holds "
+            f"{path} can't be read as plain tensors by name: {reason}. An archive must be unpacked first; a file that holds "
             "more than tensors, numbers and text is not read, because that could run a program: save its tensors alone."
         ) from error
     nests = AVERAGES + NESTS if ema else NESTS
@@ -103,23 +104,27 @@ def read_weights(path: Path, ema: bool = False) -> dict[str, Tensor]:
     return held
 
 
-def _refuse(wrong: list[str], path: Path, method: str, names: list[str]) -> None:
+def _refuse(wrong: list[str], path: Path, method: str, state: dict[str, Tensor]) -> None:
     if wrong:
-        others = [name for name, other in METHODS.items() if name != method and any(other.mark in key for key in names)]
+        others = [name for name, other in METHODS.items() if name != method and any(other.mark in key for key in state)]
         raise ConfigError(
             f"{path} doesn't fit --method {method}: {len(wrong)} tensors differ, e.g. {'; '.join(sorted(wrong)[:6])}."
             f"{f' Its keys are those of --method {others[0]}.' if others else ''}"
         )
 
 
+def _blocks(state: dict[str, Tensor]) -> set[str]:
+    return {match[0] for name in state if (match := re.match(r"blocks\.\d+", name))}
+
+
 def _arguments(state: dict[str, Tensor], path: Path, method: str) -> dict[str, Any]:
-    """timm's arguments, from the names and sizes of the tensors."""
-    architectures, positions = METHODS[method][:2]
+    """What timm.create_model needs, from the names and sizes of the tensors."""
+    architectures, positions = METHODS[method].architectures, METHODS[method].positions
     dims = {"patch_embed.proj.weight": 4, "blocks.0.mlp.fc1.weight": 2, positions: 2 if TABLE in positions else 3}
     dims |= {"head.weight": 2} if "head.weight" in state else {}
     wrong = [f"{name} is missing" for name in dims if name not in state]
     wrong += [f"{name} is {state[name].ndim}-d, not {n}-d" for name, n in dims.items() if name in state and state[name].ndim != n]
-    _refuse(wrong, path, method, list(state))
+    _refuse(wrong, path, method, state)
     width, _, patch_size, _ = state["patch_embed.proj.weight"].shape
     if width not in architectures:
         raise ConfigError(f"{path} is of width {width}; --method {method} knows {', '.join(map(str, architectures))}.")
@@ -127,10 +132,11 @@ def _arguments(state: dict[str, Tensor], path: Path, method: str) -> dict[str, A
     grid = (math.isqrt(max(rows - 3, 1)) + 1) // 2 if TABLE in positions else math.isqrt(max(rows - 1, 1))
     scaled = any(LAYER_SCALE.fullmatch(name) for name in state)
     return {
+        "model_name": architectures[width],
         "img_size": grid * patch_size,
         "patch_size": patch_size,
         "embed_dim": width,
-        "depth": len({match[0] for name in state if (match := re.match(r"blocks\.\d+\.", name))}),
+        "depth": len(_blocks(state)),
         "num_heads": width // HEAD_DIM,
         "mlp_ratio": state["blocks.0.mlp.fc1.weight"].shape[0] / width,
         "num_classes": len(state["head.weight"]) if "head.weight" in state else 0,
@@ -146,34 +152,26 @@ def _sources(name: str, qkv: dict[str, int]) -> dict[str, int]:
     return {name.replace(".qkv.", f".{layer}."): thirds for layer, thirds in qkv.items()}
 
 
-def to_timm(state: dict[str, Tensor], path: Path, method: str) -> tuple[str, dict[str, Any], dict[str, Tensor], list[str]]:
-    """timm's name, its arguments, the fp32 weights by timm's names, and what was left out.
+def _to_timm(state: dict[str, Tensor], path: Path, method: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """timm's arguments, and fp32 weights by timm's names.
 
     ConMIM's one table of relative positions is copied to each block, which is what its fine-tuning begins from.
-
-    Raises:
-        ConfigError: tensors that are missing, of another shape, or neither used nor left out on purpose.
     """
-    architectures, _, qkv, _, dropped, _ = METHODS[method]
-    left_out = {name: parts for name in state if (parts := dropped & set(name.split(".")))}
-    state = {name: tensor for name, tensor in state.items() if name not in left_out}
-    blocks = {match[0] for name in state if (match := re.match(r"blocks\.\d+\.", name))}
     if f"rel_pos_bias.{TABLE}" in state and not any(name.endswith(f"attn.{TABLE}") for name in state):
+        state = dict(state)
         shared = state.pop(f"rel_pos_bias.{TABLE}")
-        state |= {f"{block}attn.{TABLE}": shared for block in blocks}
+        state |= {f"{block}.attn.{TABLE}": shared for block in _blocks(state)}
     arguments = _arguments(state, path, method)
-    architecture = architectures[arguments["embed_dim"]]
     with torch.device("meta"):
-        model = timm.create_model(architecture, **arguments)
-    sources = {name: _sources(name, qkv) for name in model.state_dict()}
+        model = timm.create_model(**arguments)
+    sources = {name: _sources(name, METHODS[method].qkv) for name in model.state_dict()}
     wanted = {
         source: (len(tensor) * thirds // 3, *tensor.shape[1:])
         for name, tensor in model.state_dict().items()
         for source, thirds in sources[name].items()
     }
-    _refuse(mismatches(wanted, {name: tuple(tensor.shape) for name, tensor in state.items()}), path, method, list(state))
-    weights = {name: torch.cat([state[source].float() for source in parts]) for name, parts in sources.items()}
-    return architecture, arguments, weights, sorted(set().union(*left_out.values()))
+    _refuse(mismatches(wanted, {name: tuple(tensor.shape) for name, tensor in state.items()}), path, method, state)
+    return arguments, {name: torch.cat([state[source].float() for source in parts]) for name, parts in sources.items()}
 
 
 def import_weights(method: str, path: Path, out: Path, layer_scale: Literal["fold", "keep"] = "fold", ema: bool = False) -> Import:
@@ -187,10 +185,12 @@ def import_weights(method: str, path: Path, out: Path, layer_scale: Literal["fol
     Raises:
         ConfigError: the file can't be read, or isn't wholly one of this method's.
     """
-    architecture, arguments, weights, dropped = to_timm(read_weights(path, ema), path, method)
+    state = read_weights(path, ema)
+    left_out = {name: parts for name in state if (parts := METHODS[method].dropped & set(name.split(".")))}
+    arguments, weights = _to_timm({name: state[name] for name in state.keys() - left_out.keys()}, path, method)
     if layer_scale == "fold":
         weights, arguments["init_values"] = fold_layer_scale(weights), 0.0
-    vit = timm.create_model(architecture, pretrained_cfg_overlay=NO_PROVENANCE | {"tag": method}, **arguments)
+    vit = timm.create_model(pretrained_cfg_overlay=NO_PROVENANCE | {"tag": method}, **arguments)
     vit.load_state_dict(weights)
     size = arguments["img_size"]
     data_config = {
@@ -202,4 +202,4 @@ def import_weights(method: str, path: Path, out: Path, layer_scale: Literal["fol
     }
     with staged(out) as folder:
         save_for_hf(vit, folder, safe_serialization=True, data_config=data_config)
-    return Import(out, architecture, arguments["num_classes"], dropped)
+    return Import(out, arguments["model_name"], arguments["num_classes"], sorted(set().union(*left_out.values())))

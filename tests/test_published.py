@@ -404,9 +404,11 @@ def test_a_damaged_file_is_refused_and_nothing_is_executed(tmp_path, write, kind
             path.write_bytes(path.read_bytes()[:-1000])
         case "text" | "safetensors":
             path.write_text("not a checkpoint")
-    with pytest.raises(ConfigError, match=f"{path} can't be read as plain tensors by name"):
+    reason = "it holds (_io|io).open" if kind == "program" else ""
+    with pytest.raises(ConfigError, match=f"{path} can't be read as plain tensors by name: {reason}") as error:
         import_weights("mapet", path, tmp_path / "out")
     assert not (tmp_path / "executed").exists()
+    assert "weights_only" not in str(error.value)
 
 
 def test_the_command(tmp_path, write):
