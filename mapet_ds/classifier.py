@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from torch import Tensor, nn
 from mapet_ds.checkpoint import checksum
 from mapet_ds.config import ConfigError
 from mapet_ds.draws import Purpose, uniforms
+from mapet_ds.export import staged
 from mapet_ds.finetune_config import ClassifierConfig, FinetuneConfig
 from mapet_ds.labelled import LabelledBatch
 from mapet_ds.objectives import Draw, Loss, seed_weights
@@ -169,8 +168,5 @@ def export_classifier(
     vit = _create(config.model, num_classes=len(classes), global_pool=config.model.pool, img_size=config.model.img_size)
     vit.load_state_dict(state)
     vit.pretrained_cfg = {**vit.pretrained_cfg, "num_classes": len(classes), "label_names": classes, "tag": "finetune"}
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
+    with staged(out) as folder:
         save_for_hf(vit, folder, safe_serialization=True, data_config=data_config)
-        out.mkdir(exist_ok=True)
-        for name in ("model.safetensors", "config.json"):
-            os.replace(Path(folder) / name, out / name)

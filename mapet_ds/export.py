@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -24,6 +26,9 @@ TOLERANCE = 1e-5
 """Largest absolute difference of the features, after the final norm, at which an export counts as equal."""
 RANDOM_CROP_PCT = 0.9
 """timm's evaluation crop of its ViTs, for runs on random crops; others keep the whole central square."""
+LAYER_SCALE = re.compile(r"(?P<block>.+)\.(?:ls|gamma_)(?P<branch>[12])(?:\.gamma)?")
+NO_PROVENANCE = dict.fromkeys(("license", "description", "origin_url", "paper_name", "paper_ids", "notes"))
+"""What timm says of its own weights of an architecture, and isn't true of others."""
 
 
 class ExportError(Exception):
@@ -58,11 +63,11 @@ def read_vit(checkpoint: Checkpoint, student: bool = False) -> tuple[Config, dic
 
 
 def fold_layer_scale(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same function without LayerScale: each gamma multiplies the rows of the linear layer before it."""
-    folded = {k: v for k, v in state.items() if not re.search(r"\.ls[12]\.gamma$", k)}
-    for name in state.keys() - folded.keys():
-        block, scale, _ = name.rsplit(".", 2)
-        layer = f"{block}.{'attn.proj' if scale == 'ls1' else 'mlp.fc2'}"
+    """The same function without LayerScale, of timm's ViT or BEiT: each gamma multiplies the rows of the linear layer before it."""
+    scales = {name: match for name in state if (match := LAYER_SCALE.fullmatch(name))}
+    folded = {name: tensor for name, tensor in state.items() if name not in scales}
+    for name, match in scales.items():
+        layer = f"{match['block']}.{'attn.proj' if match['branch'] == '1' else 'mlp.fc2'}"
         folded[f"{layer}.weight"] = folded[f"{layer}.weight"] * state[name][:, None]
         if f"{layer}.bias" in folded:
             folded[f"{layer}.bias"] = folded[f"{layer}.bias"] * state[name]
@@ -80,10 +85,20 @@ def timm_arguments(config: Config, layer_scale: Literal["fold", "keep"]) -> dict
     return dict(arguments, img_size=model.img_size, patch_size=model.patch_size, num_classes=0)
 
 
+@contextlib.contextmanager
+def staged(out: Path) -> Iterator[Path]:
+    """A folder beside `out` for timm's save_for_hf; its files replace those of `out` when the block ends without an error."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
+        yield Path(folder)
+        out.mkdir(exist_ok=True)
+        for name in ("model.safetensors", "config.json"):
+            os.replace(Path(folder) / name, out / name)
+
+
 def _save(config: Config, state: dict[str, Tensor], arguments: dict[str, Any], folder: Path) -> None:
     size, data = config.model.img_size, config.data
-    provenance = dict.fromkeys(("license", "description", "origin_url", "paper_name", "paper_ids", "notes"))
-    vit = timm.create_model(config.model.name, pretrained_cfg_overlay=provenance | {"tag": config.objective}, **arguments)
+    vit = timm.create_model(config.model.name, pretrained_cfg_overlay=NO_PROVENANCE | {"tag": config.objective}, **arguments)
     try:
         vit.load_state_dict(state)
     except RuntimeError as error:
@@ -138,9 +153,8 @@ def export_timm(
     except RuntimeError as error:
         raise ExportError(f"{checkpoint.path} doesn't hold the ViT that its run.json describes: {error}") from error
     kept = state if layer_scale == "keep" else fold_layer_scale(state)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
-        _save(config, kept, timm_arguments(config, layer_scale), Path(folder))
+    with staged(out) as folder:
+        _save(config, kept, timm_arguments(config, layer_scale), folder)
         exported = timm.create_model(f"local-dir:{folder}", pretrained=True)
         difference = feature_difference(vit, exported, config.model.img_size)
         if not difference <= TOLERANCE:
@@ -148,7 +162,4 @@ def export_timm(
                 f"Nothing was exported: timm's features differ from the run's own by {difference:.3g}, more "
                 f"than {TOLERANCE:g}, for {checkpoint.path} with layer_scale = {layer_scale}."
             )
-        out.mkdir(exist_ok=True)
-        for name in ("model.safetensors", "config.json"):
-            os.replace(Path(folder) / name, out / name)
     return Export(out, checkpoint.path, config.model.name, difference)

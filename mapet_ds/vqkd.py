@@ -103,17 +103,21 @@ def _refuse(wrong: list[str], path: str) -> None:
         )
 
 
+def read_checkpoint(path: str | Path) -> Any:
+    """What a safetensors file or a checkpoint of PyTorch's holds. Nothing in it is ever executed; raises what is UNREADABLE."""
+    if Path(path).suffix == ".safetensors":
+        return load_file(path)
+    with torch.serialization.safe_globals([argparse.Namespace]):  # training keeps its options beside the weights
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
 def _read_weights(path: str) -> dict[str, Tensor]:
-    """The tensors that the tokenizer is made of, by their published names; nothing in a file is ever executed."""
+    """The tensors that the tokenizer is made of, by their published names."""
     if not Path(path).is_file():
         raise ConfigError(f"tokenizer.path = {path!r} is not a file: name VQ-KD's, vqkd_encoder_base_decoder_*.pth.")
     try:
-        if Path(path).suffix == ".safetensors":
-            tensors = load_file(path)
-        else:
-            with torch.serialization.safe_globals([argparse.Namespace]):  # training keeps its options beside the weights
-                tensors = torch.load(path, map_location="cpu", weights_only=True)
-            tensors = tensors.get("model", tensors.get("state_dict", tensors))
+        tensors = read_checkpoint(path)
+        tensors = tensors.get("model", tensors.get("state_dict", tensors))
         return {name: t for name, t in tensors.items() if name.startswith(USED) and isinstance(t, Tensor)}
     except UNREADABLE as error:
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]

@@ -1,0 +1,205 @@
+"""Checkpoints as MaPeT, ConMIM and SAIM were published, as timm models.
+
+Every tensor of a file is used, or is one of those that a ViT does without (`Method.dropped`), or is a reason to refuse it.
+Sizes are read off the tensors.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import timm
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import save_for_hf
+from torch import Tensor
+
+from mapet_ds.config import ConfigError
+from mapet_ds.export import LAYER_SCALE, NO_PROVENANCE, fold_layer_scale, staged
+from mapet_ds.teacher import mismatches
+from mapet_ds.vqkd import HEAD_DIM, UNREADABLE, read_checkpoint
+
+
+class Method(NamedTuple):
+    """How a method's checkpoints differ from timm's."""
+
+    architectures: dict[int, str]
+    """timm's name by width."""
+    positions: str
+    """The tensor that tells the grid of patches."""
+    qkv: dict[str, int]
+    """The layers that are timm's `qkv` one after another, and their thirds of its rows."""
+    mark: str
+    """Part of a key that the others don't have."""
+    dropped: frozenset[str]
+    """Modules and tensors that served pre-training, or that timm computes."""
+    crop_pct: float
+    """Of the published evaluation, below 384 pixels; from there on the whole central square."""
+
+
+VITS = {192: "vit_tiny_patch16_224", 384: "vit_small_patch16_224", 768: "vit_base_patch16_224", 1024: "vit_large_patch16_224"}
+BEITS = {384: "beit_base_patch16_224", 768: "beit_base_patch16_224", 1024: "beit_large_patch16_224"}
+TABLE = "relative_position_bias_table"
+METHODS = {
+    "mapet": Method(
+        VITS, "pos_embed", {"q": 1, "kv": 2}, ".attn.kv.", frozenset({"decoder", "mask_positional_token"}), 0.9,
+    ),
+    "conmim": Method(
+        BEITS, f"blocks.0.attn.{TABLE}", {"qkv": 3}, ".attn.q_bias",
+        frozenset({"mask_token", "projectors", "lm_head", "rel_pos_bias2", "relative_position_index"}), 0.875,
+    ),
+    "saim": Method(
+        VITS, "pos_embed", {"q": 1, "k": 1, "v": 1}, ".attn.k.",
+        frozenset({"query_blocks", "prediction_head", "gaussian_blur"}), 0.875,
+    ),
+}  # fmt: skip
+"""Source: what is released with arXiv 2306.07346 (MaPeT), 2205.09616 (ConMIM) and 2212.01610 (SAIM)."""
+NESTS = ("state_dict", "model", "module")
+AVERAGES = ("state_dict_ema", "model_ema")
+PREFIXES = ("module.", "_orig_mod.", "encoder.")
+
+
+class Import(NamedTuple):
+    folder: Path
+    architecture: str
+    num_classes: int
+    """0: no classifier."""
+    dropped: list[str]
+    """Modules and tensors of the checkpoint that were left out."""
+
+
+def read_weights(path: Path, ema: bool = False) -> dict[str, Tensor]:
+    """The tensors of a checkpoint by name, out of the dictionaries and prefixes that training programs put around them.
+
+    ema: those of the moving average beside the weights.
+
+    Raises:
+        ConfigError: no such file, one that can't be read without executing it, or no tensors by name.
+    """
+    if not path.is_file():
+        raise ConfigError(f"{path} is not a file: name the checkpoint, a .pth of PyTorch's or a safetensors file.")
+    try:
+        held = read_checkpoint(path)
+    except UNREADABLE as error:
+        program = re.search(r"GLOBAL (\S+)", str(error))  # PyTorch's reader goes on to advise reading it all the same
+        reason = f"it holds {program[1]}" if program else str(error).partition(". ")[0].partition("\n")[0]
+        raise ConfigError(
+            f"{path} can't be read as plain tensors by name: {reason}. An archive must be unpacked first; a file that holds "
+            "more than tensors, numbers and text is not read, because that could run a program: save its tensors alone."
+        ) from error
+    nests = AVERAGES + NESTS if ema else NESTS
+    if ema and not (isinstance(held, dict) and any(name in held for name in AVERAGES)):
+        raise ConfigError(f"{path} holds no moving average ({' or '.join(AVERAGES)}); leave --ema out.")
+    while isinstance(held, dict) and (nest := next((name for name in nests if isinstance(held.get(name), dict)), None)):
+        held = held[nest]
+    if not isinstance(held, dict) or not held or not all(isinstance(n, str) and isinstance(t, Tensor) for n, t in held.items()):
+        found = ", ".join(map(str, list(held)[:6])) or "nothing" if isinstance(held, dict) else f"a {type(held).__name__}"
+        average = "; --ema takes its moving average" if isinstance(held, dict) and set(AVERAGES) & held.keys() else ""
+        raise ConfigError(f"{path} holds no tensors by name, also not under {', '.join(NESTS)}, but {found}{average}.")
+    while prefix := next((prefix for prefix in PREFIXES if all(name.startswith(prefix) for name in held)), None):
+        held = {name.removeprefix(prefix): tensor for name, tensor in held.items()}
+    return held
+
+
+def _refuse(wrong: list[str], path: Path, method: str, state: dict[str, Tensor]) -> None:
+    if wrong:
+        others = [name for name, other in METHODS.items() if name != method and any(other.mark in key for key in state)]
+        raise ConfigError(
+            f"{path} doesn't fit --method {method}: {len(wrong)} tensors differ, e.g. {'; '.join(sorted(wrong)[:6])}."
+            f"{f' Its keys are those of --method {others[0]}.' if others else ''}"
+        )
+
+
+def _blocks(state: dict[str, Tensor]) -> set[str]:
+    return {match[0] for name in state if (match := re.match(r"blocks\.\d+", name))}
+
+
+def _arguments(state: dict[str, Tensor], path: Path, method: str) -> dict[str, Any]:
+    """What timm.create_model needs, from the names and sizes of the tensors."""
+    architectures, positions = METHODS[method].architectures, METHODS[method].positions
+    dims = {"patch_embed.proj.weight": 4, "blocks.0.mlp.fc1.weight": 2, positions: 2 if TABLE in positions else 3}
+    dims |= {"head.weight": 2} if "head.weight" in state else {}
+    wrong = [f"{name} is missing" for name in dims if name not in state]
+    wrong += [f"{name} is {state[name].ndim}-d, not {n}-d" for name, n in dims.items() if name in state and state[name].ndim != n]
+    _refuse(wrong, path, method, state)
+    width, _, patch_size, _ = state["patch_embed.proj.weight"].shape
+    if width not in architectures:
+        raise ConfigError(f"{path} is of width {width}; --method {method} knows {', '.join(map(str, architectures))}.")
+    rows = state[positions].shape[0 if TABLE in positions else 1]
+    grid = (math.isqrt(max(rows - 3, 1)) + 1) // 2 if TABLE in positions else math.isqrt(max(rows - 1, 1))
+    scaled = any(LAYER_SCALE.fullmatch(name) for name in state)
+    return {
+        "model_name": architectures[width],
+        "img_size": grid * patch_size,
+        "patch_size": patch_size,
+        "embed_dim": width,
+        "depth": len(_blocks(state)),
+        "num_heads": width // HEAD_DIM,
+        "mlp_ratio": state["blocks.0.mlp.fc1.weight"].shape[0] / width,
+        "num_classes": len(state["head.weight"]) if "head.weight" in state else 0,
+        "global_pool": "avg" if "fc_norm.weight" in state else "token",
+        "init_values": (1e-5 if width == 1024 else 0.1) if scaled else 0.0,
+    }
+
+
+def _sources(name: str, qkv: dict[str, int]) -> dict[str, int]:
+    """The published tensors that are timm's one after another, and the thirds of its rows that each has."""
+    if ".attn.qkv." not in name:
+        return {name: 3}
+    return {name.replace(".qkv.", f".{layer}."): thirds for layer, thirds in qkv.items()}
+
+
+def _to_timm(state: dict[str, Tensor], path: Path, method: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """timm's arguments, and fp32 weights by timm's names.
+
+    ConMIM's one table of relative positions is copied to each block, which is what its fine-tuning begins from.
+    """
+    if f"rel_pos_bias.{TABLE}" in state and not any(name.endswith(f"attn.{TABLE}") for name in state):
+        state = dict(state)
+        shared = state.pop(f"rel_pos_bias.{TABLE}")
+        state |= {f"{block}.attn.{TABLE}": shared for block in _blocks(state)}
+    arguments = _arguments(state, path, method)
+    with torch.device("meta"):
+        model = timm.create_model(**arguments)
+    sources = {name: _sources(name, METHODS[method].qkv) for name in model.state_dict()}
+    wanted = {
+        source: (len(tensor) * thirds // 3, *tensor.shape[1:])
+        for name, tensor in model.state_dict().items()
+        for source, thirds in sources[name].items()
+    }
+    _refuse(mismatches(wanted, {name: tuple(tensor.shape) for name, tensor in state.items()}), path, method, state)
+    return arguments, {name: torch.cat([state[source].float() for source in parts]) for name, parts in sources.items()}
+
+
+def import_weights(method: str, path: Path, out: Path, layer_scale: Literal["fold", "keep"] = "fold", ema: bool = False) -> Import:
+    """Write a published checkpoint, of pre-training or fine-tuned, as model.safetensors and config.json in `out`, for
+    `timm.create_model("local-dir:OUT", pretrained=True)`: with its classifier, if it has one, and the published evaluation's
+    size, mean, std and crop.
+
+    fold: LayerScale goes into the layers before it; keep: it stays, as `init_values`.
+    ema: the moving average, where the checkpoint has one beside the weights.
+
+    Raises:
+        ConfigError: the file can't be read, or isn't wholly one of this method's.
+    """
+    state = read_weights(path, ema)
+    left_out = {name: parts for name in state if (parts := METHODS[method].dropped & set(name.split(".")))}
+    arguments, weights = _to_timm({name: state[name] for name in state.keys() - left_out.keys()}, path, method)
+    if layer_scale == "fold":
+        weights, arguments["init_values"] = fold_layer_scale(weights), 0.0
+    vit = timm.create_model(pretrained_cfg_overlay=NO_PROVENANCE | {"tag": method}, **arguments)
+    vit.load_state_dict(weights)
+    size = arguments["img_size"]
+    data_config = {
+        "input_size": (3, size, size),
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "interpolation": "bicubic",
+        "crop_pct": METHODS[method].crop_pct if size < 384 else 1.0,
+    }
+    with staged(out) as folder:
+        save_for_hf(vit, folder, safe_serialization=True, data_config=data_config)
+    return Import(out, arguments["model_name"], arguments["num_classes"], sorted(set().union(*left_out.values())))
