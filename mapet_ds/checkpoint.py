@@ -22,7 +22,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mapet_ds.config import ObjectiveConfig, RunConfig, flatten
+from mapet_ds.config import RunConfig, flatten
+from mapet_ds.objective_config import ObjectiveConfig
 
 FREE = (
     "run_dir", "resume", "checkpoint", "log", "teacher.name", "teacher.weights", "teacher.shard", "tokenizer.path",

@@ -17,9 +17,10 @@ from typing import Any, NoReturn
 
 import psutil
 
-from mapet_ds.config import Config, ConfigError, ObjectiveConfig, Rules, RunConfig, TeacherConfig, TokenizerConfig
+from mapet_ds.config import Config, ConfigError, RunConfig, TeacherConfig, TokenizerConfig
 from mapet_ds.finetune_config import FinetuneConfig
 from mapet_ds.ids import StoredIds, check_storable
+from mapet_ds.objective_config import ObjectiveConfig, Rules
 from mapet_ds.recipe import load_config
 
 

@@ -33,12 +33,12 @@ from mapet_ds.engine import (
     set_learning_rate,
     student_weights,
 )
-from mapet_ds.index import DataError, Index
+from mapet_ds.index import DataError
 from mapet_ds.launch import Ranks, StopRequest
 from mapet_ds.metrics import Metrics
 from mapet_ds.objectives import Loss, Objective, build_objective
 from mapet_ds.optim import learning_rate
-from mapet_ds.samples import allowed_bad, too_many_bad
+from mapet_ds.quarantine import Quarantine
 from mapet_ds.spikes import Rollback, SpikeGuard
 from mapet_ds.targets import Target, build_target
 from mapet_ds.vit import compile_blocks
@@ -281,50 +281,6 @@ class Run:
         self.watchdog.doing("going on after a checkpoint")
         if written:
             self.saved = self.step
-
-
-class Quarantine:
-    """RUN/quarantine.tsv: the unreadable images that any rank has met: place in the index, path, reason.
-
-    Its first line is the index's fingerprint: a list of another data set is not believed.
-    """
-
-    def __init__(self, config: RunConfig, index: Index) -> None:
-        self.config, self.index = config, index
-        self.path = path = Path(config.run_dir) / "quarantine.tsv"
-        head, *lines = path.read_text(errors="replace").split("\n")[:-1] or [""] if path.exists() else [""]
-        self.lines = lines if head == self._head else []
-        self.known = {int(line.split("\t")[0]) for line in self.lines}
-        self.written = len(self.lines)
-
-    @property
-    def _head(self) -> str:
-        return f"# unreadable images of the data set {self.index.fingerprint}"
-
-    def merge(self, found: list[tuple[int, str]], ranks: Ranks) -> None:
-        """Add what the ranks have met since the last call. Every rank must call it.
-
-        Raises:
-            DataError: more than data.max_bad_share of the data set is unreadable.
-        """
-        everyone: list[Any] = [None] * ranks.world_size
-        dist.all_gather_object(everyone, found, group=ranks.control)
-        new = {i: reason for rank in everyone for i, reason in rank if i not in self.known}
-        if not new and self.written == len(self.lines):
-            return
-        self.known |= new.keys()
-        # json.dumps, without its quotes, keeps any name on one line
-        self.lines += [f"{i}\t{json.dumps(self.index.path(i))[1:-1]}\t{reason}" for i, reason in sorted(new.items())]
-        self.written = len(self.lines)
-        if ranks.rank == 0:
-            try:
-                self.path.write_text("\n".join([self._head, *self.lines, ""]))
-            except OSError as error:
-                self.written = 0
-                print(f"NOT WRITTEN yet, {self.path}: {error}.", file=sys.stderr, flush=True)
-            print(f"Unreadable and replaced: {len(new)} more, {len(self.known)} in all, listed in {self.path}.", flush=True)
-        if len(self.known) > allowed_bad(self.config, self.index):
-            raise too_many_bad(self.config, self.index, sorted(self.known))
 
 
 def versions() -> dict[str, str]:

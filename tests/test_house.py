@@ -12,10 +12,10 @@ from mapet_ds.recipe import known_keys
 PACKAGE = sorted((REPOSITORY / "mapet_ds").rglob("*.py"))
 PROGRAMS = sorted((REPOSITORY / "tools").glob("*.py"))
 LAYERS = [
-    {"config", "finetune_config", "ids", "recipe", "checks", "draws", "formats", "optim"},
+    {"config", "finetune_config", "knobs", "objective_config", "ids", "recipe", "checks", "draws", "formats", "optim"},
     {"cost", "forecast", "vit", "metrics", "index", "samples", "launch"}, {"data", "labelled", "engine"},
     {"teacher", "tokenizer", "vqkd", "objectives", "targets"}, {"checkpoint", "export", "published", "probe", "watchdog"},
-    {"spikes", "classifier"}, {"run", "pretrain", "finetune"},
+    {"spikes", "quarantine", "classifier"}, {"run", "pretrain", "finetune"},
 ]  # fmt: skip
 HOMES = {
     "deepspeed": {"engine"}, "nvidia": {"data"}, "open_clip": {"teacher"}, "faiss": {"tokenizer", "probe"},
@@ -37,7 +37,7 @@ def room(path):
 
 def test_budgets():
     lines = {path: len(path.read_text().splitlines()) for path in PACKAGE}
-    assert sum(lines.values()) <= 7520
+    assert sum(lines.values()) <= 7570
     assert max(lines.values()) <= 400
     assert len(known_keys()) <= 84
     assert len(set(known_keys(FinetuneConfig)) - set(known_keys())) <= 15

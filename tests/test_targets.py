@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from test_objectives import tiny_config
 from towers import write_tower
 
-from mapet_ds.config import ConfigError, SAIMConfig, TeacherConfig
+from mapet_ds.config import ConfigError, TeacherConfig
 from mapet_ds.data import Batch
+from mapet_ds.objective_config import SAIMConfig
 from mapet_ds.objectives import build_objective
 from mapet_ds.targets import MomentumTeacher, Pixels, TeacherFeatures, build_target
 
