@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,8 @@ class Run:
         self.identity["engine.bf16"] = bool(engine_config.get("bf16", {}).get("enabled"))
         self.skipped: list[int] = []
         self.step = self.saved = 0
+        self.writer = ThreadPoolExecutor(1, "checkpoint")
+        self.writing: Future[int] | None = None
         self.spikes = SpikeGuard(config, self.folder, ranks)
         self._resume()
         if ranks.rank == 0:  # after a refusal could have come: another run's folder stays as it was
@@ -157,8 +160,10 @@ class Run:
                 self.save()
         if self.metrics.logged_step != self.step:
             self._log()
+        self.settle()
         if self.saved != self.step:
             self.save()
+            self.settle()
         self.metrics.close()
         self.loader.close()
         self.watchdog.close()
@@ -239,6 +244,7 @@ class Run:
         Raises:
             DataError: there is none yet.
         """
+        self.settle()
         self.watchdog.doing(GOING_BACK)
         says = f"The loss jumped to {found.loss:.4g} (usually {found.usual:.4g}) in steps {found.first} to {found.last - 1}"
         self.metrics.close()
@@ -252,35 +258,44 @@ class Run:
         self._open_at_step()
 
     def save(self) -> None:
-        """Write a checkpoint of this step. Every rank must call it; the host waits for the GPU.
+        """Have a checkpoint of this step written, while training goes on. Every rank must call it; the host waits for the GPU
+        and for the checkpoint before.
 
         A full disk does not stop the run: it is said aloud, `saved` stays behind, and the next save tries again.
         """
+        self.settle()
         self.watchdog.doing("gathering the state for a checkpoint")
         self.quarantine.merge(self.loader.new_bad(), self.ranks)
         weights, moments = gather_state(self.engine, self.ranks.rank)
-        written = torch.zeros(())
-        self.watchdog.doing(SAVING if self.ranks.rank == 0 else "waiting for rank 0 to save")
         if self.ranks.rank == 0:
             run = {
                 "step": self.step,
-                "skipped": self.skipped,
+                "skipped": list(self.skipped),
                 "config": self.config.to_dict(),
                 "identity": self.identity,
                 "versions": versions(),
             }
-            files: dict[str, dict[str, Tensor]] = {
-                "model": weights, "optimizer": moments, "target": self.target.state_dict()
-            }  # fmt: skip
-            try:
-                checkpoint.save(self.folder, run, files, self.config.checkpoint.keep)
-                written = torch.ones(())
-            except (OSError, SafetensorError) as error:
-                print(f"NO CHECKPOINT of step {self.step} could be written: {error}.", file=sys.stderr, flush=True)
-        dist.broadcast(written, src=0, group=self.ranks.control)
+            files = {"model": weights, "optimizer": moments, "target": self.target.state_dict()}
+            self.writing = self.writer.submit(self._write, run, files)
+        self.watchdog.doing("going on while a checkpoint is written")
+
+    def _write(self, run: dict[str, Any], files: dict[str, dict[str, Tensor]]) -> int:
+        """The step of the newest checkpoint of this run, after trying to write this one."""
+        try:
+            checkpoint.save(self.folder, run, files, self.config.checkpoint.keep)
+        except (OSError, SafetensorError) as error:
+            print(f"NO CHECKPOINT of step {run['step']} could be written: {error}.", file=sys.stderr, flush=True)
+            return self.saved
+        return run["step"]
+
+    def settle(self) -> None:
+        """Wait until the checkpoint that is being written, if one is, is on disk or has failed; `saved` then says which is the
+        newest. Every rank must call it."""
+        self.watchdog.doing(SAVING if self.ranks.rank == 0 else "waiting for rank 0 to save")
+        saved = torch.tensor(self.writing.result() if self.writing else self.saved)
+        dist.broadcast(saved, src=0, group=self.ranks.control)
+        self.saved, self.writing = int(saved), None
         self.watchdog.doing("going on after a checkpoint")
-        if written:
-            self.saved = self.step
 
 
 def versions() -> dict[str, str]:

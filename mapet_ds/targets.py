@@ -44,7 +44,7 @@ class Target(Protocol):
         run that is done."""
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What a checkpoint must keep."""
+        """What a checkpoint must keep, copied: it is written while training goes on."""
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Go on from what `state_dict` gave. Every rank must call it."""
@@ -229,7 +229,7 @@ class MovingAverage:
             own[name].lerp_(weight.float(), 1 - self.momentum_at(progress))
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {name: parameter.cpu() for name, parameter in self.model.named_parameters()}
+        return {name: parameter.cpu().clone() for name, parameter in self.model.named_parameters()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.model.load_state_dict(state)

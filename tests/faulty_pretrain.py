@@ -1,9 +1,10 @@
 """pretrain.py with a fault in it, named by the variable FAULT = "KIND RANK FIRST LAST".
 
 In steps FIRST .. LAST (counted from 0) rank RANK has, by KIND: nan, a loss that is none; jump, a loss a hundred times as
-large; stuck, images that never come; slow, a disk that takes ten seconds for the checkpoint.
+large; stuck, images that never come; slow, a disk that takes ten seconds for the checkpoint; full, one without room for it.
 """
 
+import errno
 import os
 import sys
 import time
@@ -46,11 +47,19 @@ def slow_save(folder, run, *more):
     return save(folder, run, *more)
 
 
+def failing_save(folder, run, *more):
+    if is_due(run["step"]):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return save(folder, run, *more)
+
+
 if __name__ == "__main__":
     if KIND == "stuck":
         Loader.__next__ = stuck_next
     elif KIND == "slow":
         checkpoint.save = slow_save
+    elif KIND == "full":
+        checkpoint.save = failing_save
     else:
         MaPeT.draw, MaPeT.forward = noting_draw, faulty_forward
     sys.exit(main())

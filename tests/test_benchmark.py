@@ -151,7 +151,9 @@ def test_checkpoint(line):
     check_circumstances(found, "checkpoint")
     model = build_objective(load_config(line[1]), 16)
     assert found["checkpoint_bytes"] > 12 * sum(p.numel() for p in model.parameters())  # weights and two moments in fp32
-    assert found["seconds"]["save"]["min"] > 0
+    seconds = found["seconds"]
+    assert seconds["save_alone"]["min"] > seconds["gather"]["min"] > 0
+    assert seconds["cost"]["max"] <= seconds["steps_with_save"]["max"] - seconds["steps"]["min"]
 
 
 def test_mistake_is_one_line():

@@ -17,7 +17,7 @@ import torch
 from line import ENVIRONMENT, IMAGES, by_deepspeed, command, losses, make_line, pretrain, start, steps
 from safetensors.torch import load_file
 
-from mapet_ds.checkpoint import newest
+from mapet_ds.checkpoint import checkpoint_folders, newest
 from mapet_ds.config import REPOSITORY
 
 pytestmark = pytest.mark.drill
@@ -47,6 +47,10 @@ def launch(recipe, run_dir, launcher, log):
     more = [f"run_dir={run_dir}", *SETTINGS]
     words = by_deepspeed(recipe, *more) if launcher == "deepspeed" else command(recipe, 2, *more)
     return subprocess.Popen(words, cwd=REPOSITORY, env=ENVIRONMENT, stdout=log, stderr=log)
+
+
+def whole_checkpoints(run_dir):
+    return [int(path.name.removeprefix("step_")) for path in checkpoint_folders(run_dir)]
 
 
 def wait_until_due(kind, chance, run_dir, process):
@@ -88,14 +92,16 @@ def test_killed_again_and_again_it_is_the_same_run(recipe, straight):
             wait_until_due(kind, chance, run_dir, process)
             assert process.poll() is None, f"{kind}: {log_path.read_text()[-2000:]}"
             family = psutil.Process(process.pid).children(recursive=True)
+            whole = whole_checkpoints(run_dir)
             strike(kind, process, family)
             struck, before = time.monotonic(), steps(run_dir)
             code = process.wait(timeout=60)
             _, alive = psutil.wait_procs(family, timeout=30)
         assert not alive, f"{kind}: {alive}"
         assert code != 0 or "deepspeed" in kind or kind == "SIGUSR1 to a rank", kind
-        saved = newest(run_dir).run["step"] if (run_dir / "checkpoints").exists() else 0
-        assert steps(run_dir) - saved <= EVERY, f"{kind}: more than the steps since the last save are lost"
+        saved = newest(run_dir).run["step"] if whole_checkpoints(run_dir) else 0
+        assert saved >= max(whole, default=0), f"{kind}: a checkpoint that was on disk is lost"
+        assert steps(run_dir) - saved < 2 * EVERY, f"{kind}: the next checkpoint waits for the one before"
         if kind.startswith("SIG"):
             assert saved == steps(run_dir) >= before, f"{kind}: an orderly signal saves where it is"
         rows.append((kind, before, steps(run_dir) - saved, round(time.monotonic() - struck, 1), code))

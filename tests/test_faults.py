@@ -1,6 +1,7 @@
 """Numbers that go wrong and ranks that hang: undone, passed over, named."""
 
 import json
+import re
 import signal
 import socket
 import subprocess
@@ -12,7 +13,7 @@ import torch
 from line import ENVIRONMENT, by_deepspeed, command, make_line, pretrain, start, steps
 from safetensors.torch import load_file
 
-from mapet_ds.checkpoint import newest
+from mapet_ds.checkpoint import checkpoint_folders, newest
 from mapet_ds.config import REPOSITORY
 
 
@@ -94,12 +95,27 @@ def test_a_window_of_several_steps_is_passed_over_whole(recipe):
     assert newest(run_dir).run["skipped"] == [12, 13]
 
 
-@pytest.mark.drill
-def test_a_slow_save_is_no_hanging_rank(recipe):
+def test_a_slow_save_holds_up_neither_training_nor_the_watchdog(recipe):
+    """The disk takes ten seconds for the checkpoint of step 6; the next, of step 12, waits for it."""
     run_dir = recipe.parent / "slow"
-    done = start(*faulty(recipe, run_dir, "slow", 0, 6, 6, "train.hang_seconds=4"))
-    assert done.returncode == 0, done.stderr[-3000:]
+    words = faulty(recipe, run_dir, "slow", 0, 6, 6, "train.hang_seconds=4", "checkpoint.every_steps=6", "train.epochs=3")
+    process = subprocess.Popen(words, cwd=REPOSITORY, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while not (run_dir / "checkpoints/step_00000006").exists():
+        assert process.poll() is None, process.stderr.read()[-3000:]
+        before = steps(run_dir)
+        time.sleep(0.02)
+    _, stderr = process.communicate(timeout=200)
+    assert process.returncode == 0, stderr[-3000:]
+    assert before == 12
     assert (run_dir / "DONE").exists()
+
+
+def test_a_save_that_fails_is_said_and_the_run_goes_on(recipe):
+    run_dir = recipe.parent / "full"
+    done = start(*faulty(recipe, run_dir, "full", 0, 3, 6))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert re.findall("NO CHECKPOINT of step (.) could be written", done.stderr) == ["3", "6"]
+    assert [path.name for path in checkpoint_folders(run_dir)] == ["step_00000012", "step_00000009"]
 
 
 def hang(words, run_dir, then=lambda process: None, rank="1"):

@@ -7,7 +7,7 @@
     tools/benchmark.py assign --teacher NAME --data DIR --codebook FILE    ids that change in bf16
     tools/benchmark.py train --data DIR       a whole training step, and its parts alone (also under torchrun)
     tools/benchmark.py scaling --data DIR     the same at 1, 2, 4 .. ranks of this host
-    tools/benchmark.py checkpoint --data DIR  how long a save holds the training up
+    tools/benchmark.py checkpoint --data DIR  what a save costs the training
 
 What is compared is measured in turns in one process, so that ratios hold on a machine that others use too; CPU seconds
 count all threads and child processes. Settings are a recipe's with `a.b=value` on top.
@@ -68,7 +68,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     scaling = command("scaling", measure_scaling, 32, help="`train` at 1, 2, 4 .. ranks of this host")
     scaling.add_argument("--ranks", type=int, default=2, help="the most")
     scaling.add_argument("--rounds", type=int, default=2)
-    checkpoint = command("checkpoint", measure_checkpoint, 2, help="how long a save holds the training up")
+    checkpoint = command("checkpoint", measure_checkpoint, 2, help="what a save costs the training")
     for made in (train, scaling, checkpoint):
         made.add_argument("--data", required=True, help="folder of images")
         made.add_argument("--deepspeed_config", default=REPOSITORY / "ds_configs/zero2.json", metavar="JSON", type=Path)

@@ -112,20 +112,36 @@ def train_figures(
 
 
 def measure_checkpoint(arguments: argparse.Namespace) -> Figures | None:
-    """How long a save holds the training up."""
+    """What a save costs the training: the same steps with one written meanwhile, and without."""
     with open_run(arguments) as run:
+        device, steps = run.ranks.device, arguments.steps
+
+        def with_save() -> None:
+            run.save()
+            repeatedly(run.train_step, steps)
+            run.settle()
+
+        def alone() -> None:
+            run.save()
+            run.settle()
+
+        parts = {
+            "gather": lambda: gather_state(run.engine, run.ranks.rank), "save_alone": alone,
+            "steps": lambda: repeatedly(run.train_step, steps), "steps_with_save": with_save,
+        }  # fmt: skip
         run.train_step()
-        found: dict[str, list[float]] = {"gather": [], "save": []}
+        found: dict[str, list[float]] = {name: [] for name in parts}
         for _ in range(arguments.repeats):
-            found["gather"].append(timed(run.ranks.device, gather_state, run.engine, run.ranks.rank)[0])
-            found["save"].append(timed(run.ranks.device, run.save)[0])
+            for name, part in parts.items():
+                found[name].append(timed(device, part)[0])
+        cost = [saving - without for saving, without in zip(found["steps_with_save"], found["steps"], strict=True)]
         written = sum(path.stat().st_size for path in (run.folder / "checkpoints").rglob("*.*"))
         if run.ranks.rank:
             return None
         return circumstances(run.config, arguments) | {
             "ranks": run.ranks.world_size, "checkpoint_bytes": written,
-            "seconds": {name: summary(values) for name, values in found.items()},
-            "percent_of_ten_minutes": summary([each / 6 for each in found["save"]]),
+            "seconds": {name: summary(values) for name, values in found.items()} | {"cost": summary(cost)},
+            "percent_of_ten_minutes": summary([each / 6 for each in cost]),
         }  # fmt: skip
 
 
