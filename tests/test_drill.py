@@ -234,6 +234,6 @@ def test_a_read_only_run_folder_is_a_sentence(recipe, tmp_path):
     try:
         done = start(*command(recipe, 1, f"run_dir={tmp_path}/run"))
         assert done.returncode == 2
-        assert re.search("run_dir = .* can't be written", done.stderr)
+        assert re.search("run_dir = .* can't be used: .* may not be written", done.stderr)
     finally:
         subprocess.run(["umount", str(tmp_path)], check=True)
