@@ -120,6 +120,40 @@ def test_epochs_shorter_than_a_batch(tmp_path):
     assert all(sorted(order[i : i + 3]) == [0, 1, 2] for i in range(0, 24, 3))
 
 
+@pytest.fixture(scope="module")
+def many(tmp_path_factory) -> Index:
+    files = {f"{i:03d}.jpg": images.encode(images.picture(20, 16, i), "JPEG") for i in range(700)}
+    return make_index(tmp_path_factory.mktemp("many"), files)
+
+
+def test_no_split_changes_a_windowed_order(many):
+    config = settings(60, shuffle_window=256)
+    source = SampleSource(config, many, 0, 1)
+    whole = [[source.sample(step, slot).index for slot in range(60)] for step in range(30)]
+    served = sum(whole, [])
+    assert served == [source.order(n) for n in range(1800)]
+    assert all(sorted(served[start : start + 700]) == list(range(700)) for start in (0, 700))
+    assert served != [SampleSource(settings(60), many, 0, 1).order(n) for n in range(1800)]
+    for world_size, micro in ((2, 10), (3, 5)):
+        accum, config = 60 // (world_size * micro), settings(60, micro, shuffle_window=256)
+        ranks = [SampleSource(config, many, rank, world_size) for rank in range(world_size)]
+        for step in (29, 4, 11):  # in any order, as when resumed
+            parts = [(ranks[rank], step * accum + k) for k in range(accum) for rank in range(world_size)]
+            assert [source.sample(k, i).index for source, k in parts for i in range(micro)] == whole[step]
+    split = global_batches(settings(60, 15, workers=1, shuffle_window=256), many, 1, 2, first_step=11)
+    assert split[0].index.tolist() == whole[11]
+
+
+def test_a_bad_image_of_a_windowed_order_is_replaced_by_the_next_of_it(many):
+    source = SampleSource(settings(60, shuffle_window=256), many, 0, 1)
+    bad = {source.order(n) for n in (5, 6, 255, 699)}  # two in a row, the last of a window, the last of the epoch
+    replacing = SampleSource(source.config, many, 0, 1, bad=bad)
+    for n, tries in ((5, 2), (6, 1), (255, 1), (699, 1)):
+        due = 0 if n == 699 else n + tries
+        found = replacing.sample(*divmod(n, 60))
+        assert (found.index, found.passed_over) == (source.order(due), tries)
+
+
 def test_views_are_those_asked_for(photos):
     config = settings(4)
     both = load(config, photos, 1)[0]
