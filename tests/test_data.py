@@ -597,6 +597,16 @@ def test_shards_are_the_folder(photos, tmp_path):
     assert open_index(str(moved), tmp_path / "unused").read(5) == photos.read(5)
 
 
+def test_shards_in_random_order_hold_the_same_images(photos, tmp_path):
+    assert run_tool("make_shards.py", photos.root, tmp_path / "out", "--shuffle_seed", 3, "--shard_images", 7).returncode == 0
+    shards = open_index(str(tmp_path / "out"), tmp_path / "unused")
+    packed, listed = ([(index.read(i), index.label(i)) for i in range(23)] for index in (shards, photos))
+    assert packed != listed and sorted(packed) == sorted(listed) and shards.classes == photos.classes
+    assert len({label for _, label in packed[:7]}) > 1, "the first shard holds more than the first class"
+    refused = run_tool("make_shards.py", photos.root, tmp_path / "no", "--shuffle_seed", -1)
+    assert refused.returncode == 2 and "--shuffle_seed at least 0" in refused.stderr
+
+
 def test_shards_overwrite_nothing(photos, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").write_text("mine")

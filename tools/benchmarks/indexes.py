@@ -26,9 +26,11 @@ LOOKUPS, FEW, LATE, WINDOW = 10_000, 1000, 10_000_000, 65_536
 """Images looked up; images of the data set that is compared with; a late step; samples read one after the other."""
 
 
-def private_mib(process: psutil.Process | None = None) -> float:
-    """Memory that no other process shares."""
-    return (process or psutil.Process()).memory_full_info().uss / 2**20
+def memory(process: int | str = "self") -> Figures:
+    """MiB of a process: its own, which can't be shared or dropped, and its share of all that it maps, page cache included."""
+    lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()[1:]
+    kib = {name: int(rest.split()[0]) for name, rest in (line.split(":") for line in lines)}
+    return {"own_mib": kib["Anonymous"] / 1024, "pss_mib": kib["Pss"] / 1024}
 
 
 def write(folder: Path, images: int) -> None:
@@ -49,7 +51,7 @@ def write(folder: Path, images: int) -> None:
 
 
 def first_batch(config: Config, index: Index, step: int) -> Figures:
-    """Seconds to the first micro-batch of a run that begins at this step; memory of the rank and its largest worker then."""
+    """Seconds to the first micro-batch of a run that begins at this step; memory of the rank and of its workers then."""
     from mapet_ds.data import Loader
 
     start = time.perf_counter()
@@ -57,8 +59,8 @@ def first_batch(config: Config, index: Index, step: int) -> Figures:
     with contextlib.closing(loader):
         next(loader)
         seconds = time.perf_counter() - start
-        workers = [private_mib(child) for child in psutil.Process().children()]
-        return {"seconds": seconds, "private_mib": private_mib(), "worker_private_mib": max(workers, default=0.0)}
+        workers = [memory(child.pid) for child in psutil.Process().children()]
+        return {"seconds": seconds, "rank": memory(), "workers": workers}
 
 
 def order_figures(config: Config, index: Index, repeats: int) -> Figures:
@@ -80,22 +82,18 @@ def measure_index(arguments: argparse.Namespace) -> Figures:
     with tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch:
         few, many = Path(scratch) / "few", Path(scratch) / "many"
         write(few, FEW)
-        before = private_mib()
-
-        def note(what: str, start: float, times: int = 1) -> None:
-            found[what] = {"seconds": (time.perf_counter() - start) / times, "private_mib_more": private_mib() - before}
-
+        found["before"] = memory()
         start = time.perf_counter()
         write(many, arguments.images)
-        note("write", start)
+        found["write"] = {"seconds": time.perf_counter() - start} | memory()
         start = time.perf_counter()
         index = open_index(str(many), many)
-        note("open", start)
+        found["open"] = {"seconds": time.perf_counter() - start} | memory()
         some = np.random.default_rng(0).integers(0, len(index), LOOKUPS).tolist()
         start = time.perf_counter()
         for i in some:
             index.path(i), index.label(i)
-        note("look_up_one", start, LOOKUPS)
+        found["look_up_10000"] = {"seconds": time.perf_counter() - start} | memory()
         found["first_batch_of_few"] = first_batch(config, open_index(str(few), few), 0)
         found["first_batch"] = {step: first_batch(config, index, step) for step in (0, LATE)}
         for window in (0, WINDOW):
