@@ -65,6 +65,9 @@ class DataConfig:
 
     train: str = ""
     """Folder of images (labels optional: the name of the first sub-folder) or of tar shards."""
+    shuffle_window: Natural = 0
+    """Samples among which the order is shuffled: those of neighbouring chunks of 256, themselves in random order, so that storage
+    is read nearly in sequence. Rounded up to whole chunks; 0: the whole data set at once."""
     crop: Literal["center", "random"] = "center"
     """center: the largest central square (published MaPeT); random: scale, ratio and flip below."""
     crop_scale: tuple[float, float] = (0.2, 1.0)

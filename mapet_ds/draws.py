@@ -7,6 +7,7 @@ import this module, and torch's generators differ between CPU and GPU.
 
 from __future__ import annotations
 
+import functools
 import math
 from enum import IntEnum
 
@@ -130,44 +131,70 @@ def _mix(x: NDArray[np.uint64], key: np.uint64) -> NDArray[np.uint64]:
     return x ^ (x >> np.uint64(31))
 
 
-class SampleOrder:
-    """The endless order of samples: each sample once an epoch, a new keyed bijection every epoch, nothing stored.
+CHUNK = 256
+"""Consecutive samples that stay in one window."""
+ROUNDS = 8
 
-    A balanced Feistel network of eight rounds on the smallest even number of bits that holds n; results outside 0 .. n - 1
-    are sent through again (cycle walking), which keeps it a bijection.
+
+@functools.lru_cache(maxsize=64)
+def _order_keys(seed: int, epoch: int, slot: int) -> NDArray[np.uint64]:
+    return (uniforms(seed, Purpose.ORDER, epoch, slot, 1, ROUNDS)[0] * 2.0**53).astype(np.uint64)
+
+
+def _shuffled(places: NDArray[np.int64], size: int, keys: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """Where a keyed bijection of 0 .. size - 1 sends these places.
+
+    A balanced Feistel network of eight rounds on the smallest even number of bits that holds `size`; results outside
+    0 .. size - 1 are sent through again (cycle walking), which keeps it a bijection.
 
     Source: Luby and Rackoff 1988 (Feistel); Black and Rogaway 2002 (cycle walking).
     """
+    half = np.uint64(max(1, -(-(size - 1).bit_length() // 2)))
+    low = np.uint64((1 << int(half)) - 1)
 
-    ROUNDS = 8
-
-    def __init__(self, num_samples: int, seed: int) -> None:
-        assert num_samples > 0
-        self.num_samples = num_samples
-        self.seed = seed
-        self._half = np.uint64(max(1, -(-(num_samples - 1).bit_length() // 2)))
-        self._low = np.uint64((1 << int(self._half)) - 1)
-        self._epoch_keys: tuple[int, NDArray[np.uint64]] | None = None
-
-    def _keys(self, epoch: int) -> NDArray[np.uint64]:
-        if self._epoch_keys is None or self._epoch_keys[0] != epoch:
-            numbers = uniforms(self.seed, Purpose.ORDER, epoch, 0, 1, self.ROUNDS)[0]
-            self._epoch_keys = epoch, (numbers * 2.0**53).astype(np.uint64)
-        return self._epoch_keys[1]
-
-    def _encrypt(self, x: NDArray[np.uint64], keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
-        left, right = x >> self._half, x & self._low
+    def encrypt(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+        left, right = x >> half, x & low
         for key in keys:
-            left, right = right, left ^ (_mix(right, key) & self._low)
-        return (left << self._half) | right
+            left, right = right, left ^ (_mix(right, key) & low)
+        return (left << half) | right
+
+    x = encrypt(places.astype(np.uint64))
+    while (outside := x >= size).any():
+        x[outside] = encrypt(x[outside])
+    return x.astype(np.int64)
+
+
+class SampleOrder:
+    """The endless order of samples: each sample once an epoch, a new keyed bijection every epoch, nothing stored.
+
+    With a `window` (rounded up to whole chunks; 0: the whole data set at once) the samples of that many consecutive places
+    come from as many chunks as they fill. Chunks of CHUNK consecutive samples are cut from another sample on each epoch, going
+    round at the end, and shuffled, the shorter last one staying last; then each window of places is shuffled by itself.
+    Every sample is equally likely at every place, as without a window.
+    """
+
+    def __init__(self, num_samples: int, seed: int, window: int = 0) -> None:
+        assert num_samples > 0
+        self.num_samples, self.seed = num_samples, seed
+        self.window = -(-window // CHUNK) * CHUNK
 
     def epoch_places(self, epoch: int, places: NDArray[np.int64]) -> NDArray[np.int64]:
         """Dataset indices at `places` (each 0 .. n - 1) of one epoch's order."""
-        keys = self._keys(epoch)
-        x = self._encrypt(places.astype(np.uint64), keys)
-        while (outside := x >= self.num_samples).any():
-            x[outside] = self._encrypt(x[outside], keys)
-        return x.astype(np.int64)
+        if self.window:
+            return self._windowed(epoch, places)
+        return _shuffled(places, self.num_samples, _order_keys(self.seed, epoch, 0))
+
+    def _windowed(self, epoch: int, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Slot 0 of the epoch's keys shuffles chunks, slot 1 says where they are cut from, 2 + w shuffles window w."""
+        n, numbers, shuffled = self.num_samples, places // self.window, np.empty_like(places)
+        for number in np.unique(numbers).tolist():
+            here, start = numbers == number, number * self.window
+            keys = _order_keys(self.seed, epoch, 2 + number)
+            shuffled[here] = start + _shuffled(places[here] - start, min(self.window, n - start), keys)
+        chunks, offsets = np.divmod(shuffled, CHUNK)
+        whole = chunks < n // CHUNK
+        chunks[whole] = _shuffled(chunks[whole], n // CHUNK, _order_keys(self.seed, epoch, 0))
+        return (chunks * CHUNK + offsets + int(_order_keys(self.seed, epoch, 1)[0])) % n
 
     def __call__(self, n: int) -> int:
         """Dataset index of the n-th sample of the run, n = step * global_batch_size + slot."""

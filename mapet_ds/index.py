@@ -16,9 +16,8 @@ import struct
 import tarfile
 import tempfile
 import time
-from array import array
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -73,7 +72,9 @@ def _suffix(name: bytes) -> bytes:
     return name.rpartition(b".")[2].lower()
 
 
-class _Member(NamedTuple):
+class Member(NamedTuple):
+    """A sample as the index lists it: its path below the root, the number of its shard (0 without), where its bytes lie there."""
+
     path: bytes
     file: int
     offset: int
@@ -87,7 +88,7 @@ def _key(name: str) -> str:
     return folder + slash + last.partition(".")[0]
 
 
-def _shard_members(path: bytes, number: int, name: bytes) -> Iterator[_Member]:
+def _shard_members(path: bytes, number: int, name: bytes) -> Iterator[Member]:
     labels: dict[str, int] = {}
     images: list[tarfile.TarInfo] = []
     try:
@@ -108,10 +109,10 @@ def _shard_members(path: bytes, number: int, name: bytes) -> Iterator[_Member]:
     for member in images:
         label = labels.get(_key(member.name), -1)
         member_path = name + b"/" + os.fsencode(member.name)
-        yield _Member(member_path, number, member.offset_data, member.size, label)
+        yield Member(member_path, number, member.offset_data, member.size, label)
 
 
-def _members(root: bytes, shards: list[bytes], classes: list[str]) -> Iterator[_Member]:
+def _members(root: bytes, shards: list[bytes], classes: list[str]) -> Iterator[Member]:
     """Every sample below the root in its fixed order; fills `shards` and `classes` on the way."""
     images = False
     for path, length in _walk(root):
@@ -125,7 +126,7 @@ def _members(root: bytes, shards: list[bytes], classes: list[str]) -> Iterator[_
             top, slash, _ = relative.partition(b"/")
             if slash and (not classes or classes[-1] != os.fsdecode(top)):
                 classes.append(os.fsdecode(top))
-            yield _Member(relative, 0, 0, length, len(classes) - 1 if slash else -1)
+            yield Member(relative, 0, 0, length, len(classes) - 1 if slash else -1)
         if images and shards:
             raise DataError(
                 f"{os.fsdecode(root)} holds images and tar shards ({os.fsdecode(shards[0])}) side by side; "
@@ -142,34 +143,40 @@ def build_index(source: str | Path, folder: Path, classes: list[str] | None = No
         DataError: unreadable folder or shard, nothing in it, images and shards mixed.
     """
     root = os.path.abspath(source)
-    columns, ends = [array(code) for code in "IQQi"], array("Q")
     shards: list[bytes] = []
     found: list[str] = []
+    write_index(folder, root, _members(os.fsencode(root), shards, found), shards, found if classes is None else classes)
+
+
+def write_index(folder: Path, root: str, members: Iterable[Member], shards: list[bytes], classes: list[str]) -> None:
+    """Write the index of these samples, which lie below `root`, into `folder`: whole or not at all, and with memory for none of
+    them. `shards` and `classes` are looked at when the last sample has come; with shards and no classes, labels name themselves.
+
+    Raises:
+        DataError: there is none.
+    """
     digest = hashlib.sha256()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".index-", dir=folder.parent) as scratch:
         written = Path(scratch) / "index"
         written.mkdir()
-        with open(written / "paths.bin", "wb") as paths:
-            for member in _members(os.fsencode(root), shards, found):
-                paths.write(member.path)
-                ends.append(paths.tell())
+        raw = {name: Path(scratch) / name for name in ("samples", "path_ends")}
+        with open(written / "paths.bin", "wb") as paths, raw["samples"].open("wb") as samples, raw["path_ends"].open("wb") as ends:
+            end, last_label = 0, -1
+            for member in members:
+                end += paths.write(member.path)
+                ends.write(struct.pack("<Q", end))
+                samples.write(struct.pack("<IQQi", *member[1:]))
                 digest.update(member.path + b"\0" + struct.pack("<Q", member.length))
-                for column, value in zip(columns, member[1:], strict=True):
-                    column.append(value)
-        if not ends:
+                last_label = max(last_label, member.label)
+        if not end:
             raise DataError(f"{root} holds no image: looked in it and below for {_listing()} and for .tar shards.")
-        samples = np.empty(len(ends), SAMPLE)
-        for name, column in zip(SAMPLE.names, columns, strict=True):
-            samples[name] = column
-        if shards and classes is None:
-            found = [str(label) for label in range(samples["label"].max() + 1)]
-        np.save(written / "samples.npy", samples)
-        np.save(written / "path_ends.npy", np.array(ends, "<u8"))
+        for (name, path), kind in zip(raw.items(), (SAMPLE, np.dtype("<u8")), strict=True):
+            np.save(written / f"{name}.npy", np.memmap(path, kind, "r"))
         description = {
             "root": "." if folder.parent == Path(root) else root,
             "fingerprint": digest.hexdigest(),
-            "classes": classes if classes is not None else found,
+            "classes": classes or ([str(label) for label in range(last_label + 1)] if shards else []),
             "shards": [os.fsdecode(shard) for shard in shards],
         }
         (written / "index.json").write_text(json.dumps(description, indent=1))

@@ -134,7 +134,8 @@ class SampleSource:
         self.config, self.index, self.bad = config, index, frozenset(bad)
         self.jitter, self.strong = jitter, strong
         self.rank, self.world_size, self.first_micro_step = rank, world_size, first_micro_step
-        self.order = (draws.IndexOrder if in_order else draws.SampleOrder)(len(index), config.seed)
+        order = draws.IndexOrder if in_order else draws.SampleOrder
+        self.order = order(len(index), config.seed, config.data.shuffle_window)
         self._drawn: _Draws | None = None
 
     def __getstate__(self) -> dict[str, Any]:

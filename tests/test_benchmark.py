@@ -58,6 +58,22 @@ def check_ratio(found):
     assert found["ratio"] > 0
 
 
+def test_index(tmp_path):
+    sizes = ["--images", 70_000, "--scratch", tmp_path, "--batch_size", 4, "--threads", 1, "--repeats", 2]
+    found = benchmark("index", "--device", "cpu", *sizes, "model.img_size=32", "data.workers=0")
+    check_circumstances(found, "index")
+    assert found["images"] == 70_000 and not any(tmp_path.iterdir())
+    for name in ("write", "open", "look_up_10000"):
+        assert found[name]["seconds"] > 0
+        assert 0 <= found[name]["own_mib"] - found["before"]["own_mib"] < 20
+    assert set(found["first_batch"]) == {"0", "10000000"}
+    for first in (found["first_batch_of_few"], *found["first_batch"].values()):
+        assert first["workers"] == [] and first["rank"]["own_mib"] > 0 and first["seconds"] > 0
+    whole, windowed = found["order_window_0"], found["order_window_65536"]
+    assert all(set(values) == SPREAD for values in (*whole.values(), *windowed.values()))
+    assert whole["samples_side_by_side"]["max"] < 20 < 200 < windowed["samples_side_by_side"]["min"]
+
+
 def test_loader(photos):
     sizes = ["--batch_size", 4, "--threads", 1, "--batches", 4, "--repeats", 2]
     found = benchmark("loader", "--data", photos, "--device", "cpu", *sizes, "model.img_size=32")

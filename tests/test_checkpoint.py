@@ -8,7 +8,7 @@ import torch
 
 from mapet_ds import checkpoint
 from mapet_ds.checkpoint import ResumeError
-from mapet_ds.config import Config
+from mapet_ds.config import Config, DataConfig
 
 
 def write(run_dir, step, keep=3):
@@ -94,7 +94,8 @@ def test_a_pickle_in_place_of_weights_executes_nothing(tmp_path):
 
 
 def identity(**changes):
-    config = Config(**{k: v for k, v in changes.items() if k in ("seed", "objective", "run_dir")})
+    knobs = {k: v for k, v in changes.items() if k in ("seed", "objective", "run_dir")}
+    config = Config(**knobs, data=DataConfig(shuffle_window=changes.get("shuffle_window", 0)))
     return checkpoint.identity(config, changes.get("data", "abc"), {"codebook": changes.get("codebook", "123")})
 
 
@@ -102,7 +103,7 @@ def identity(**changes):
     ("change", "key"),
     [
         ({"seed": 1}, "seed"), ({"objective": "beit"}, "objective"), ({"data": "x"}, "data.fingerprint"),
-        ({"codebook": "9"}, "target.codebook"),
+        ({"codebook": "9"}, "target.codebook"), ({"shuffle_window": 65_536}, "data.shuffle_window"),
     ],
 )
 def test_another_run_is_refused_naming_both_values(tmp_path, change, key):

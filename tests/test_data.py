@@ -120,6 +120,40 @@ def test_epochs_shorter_than_a_batch(tmp_path):
     assert all(sorted(order[i : i + 3]) == [0, 1, 2] for i in range(0, 24, 3))
 
 
+@pytest.fixture(scope="module")
+def many(tmp_path_factory) -> Index:
+    files = {f"{i:03d}.jpg": images.encode(images.picture(20, 16, i), "JPEG") for i in range(700)}
+    return make_index(tmp_path_factory.mktemp("many"), files)
+
+
+def test_no_split_changes_a_windowed_order(many):
+    config = settings(60, shuffle_window=256)
+    source = SampleSource(config, many, 0, 1)
+    whole = [[source.sample(step, slot).index for slot in range(60)] for step in range(30)]
+    served = sum(whole, [])
+    assert served == [source.order(n) for n in range(1800)]
+    assert all(sorted(served[start : start + 700]) == list(range(700)) for start in (0, 700))
+    assert served != [SampleSource(settings(60), many, 0, 1).order(n) for n in range(1800)]
+    for world_size, micro in ((2, 10), (3, 5)):
+        accum, config = 60 // (world_size * micro), settings(60, micro, shuffle_window=256)
+        ranks = [SampleSource(config, many, rank, world_size) for rank in range(world_size)]
+        for step in (29, 4, 11):  # in any order, as when resumed
+            parts = [(ranks[rank], step * accum + k) for k in range(accum) for rank in range(world_size)]
+            assert [source.sample(k, i).index for source, k in parts for i in range(micro)] == whole[step]
+    split = global_batches(settings(60, 15, workers=1, shuffle_window=256), many, 1, 2, first_step=11)
+    assert split[0].index.tolist() == whole[11]
+
+
+def test_a_bad_image_of_a_windowed_order_is_replaced_by_the_next_of_it(many):
+    source = SampleSource(settings(60, shuffle_window=256), many, 0, 1)
+    bad = {source.order(n) for n in (5, 6, 255, 699)}  # two in a row, the last of a window, the last of the epoch
+    replacing = SampleSource(source.config, many, 0, 1, bad=bad)
+    for n, tries in ((5, 2), (6, 1), (255, 1), (699, 1)):
+        due = 0 if n == 699 else n + tries
+        found = replacing.sample(*divmod(n, 60))
+        assert (found.index, found.passed_over) == (source.order(due), tries)
+
+
 def test_views_are_those_asked_for(photos):
     config = settings(4)
     both = load(config, photos, 1)[0]
@@ -561,6 +595,16 @@ def test_shards_are_the_folder(photos, tmp_path):
         assert path.read_bytes() == (tmp_path / "second" / path.name).read_bytes()
     moved = shutil.move(tmp_path / "second", tmp_path / "moved")
     assert open_index(str(moved), tmp_path / "unused").read(5) == photos.read(5)
+
+
+def test_shards_in_random_order_hold_the_same_images(photos, tmp_path):
+    assert run_tool("make_shards.py", photos.root, tmp_path / "out", "--shuffle_seed", 3, "--shard_images", 7).returncode == 0
+    shards = open_index(str(tmp_path / "out"), tmp_path / "unused")
+    packed, listed = ([(index.read(i), index.label(i)) for i in range(23)] for index in (shards, photos))
+    assert packed != listed and sorted(packed) == sorted(listed) and shards.classes == photos.classes
+    assert len({label for _, label in packed[:7]}) > 1, "the first shard holds more than the first class"
+    refused = run_tool("make_shards.py", photos.root, tmp_path / "no", "--shuffle_seed", -1)
+    assert refused.returncode == 2 and "--shuffle_seed at least 0" in refused.stderr
 
 
 def test_shards_overwrite_nothing(photos, tmp_path):

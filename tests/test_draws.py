@@ -5,9 +5,11 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mapet_ds import draws
-from mapet_ds.draws import Purpose, SampleOrder
+from mapet_ds.draws import CHUNK, Purpose, SampleOrder
 
 
 @pytest.mark.parametrize("n", [*range(1, 70), 255, 256, 257, 1000, 4096, 4097, 65_537])
@@ -56,6 +58,63 @@ def test_the_order_reaches_far():
     n = 10**15
     assert 0 <= order(n) < 20_000_000_000
     assert order(n) == SampleOrder(20_000_000_000, seed=2**62)(n)
+
+
+def test_the_order_without_a_window_is_what_it_always_was():
+    order = SampleOrder(20_000_000, seed=7, window=0)
+    assert order.epoch_places(3, np.array([0, 1, 12_345, 19_999_999])).tolist() == [17342306, 4575712, 10817436, 2875385]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 5000), st.integers(1, 6000), st.integers(0, 2**63 - 1), st.integers(0, 10**6), st.randoms())
+def test_a_windowed_epoch_is_a_permutation_of_few_stretches_a_window(n, window, seed, epoch, random):
+    order, window = SampleOrder(n, seed, window), -(-window // CHUNK) * CHUNK
+    places = np.arange(n)
+    indices = order.epoch_places(epoch, places)
+    assert np.array_equal(np.sort(indices), places)
+    some = np.array(random.choices(range(n), k=9))
+    assert np.array_equal(SampleOrder(n, seed, window).epoch_places(epoch, some), indices[some]), "no place needs another"
+    for start in range(0, n, window):
+        stretches = 1 + np.count_nonzero(np.diff(np.sort(indices[start : start + window])) > 1)
+        assert stretches <= window // CHUNK + 1
+
+
+def test_windows_reach_far_and_go_round_epochs():
+    order = SampleOrder(20_000_000_000, seed=2**62, window=65_536)
+    n = 10**15
+    assert [order(k) for k in range(n, n + 3)] == [SampleOrder(20_000_000_000, 2**62, 65_536)(k) for k in range(n, n + 3)]
+    order = SampleOrder(1000, seed=3, window=256)
+    for epoch in (0, 1, 7):
+        substitutes = [order.after(1000 * epoch + 999, tries) for tries in range(1, 1000)]
+        assert sorted([order(1000 * epoch + 999), *substitutes]) == list(range(1000))
+
+
+@pytest.mark.parametrize(("n", "place"), [(300, 0), (300, 299), (20, 3)])
+def test_every_sample_is_as_likely_at_any_place_of_a_windowed_order(n, place):
+    order = SampleOrder(n, seed=1, window=256)
+    counts = np.bincount([order(n * epoch + place) for epoch in range(5 * n)], minlength=n)
+    assert ((counts - 5) ** 2 / 5).sum() < n + 5 * (2 * n) ** 0.5, "five standard deviations"
+
+
+def test_within_a_window_neighbours_are_unrelated_and_epochs_differ():
+    order = SampleOrder(50_000, seed=0, window=10_000)
+    epochs = [order.epoch_places(epoch, np.arange(50_000)).reshape(5, -1)[:4] for epoch in range(2)]
+    assert (epochs[0] == epochs[1]).mean() < 0.001
+    for window in epochs[0]:  # places among its own samples, so that only the order inside of it counts
+        ranks = np.argsort(np.argsort(window))
+        assert abs(np.corrcoef(ranks[:-1], ranks[1:])[0, 1]) < 0.05
+        assert abs(np.corrcoef(ranks, np.arange(len(ranks)))[0, 1]) < 0.05
+    chunks = [{tuple(sorted(set((window // CHUNK).tolist()))) for window in epoch} for epoch in epochs]
+    assert not chunks[0] & chunks[1], "other chunks share a window in the next epoch"
+    shares = [SampleOrder(50_000, seed, 10_000).epoch_places(0, np.arange(9)).tolist() for seed in (0, 1)]
+    assert shares[0] != shares[1]
+
+
+def test_keys_of_a_windowed_order_are_all_different():
+    """Windows that shared a key would be shuffled alike."""
+    order = SampleOrder(4096, seed=0, window=256)
+    windows = [np.argsort(np.argsort(order.epoch_places(e, np.arange(4096)).reshape(16, 256), axis=1)) for e in range(3)]
+    assert len({tuple(row) for epoch in windows for row in epoch.tolist()}) == 48
 
 
 @pytest.mark.parametrize("width", [1, 3, 4, 5, 41, 196])

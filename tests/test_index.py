@@ -9,6 +9,7 @@ import resource
 import shutil
 import tarfile
 import time
+import tracemalloc
 from pathlib import Path
 
 import images
@@ -18,7 +19,7 @@ from PIL import Image
 
 from mapet_ds import index as index_module
 from mapet_ds.formats import BadImage, inspect
-from mapet_ds.index import SAMPLE, DataError, Index, build_index, open_index
+from mapet_ds.index import SAMPLE, DataError, Index, Member, build_index, open_index, write_index
 
 
 def listing(index: Index) -> list[tuple[str, int]]:
@@ -255,6 +256,19 @@ def test_index_travels_to_workers(tmp_path):
     pickled = pickle.dumps(index)
     assert len(pickled) < 1000
     assert listing(pickle.loads(pickled)) == LISTED
+
+
+def test_an_index_is_written_without_being_held_in_memory(tmp_path):
+    count = 40_000
+    members = (Member(b"%d.jpg" % i, i % 7, 512 * i, i, i % 5 - 1) for i in range(count))
+    tracemalloc.start()
+    write_index(tmp_path / "cache", str(tmp_path), members, [b"%d.tar" % i for i in range(7)], [])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 160_000, "bytes: a column of 32-bit numbers would be as many"
+    index = Index(tmp_path / "cache", tmp_path)
+    assert len(index) == count and index.classes == ["0", "1", "2", "3"]
+    assert [(index.path(i), index.label(i)) for i in (0, count - 1)] == [(f"{tmp_path}/{i}.jpg", i % 5 - 1) for i in (0, count - 1)]
 
 
 def test_twenty_million_entries_open_at_once(tmp_path):

@@ -2,6 +2,7 @@
 
     tools/benchmark.py loader --data DIR      img/s of the loader, of DALI's own file reader, of torchvision
     tools/benchmark.py bad --data DIR         img/s of the loader where 5 % of the images are unreadable
+    tools/benchmark.py index --images N       an index of so many: opening, look-ups, order, first batch, memory
     tools/benchmark.py step                   forward and backward, sorted by rank against as published
     tools/benchmark.py teacher                the recipe's frozen teacher, fp32 and, on a GPU, bf16
     tools/benchmark.py assign --teacher NAME --data DIR --codebook FILE    ids that change in bf16
@@ -22,6 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.indexes import measure_index
 from benchmarks.loaders import measure_bad, measure_loader
 from benchmarks.measuring import Figures
 from benchmarks.runs import measure_checkpoint, measure_scaling, measure_train
@@ -53,6 +55,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
         made.add_argument("--data", required=True, help="folder of images")
         made.add_argument("--batches", type=int, default=16, help="timed, a multiple of --threads: workers come in turns")
         made.add_argument("--repeats", type=int, default=5)
+    index = command("index", measure_index, 128, help="an index of many images: time, memory, order")
+    index.add_argument("--images", type=int, default=20_000_000)
+    index.add_argument("--scratch", metavar="DIR", help="where 70 bytes an image are written and deleted; default: TMPDIR")
+    index.add_argument("--repeats", type=int, default=20, help="of the order's figures")
     step = command("step", measure_step, 8, help="one step of MaPeT, sorted by rank and as published")
     step.add_argument("--model", default="vit_base_patch16_224", help="timm model name")
     step.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"], help="bf16: autocast")

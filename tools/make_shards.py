@@ -1,6 +1,7 @@
 """Pack an image folder into WebDataset-style tar shards (image, and .cls where it has a label) with their index beside.
 
-The shards hold the same images in the same order with the same labels, and the same input gives the same bytes.
+The shards hold the same images with the same labels in the same order, or in a random one (--shuffle_seed). The same input
+gives the same bytes.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from mapet_ds.draws import IndexOrder, SampleOrder
 from mapet_ds.formats import BadImage
 from mapet_ds.index import DataError, Index, build_index, open_index
 
@@ -33,10 +35,10 @@ def members(index: Index, i: int) -> Iterator[tuple[str, bytes]]:
         yield f"{key}.cls", str(index.label(i)).encode()
 
 
-def write_shards(index: Index, folder: Path, max_bytes: int, max_images: int) -> int:
+def write_shards(index: Index, order: SampleOrder, folder: Path, max_bytes: int, max_images: int) -> int:
     """Fill `folder` with shards of at most so many bytes of images (but at least one image); their number."""
     number, size, images, shard = 0, 0, 0, None
-    for i in tqdm(range(len(index)), unit=" images", file=sys.stderr):
+    for i in tqdm(map(order, range(len(index))), total=len(index), unit=" images", file=sys.stderr):
         content = list(members(index, i))
         if shard is None or images == max_images or size + len(content[0][1]) > max_bytes:
             if shard:
@@ -53,7 +55,7 @@ def write_shards(index: Index, folder: Path, max_bytes: int, max_images: int) ->
     return number
 
 
-def make_shards(source: str, out: Path, max_bytes: int, max_images: int) -> str:
+def make_shards(source: str, out: Path, max_bytes: int, max_images: int, seed: int | None) -> str:
     """Write the shards beside `out`, then give them its name; a sentence that says what was written.
 
     Raises:
@@ -69,7 +71,8 @@ def make_shards(source: str, out: Path, max_bytes: int, max_images: int) -> str:
         index = open_index(source, Path(scratch) / "index")
         written = Path(scratch) / "shards"
         written.mkdir()
-        number = write_shards(index, written, max_bytes, max_images)
+        order = IndexOrder(len(index), 0) if seed is None else SampleOrder(len(index), seed)
+        number = write_shards(index, order, written, max_bytes, max_images)
         build_index(written, written / "index", index.classes)
         written.rename(out)
     return (
@@ -84,12 +87,13 @@ def main() -> int:
     parser.add_argument("out", type=Path, help="a new folder")
     parser.add_argument("--shard_size_mib", type=float, default=1024, help="largest shard, MiB of images (default 1024)")
     parser.add_argument("--shard_images", type=int, default=1_000_000, help="most images in a shard")
+    parser.add_argument("--shuffle_seed", type=int, metavar="N", help="pack in random order N (docs/cluster.md says why)")
     arguments = parser.parse_args()
-    if arguments.shard_size_mib <= 0 or arguments.shard_images < 1:
-        parser.error("--shard_size_mib and --shard_images must be positive")
+    if arguments.shard_size_mib <= 0 or arguments.shard_images < 1 or (arguments.shuffle_seed or 0) < 0:
+        parser.error("--shard_size_mib and --shard_images must be positive, --shuffle_seed at least 0")
     try:
         max_bytes = int(arguments.shard_size_mib * 2**20)
-        print(make_shards(arguments.folder, arguments.out, max_bytes, arguments.shard_images))
+        print(make_shards(arguments.folder, arguments.out, max_bytes, arguments.shard_images, arguments.shuffle_seed))
     except DataError as error:
         print(error, file=sys.stderr)
         return 2

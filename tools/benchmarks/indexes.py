@@ -1,0 +1,102 @@
+"""What a data set of many images costs before and beside its reading: time, memory, and the order in which storage is asked."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import io
+import tarfile
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+from benchmarks.measuring import Figures, circumstances, settings, summary
+from PIL import Image
+
+from mapet_ds.config import Config
+from mapet_ds.draws import SampleOrder
+from mapet_ds.index import Index, Member, open_index, write_index
+from mapet_ds.samples import SampleSource
+
+LOOKUPS, FEW, LATE, WINDOW = 10_000, 1000, 10_000_000, 65_536
+"""Images looked up; images of the data set that is compared with; a late step; samples read one after the other."""
+
+
+def memory(process: int | str = "self") -> Figures:
+    """MiB of a process: its own, which can't be shared or dropped, and its share of all that it maps, page cache included."""
+    lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()[1:]
+    kib = {name: int(rest.split()[0]) for name, rest in (line.split(":") for line in lines)}
+    return {"own_mib": kib["Anonymous"] / 1024, "pss_mib": kib["Pss"] / 1024}
+
+
+def write(folder: Path, images: int) -> None:
+    """A data set whose index has so many samples, each of its own name, over the one image of a shard."""
+    folder.mkdir()
+    picture = io.BytesIO()
+    Image.effect_noise((320, 240), 50).convert("RGB").save(picture, "JPEG")
+    with tarfile.open(folder / "only.tar", "w") as shard:
+        header = tarfile.TarInfo("image.jpg")
+        header.size = picture.tell()
+        shard.addfile(header, io.BytesIO(picture.getvalue()))
+
+    def members() -> Iterator[Member]:
+        for i in range(images):
+            yield Member(b"shard-%06d.tar/%012d.jpg" % divmod(i, 10_000), 0, tarfile.BLOCKSIZE, header.size, i % 1000)
+
+    write_index(folder / "index", str(folder), members(), [b"only.tar"], [])
+
+
+def first_batch(config: Config, index: Index, step: int) -> Figures:
+    """Seconds to the first micro-batch of a run that begins at this step; memory of the rank and of its workers then."""
+    from mapet_ds.data import Loader
+
+    start = time.perf_counter()
+    loader = Loader(config, index, student=True, teacher=None, rank=0, world_size=1, local_rank=0, first_step=step)
+    with contextlib.closing(loader):
+        next(loader)
+        seconds = time.perf_counter() - start
+        workers = [memory(child.pid) for child in psutil.Process().children()]
+        return {"seconds": seconds, "rank": memory(), "workers": workers}
+
+
+def order_figures(config: Config, index: Index, repeats: int) -> Figures:
+    """Time of a micro-batch's draws; how many samples of a window of places lie side by side, in the mean."""
+    source, order = SampleSource(config, index, 0, 1), SampleOrder(len(index), config.seed, config.data.shuffle_window)
+    draws_ms, stretches = [], []
+    for repeat in range(repeats):
+        start = time.perf_counter()
+        source.passed_over(repeat, 0, 1)
+        draws_ms.append(1000 * (time.perf_counter() - start))
+        first = repeat * WINDOW % len(index)
+        indices = np.sort(order.epoch_places(0, np.arange(first, min(first + WINDOW, len(index)))))
+        stretches.append(len(indices) / (1 + np.count_nonzero(np.diff(indices) > 1)))
+    return {"draws_ms": summary(draws_ms), "samples_side_by_side": summary(stretches)}
+
+
+def measure_index(arguments: argparse.Namespace) -> Figures:
+    config, found = settings(arguments, "data.crop=random", "data.color_jitter=0"), {"images": arguments.images}
+    with tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch:
+        few, many = Path(scratch) / "few", Path(scratch) / "many"
+        write(few, FEW)
+        found["before"] = memory()
+        start = time.perf_counter()
+        write(many, arguments.images)
+        found["write"] = {"seconds": time.perf_counter() - start} | memory()
+        start = time.perf_counter()
+        index = open_index(str(many), many)
+        found["open"] = {"seconds": time.perf_counter() - start} | memory()
+        some = np.random.default_rng(0).integers(0, len(index), LOOKUPS).tolist()
+        start = time.perf_counter()
+        for i in some:
+            index.path(i), index.label(i)
+        found["look_up_10000"] = {"seconds": time.perf_counter() - start} | memory()
+        found["first_batch_of_few"] = first_batch(config, open_index(str(few), few), 0)
+        found["first_batch"] = {step: first_batch(config, index, step) for step in (0, LATE)}
+        for window in (0, WINDOW):
+            windowed = dataclasses.replace(config, data=dataclasses.replace(config.data, shuffle_window=window))
+            found[f"order_window_{window}"] = order_figures(windowed, index, arguments.repeats)
+    return circumstances(config, arguments) | found
