@@ -17,7 +17,7 @@ from mapet_ds.config import REPOSITORY, Config
 from mapet_ds.finetune_config import FinetuneConfig
 from mapet_ds.recipe import load_config
 
-BLOCKS = re.findall(r"^```(.+)\n(.*?)^```", (REPOSITORY / "docs/tutorial.md").read_text(), re.M | re.S)
+BLOCKS = re.findall(r"^```([^\n]+)\n(.*?)^```", (REPOSITORY / "docs/tutorial.md").read_text(), re.M | re.S)
 SIZES = {"TEACHER_STEPS": "2", "EPOCHS": "14", "FINETUNE_EPOCHS": "2"}
 NUMBER = re.compile(r"\d[\d.e+-]*")
 
@@ -28,7 +28,7 @@ def script(*languages):
     for language, code in BLOCKS:
         if language in languages:
             parts.append(f"python - <<'END'\n{code}END\n" if language == "python" else code)
-    return "set -eo pipefail\n" + "\n".join(parts)
+    return "set -eo pipefail\ntrap 'jobs -p | xargs -r kill 2> /dev/null || true' EXIT\n" + "\n".join(parts)
 
 
 def reader_of(folder):
@@ -42,7 +42,7 @@ def reader_of(folder):
 
 def start(text, folder, environment):
     words = ["bash", "-c", text]
-    return subprocess.run(words, cwd=folder, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=500)
+    return subprocess.run(words, cwd=folder, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=1500)
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +98,7 @@ def gpu_commands(tmp_path_factory):
     folder = tmp_path_factory.mktemp("gpu")
     environment = reader_of(folder)
     shutil.rmtree(folder / ".venv")
-    for name in ("python", "deepspeed", "tensorboard"):
+    for name in ("python", "deepspeed"):
         program = folder / "bin" / name
         program.parent.mkdir(exist_ok=True)
         program.write_text('#!/bin/sh\nprintf "%s\\n" "${0##*/}" "$@" "" >> words\n')
