@@ -210,13 +210,15 @@ def student(config: Config, size: int = 2) -> Student:
         extra = sum((linear.inputs + 1) * linear.outputs for linear in head)
         head_saved = patches * (10 * size * width + 2 * FP32 * dim)
         head_peak = 2 * FP32 * patches * dim
-    else:
+    elif config.objective == "conmim":
         inner = config.conmim.projector_dim
         matching, last_rows = 2 * hidden * patches * dim, rows  # BatchNorm sees all rows
         head = [Linear(rows, width, inner), Linear(rows, inner, inner), Linear(rows, inner, dim)]
         extra = width + 4 * inner + sum(linear.inputs * linear.outputs for linear in head)
         head_saved = rows * (2 * size * width + inner * 2 * (3 * FP32 + size) + 5 * FP32 * dim)
         head_peak = 2 * FP32 * rows * inner
+    else:
+        raise ConfigError(f"The costs of objective = {config.objective} can't be counted: its terms are not in mapet_ds/cost.py.")
     embedding_saved = size * (pixels + width) * patches
     own += extra
     embedding = 2 * patches * pixels * width

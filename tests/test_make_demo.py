@@ -64,8 +64,18 @@ def test_a_teacher_of_ones_own_images(run, tmp_path, capsys):
     captions = make_demo.photo_captions(tmp_path / "rendered/train")
     assert len(captions) == 16 and set(captions.values()) == {f"a photo of a {name}" for name in make_demo.PATTERNS}
     open_clip.create_model(f"local-dir:{tmp_path}/own/teacher", require_pretrained=True)
-    with pytest.raises(SystemExit, match="no sub-folders with images"):
-        run(tmp_path / "none", "--images", tmp_path / "nowhere")
+
+
+def test_images_of_ones_own_that_are_none(run, tmp_path, capsys):
+    assert run(tmp_path / "none", "--images", tmp_path / "nowhere") == 2
+    assert "no sub-folders with images" in capsys.readouterr().err
+    assert run(tmp_path / "rendered") == 0
+    (tmp_path / "rendered/train/dots/.DS_Store").write_text("what a file manager leaves behind")
+    assert run(tmp_path / "own", "--images", tmp_path / "rendered") == 0
+    (tmp_path / "rendered/val/dots/cut.jpg").write_bytes(b"\xff\xd8\xff\xe0")
+    assert run(tmp_path / "cut", "--images", tmp_path / "rendered") == 2
+    error = capsys.readouterr().err
+    assert "val/dots/cut.jpg can't be read" in error and error.count("\n") == 1
 
 
 def test_the_same_again_and_never_over_something_else(run, tmp_path, capsys):

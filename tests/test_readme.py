@@ -1,4 +1,4 @@
-"""The README's commands name programs, options, recipes and settings that exist."""
+"""The documents name programs, options, recipes, settings and places that exist."""
 
 import re
 import shlex
@@ -10,7 +10,9 @@ import pytest
 from mapet_ds.checks import load_deepspeed_config
 from mapet_ds.config import REPOSITORY, Config
 from mapet_ds.finetune_config import FinetuneConfig
-from mapet_ds.recipe import load_config
+from mapet_ds.recipe import known_keys, load_config
+
+DOCUMENTS = [*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md")]
 
 
 def commands(name):
@@ -22,7 +24,7 @@ def commands(name):
     return [shlex.split(line, comments=True) for line in lines if program.match(line)]
 
 
-COMMANDS = [words for name in ("README.md", "docs/cluster.md") for words in commands(name)]
+COMMANDS = [words for name in ("README.md", "docs/cluster.md", "docs/faq.md") for words in commands(name)]
 
 
 def test_there_are_commands():
@@ -59,3 +61,24 @@ def test_programs_know_the_options_that_the_documents_give_them(program):
 def test_make_targets_exist(target):
     done = subprocess.run(["make", "--dry-run", target], cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(path):
+    for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
+        name, _, anchor = target.partition("#")
+        file = path.parent / name if name else path
+        assert "://" in target or file.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", file.read_text(), re.M)
+            assert anchor in {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}, target
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_settings_are_knobs(path):
+    known = set(known_keys()) | set(known_keys(FinetuneConfig))
+    groups = {key.rpartition(".")[0] for key in known} - {""}
+    words = [word for span in re.findall(r"`([^`\n]+)`", path.read_text()) for word in span.split()]
+    named = {found[1] for word in words if (found := re.fullmatch(r"([a-z_]+\.[a-z_.]+)(=.*)?", word))}
+    named = {name for name in named if name.partition(".")[0] in groups and not name.endswith((".safetensors", ".py"))}
+    assert named <= known | groups, named - known

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -30,6 +31,10 @@ from open_clip.loss import ClipLoss
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
+
+from mapet_ds.formats import BadImage
+from mapet_ds.index import SUFFIXES, DataError
+from mapet_ds.labelled import decode
 
 IMG_SIZE = 64
 MEAN, STD = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
@@ -90,10 +95,10 @@ def write_images(folder: Path, images: int, seed: int) -> dict[Path, str]:
 
 
 def photo_captions(folder: Path) -> dict[Path, str]:
-    """A caption for each image of a folder with a sub-folder per class."""
-    paths = sorted(path for path in folder.glob("*/*") if path.is_file())
+    """A caption for each image of a folder with a sub-folder per class; other files are passed over."""
+    paths = sorted(path for path in folder.glob("*/*") if os.fsencode(path.suffix[1:]).lower() in SUFFIXES)
     if not paths:
-        sys.exit(f"{folder} holds no sub-folders with images: --images wants DIR/train/<class>/ and DIR/val/<class>/.")
+        raise DataError(f"{folder} holds no sub-folders with images: --images wants DIR/train/<class>/ and DIR/val/<class>/.")
     return {path: f"a photo of a {path.parent.name}" for path in paths}
 
 
@@ -101,11 +106,14 @@ def load_views(paths: list[Path], size: int) -> Tensor:
     """[n, 3, size, size] in 0..1: the central squares."""
     views = np.empty((len(paths), size, size, 3), dtype=np.uint8)
     for view, path in zip(views, paths, strict=True):
-        with Image.open(path) as image:
-            side = min(image.size)
-            left, top = (image.width - side) // 2, (image.height - side) // 2
-            box = (left, top, left + side, top + side)
-            view[:] = np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC, box=box))
+        try:
+            image = decode(path.read_bytes())
+        except (OSError, BadImage) as reason:
+            raise DataError(f"{path} can't be read: {reason}. tools/check_images.py lists all such.") from reason
+        side = min(image.size)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        box = (left, top, left + side, top + side)
+        view[:] = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
     return torch.from_numpy(views).permute(0, 3, 1, 2).float() / 255
 
 
@@ -161,12 +169,38 @@ def save_teacher(model: torch.nn.Module, folder: Path) -> None:
     (folder / "open_clip_config.json").write_text(json.dumps(config, indent=1))
 
 
+def make(out: Path, images: Path | None) -> None:
+    """Write captions and teacher, and the images unless some are given.
+
+    Raises:
+        DataError: no labelled images there, or one that can't be read.
+    """
+    if images:
+        captions = {split: photo_captions(images / split) for split in ("train", "val")}
+    else:
+        captions = {
+            split: write_images(out / split, n, SETTINGS["seed"] + i) for i, (split, n) in enumerate(SETTINGS["images"].items())
+        }
+        lines = [f"{path.relative_to(out)}\t{caption}\n" for split in captions.values() for path, caption in split.items()]
+        (out / "captions.tsv").write_text("".join(lines))
+    number, classes = sum(map(len, captions.values())), len({path.parent.name for path in captions["train"]})
+    print(f"{number} images of {classes} classes; training a CLIP on the captions of train/ (it has seen labels)")
+    views = {split: load_views(list(paths), IMG_SIZE + 8 * (split == "train")) for split, paths in captions.items()}
+    model = train_teacher(views["train"], list(captions["train"].values()))
+    save_teacher(model, out / "teacher")
+    val = list(captions["val"].values())
+    accuracy, chance = zero_shot_accuracy(model, views["val"], val), 100 / len(set(val))
+    print(f"{out / 'teacher'}: finds the caption of {accuracy:.1f} % of val/ ({chance:.1f} % by chance)")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--images", type=Path, metavar="DIR", help="labelled images to take instead of rendering some")
     parser.add_argument("--teacher_steps", type=int, default=SETTINGS["teacher_steps"], help="batches the CLIP is trained on")
     arguments = parser.parse_args()
+    if arguments.teacher_steps < 1:
+        parser.error(f"--teacher_steps {arguments.teacher_steps}: at least one is needed")
     out, SETTINGS["teacher_steps"] = arguments.out, arguments.teacher_steps
     if arguments.images:
         SETTINGS["images"] = str(arguments.images)
@@ -179,22 +213,11 @@ def main() -> int:
         print(f"{out} is not empty and holds no demo set of these settings: remove it, or name another folder.", file=sys.stderr)
         return 2
     out.mkdir(parents=True, exist_ok=True)
-    if arguments.images:
-        captions = {split: photo_captions(arguments.images / split) for split in ("train", "val")}
-    else:
-        captions = {
-            split: write_images(out / split, n, SETTINGS["seed"] + i) for i, (split, n) in enumerate(SETTINGS["images"].items())
-        }
-        lines = [f"{path.relative_to(out)}\t{caption}\n" for split in captions.values() for path, caption in split.items()]
-        (out / "captions.tsv").write_text("".join(lines))
-    images, classes = sum(map(len, captions.values())), len({path.parent.name for path in captions["train"]})
-    print(f"{images} images of {classes} classes; training a CLIP on the captions of train/ (it has seen labels)")
-    model = train_teacher(load_views(list(captions["train"]), IMG_SIZE + 8), list(captions["train"].values()))
-    save_teacher(model, out / "teacher")
-    val = captions["val"]
-    accuracy = zero_shot_accuracy(model, load_views(list(val), IMG_SIZE), list(val.values()))
-    chance = 100 / len(set(val.values()))
-    print(f"{out / 'teacher'}: finds the caption of {accuracy:.1f} % of val/ ({chance:.1f} % by chance)")
+    try:
+        make(out, arguments.images)
+    except DataError as error:
+        print(error, file=sys.stderr)
+        return 2
     done.write_text(json.dumps(settings))
     return 0
 

@@ -1,6 +1,6 @@
 """An objective hides patches and predicts a target for each of them; one method a file, looked up here by name.
 
-To add one: its file in this folder, a line in OBJECTIVES, its section in config.py, a recipe.
+docs/extending.md adds one: its file in this folder, a line in OBJECTIVES, its section in objective_config.py and Config.
 """
 
 from __future__ import annotations
