@@ -24,7 +24,7 @@ from mapet_ds.index import DataError
 K = 20
 """Neighbours that vote."""
 EPOCHS = 90
-LEARNING_RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+LEARNING_RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 BATCH_SIZE = 256
 """Of the linear probe by SGD: passes over the features; rates that are tried; images an update."""
 
@@ -174,11 +174,14 @@ def linear(
 
 
 class LinearHeads(nn.Module):
-    """Linear classifiers side by side on the same features [B, D], behind one BatchNorm without weights, or none."""
+    """Linear classifiers side by side on the same features [B, D], behind one BatchNorm without weights, or none.
+
+    Its running statistics are plain means over all batches: features don't change, and an average that forgets would begin at 0.
+    """
 
     def __init__(self, heads: int, width: int, classes: int, batch_norm: bool) -> None:
         super().__init__()
-        self.norm = nn.BatchNorm1d(width, affine=False, eps=1e-6) if batch_norm else nn.Identity()
+        self.norm = nn.BatchNorm1d(width, affine=False, eps=1e-6, momentum=None) if batch_norm else nn.Identity()
         self.weight = nn.Parameter(torch.zeros(heads, width, classes))
         self.bias = nn.Parameter(torch.zeros(heads, 1, classes))
 

@@ -17,7 +17,7 @@ from mapet_ds.checks import check
 from mapet_ds.config import ConfigError
 from mapet_ds.export import export_timm
 from mapet_ds.index import DataError, Selection, open_index
-from mapet_ds.launch import init_distributed
+from mapet_ds.launch import Ranks
 from mapet_ds.online_probe import OnlineProbe
 from mapet_ds.probe import features, knn, labelled_folders, linear_sgd, load_timm, unit_length
 from mapet_ds.recipe import load_config
@@ -98,7 +98,8 @@ def test_evaluations_move_no_loss_and_a_resumed_run_has_the_same_lines(recipe, s
 @pytest.fixture
 def alone():
     """This process as a launch of one."""
-    yield init_distributed()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield Ranks(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"), control=None)
     dist.destroy_process_group()
 
 
