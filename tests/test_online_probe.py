@@ -78,20 +78,27 @@ def evaluations(run_dir):
 
 @pytest.fixture(scope="module")
 def straight(recipe):
-    """On two ranks under ZeRO-3."""
-    run_dir, done = pretrain(recipe, 2, "straight")
+    return pretrain(recipe, 1, "straight")[0]
+
+
+@pytest.fixture(scope="module")
+def resumed(recipe):
+    """Half of the run without any evaluation, the rest with them on two ranks; both under ZeRO-3."""
+    run_dir, _ = pretrain(recipe, 1, "resumed", "train.stop_at_step=6", "evaluate.train=", "evaluate.val=")
+    assert evaluations(run_dir) == {}
+    _, done = pretrain(recipe, 2, "resumed")
     assert f"left out of the evaluation: 1 of 33, e.g. {recipe.parent / BAD}: " in done.stderr
     return run_dir
 
 
-def test_evaluations_move_no_loss_and_a_resumed_run_has_the_same_lines(recipe, straight):
-    """Half of the run without any, the rest with them."""
-    run_dir, _ = pretrain(recipe, 2, "resumed", "train.stop_at_step=6", "evaluate.train=", "evaluate.val=")
-    assert evaluations(run_dir) == {}
-    pretrain(recipe, 2, "resumed")
-    assert losses(run_dir) == losses(straight)
+def test_evaluations_move_no_loss_and_a_resumed_run_has_the_same_lines(straight, resumed):
+    expected, found = losses(straight), losses(resumed)
+    assert [found[step] for step in range(1, 7)] == [expected[step] for step in range(1, 7)]
+    assert found == pytest.approx(expected, rel=1e-4)
     assert list(evaluations(straight)) == [3, 6, 9, 12]
-    assert evaluations(run_dir) == {step: found for step, found in evaluations(straight).items() if step > 6}
+    assert list(evaluations(resumed)) == [9, 12]
+    for step, figures in evaluations(resumed).items():  # weights are equal but for rounding; an image is 3 %
+        assert figures == pytest.approx(evaluations(straight)[step], abs=7)
     assert len(set(evaluations(straight).values())) > 1
 
 
@@ -103,12 +110,13 @@ def alone():
     dist.destroy_process_group()
 
 
-def test_one_rank_finds_what_two_did_and_no_generator_moves(recipe, straight, alone, tmp_path):
-    config = load_config(recipe)
-    index = open_index(config.data.train, tmp_path / "index")
+@pytest.mark.parametrize("run", ["straight", "resumed"])
+def test_one_rank_finds_again_what_one_or_two_found_and_no_generator_moves(recipe, run, request, alone, tmp_path):
+    run_dir, config = request.getfixturevalue(run), load_config(recipe)
     before, said = torch.get_rng_state(), []
-    found = OnlineProbe(config, index, tmp_path, alone)(newest(straight).load("model").items(), said.append)
-    assert tuple(found.values()) == evaluations(straight)[12]
+    probe = OnlineProbe(config, open_index(config.data.train, tmp_path / "index"), tmp_path, alone)
+    found = probe(newest(run_dir).load("model").items(), said.append)
+    assert tuple(found.values()) == evaluations(run_dir)[12]
     assert torch.equal(torch.get_rng_state(), before)
     assert "evaluating batch 11 of 12" in said and "evaluating batch 8 of 9" in said
 
