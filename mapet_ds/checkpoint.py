@@ -26,7 +26,7 @@ from mapet_ds.config import RunConfig, flatten
 from mapet_ds.objective_config import ObjectiveConfig
 
 FREE = (
-    "run_dir", "resume", "checkpoint", "log", "teacher.name", "teacher.weights", "teacher.shard", "tokenizer.path",
+    "run_dir", "resume", "checkpoint", "log", "evaluate", "teacher.name", "teacher.weights", "teacher.shard", "tokenizer.path",
     "tokenizer.ids", "data.train", "data.val", "model.path", "data.device", "data.threads", "data.workers", "data.prefetch",
     "data.max_bad_share",
     "optim.adamw", "train.micro_batch_size", "train.world_size", "train.compile", "train.grad_checkpointing",

@@ -68,16 +68,25 @@ def teacher_grid(teacher: TeacherConfig) -> int | None:
 
 
 def _folder_rules(name: str, folder: str) -> Rules:
+    example = f"{name}=/data/imagenet/{name.rpartition('.')[2]}"
     return [
-        (not folder, f"data.{name} is empty: name the folder of images, data.{name}=/data/imagenet/{name}."),
-        (bool(folder) and not Path(folder).is_dir(), f"data.{name} = {folder} is not a folder that this host can see."),
+        (not folder, f"{name} is empty: name the folder of images, {example}."),
+        (bool(folder) and not Path(folder).is_dir(), f"{name} = {folder} is not a folder that this host can see."),
     ]
+
+
+def _evaluate_rules(config: Config) -> Rules:
+    folders = {"evaluate.train": config.evaluate.train, "evaluate.val": config.evaluate.val}
+    rules: Rules = []
+    for name, folder in folders.items() if any(folders.values()) else ():
+        rules += [*_folder_rules(name, folder), _outside_rule(config, name, folder)]
+    return rules
 
 
 def _input_rules(config: Config) -> Rules:
     model, data = config.model, config.data
     return [
-        *_folder_rules("train", data.train),
+        *_folder_rules("data.train", data.train),
         (
             model.img_size % model.patch_size != 0,
             f"model.img_size = {model.img_size} is not a multiple of model.patch_size = {model.patch_size}.",
@@ -141,7 +150,7 @@ def _tokenizer_rules(config: Config) -> Rules:
 def _outside_rule(config: RunConfig, name: str, folder: str) -> tuple[bool, str]:
     return (
         bool(folder) and Path(os.path.abspath(config.run_dir)).is_relative_to(os.path.abspath(folder)),
-        f"run_dir = {config.run_dir} lies inside data.{name} = {folder}: what a run writes would lie among the images. Name a "
+        f"run_dir = {config.run_dir} lies inside {name} = {folder}: what a run writes would lie among the images. Name a "
         "folder outside.",
     )
 
@@ -171,7 +180,7 @@ def _run_rules(config: RunConfig, world_size: int) -> Rules:
             f"{config.log.every_steps}: a checkpoint would hold steps whose loss nobody has judged yet. Change one of the two, or "
             "set train.spike_factor=null.",
         ),
-        _outside_rule(config, "train", config.data.train),
+        _outside_rule(config, "data.train", config.data.train),
         (optim.min_lr > optim.lr, f"optim.min_lr = {optim.min_lr} is above optim.lr = {optim.lr}."),
     ]
 
@@ -196,7 +205,7 @@ def check(config: Config, world_size: int) -> None:
     Raises:
         ConfigError: with one sentence per contradiction.
     """
-    _refuse(_input_rules(config) + _method_rules(config) + _run_rules(config, world_size))
+    _refuse(_input_rules(config) + _method_rules(config) + _run_rules(config, world_size) + _evaluate_rules(config))
 
 
 def check_method(config: Config) -> None:
@@ -235,8 +244,8 @@ def check_finetune(config: FinetuneConfig, world_size: int) -> None:
     Raises:
         ConfigError: with one sentence per contradiction.
     """
-    folders = _folder_rules("train", config.data.train) + _folder_rules("val", config.data.val)
-    outside = [_outside_rule(config, "val", config.data.val)]
+    folders = _folder_rules("data.train", config.data.train) + _folder_rules("data.val", config.data.val)
+    outside = [_outside_rule(config, "data.val", config.data.val)]
     _refuse(folders + config.rules() + _run_rules(config, world_size) + outside)
 
 

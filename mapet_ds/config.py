@@ -195,6 +195,20 @@ class LogConfig:
 
 
 @knobs
+class EvaluateConfig:
+    """k-NN and a linear probe of the frozen features while pre-training runs. Nothing that is trained sees these images."""
+
+    train: str = ""
+    """Folder of class folders, or of tar shards with `.cls`, to learn from; empty: no evaluation. May be data.train."""
+    val: str = ""
+    """The same classes, other images."""
+    every_epochs: Annotated[float, Field(gt=0)] = 10.0
+    """Evaluation is at the first line of metrics after so many epochs, and at the end."""
+    max_images: Positive = 10_000
+    """Of each of the two at most so many, evenly spaced over its sorted names: always the same ones."""
+
+
+@knobs
 class RunConfig:
     """What every run has, whatever it learns."""
 
@@ -231,6 +245,12 @@ class Config(RunConfig):
     mvp: MVPConfig = Field(default_factory=MVPConfig)
     saim: SAIMConfig = Field(default_factory=SAIMConfig)
     conmim: ConMIMConfig = Field(default_factory=ConMIMConfig)
+    evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
+
+    @property
+    def evaluate_every_epochs(self) -> float | None:
+        """Epochs from one evaluation to the next; None: there is none."""
+        return self.evaluate.every_epochs if self.evaluate.train else None
 
     @property
     def method(self) -> ObjectiveConfig:

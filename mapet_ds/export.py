@@ -96,25 +96,20 @@ def staged(out: Path) -> Iterator[Path]:
             os.replace(Path(folder) / name, out / name)
 
 
-def _save(config: Config, state: dict[str, Tensor], arguments: dict[str, Any], folder: Path) -> None:
+def evaluation_data(config: Config) -> dict[str, Any]:
+    """What timm's evaluation transform takes for a run's ViT: size, mean, std, interpolation, crop."""
     size, data = config.model.img_size, config.data
+    crop_pct = 1.0 if data.crop == "center" else RANDOM_CROP_PCT
+    return {"input_size": (3, size, size), "mean": data.mean, "std": data.std, "interpolation": "bicubic", "crop_pct": crop_pct}
+
+
+def _save(config: Config, state: dict[str, Tensor], arguments: dict[str, Any], folder: Path) -> None:
     vit = timm.create_model(config.model.name, pretrained_cfg_overlay=NO_PROVENANCE | {"tag": config.objective}, **arguments)
     try:
         vit.load_state_dict(state)
     except RuntimeError as error:
         raise ExportError(f"timm's {config.model.name} doesn't take the run's weights: {error}") from error
-    save_for_hf(
-        vit,
-        folder,
-        safe_serialization=True,
-        data_config={
-            "input_size": (3, size, size),
-            "mean": data.mean,
-            "std": data.std,
-            "interpolation": "bicubic",
-            "crop_pct": 1.0 if data.crop == "center" else RANDOM_CROP_PCT,
-        },
-    )
+    save_for_hf(vit, folder, safe_serialization=True, data_config=evaluation_data(config))
 
 
 @torch.no_grad()

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-import time
-from typing import Any
 
 import timm.data
 import torch
@@ -17,9 +14,8 @@ from mapet_ds.classifier import AveragedLabels, Classifier, Labels, export_class
 from mapet_ds.config import ConfigError
 from mapet_ds.data import open_shared_index
 from mapet_ds.index import DataError
-from mapet_ds.labelled import EvaluationBatches, TrainLoader, check_classes, served, train_transform
+from mapet_ds.labelled import EvaluationBatches, TrainLoader, check_classes, report_unreadable, served, train_transform
 from mapet_ds.run import Run
-from mapet_ds.samples import allowed_bad, too_many_bad
 
 
 class Finetuning(Run):
@@ -28,7 +24,7 @@ class Finetuning(Run):
     def _build_parts(self) -> tuple[Labels, Classifier]:
         config, ranks = self.config, self.ranks
         self.val = open_shared_index(config.data.val, self.folder / "index_val", ranks)
-        check_classes(config, self.index, self.val)
+        check_classes(self.index, self.val, num_classes=config.data.num_classes)
         classes = len(self.index.classes)
         objective = Classifier(config, classes)
         size = config.model.img_size
@@ -50,17 +46,6 @@ class Finetuning(Run):
 
     def _open_loader(self) -> TrainLoader:
         return TrainLoader(self.config, self.index, self.transform, self.ranks, self.step, self.quarantine.known)
-
-    def _figures(self) -> dict[str, float]:
-        """The evaluation, where one is due, at what it costs apart from the speed of training."""
-        steps = self.config.log.evaluate_every_epochs * self.steps_per_epoch
-        if self.step // steps == self.metrics.logged_step // steps and self.step < self.total_steps:
-            return {}
-        began = time.perf_counter()
-        figures = self._evaluate()
-        seconds = time.perf_counter() - began
-        self.metrics.leave_out(seconds)
-        return figures | {"val_seconds": seconds}
 
     @torch.no_grad()
     def _evaluate(self) -> dict[str, float]:
@@ -87,22 +72,11 @@ class Finetuning(Run):
             bad += batch.bad
         self.engine.train()
         dist.all_reduce(sums, group=ranks.control)
-        self._report_unreadable(bad)
+        report_unreadable(config, self.val, bad, ranks)
         top1, top5, loss, images = sums.tolist()
         return {
             "val_top1": 100 * top1 / images, "val_top5": 100 * top5 / images, "val_loss": loss / images, "val_images": int(images),
         }  # fmt: skip
-
-    def _report_unreadable(self, bad: list[tuple[int, str]]) -> None:
-        everyone: list[Any] = [None] * self.ranks.world_size
-        dist.all_gather_object(everyone, bad, group=self.ranks.control)
-        found = sorted(each for rank in everyone for each in rank)
-        if len(found) > allowed_bad(self.config, self.val):
-            raise too_many_bad(self.config, self.val, [i for i, _ in found])
-        if found and self.ranks.rank == 0:
-            i, reason = found[0]
-            says = f"Unreadable and left out of the evaluation: {len(found)} of {len(self.val)}, e.g. {self.val.path(i)}: {reason}."
-            print(says, file=sys.stderr, flush=True)
 
     def _hand_over(self) -> str:
         """Write RUN/timm and RUN/results.json from the last checkpoint and the last evaluation.

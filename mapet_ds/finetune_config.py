@@ -103,6 +103,11 @@ class FinetuneConfig(RunConfig):
     log: EvaluationLogConfig = Field(default_factory=EvaluationLogConfig)
     objective = "finetune"
 
+    @property
+    def evaluate_every_epochs(self) -> float:
+        """Epochs from one evaluation to the next."""
+        return self.log.evaluate_every_epochs
+
     def rules(self) -> Rules:
         """What must hold of the model, and of what is done to images."""
         model, data = self.model, self.data

@@ -296,6 +296,29 @@ class Index:
             os.close(self._open_shards.popitem()[1])
 
 
+class Selection:
+    """At most `limit` images of an index, evenly spaced over its order and read as those of an index are."""
+
+    def __init__(self, index: Index, limit: int) -> None:
+        self._index, self._length = index, min(limit, len(index))
+        self.classes = index.classes
+
+    def __len__(self) -> int:
+        return self._length
+
+    def _place(self, i: int) -> int:
+        return i * len(self._index) // self._length
+
+    def path(self, i: int) -> str:
+        return self._index.path(self._place(i))
+
+    def label(self, i: int) -> int:
+        return self._index.label(self._place(i))
+
+    def read(self, i: int) -> bytes:
+        return self._index.read(self._place(i))
+
+
 def _open(path: str) -> int:
     return os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a named pipe must not hold up the run
 

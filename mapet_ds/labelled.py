@@ -10,21 +10,24 @@ import io
 import itertools
 import math
 import random
+import sys
 from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 import timm.data
 import torch
+import torch.distributed as dist
 from PIL import Image
 from timm.data.mixup import mixup_target
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from mapet_ds.config import RunConfig
 from mapet_ds.draws import Purpose, SampleOrder, first_slot, generator_seeds
 from mapet_ds.finetune_config import FinetuneConfig, LabelledDataConfig
 from mapet_ds.formats import BadImage, inspect
-from mapet_ds.index import DataError, Index
+from mapet_ds.index import DataError, Index, Selection
 from mapet_ds.launch import Ranks
 from mapet_ds.samples import allowed_bad, candidates, too_many_bad
 
@@ -156,7 +159,7 @@ class EvaluationBatches(Batches):
     """A rank's share of a data set, in as many batches on each rank."""
 
     def __init__(
-        self, config: FinetuneConfig, index: Index, transform: Callable[[Image.Image], Tensor], rank: int, world_size: int
+        self, config: RunConfig, index: Index | Selection, transform: Callable[[Image.Image], Tensor], rank: int, world_size: int
     ) -> None:
         self.index, self.transform, self.rank, self.world_size = index, transform, rank, world_size
         self.batch_size = config.train.micro_batch_size
@@ -233,14 +236,31 @@ class TrainLoader:
         self._index.close()
 
 
-def check_classes(config: FinetuneConfig, train: Index, val: Index) -> None:
-    """Refuse data whose labels can't be learnt. Every rank may call it.
+def report_unreadable(config: RunConfig, index: Index | Selection, bad: Bad, ranks: Ranks) -> None:
+    """Say which images an evaluation has left out; `bad` are this rank's. Every rank must call it.
+
+    Raises:
+        DataError: more than data.max_bad_share of them, on every rank.
+    """
+    everyone: list[Bad] = [[] for _ in range(ranks.world_size)]
+    dist.all_gather_object(everyone, bad, group=ranks.control)
+    found = sorted(each for rank in everyone for each in rank)
+    if len(found) > allowed_bad(config, index):
+        raise too_many_bad(config, index, [i for i, _ in found])
+    if found and ranks.rank == 0:
+        i, reason = found[0]
+        says = f"Unreadable and left out of the evaluation: {len(found)} of {len(index)}, e.g. {index.path(i)}: {reason}."
+        print(says, file=sys.stderr, flush=True)
+
+
+def check_classes(train: Index, val: Index, section: str = "data", num_classes: int | None = None) -> None:
+    """Refuse data whose labels can't be learnt, named by the section of the two knobs. Every rank may call it.
 
     Raises:
         DataError: images without a label, a class without images, classes that differ, another number of them than
             data.num_classes.
     """
-    for name, index in (("data.train", train), ("data.val", val)):
+    for name, index in ((f"{section}.train", train), (f"{section}.val", val)):
         labels = index.labels()
         if (unlabelled := np.flatnonzero(labels < 0)).size:
             raise DataError(
@@ -259,9 +279,9 @@ def check_classes(config: FinetuneConfig, train: Index, val: Index) -> None:
         )
     if train.classes != val.classes:
         raise DataError(f"{train.root} and {val.root} number the same classes differently; pack both by the same order.")
-    if config.data.num_classes not in (None, len(train.classes)):
+    if num_classes not in (None, len(train.classes)):
         raise DataError(
-            f"data.num_classes = {config.data.num_classes}, but {train.root} has {len(train.classes)} classes "
+            f"data.num_classes = {num_classes}, but {train.root} has {len(train.classes)} classes "
             f"({', '.join(train.classes[:3])}, ...). Name the whole data set, or set data.num_classes=null."
         )
     if len(train.classes) < 2:

@@ -38,6 +38,7 @@ from mapet_ds.index import DataError
 from mapet_ds.launch import Ranks, StopRequest
 from mapet_ds.metrics import Metrics
 from mapet_ds.objectives import Loss, Objective, build_objective
+from mapet_ds.online_probe import OnlineProbe
 from mapet_ds.optim import learning_rate
 from mapet_ds.quarantine import Quarantine
 from mapet_ds.spikes import Rollback, SpikeGuard
@@ -90,6 +91,8 @@ class Run:
         self.watchdog = Watchdog(config.train.hang_seconds, ranks)
 
     def _build_parts(self) -> tuple[Target, Objective]:
+        if self.config.evaluate.train:
+            self.probe = OnlineProbe(self.config, self.index, self.folder, self.ranks)
         target = build_target(self.config, self.ranks.device)
         return target, build_objective(self.config, target.dim)
 
@@ -102,8 +105,22 @@ class Run:
         )  # fmt: skip
 
     def _figures(self) -> dict[str, float]:
-        """What a line of metrics has beside losses and speed. Every rank must call it."""
-        return self.target.metrics()
+        """What a line of metrics has beside losses and speed; where one is due an evaluation, whose time does not count as
+        training's. Every rank must call it."""
+        figures, epochs = self.target.metrics(), self.config.evaluate_every_epochs
+        steps = epochs and epochs * self.steps_per_epoch
+        if not steps or (self.step // steps == self.metrics.logged_step // steps and self.step < self.total_steps):
+            return figures
+        began = time.perf_counter()
+        found = self._evaluate()
+        seconds = time.perf_counter() - began
+        self.metrics.leave_out(seconds)
+        return {**figures, **found, "val_seconds": seconds}
+
+    def _evaluate(self) -> dict[str, float]:
+        """Of the ViT that export would take now: a momentum teacher's, else the student's. Every rank must call it."""
+        averaged = {name: tensor for name, tensor in self.target.state_dict().items() if name.startswith("vit.")}
+        return self.probe(averaged.items() or student_weights(self.engine), self.watchdog.doing)
 
     def _hand_over(self) -> str:
         """What rank 0 does and says when all steps are done and saved."""

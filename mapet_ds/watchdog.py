@@ -21,9 +21,12 @@ import torch.distributed as dist
 from mapet_ds.launch import Ranks, has_ended, launchers
 
 SAVING = "saving a checkpoint"
+PROBING = "judging features for all ranks"
 GOING_BACK = "going back to a checkpoint"
-UNTIMED = (SAVING, GOING_BACK)
-"""May take as long as a disk takes; ranks that wait for one that saves are not hanging either."""
+FOR_ALL = (SAVING, PROBING)
+"""What rank 0 does while the others wait, who are not hanging either."""
+UNTIMED = (*FOR_ALL, GOING_BACK)
+"""May take as long as a disk takes, or a CPU."""
 ORPHAN_SECONDS = 25
 """Without progress, after the launcher's death; ranks that still make progress stop by themselves (launch.StopRequest)."""
 ANSWER_SECONDS = 60
@@ -99,7 +102,7 @@ class Watchdog:
         return [json.loads(beat) for beat in self._store.multi_get(keys)]
 
     def _who_holds_it_up(self) -> str:
-        """Who does not answer, else who is behind; empty where a rank saves, which may take long."""
+        """Who does not answer, else who is behind; empty where rank 0 does what may take long."""
         if self._store is None:
             return "it is the only rank"
         before = self._everyone()
@@ -116,7 +119,7 @@ class Watchdog:
             return f"{', '.join(silent)} does not answer: stopped, swapped out, or its host is gone"
         least = min(beat[1] for beat in now)
         behind = [rank for rank, beat in enumerate(now) if beat[1] == least]
-        if any(now[rank][2] == SAVING for rank in behind):
+        if any(now[rank][2] in FOR_ALL for rank in behind):
             return ""
         if len(behind) == len(now):
             return (

@@ -18,7 +18,7 @@ from towers import write_tower
 
 from mapet_ds.config import REPOSITORY
 from mapet_ds.index import DataError
-from mapet_ds.probe import features, knn, linear, load_timm
+from mapet_ds.probe import features, fit_heads, knn, linear, linear_sgd, load_timm, unit_length
 
 EVALUATE = REPOSITORY / "tools" / "evaluate.py"
 
@@ -89,7 +89,69 @@ def test_the_linear_probe_finds_what_a_line_can_tell_and_no_scale_matters():
     assert linear(points[:300], generator.permutation(labels[:300]), points[300:], labels[300:]) < 50
 
 
-def test_features_are_unit_means_of_the_patch_tokens():
+def tinted_points(seed=0, number=400):
+    """Features and labels of two sets, which a line can mostly tell apart, with some far from the origin and of other scales."""
+    generator = np.random.default_rng(seed)
+    labels = generator.integers(0, 3, number)
+    points = generator.normal(size=(number, 8)).astype(np.float32) + 2.0 * np.eye(3, 8, dtype=np.float32)[labels]
+    return points[:300], labels[:300], points[300:], labels[300:]
+
+
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_heads_side_by_side_are_each_what_torch_trains_alone(batch_norm):
+    """The slow twin: nn.Linear, and the rate in the solver."""
+    x, y, *_ = map(torch.from_numpy, tinted_points())
+    rows, rates, epochs = torch.randperm(300, generator=torch.Generator().manual_seed(1))[:270], (0.05, 0.4), 3
+    found = fit_heads(x, y, rows, rates, epochs, batch_norm, torch.Generator().manual_seed(7))
+    for i, rate in enumerate(rates):
+        norm = torch.nn.BatchNorm1d(8, affine=False, eps=1e-6, momentum=None) if batch_norm else torch.nn.Identity()
+        head = torch.nn.Linear(8, 3)
+        torch.nn.init.zeros_(head.weight)
+        torch.nn.init.zeros_(head.bias)
+        solver, generator = torch.optim.SGD(head.parameters(), lr=rate, momentum=0.9), torch.Generator().manual_seed(7)
+        for epoch in range(epochs):  # 270 rows are one batch of 256
+            solver.param_groups[0]["lr"] = rate * (1 + math.cos(math.pi * epoch / epochs)) / 2
+            batch = rows[torch.randperm(270, generator=generator)][:256]
+            solver.zero_grad()
+            torch.nn.functional.cross_entropy(head(norm(x[batch])), y[batch]).backward()
+            solver.step()
+        expected = head(norm.eval()(x))
+        assert expected.std() > 0.05
+        torch.testing.assert_close(found(x)[i], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_the_linear_probe_by_sgd_chooses_its_rate_without_the_validation_set():
+    sets = tinted_points()
+    rates = (1e38, 0.1)  # the first makes nothing but NaN
+    state = torch.get_rng_state()
+    probe = linear_sgd(*sets, rates, seed=3)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert probe == linear_sgd(*sets, rates, seed=3)
+    assert probe.learning_rate == 0.1 and list(probe.held_out) == list(rates)
+    assert probe.held_out[0.1] == max(probe.held_out.values()) > min(probe.held_out.values())
+    assert probe.accuracy == pytest.approx(linear(*sets), abs=5)
+    other = linear_sgd(*sets[:3], (sets[3] + 1) % 3, rates, seed=3)
+    assert other[1:] == probe[1:] and other.accuracy < 50
+    alone = linear_sgd(*sets, (0.1,), seed=3)
+    assert alone.held_out == pytest.approx({0.1: probe.held_out[0.1]})
+
+
+def test_batch_norm_makes_scales_and_offsets_of_features_not_matter():
+    train, train_labels, val, val_labels = tinted_points()
+    scale = (np.float32(100) ** np.linspace(-1, 1, 8)).astype(np.float32)
+    settings = {"learning_rates": (0.1,), "epochs": 20, "batch_norm": True}
+    plain = linear_sgd(train, train_labels, val, val_labels, **settings).accuracy
+    moved = linear_sgd(train * scale + 5, train_labels, val * scale + 5, val_labels, **settings).accuracy
+    assert plain > 70 and moved == pytest.approx(plain, abs=1)
+
+
+def test_too_few_images_to_hold_any_out():
+    train, train_labels, *val = tinted_points()
+    with pytest.raises(DataError, match="19 training images are too few to hold out a tenth"):
+        linear_sgd(train[:19], train_labels[:19], *val)
+
+
+def test_features_are_means_of_the_patch_tokens_or_class_tokens():
     torch.manual_seed(0)
     model = timm.create_model(
         "vit_tiny_patch16_224",
@@ -108,8 +170,10 @@ def test_features_are_unit_means_of_the_patch_tokens():
         tokens = model.eval().forward_features(images).double().numpy()
     for i in range(5):
         mean = sum(tokens[i, 3:]) / 16  # behind the class token and two registers
-        np.testing.assert_allclose(found[i], mean / math.sqrt(sum(mean**2)), atol=1e-6)
+        np.testing.assert_allclose(found[i], mean, atol=1e-6)
+        np.testing.assert_allclose(unit_length(found)[i], mean / math.sqrt(sum(mean**2)), atol=1e-6)
     assert found_labels.tolist() == labels.tolist()
+    np.testing.assert_allclose(features(model, loader, torch.device("cpu"), "token")[0], tokens[:, 0], atol=1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -287,5 +351,39 @@ def test_the_teacher_itself_is_evaluated_by_the_same_tool(run_tool_with, image_f
     code, printed = run_tool_with("linear", *words)
     assert code == 0, printed.err
     assert 0 <= json.loads(printed.out)["linear_accuracy_percent"] <= 100
+    code, printed = run_tool_with("knn", *words, "--pool", "token")
+    assert code == 2 and "this model has no class token" in printed.err
     code, printed = run_tool_with("knn", *words, "--k", "5", "teacher.layer=9")
     assert code == 2 and "teacher.layer = 9" in printed.err
+
+
+def test_everything_from_one_pass(run_tool_with, model_folder, image_folders, tmp_path):
+    words = ["--model", model_folder, "--train", image_folders / "train", "--val", image_folders / "val"]
+    out = tmp_path / "results.json"
+    code, printed = run_tool_with("all", *words, "--epochs", "5", "--out", out, "--json")
+    assert code == 0, printed.err
+    results = json.loads(printed.out)
+    assert results == json.loads(out.read_text())
+    assert [each["k"] for each in results["knn"]] == [10, 20], "36 training images"
+    fitted = [(each["solver"], each.get("batch_norm")) for each in results["linear"]]
+    assert fitted == [("sgd", False), ("sgd", True), ("lbfgs", None)]
+    basis = {key: value for key, value in results.items() if key not in ("knn", "linear")}
+    for command in (["knn", "--k", "10"], ["linear", "--solver", "sgd", "--epochs", "5"]):
+        code, printed = run_tool_with(*command, *words, "--json")
+        assert json.loads(printed.out) == results[command[0]][0] | basis
+    code, printed = run_tool_with("all", *words, "--epochs", "1", "--pool", "token", "--learning_rates", "0.01", "0.1")
+    assert len(printed.out.splitlines()) == 5
+    assert "chosen on a tenth of the training images (0.01: " in printed.out and ", 0.1: " in printed.out
+
+
+def test_mistakes_in_what_is_fitted_are_sentences(run_tool_with, model_folder, image_folders, tmp_path):
+    words = ["--model", model_folder, "--train", image_folders / "train", "--val", image_folders / "val"]
+    for options, says in (
+        (["--learning_rates", "0.1", "0"], "0 must be above 0"), (["--learning_rates"], "expected at least one argument"),
+        (["--epochs", "0"], "0 must be at least 1"), (["--solver", "adam"], "invalid choice"),
+        (["--pool", "max"], "invalid choice"),
+        (["--out", tmp_path / "no" / "file"], "can't be written: name a file in a folder that is there"),
+        (["--out", tmp_path], "can't be written"),
+    ):  # fmt: skip
+        code, printed = run_tool_with("linear", *words, *options)
+        assert code == 2 and says in printed.err
