@@ -15,7 +15,7 @@ LAYERS = [
     {"config", "finetune_config", "knobs", "objective_config", "ids", "recipe", "checks", "draws", "formats", "optim"},
     {"cost", "forecast", "vit", "metrics", "index", "samples", "launch"}, {"data", "labelled", "engine"},
     {"teacher", "tokenizer", "vqkd", "objectives", "targets"}, {"checkpoint", "export", "published", "probe", "watchdog"},
-    {"spikes", "quarantine", "classifier"}, {"run", "pretrain", "finetune"},
+    {"init_from", "spikes", "quarantine", "classifier"}, {"run", "pretrain", "finetune"},
 ]  # fmt: skip
 HOMES = {
     "deepspeed": {"engine"}, "nvidia": {"data"}, "open_clip": {"teacher"}, "faiss": {"tokenizer", "probe"},
@@ -39,7 +39,7 @@ def test_budgets():
     lines = {path: len(path.read_text().splitlines()) for path in PACKAGE}
     assert sum(lines.values()) <= 7570
     assert max(lines.values()) <= 400
-    assert len(known_keys()) <= 84
+    assert len(known_keys()) <= 85
     assert len(set(known_keys(FinetuneConfig)) - set(known_keys())) <= 15
     for path in PACKAGE + PROGRAMS:
         for node in ast.walk(ast.parse(path.read_text())):
