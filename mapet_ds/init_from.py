@@ -12,7 +12,7 @@ from pathlib import Path
 import timm
 import torch
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+from huggingface_hub.errors import HFValidationError
 from timm.models import load_state_dict
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -47,7 +47,7 @@ def _tag_file(tag: str) -> str:
             return hf_hub_download(repository, "model.safetensors")
         except (RuntimeError, HFValidationError) as error:
             raise ConfigError(f"model.init_from = {TIMM}{tag}: timm has no such weights on Hugging Face's hub: {error}") from error
-        except (OSError, EntryNotFoundError) as error:
+        except OSError as error:
             raise ConfigError(
                 f"model.init_from = {TIMM}{tag} can't be downloaded: {str(error).partition(chr(10))[0]} Fetch it where there is a "
                 "network (it is kept in HF_HOME), or name a local file or folder."
@@ -107,8 +107,8 @@ def begin_from(vit: VisionTransformer, config: Config) -> tuple[str, list[str]]:
     own = _figures(vit)
     if path == folder:  # of a file alone neither heads nor activation are known
         state = fitted_weights(path, vit)
-        given = {"blocks": len({name.split(".")[1] for name in state if name.startswith("blocks.")})}
-        given |= {"width": state["cls_token"].shape[-1]} if "cls_token" in state else {}
+        blocks = {name.split(".")[1] for name in state if name.startswith("blocks.")}
+        given = {"width": state["cls_token"].shape[-1], "blocks": len(blocks)} if "cls_token" in state else {}
     else:
         model = _described(tag if source.startswith(TIMM) else f"local-dir:{source}", path, source)
         given, was = _figures(model), (model.patch_embed.img_size[0], model.patch_embed.patch_size[0])

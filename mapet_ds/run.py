@@ -287,6 +287,7 @@ class Run:
             run = {
                 "step": self.step,
                 "skipped": self.skipped,
+                "images": len(self.index),
                 "config": self.config.to_dict(),
                 "identity": self.identity,
                 "versions": versions(),

@@ -14,7 +14,7 @@ PROGRAMS = sorted((REPOSITORY / "tools").glob("*.py"))
 LAYERS = [
     {"config", "finetune_config", "knobs", "objective_config", "ids", "recipe", "checks", "draws", "formats", "optim"},
     {"cost", "forecast", "vit", "metrics", "index", "samples", "launch"}, {"data", "labelled", "engine"},
-    {"teacher", "tokenizer", "vqkd", "objectives", "targets"}, {"checkpoint", "export", "published", "probe", "watchdog"},
+    {"teacher", "tokenizer", "vqkd", "objectives", "targets"}, {"checkpoint", "export", "published", "probe", "hub", "watchdog"},
     {"init_from", "spikes", "quarantine", "classifier"}, {"run", "pretrain", "finetune"},
 ]  # fmt: skip
 HOMES = {
