@@ -1,14 +1,15 @@
 """The card of an export says where the weights are from and nothing of the machine; what is pushed is the export."""
 
+import inspect
 import json
 import runpy
 import subprocess
 import sys
 
-import huggingface_hub
 import pytest
 import yaml
-from huggingface_hub import ModelCard, RepoUrl
+from huggingface_hub import HfApi, ModelCard, RepoUrl
+from huggingface_hub.utils import filter_repo_objects
 from line import ENVIRONMENT
 from test_export import MODELS, TOOL, write_checkpoint
 
@@ -54,7 +55,7 @@ def test_the_card_names_everything_by_value_and_no_folder(run, tmp_path):
         "| steps | 5 of 1809 |", "| images per step | 2048 |", "| data | 12345 images, `train` |", "| teacher | demo_teacher |",
         f"| fingerprint of the data | {'f' * 64} |", "| began from | vit_from_before |", f"| sha256 of these | {'b' * 64} |",
         f"| sha256 of the teacher | {'c' * 64} |", f"| sha256 of the codebook | {'d' * 64} |", "| weights | student |",
-        f"| checkpoint | sha256 {newest(run).run['files']['model.safetensors']} |", "| versions | torch 2.14.1 |",
+        f"| sha256 of the checkpoint | {newest(run).run['files']['model.safetensors']} |", "| versions | torch 2.14.1 |",
         f"to the run's | {export.difference:.3g} |", 'timm.create_model("hf-hub:me/vit", pretrained=True)',
     ):  # fmt: skip
         assert row in text
@@ -71,7 +72,7 @@ def test_what_a_card_cannot_know_it_leaves_out(tmp_path):
     text = (tmp_path / "out" / "README.md").read_text()
     assert ModelCard(text).data.license is None and "Not stated" in text
     assert "hf-hub:USER/NAME" in text and "| began from | fresh weights |" in text
-    assert "None" not in text and "| sha256" not in text
+    assert "None" not in text and text.count("sha256") == 1  # the checkpoint's
 
 
 def test_a_tag_is_the_base_model_and_a_public_teacher_is_named():
@@ -93,24 +94,29 @@ def push(run, out, monkeypatch, capsys, *words):
 def test_the_command_pushes_the_export(run, tmp_path, monkeypatch, capsys):
     calls = []
 
-    class Hub(huggingface_hub.HfApi):
+    class Hub(HfApi):
+        """The hub's own interface, but for the two calls that reach out."""
+
         def create_repo(self, repo_id, **options):
-            calls.append((repo_id, options))
+            calls.append(("create", repo_id, options))
             return RepoUrl(f"https://huggingface.co/{repo_id}")
 
-        def upload_folder(self, *, repo_id, folder_path, allow_patterns, commit_message):
-            additions = self._prepare_upload_folder_additions(folder_path, "", allow_patterns=allow_patterns)
-            calls.append((repo_id, {each.path_in_repo: each.upload_info.size for each in additions}))
+        def upload_folder(self, *args, **options):
+            given = inspect.signature(HfApi.upload_folder).bind(self, *args, **options).arguments
+            here = sorted(path.name for path in given["folder_path"].iterdir())
+            sent = filter_repo_objects(here, allow_patterns=given["allow_patterns"])
+            calls.append(("upload", given["repo_id"], {name: (out / name).stat().st_size for name in sent}))
 
     monkeypatch.setattr(hub, "HfApi", Hub)
     monkeypatch.setattr(hub, "get_token", lambda: "hf_made_up")
     out = tmp_path / "out"
     out.mkdir()
     (out / "notes.txt").write_text("not for the hub")
-    code, says, _ = push(run, out, monkeypatch, capsys, "me/vit", "--private", "--license", "cc-by-4.0")
-    assert code == 0 and says.endswith("Pushed to https://huggingface.co/me/vit\n")
+    code, says, error = push(run, out, monkeypatch, capsys, "me/vit", "--private", "--license", "cc-by-4.0")
+    assert code == 0, error
+    assert says.endswith("Pushed to https://huggingface.co/me/vit\n")
     sizes = {name: (out / name).stat().st_size for name in ("README.md", "config.json", "model.safetensors")}
-    assert calls == [("me/vit", {"private": True, "exist_ok": True}), ("me/vit", sizes)]
+    assert calls == [("create", "me/vit", {"private": True, "exist_ok": True}), ("upload", "me/vit", sizes)]
     assert "license: cc-by-4.0" in (out / "README.md").read_text()
 
 

@@ -87,7 +87,7 @@ def export_onnx(folder: Path, out: Path, fp16: bool) -> dict[str, float]:
     size = model.pretrained_cfg["input_size"][-1]
     bytes_of_weights = sum(p.numel() * (2 if fp16 else 4) for p in model.parameters())
     with staged(out.absolute().parent) as beside:
-        graph = Graph(model.half() if fp16 else model)
+        graph = Graph(model.half() if fp16 else model).eval()
         torch.onnx.export(
             graph,
             (torch.zeros(2, 3, size, size),),
