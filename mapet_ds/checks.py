@@ -263,11 +263,16 @@ def check_run_dir(config: RunConfig) -> None:
 
 
 def check_files(config: Config) -> None:
-    """Refuse a run whose codebook, ids or folder can't be used, as far as a look at the paths tells. Every rank may call it.
+    """Refuse a run whose codebook, ids, weights to begin from or folder can't be used, as far as a look at the paths tells.
+
+    Every rank may call it.
 
     Raises:
-        ConfigError: no file at tokenizer.path; no ids of this recipe at tokenizer.ids; run_dir can't be made or written.
+        ConfigError: no file at tokenizer.path; no ids of this recipe at tokenizer.ids; no weights at model.init_from, where the
+            run starts; run_dir can't be made or written.
     """
+    if not any((Path(config.run_dir) / "checkpoints").glob("step_*")):
+        _refuse(config.model.init_rules())
     if config.method.predicts_ids and config.tokenizer.ids:
         check_storable(config)
         StoredIds(config.tokenizer.ids).check(config)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import timm
 import torch
 from timm.layers import DropPath
 from timm.loss import SoftTargetCrossEntropy
-from timm.models import load_state_dict, save_for_hf
+from timm.models import save_for_hf
 from torch import Tensor, nn
 
 from mapet_ds.checkpoint import checksum
@@ -18,11 +17,11 @@ from mapet_ds.config import ConfigError
 from mapet_ds.draws import Purpose, uniforms
 from mapet_ds.export import staged
 from mapet_ds.finetune_config import ClassifierConfig, FinetuneConfig
+from mapet_ds.init_from import fitted_weights
 from mapet_ds.labelled import LabelledBatch
 from mapet_ds.objectives import Draw, Loss, seed_weights
 from mapet_ds.targets import Constant, MovingAverage
 from mapet_ds.teacher import mismatches
-from mapet_ds.vqkd import UNREADABLE
 
 
 class DrawnDropPath(nn.Module):
@@ -107,12 +106,7 @@ def load_weights(vit: nn.Module, model: ClassifierConfig) -> list[str]:
         ConfigError: no such file, or another architecture.
     """
     path = model.weights
-    try:
-        state = load_state_dict(str(path))
-        convert = getattr(importlib.import_module(type(vit).__module__), "checkpoint_filter_fn", None)
-        state = convert(state, vit) if convert else state
-    except UNREADABLE as error:
-        raise ConfigError(f"{path} holds no weights that can be read: {type(error).__name__} {error}.") from error
+    state = fitted_weights(path, vit)
     wanted = {name: tuple(tensor.shape) for name, tensor in vit.state_dict().items()}
     heads = vit.pretrained_cfg.get("classifier") or "head"
     heads = tuple(f"{name}." for name in ([heads] if isinstance(heads, str) else heads))

@@ -15,8 +15,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from mapet_ds.knobs import Natural, NonNegative, Positive, Share, Triple, knobs
-from mapet_ds.objective_config import BEiTConfig, ConMIMConfig, MaPeTConfig, MVPConfig, ObjectiveConfig, SAIMConfig
+from mapet_ds.objective_config import BEiTConfig, ConMIMConfig, MaPeTConfig, MVPConfig, ObjectiveConfig, Rules, SAIMConfig
 
+TIMM = "timm:"
+"""Before timm's name of weights, where a path could stand."""
 REPOSITORY = Path(__file__).resolve().parent.parent
 LOGITS = 2**24
 """Logits that a loss holds at once: 64 MiB of fp32, and as much again for their gradient."""
@@ -40,6 +42,29 @@ class ModelConfig:
     """Initial LayerScale of both residual branches (timm's init_values); null leaves it out."""
     args: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of timm's VisionTransformer, e.g. {depth: 6}."""
+    init_from: str | None = None
+    """Weights to begin from: a folder that tools/export_timm.py or import_weights.py wrote, a file of timm's weights of this
+    model, or timm:NAME.TAG; null: fresh ones. Read at the start alone: a resumed run has its own."""
+
+    def init_rules(self) -> Rules:
+        """What must hold of init_from where a run starts, as far as a look at the path tells."""
+        source = self.init_from
+        if source is None or (source.startswith(TIMM) and source != TIMM):
+            return []
+        path = Path(source)
+        missing = [name for name in ("config.json", "model.safetensors") if not (path / name).is_file()]
+        return [
+            (
+                not source or not path.exists(),
+                f"model.init_from = {source or '(empty)'} is neither a folder nor a file that this host can see, nor "
+                f"{TIMM}NAME.TAG; null begins from fresh weights.",
+            ),
+            (
+                bool(source) and path.is_dir() and bool(missing),
+                f"model.init_from = {source} is no timm model: it lacks {' and '.join(missing)}. A run or a checkpoint becomes "
+                f"one by python tools/export_timm.py {source} OUT; then model.init_from=OUT.",
+            ),
+        ]
 
 
 @knobs

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mapet_ds.checkpoint import Checkpoint, newest, open_checkpoint
 from mapet_ds.config import Config
+from mapet_ds.hub import model_card
 from mapet_ds.vit import build_vit
 
 TOLERANCE = 1e-5
@@ -87,13 +88,13 @@ def timm_arguments(config: Config, layer_scale: Literal["fold", "keep"]) -> dict
 
 @contextlib.contextmanager
 def staged(out: Path) -> Iterator[Path]:
-    """A folder beside `out` for timm's save_for_hf; its files replace those of `out` when the block ends without an error."""
+    """A folder beside `out` to write in; its files replace those of `out` when the block ends without an error."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
         yield Path(folder)
         out.mkdir(exist_ok=True)
-        for name in ("model.safetensors", "config.json"):
-            os.replace(Path(folder) / name, out / name)
+        for file in sorted(Path(folder).iterdir(), reverse=True):  # weights before their description
+            os.replace(file, out / file.name)
 
 
 def evaluation_data(config: Config) -> dict[str, Any]:
@@ -122,15 +123,21 @@ def feature_difference(vit: VisionTransformer, exported: VisionTransformer, img_
 
 
 def export_timm(
-    checkpoint_or_run: Path, out: Path, layer_scale: Literal["fold", "keep"] = "fold", student: bool = False
+    checkpoint_or_run: Path,
+    out: Path,
+    layer_scale: Literal["fold", "keep"] = "fold",
+    student: bool = False,
+    license: str | None = None,
+    repository: str | None = None,
 ) -> Export:
-    """Write the ViT of a checkpoint, or of a run's newest one, as model.safetensors and config.json in `out`.
+    """Write the ViT of a checkpoint, or of a run's newest one, as model.safetensors, config.json and README.md in `out`.
 
     `timm.create_model("local-dir:OUT", pretrained=True)` loads it with the run's size, mean and std;
     `timm.create_model(name, checkpoint_path="OUT/model.safetensors", num_classes=0)` loads it strictly.
     student: not the momentum teacher, which is the one to take where there is one.
     fold: LayerScale goes into the layers before it, so that timm's plain model will do; keep: it stays, as
     `init_values`.
+    license, repository: what the card, README.md, says of them.
     Nothing is left in `out` unless the files, read back by timm, give the features of the run's own ViT.
 
     Raises:
@@ -157,4 +164,6 @@ def export_timm(
                 f"Nothing was exported: timm's features differ from the run's own by {difference:.3g}, more "
                 f"than {TOLERANCE:g}, for {checkpoint.path} with layer_scale = {layer_scale}."
             )
+        which = "student" if student or "target.safetensors" not in checkpoint.run["files"] else "momentum teacher"
+        (folder / "README.md").write_text(model_card(checkpoint.run, config, which, difference, license, repository))
     return Export(out, checkpoint.path, config.model.name, difference)

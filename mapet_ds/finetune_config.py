@@ -37,6 +37,8 @@ class ClassifierConfig:
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Momentum, per step, of a moving average of the weights, which is then what is evaluated and written; null: none."""
 
+    init_from = None  # weights are model.path's
+
     @property
     def folder(self) -> Path:
         """Where config.json is."""

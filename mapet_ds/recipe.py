@@ -99,6 +99,8 @@ def _sentence(error: Any, recipe: str, overridden: set[str], cls: type[RunConfig
         return f"{key} = {value} (from {source}) is not a knob{hint}"
     if error["type"] == "missing":
         return f"{key.rpartition('.')[0]} = {value} (from {source}) has too few values."
+    if isinstance(error["input"], list) and key.endswith(("img_size", "patch_size")):
+        return f"{key} = {value} (from {source}): views and patches are square; give one number, the side in pixels."
     says = error["msg"].replace("a valid array", "a list, e.g. [1, 2]").replace("an object", "a mapping of keys to values")
     return f"{key} = {value} (from {source}): {says[0].lower()}{says[1:]}."
 

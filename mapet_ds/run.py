@@ -35,6 +35,7 @@ from mapet_ds.engine import (
     student_weights,
 )
 from mapet_ds.index import DataError
+from mapet_ds.init_from import begin_from
 from mapet_ds.launch import Ranks, StopRequest
 from mapet_ds.metrics import Metrics
 from mapet_ds.objectives import Loss, Objective, build_objective
@@ -47,6 +48,9 @@ from mapet_ds.vit import compile_blocks
 from mapet_ds.watchdog import GOING_BACK, SAVING, Watchdog
 
 PACKAGES = ("torch", "deepspeed", "timm", "open_clip_torch", "nvidia-dali-cuda130", "faiss-gpu", "numpy", "pillow")
+
+BEGAN = "init_from.sha256"
+"""In a run's identity: of the file that it began from, carried from checkpoint to checkpoint."""
 
 
 class Run:
@@ -70,6 +74,8 @@ class Run:
         self.steps_per_epoch = len(self.index) / config.train.global_batch_size
         self.total_steps = total_steps(config, len(self.index))
         self.target, objective = self._build_parts()
+        found = self._newest()
+        began = self._begin(objective) if found is None else found.run["identity"].get(BEGAN)
         objective.vit.set_grad_checkpointing(config.train.grad_checkpointing)
         self.engine = build_engine(objective, config, engine_config, ranks.world_size, ranks.device)
         if config.train.compile:
@@ -77,12 +83,14 @@ class Run:
 
         self.identity = checkpoint.identity(config, self.index.fingerprint, self.target.identity)
         self.identity["engine.bf16"] = bool(engine_config.get("bf16", {}).get("enabled"))
+        if began:
+            self.identity[BEGAN] = began
         self.skipped: list[int] = []
         self.step = self.saved = 0
         self.writer = ThreadPoolExecutor(1, "checkpoint")
         self.writing: Future[int] | None = None
         self.spikes = SpikeGuard(config, self.folder, ranks)
-        self._resume()
+        self._resume(found)
         if ranks.rank == 0:  # after a refusal could have come: another run's folder stays as it was
             (self.folder / "DONE").unlink(missing_ok=True)
             write_record(config, engine_config, self.folder)
@@ -145,11 +153,25 @@ class Run:
                 raise ConfigError(f"run_dir = {self.folder} can't be written: {error}.") from error
         dist.barrier(self.ranks.control)
 
-    def _resume(self) -> None:
-        """Continue from the newest whole checkpoint, if there is one. Rank 0 chooses, all load it."""
+    def _newest(self) -> checkpoint.Checkpoint | None:
+        """The newest whole checkpoint, if there is one: rank 0 chooses."""
         chosen = [checkpoint.newest(self.folder) if self.ranks.rank == 0 else None]
         dist.broadcast_object_list(chosen, src=0, group=self.ranks.control)
-        found = chosen[0]
+        return chosen[0]
+
+    def _begin(self, objective: Objective) -> str | None:
+        """Put weights to begin from into the student, and its momentum teacher, if any; their sha256. Every rank must call it."""
+        if self.config.model.init_from is None:
+            return None
+        sha256, notes = begin_from(objective.vit, self.config)
+        if self.target.state_dict():
+            self.target.load_state_dict(objective.state_dict())
+        if self.ranks.rank == 0:
+            print("; ".join([f"Beginning from {self.config.model.init_from}, sha256 {sha256[:12]}", *notes]) + ".", flush=True)
+        return sha256
+
+    def _resume(self, found: checkpoint.Checkpoint | None) -> None:
+        """Continue from a checkpoint, if there is one: all ranks load it."""
         if found is None:
             return
         checkpoint.check_identity(found, self.identity)
@@ -267,7 +289,7 @@ class Run:
         self.metrics.close()
         self.loader.close()
         self.saved = self.step = 0
-        self._resume()
+        self._resume(self._newest())
         if self.step == 0:
             raise DataError(f"{says}, before the first checkpoint. The same command begins anew and passes over these steps.")
         if self.ranks.rank == 0:
@@ -288,6 +310,7 @@ class Run:
             run = {
                 "step": self.step,
                 "skipped": list(self.skipped),
+                "images": len(self.index),
                 "config": self.config.to_dict(),
                 "identity": self.identity,
                 "versions": versions(),

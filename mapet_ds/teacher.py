@@ -205,7 +205,7 @@ def _build_tower(model: dict[str, Any], img_size: int, dtype: torch.dtype) -> nn
     return visual
 
 
-def _once_per_node(work: Callable[[], str]) -> tuple[str, list[str]]:
+def once_per_node(work: Callable[[], str]) -> tuple[str, list[str]]:
     """What `work` gives on the first rank of this node, and of every node. Every rank must call it.
 
     Raises:
@@ -255,7 +255,7 @@ def _weights_file(config: TeacherConfig) -> str:
                 "network (open_clip keeps them in HF_HOME or ~/.cache/clip), or set teacher.weights to a local file."
             ) from error
 
-    return _once_per_node(download)[0]
+    return once_per_node(download)[0]
 
 
 def _read_weights(path: Path) -> Weights:
@@ -334,7 +334,7 @@ def _fingerprint(teacher: Teacher, weights: Weights, model: dict[str, Any]) -> s
             sha.update(weights[name][...].float().contiguous().numpy().data)
         return sha.hexdigest()
 
-    mine, all_nodes = _once_per_node(digest)
+    mine, all_nodes = once_per_node(digest)
     if len(set(all_nodes)) > 1:
         raise ConfigError("The nodes read different teacher weights: give all of them the same file or tag.")
     return mine

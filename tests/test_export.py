@@ -75,7 +75,7 @@ def test_timm_loads_the_runs_vit(tmp_path, monkeypatch, name, layer_scale):
     monkeypatch.setattr(torch, "load", lambda *args, **kwargs: pytest.fail("a pickle was read"))
     exported = export_timm(tmp_path / "run", tmp_path / "deep" / "out", layer_scale)
     assert exported.difference <= 1e-5
-    assert sorted(p.name for p in exported.folder.iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(p.name for p in exported.folder.iterdir()) == ["README.md", "config.json", "model.safetensors"]
 
     from_folder = timm.create_model(f"local-dir:{exported.folder}", pretrained=True)
     assert_same_features(vit, from_folder, model.img_size)

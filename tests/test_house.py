@@ -14,8 +14,8 @@ PROGRAMS = sorted((REPOSITORY / "tools").glob("*.py"))
 LAYERS = [
     {"config", "finetune_config", "knobs", "objective_config", "ids", "recipe", "checks", "draws", "formats", "optim"},
     {"cost", "forecast", "vit", "metrics", "index", "samples", "launch"}, {"data", "labelled", "engine"},
-    {"teacher", "tokenizer", "vqkd", "objectives", "targets"}, {"checkpoint", "export", "published", "probe", "watchdog"},
-    {"spikes", "quarantine", "classifier", "online_probe"}, {"run", "pretrain", "finetune"},
+    {"teacher", "tokenizer", "vqkd", "objectives", "targets"}, {"checkpoint", "export", "published", "probe", "hub", "watchdog"},
+    {"init_from", "spikes", "quarantine", "classifier", "online_probe"}, {"run", "pretrain", "finetune"},
 ]  # fmt: skip
 HOMES = {
     "deepspeed": {"engine"}, "nvidia": {"data"}, "open_clip": {"teacher"}, "faiss": {"tokenizer", "probe"},
