@@ -23,6 +23,7 @@ import yaml
 from numpy.typing import NDArray
 from timm.utils import AttentionExtract
 from torch import Tensor
+from tqdm import tqdm
 
 from mapet_ds.checkpoint import Checkpoint, ResumeError, newest
 from mapet_ds.config import Config, flatten
@@ -65,8 +66,8 @@ def read_record(folder: Path) -> Record:
     try:
         config, environment = (yaml.safe_load(text(name)) or {} for name in ("config.yaml", "environment.json"))
         lines = [json.loads(line) for line in text("metrics.jsonl").split("\n")[:-1]]
-        if not all(isinstance(part, dict) for part in (config, environment, *lines)):
-            raise ValueError("a mapping of names to values was expected")
+        if not all(isinstance(part, dict) for part in (config, environment, *lines)) or any("step" not in line for line in lines):
+            raise ValueError("mappings of names to values were expected, with a step in each line of metrics.jsonl")
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise DataError(f"The records of {folder} can't be read: {' '.join(str(error).split())}.") from error
     quarantined = [tuple((line + "\t\t").split("\t")[1:3]) for line in text("quarantine.tsv").split("\n")[1:-1]]
@@ -115,6 +116,8 @@ def open_trained(folder: Path) -> Trained | None:
     checkpoint = newest(folder)
     if checkpoint is None:
         return None
+    if "objective" not in checkpoint.run["config"]:
+        raise DataError("This is shown of runs of pre-training; what fine-tuning has measured is among the curves.")
     config, vit = read_vit(checkpoint)
     root, cache = config.data.train, folder / "index"
     if (cache / "index.json").is_file():  # relative paths start where the run was started: the index knows the whole one
@@ -138,7 +141,7 @@ def _batches(trained: Trained, images: int, target: Target | None) -> Iterator[t
     loader = Loader(
         config, trained.index, student=True, teacher=target and target.teacher_view, rank=0, world_size=1, local_rank=0
     )  # fmt: skip
-    for number in range(-(-min(images, len(trained.index)) // micro)):
+    for number in tqdm(range(-(-min(images, len(trained.index)) // micro)), "images", unit="batch", disable=None):
         step, micro_step = divmod(number, config.grad_accum_steps(1))
         yield step, first_slot(micro_step, 0, 1, micro), next(loader).to(trained.device)
     loader.close()

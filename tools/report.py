@@ -33,8 +33,6 @@ from mapet_ds.index import DataError
 from mapet_ds.metrics import token_colours
 from mapet_ds.report import Record, Sample, Trained
 
-matplotlib.use("svg")
-
 TITLES = {
     "loss": "Loss", "loss_rank_quarter": "Loss by quarter of the ranks (1: least context)", "token_accuracy": "Token accuracy",
     "match_accuracy": "Patches that find their place", "cosine": "Cosine of prediction and target",
@@ -45,6 +43,7 @@ TITLES = {
     "codebook_perplexity": "Perplexity of the ids", "codebook_used": "Share of codes in use", "quarantined": "Unreadable images",
 }  # fmt: skip
 """Charts in their order; those of other names follow."""
+WIDE = (10.5, 2.4)
 COLOURS = 8
 INK, RULE, SERIES = "#0a0b0c", "#0a0b0d", [f"#0a0c{i:02d}" for i in range(COLOURS)]
 """Stand for the page's colours until the SVG is written, so that a chart is readable on light and on dark."""
@@ -57,22 +56,21 @@ STYLE = {
 DASHES = ["-", (0, (4, 1.5)), (0, (1.5, 1.5)), (0, (6, 1.5, 1.5, 1.5))]
 RIGHT, IN_TOP5, WRONG, NOT_PREDICTED = (0, 114, 178), (126, 190, 236), (230, 150, 30), (150, 150, 150)
 CODES_SHOWN = 12
+matplotlib.rcParams.update(STYLE)
 MISTAKES = (ConfigError, DataError, ResumeError, ExportError, OSError)
 
 
 class Chart:
     """An SVG without a fixed colour; `add` draws, `svg` gives it."""
 
-    def __init__(self, name: str, size: tuple[float, float] = (4.2, 2.2)) -> None:
-        self.name = name
-        with matplotlib.rc_context(STYLE):
-            self.figure = Figure(figsize=size, layout="constrained")
-            self.axes = self.figure.add_subplot()
+    def __init__(self, name: str, size: tuple[float, float] = WIDE) -> None:
+        self.name, self.figure = name, Figure(figsize=size, layout="constrained")
+        self.axes = self.figure.add_subplot()
 
     def svg(self, label: str) -> Markup:
         """For the page, under this description for those who can't see it."""
         written = io.StringIO()
-        with matplotlib.rc_context({**STYLE, "svg.hashsalt": self.name}):
+        with matplotlib.rc_context({"svg.hashsalt": self.name}):
             nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
             self.figure.savefig(written, format="svg", transparent=True, metadata=nothing)
         text = written.getvalue()
@@ -93,7 +91,7 @@ def curve_charts(records: list[Record]) -> list[dict[str, Any]]:
     order = [name for name in TITLES if name in names] + sorted(names - TITLES.keys())
     charts = []
     for place, name in enumerate(order):
-        chart = Chart(f"curve {place}", (9, 2.8) if name == "loss" else (4.2, 2.2))
+        chart = Chart(f"curve {place}", (10.5, 3) if name == "loss" else (3.2, 1.9))
         lines = [(i, k, key) for i, groups in enumerate(found) for k, key in enumerate(groups.get(name, {}))]
         says = []
         for i, k, key in lines:
@@ -101,7 +99,8 @@ def curve_charts(records: list[Record]) -> list[dict[str, Any]]:
             colour = SERIES[(i if len(records) > 1 else k) % COLOURS]
             marker = "o" if len(steps) <= 12 else None
             chart.axes.plot(steps, values, color=colour, linestyle=DASHES[k % 4], marker=marker, markersize=2.5)
-            says.append(f"run {i + 1}, {key.replace('_', ' ')}: {number(values[0])} at step {steps[0]}, {number(values[-1])} at {steps[-1]}")
+            ends = f"{number(values[0])} at step {steps[0]}, {number(values[-1])} at step {steps[-1]}"
+            says.append(f"run {i + 1}, {key.replace('_', ' ')}: {ends}")
         keys = dict.fromkeys(key[len(name) :].strip("_") for _, _, key in lines)
         if len(keys) > 1:
             chart.axes.legend(chart.axes.get_lines()[: len(keys)], list(keys), ncols=len(keys))
@@ -117,8 +116,13 @@ def picture(pixels: np.ndarray) -> str:
     return "data:image/png;base64," + base64.b64encode(written.getvalue()).decode()
 
 
+def map_of_ids(ids: Tensor) -> np.ndarray:
+    """[L] as colours of the square grid."""
+    return (token_colours(ids.view(math.isqrt(len(ids)), -1)) * 255).byte().numpy()
+
+
 def heat(values: Tensor, low: float, high: float) -> np.ndarray:
-    """[..., L] as colours of the square grid: dark at `low`, bright at `high`, grey where there is none."""
+    """[L] as colours of the square grid: dark at `low`, bright at `high`, grey where there is none."""
     grid = values.reshape(-1, math.isqrt(len(values))).double().numpy()
     colours = matplotlib.colormaps["viridis"](np.clip((grid - low) / max(high - low, 1e-12), 0, 1), bytes=True)[..., :3]
     return np.where(np.isnan(grid)[..., None], np.uint8(NOT_PREDICTED), colours)
@@ -131,52 +135,56 @@ def verdicts(sample: Sample, i: int) -> np.ndarray:
     return np.array([RIGHT, IN_TOP5, WRONG, NOT_PREDICTED], np.uint8)[kind.reshape(-1, math.isqrt(len(kind)))]
 
 
-def token_maps(sample: Sample, trained: Trained, shown: int) -> dict[str, Any]:
+def score(name: str, value: float) -> str:
+    return f"{value:.3f}" if name == "distance" else f"{100 * value:.1f} %"
+
+
+def token_maps(sample: Sample, trained: Trained, shown: int, colour: str) -> dict[str, Any]:
     """The first images beside their maps, and accuracy or distance of the whole sample by rank, or of each image."""
     low, high = (0.0, 1.0)
     if sample.distance is not None:
         low, high = np.quantile(sample.distance[sample.mask].numpy(), (0.02, 0.98)).tolist()
-    scores = {"right": sample.hit, "right or in the top 5": sample.top5, "distance": sample.distance}
+    scores = {"right": sample.hit, "in the top 5": sample.top5, "distance": sample.distance}
     scores = {name: values for name, values in scores.items() if values is not None}
     by_image = {name: report.mean_by_image(sample, values) for name, values in scores.items()}
     images = []
     for i in range(min(shown, len(sample.views))):
         tiles = [("crop", sample.views[i].numpy())]
         if sample.prediction is not None:
-            maps = (("true ids", sample.ids), ("predicted", sample.prediction))
-            side = math.isqrt(sample.mask.shape[1])
-            tiles += [(name, (token_colours(ids[i].view(side, side)) * 255).byte().numpy()) for name, ids in maps]
+            tiles += [("true ids", map_of_ids(sample.ids[i])), ("predicted", map_of_ids(sample.prediction[i]))]
         if sample.hit is not None:
             tiles.append(("right or wrong", verdicts(sample, i)))
         if sample.distance is not None:
             tiles.append(("distance", heat(sample.distance[i], low, high)))
-        note = ", ".join(f"{name} {by_image[name][i]:.3f}" for name in scores)
+        note = ", ".join(f"{name} {score(name, by_image[name][i])}" for name in scores)
         tiles = [{"name": name, "source": picture(pixels)} for name, pixels in tiles]
         images.append({"name": report.relative_name(trained.index, int(sample.index[i])), "tiles": tiles, "note": note})
-    means = {name: float(values[sample.mask].double().mean()) for name, values in scores.items()}
-    found = {"images": images, "means": means, "low": low, "high": high, "size": len(sample.views), "by_rank": None}
-    return found | (rank_chart(sample, scores, str(trained.checkpoint.path)) if sample.order is not None else {})
+    means = {name: score(name, float(values[sample.mask].double().mean())) for name, values in scores.items()}
+    found = {
+        "images": images, "means": means, "low": low, "high": high, "size": len(sample.views), "partly": not sample.mask.all(),
+        "by_rank": None,
+    }  # fmt: skip
+    return found | (rank_chart(sample, scores, colour) if sample.order is not None else {})
 
 
-def rank_chart(sample: Sample, scores: dict[str, Tensor], name: str) -> dict[str, Any]:
-    chart = Chart(f"ranks {name}", (9, 2.4))
-    columns = {}
-    for i, (score, values) in enumerate(scores.items()):
-        ranks, columns[score] = report.mean_by_rank(sample, values)
-        chart.axes.plot(ranks, columns[score], color=SERIES[i], label=score, drawstyle="steps-mid")
+def rank_chart(sample: Sample, scores: dict[str, Tensor], colour: str) -> dict[str, Any]:
+    chart, columns = Chart(f"ranks {colour}"), {}
+    for dashes, (name, values) in zip(DASHES, scores.items()):
+        ranks, columns[name] = report.mean_by_rank(sample, values)
+        chart.axes.plot(ranks, columns[name], color=colour, label=name, linestyle=dashes)
     chart.axes.set_xlabel("rank in the permutation (later: more context)")
     chart.axes.set_ylim(bottom=0)
     chart.axes.legend(ncols=len(scores))
     rows = [(rank, *(values[k] for values in columns.values())) for k, rank in enumerate(ranks)]
-    says = ", ".join(f"{score} {number(values[0])} at the first, {number(values[-1])} at the last" for score, values in columns.items())
+    says = ", ".join(f"{name} {values[0]:.3f} at the first, {values[-1]:.3f} at the last" for name, values in columns.items())
     return {"by_rank": rows, "rank_chart": chart.svg(f"Mean by predicted rank: {says}.")}
 
 
-def codebook(sample: Sample, trained: Trained, patches: int) -> dict[str, Any]:
+def codebook(sample: Sample, trained: Trained, patches: int, colour: str) -> dict[str, Any]:
     """How often each code is used, and the nearest patches of some."""
     counts = report.code_counts(sample, trained.config.tokenizer.vocab_size)
-    chart = Chart(f"codes {trained.checkpoint.path}", (9, 2.2))
-    chart.axes.stairs(np.sort(counts)[::-1], np.arange(len(counts) + 1), fill=True, color=SERIES[0])
+    chart = Chart(f"codes {colour}")
+    chart.axes.stairs(np.sort(counts)[::-1], np.arange(len(counts) + 1), fill=True, color=colour)
     chart.axes.set_xlabel("codes, the commonest first")
     chart.axes.set_ylabel("patches")
     dead = int((counts == 0).sum())
@@ -184,11 +192,8 @@ def codebook(sample: Sample, trained: Trained, patches: int) -> dict[str, Any]:
     for code in report.codes_to_show(counts, CODES_SHOWN):
         places = report.patches_of(sample, code, patches)
         tiles = [report.surroundings(sample.views[i], patch, trained.config.model.patch_size) for i, patch in places]
-        strip = np.concatenate(tiles, axis=1)
-        colour = (token_colours(sample.ids.new_tensor([[code]])) * 255).byte().numpy()
-        codes.append(
-            {"code": code, "count": int(counts[code]), "colour": picture(colour), "strip": picture(strip), "shown": len(tiles)}
-        )  # fmt: skip
+        key = picture(map_of_ids(sample.ids.new_tensor([code])))
+        codes.append({"code": code, "count": int(counts[code]), "key": key, "tiles": map(picture, tiles)})
     says = f"Use of {len(counts)} codes by {counts.sum()} patches: {counts.max()} at most, {dead} codes by none."
     return {
         "svg": chart.svg(says), "dead": dead, "vocab_size": len(counts), "patches": int(counts.sum()), "codes": codes,
@@ -200,13 +205,14 @@ def attention_maps(trained: Trained, shown: int) -> list[dict[str, Any]]:
     views, maps = report.attention(trained, shown)
     found = []
     for view, heads in zip(views, maps):
-        mean = heads.mean(dim=0)
-        small = [picture(heat(head, 0, head.max().item())) for head in heads]
-        found.append({"view": picture(view.numpy()), "mean": picture(heat(mean, 0, mean.max().item())), "heads": small})
+        mean, *each = [picture(heat(head, head.min().item(), head.max().item())) for head in (heads.mean(dim=0), *heads)]
+        share = heads.mean(dim=0) / heads.mean()
+        note = f"mean of heads: {share.min():.2f} to {share.max():.2f} times the average patch's"
+        found.append({"view": picture(view.numpy()), "mean": mean, "heads": each, "note": note})
     return found
 
 
-def look_inside(record: Record, arguments: argparse.Namespace) -> dict[str, Any]:
+def look_inside(record: Record, arguments: argparse.Namespace, colour: str) -> dict[str, Any]:
     """What is computed from the newest checkpoint; in the place of a part that can't be, the sentence that says why."""
     found: dict[str, Any] = {"step": None, "tokens": None, "codebook": None, "attention": None, "why": "", "why_target": ""}
     try:
@@ -220,9 +226,9 @@ def look_inside(record: Record, arguments: argparse.Namespace) -> dict[str, Any]
         sample = report.take_sample(trained, max(arguments.sample, arguments.images))
     except MISTAKES as error:
         return found | {"why_target": f"{error} Relative paths start where this command is given."}
-    found["tokens"] = token_maps(sample, trained, arguments.images)
+    found["tokens"] = token_maps(sample, trained, arguments.images, colour)
     if sample.ids is not None:
-        found["codebook"] = codebook(sample, trained, arguments.patches)
+        found["codebook"] = codebook(sample, trained, arguments.patches, colour)
     return found
 
 
@@ -233,17 +239,15 @@ def facts(record: Record) -> list[tuple[str, str]]:
     found = [("objective", str(config.get("objective", "fine-tuning" if config else "unknown")))]
     found.append(("model", str(model.get("name") or model.get("path") or "unknown")))
     found.append(("data", str(config.get("data", {}).get("train", "unknown"))))
+    last = {name: value for line in lines for name, value in line.items()}  # of each name its newest value
     if lines:
-        last = lines[-1]
-        found.append(("step", f"{last['step']} (epoch {last.get('epoch', math.nan):.2f} of {config.get('train', {}).get('epochs', '?')})"))
-        for name in ("loss", "token_accuracy", "match_accuracy", "cosine"):
-            if name in last:
-                found.append((name.replace("_", " "), number(last[name])))
-        for name in sorted({key for line in lines for key in line if key.endswith("accuracy_percent") or key == "val_top1"}):
-            value = next(line[name] for line in reversed(lines) if name in line)
-            found.append((TITLES.get(name, name.replace("_", " ")), number(value)))
-        speeds = [line["images_per_second"] for line in lines if "images_per_second" in line]
-        found += [("images per second", f"{number(statistics.median(speeds))} (median)")] if speeds else []
+        epochs = config.get("train", {}).get("epochs", "unknown")
+        found.append(("step", f"{last['step']}, epoch {number(last.get('epoch'))} of {epochs}"))
+    wanted = ("loss", "token_accuracy", "match_accuracy", "cosine", "val_top1")
+    for name in [*(name for name in wanted if name in last), *sorted(name for name in last if name.endswith("accuracy_percent"))]:
+        found.append((name.removesuffix("_percent").replace("_", " "), number(last[name]) + " %" * name.endswith("_percent")))
+    speeds = [line["images_per_second"] for line in lines if "images_per_second" in line]
+    found += [("images per second", f"{number(statistics.median(speeds))} (median)")] if speeds else []
     found.append(("unreadable images", str(len(record.quarantined))))
     return found
 
@@ -261,8 +265,8 @@ def render(records: list[Record], arguments: argparse.Namespace) -> str:
         runs.append(
             {
                 "name": str(record.folder), "colour": i % COLOURS, "state": state(record), "facts": facts(record),
-                "inside": look_inside(record, arguments), "quarantined": record.quarantined, "environment": record.environment,
-                "settings": yaml.safe_dump(record.config, sort_keys=False) if record.config else "",
+                "inside": look_inside(record, arguments, SERIES[i % COLOURS]), "quarantined": record.quarantined,
+                "environment": record.environment, "settings": record.config and yaml.safe_dump(record.config, sort_keys=False),
             }
         )  # fmt: skip
     versions = [record.environment.get("versions", {}) for record in records]
