@@ -15,7 +15,7 @@ LAYERS = [
     {"config", "finetune_config", "knobs", "objective_config", "ids", "recipe", "checks", "draws", "formats", "optim"},
     {"cost", "forecast", "vit", "metrics", "index", "samples", "launch"}, {"data", "labelled", "engine"},
     {"teacher", "tokenizer", "vqkd", "objectives", "targets"}, {"checkpoint", "export", "published", "probe", "hub", "watchdog"},
-    {"init_from", "spikes", "quarantine", "classifier", "online_probe"}, {"run", "pretrain", "finetune"},
+    {"init_from", "spikes", "quarantine", "classifier", "online_probe", "report"}, {"run", "pretrain", "finetune"},
 ]  # fmt: skip
 HOMES = {
     "deepspeed": {"engine"}, "nvidia": {"data"}, "open_clip": {"teacher"}, "faiss": {"tokenizer", "probe"},
