@@ -48,9 +48,15 @@ class Block(NamedTuple):
     banded: bool = True
     """Attention by vit.Band, whose outputs are joined by a copy."""
 
-    def flops(self, pairs: int) -> int:
+    def parts(self, pairs: int) -> dict[str, int]:
         width, mlp = self.vit.width, self.vit.mlp
-        return 4 * width**2 * (self.rows + self.keys) + 4 * width * pairs + 4 * self.rows * width * mlp
+        return {
+            "qkv": 2 * width**2 * (self.rows + 2 * self.keys), "attention": 4 * width * pairs,
+            "proj": 2 * width**2 * self.rows, "mlp": 4 * self.rows * width * mlp,
+        }  # fmt: skip
+
+    def flops(self, pairs: int) -> int:
+        return sum(self.parts(pairs).values())
 
     def saved(self, size: int, layer_scale: bool) -> int:
         """Bytes that eager mode keeps for the backward pass; size: bytes of a number."""
@@ -96,9 +102,17 @@ class Student(NamedTuple):
         return self.embedding + sum(block.flops(block.pairs) for block in self.blocks) + self._heads + self.matching
 
     @property
+    def parts(self) -> dict[str, int]:
+        """FLOPs of a forward and a backward pass; the images and the target take no gradient."""
+        found = {"embedding": 2 * self.embedding, "head": 3 * self._heads + 2 * self.matching}
+        for block in self.blocks:
+            for name, count in block.parts(block.pairs).items():
+                found[name] = found.get(name, 0) + 3 * count
+        return found
+
+    @property
     def flops(self) -> int:
-        """Of a forward and a backward pass; the images and the target take no gradient."""
-        return 3 * self.forward - self.embedding - self.matching
+        return sum(self.parts.values())
 
     @property
     def minimum(self) -> int:
