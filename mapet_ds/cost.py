@@ -48,9 +48,15 @@ class Block(NamedTuple):
     banded: bool = True
     """Attention by vit.Band, whose outputs are joined by a copy."""
 
-    def flops(self, pairs: int) -> int:
+    def parts(self, pairs: int) -> dict[str, int]:
         width, mlp = self.vit.width, self.vit.mlp
-        return 4 * width**2 * (self.rows + self.keys) + 4 * width * pairs + 4 * self.rows * width * mlp
+        return {
+            "qkv": 2 * width**2 * (self.rows + 2 * self.keys), "attention": 4 * width * pairs,
+            "proj": 2 * width**2 * self.rows, "mlp": 4 * self.rows * width * mlp,
+        }  # fmt: skip
+
+    def flops(self, pairs: int) -> int:
+        return sum(self.parts(pairs).values())
 
     def saved(self, size: int, layer_scale: bool) -> int:
         """Bytes that eager mode keeps for the backward pass; size: bytes of a number."""
@@ -83,8 +89,6 @@ class Student(NamedTuple):
     head: list[Linear]
     matching: int
     """FLOPs of products with a target that takes no gradient."""
-    last_rows: int
-    """Rows of each stream's last block that the loss reads: the analytic minimum updates no others."""
     head_saved: int
     """Bytes that final norm, head and loss keep for the backward pass."""
     head_peak: int
@@ -98,18 +102,22 @@ class Student(NamedTuple):
         return self.embedding + sum(block.flops(block.pairs) for block in self.blocks) + self._heads + self.matching
 
     @property
+    def parts(self) -> dict[str, int]:
+        """FLOPs of a forward and a backward pass; the images and the target take no gradient."""
+        found = {"embedding": 2 * self.embedding, "head": 3 * self._heads + 2 * self.matching}
+        for block in self.blocks:
+            for name, count in block.parts(block.pairs).items():
+                found[name] = found.get(name, 0) + 3 * count
+        return found
+
+    @property
     def flops(self) -> int:
-        """Of a forward and a backward pass; the images and the target take no gradient."""
-        return 3 * self.forward - self.embedding - self.matching
+        return sum(self.parts.values())
 
     @property
     def minimum(self) -> int:
-        """The same with attended pairs alone, and no row updated that the loss does not read."""
+        """The same with attended pairs alone. No last block updates a row that the loss does not read."""
         blocks = sum(block.flops(block.attended) for block in self.blocks)
-        last = self.blocks[-1]
-        share = self.last_rows / last.rows
-        spared = last._replace(rows=self.last_rows, pairs=0).flops(round(last.attended * share))
-        blocks += spared - last.flops(last.attended)
         return 3 * (blocks + self._heads) + 2 * (self.embedding + self.matching)
 
     @property
@@ -163,7 +171,7 @@ def _plain(vit: Vit, rows: int) -> list[Block]:
 
 
 def _mapet_blocks(vit: Vit, patches: int, hidden: int) -> list[Block]:
-    """Bands of objectives/mapet.py: [prefix and visible, positions | hidden patches, queries]; the last block's queries alone."""
+    """Bands of objectives/mapet.py: [positions, prefix and visible | hidden patches, queries]; the last block's queries alone."""
     seen = vit.prefix + patches - hidden  # and every hidden patch or its position: each row attends to as many
     keys, each = seen + 2 * hidden, seen + hidden
     rows = seen + 3 * hidden
@@ -188,14 +196,13 @@ def student(config: Config, size: int = 2) -> Student:
     width, rows, pixels = vit.width, vit.prefix + patches, 3 * config.model.patch_size**2
     scale = config.model.layer_scale is not None
     own = (pixels + 1) * width + vit.prefix * width + rows * width + vit.depth * _block_parameters(vit, scale) + 2 * width
-    constants, matching, last_rows, dim = 0, 0, hidden, target_dim(config)
-    blocks = _plain(vit, rows)
+    constants, matching, dim = 0, 0, target_dim(config)
+    blocks = _plain(vit, rows)[1:] + [Block(vit, rows, hidden, rows, hidden * rows, hidden * rows)]
     head = [Linear(hidden, width, dim)]
     extra = width + (width + 1) * dim  # mask token and head
-    head_saved = size * (rows + hidden) * width
+    head_saved = 2 * size * hidden * width
     if config.objective == "mapet":
         blocks = _mapet_blocks(vit, patches, hidden)
-        head_saved = 2 * size * hidden * width
     if config.objective in ("mapet", "beit"):
         held = max(1, LOGITS // (hidden * dim)) / config.train.micro_batch_size  # share whose logits are there at once
         head_peak = round(3 * FP32 * hidden * dim * min(1, held))  # log-softmax; two gradients
@@ -204,7 +211,7 @@ def student(config: Config, size: int = 2) -> Student:
     elif config.objective == "saim":
         decoder = config.saim.query_depth or vit.depth
         blocks = _saim_blocks(vit, patches, decoder)
-        constants, last_rows = rows * width, patches
+        constants = rows * width
         own += decoder * _block_parameters(vit, scale) - constants
         head = [Linear(patches, width, 4 * width), Linear(patches, 4 * width, dim)]
         extra = sum((linear.inputs + 1) * linear.outputs for linear in head)
@@ -212,7 +219,7 @@ def student(config: Config, size: int = 2) -> Student:
         head_peak = 2 * FP32 * patches * dim
     elif config.objective == "conmim":
         inner = config.conmim.projector_dim
-        matching, last_rows = 2 * hidden * patches * dim, rows  # BatchNorm sees all rows
+        blocks, matching = _plain(vit, rows), 2 * hidden * patches * dim  # BatchNorm sees all rows
         head = [Linear(rows, width, inner), Linear(rows, inner, inner), Linear(rows, inner, dim)]
         extra = width + 4 * inner + sum(linear.inputs * linear.outputs for linear in head)
         head_saved = rows * (2 * size * width + inner * 2 * (3 * FP32 + size) + 5 * FP32 * dim)
@@ -222,9 +229,7 @@ def student(config: Config, size: int = 2) -> Student:
     embedding_saved = size * (pixels + width) * patches
     own += extra
     embedding = 2 * patches * pixels * width
-    return Student(
-        own, constants, embedding, blocks, head, matching, last_rows, head_saved, head_peak, embedding_saved, size
-    )
+    return Student(own, constants, embedding, blocks, head, matching, head_saved, head_peak, embedding_saved, size)
 
 
 class Tower(NamedTuple):

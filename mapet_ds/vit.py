@@ -169,10 +169,10 @@ def run_block(block: StreamBlock, x: Tensor, bands: Sequence[Band] | None, keep:
 
 
 def run_blocks(
-    vit: VisionTransformer, x: Tensor, bands: Sequence[Sequence[Band]] | None, keep: Tensor | None = None
+    vit: VisionTransformer, x: Tensor, bands: Sequence[Sequence[Band] | None] | None, keep: Tensor | None = None
 ) -> Tensor:
-    """Rows [B, N, D] through all blocks and the final norm. bands: one entry a block, or None: all rows attend to all;
-    keep: [B, 2 * depth] or None."""
+    """Rows [B, N, D] through all blocks and the final norm. bands: one entry a block, or None; a None is a block, or all,
+    whose rows attend to all; keep: [B, 2 * depth] or None."""
     for i, block in enumerate(vit.blocks):
         block_keep = None if keep is None else keep[:, 2 * i : 2 * i + 2]
         x = run_block(block, x, bands and bands[i], block_keep, vit.grad_checkpointing)

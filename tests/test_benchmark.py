@@ -10,7 +10,7 @@ from images import encode, picture
 from line import make_line, start
 from towers import write_tower
 
-from mapet_ds.config import DataConfig, TeacherConfig
+from mapet_ds.config import REPOSITORY, DataConfig, TeacherConfig
 from mapet_ds.objectives import build_objective
 from mapet_ds.recipe import load_config
 from mapet_ds.teacher import build_teacher
@@ -74,6 +74,16 @@ def test_index(tmp_path):
     assert whole["samples_side_by_side"]["max"] < 20 < 200 < windowed["samples_side_by_side"]["min"]
 
 
+def small_beit():
+    return build_objective(load_config(REPOSITORY / "mapet_ds/recipes/beit_vitb16.yaml", [*SMALL, "tokenizer.vocab_size=64"]), 64)
+
+
+def test_loader_against_one(photos):
+    sizes = ["--batch_size", 4, "--threads", 1, "--batches", 2, "--repeats", 1, "--against", "dali"]
+    found = benchmark("loader", "--data", photos, "--device", "cpu", *sizes, "model.img_size=32")
+    assert set(found["one_view"]["images_per_second"]) == {"ours", "dali"}
+
+
 def test_loader(photos):
     sizes = ["--batch_size", 4, "--threads", 1, "--batches", 4, "--repeats", 2]
     found = benchmark("loader", "--data", photos, "--device", "cpu", *sizes, "model.img_size=32")
@@ -95,14 +105,64 @@ def test_step():
     check_circumstances(found, "step")
     assert found["vocab_size"] == 64
     for measured in (found["seconds"], found["cpu_seconds"]):
-        assert set(measured) == {"sorted", "dense", "masks"}
+        assert set(measured) == {"step", "dense", "masks"}
         assert all(set(values) == SPREAD and 0 < values["min"] <= values["median"] for values in measured.values())
-    for name in ("dense_over_sorted", "dense_with_masks_over_sorted", "cpu_dense_over_sorted"):
+    for name in ("dense_over_step", "dense_with_masks_over_step", "cpu_dense_over_step"):
         check_ratio(found[name])
     assert all(peak > 0 for peak in found["peak_bytes"].values())
-    assert found["peak_dense_over_sorted"] == pytest.approx(found["peak_bytes"]["dense"] / found["peak_bytes"]["sorted"])
-    assert abs(found["loss"]["sorted"] - np.log(64)) < 0.5  # near that of equal chances
+    assert found["peak_dense_over_step"] == pytest.approx(found["peak_bytes"]["dense"] / found["peak_bytes"]["step"])
+    assert abs(found["loss"]["step"] - np.log(64)) < 0.5  # near that of equal chances
     assert found["loss_relative_difference"] < 1e-5
+
+
+def check_breakdown(found, *more):
+    """Parts and rest make up the step, each part's figures fit together, and FLOPs are where the model does them."""
+    parts, peak, copy = found["breakdown"]["parts"], found["ceiling_tflops"], found["breakdown"]["bandwidth_gbyte_s"]
+    assert set(parts) == {"patch_embed", "qkv", "attention", "proj", "mlp", "norms and rest", "head and loss", "gradients", *more}
+    assert sum(part["share"] for part in parts.values()) + found["breakdown"]["unexplained"] == pytest.approx(1)
+    assert 0 < found["breakdown"]["unexplained"] < 0.9  # mostly Python at these sizes
+    for name, part in parts.items():
+        assert part["seconds"] > 0 and part["share"] == pytest.approx(part["seconds"] / found["breakdown"]["seconds"])
+        assert part["share_of_ceiling"] == pytest.approx(part["gflop"] / 1e3 / peak / part["seconds"])
+        if part["gbyte"]:
+            compute, memory = part["gflop"] / 1e3 / peak, part["gbyte"] / copy
+            assert part["bound"] == ("compute" if compute > memory else "memory"), name
+
+
+def test_the_breakdown_of_a_step_of_another_objective(tmp_path):
+    """Each part's FLOPs and bytes by hand, for BEiT: 2 images of 16 patches of 192 numbers, of which 6 are hidden."""
+    recipe = ["--config", "mapet_ds/recipes/beit_vitb16.yaml", "--plot", tmp_path / "parts.png"]
+    sizes = ["--model", "vit_tiny_patch16_224", "--batch_size", 2, "--threads", 1, "--repeats", 1, "--against", "none"]
+    found = benchmark("step", "--device", "cpu", *sizes, *recipe, *SMALL, "tokenizer.vocab_size=64")
+    check_breakdown(found, "optimizer")
+    parts = found["breakdown"]["parts"]
+    assert set(found["seconds"]) == {"step"} and "dense_over_step" not in found
+    flops = {name: 1e9 * part["gflop"] for name, part in parts.items()}
+    assert flops["patch_embed"] == pytest.approx(2 * 4 * 16 * 192 * 32)
+    assert flops["mlp"] == pytest.approx(2 * 12 * (17 + 6) * 32 * 128)
+    assert flops["proj"] == pytest.approx(2 * 6 * (17 + 6) * 32**2)
+    assert flops["head and loss"] == pytest.approx(2 * 6 * 6 * 32 * 64)
+    assert flops["optimizer"] == flops["norms and rest"] == 0
+    weights = sum(p.numel() for p in small_beit().parameters())
+    assert 1e9 * parts["optimizer"]["gbyte"] > 7 * 4 * weights  # four read, three written, each once at least
+    assert 1e9 * parts["mlp"]["gbyte"] > 3 * 4 * 2 * 2 * 32 * 128  # two matrices a block: forward, and twice backward
+    useful = found["mfu"]["median"] * found["seconds"]["step"]["median"] * 1e12 * found["ceiling_tflops"]
+    assert sum(flops.values()) == pytest.approx(useful), "BEiT computes nothing in vain"
+    assert (tmp_path / "parts.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_twin_is_mapets_alone():
+    done = start(sys.executable, "tools/benchmark.py", "step", "objective=beit")
+    assert done.returncode == 2
+    assert done.stderr == "The dense twin is MaPeT's, and objective = beit: add --against none.\n"
+
+
+def test_attention():
+    found = benchmark("attention", "--device", "cpu", "--batch_size", 1, "--threads", 1, "--repeats", 1, *SMALL)
+    check_circumstances(found, "attention")
+    assert (found["rows"], found["keys"]) == (24, 29)
+    assert max(found["largest_difference"].values()) < 1e-5 and len(found["largest_difference"]) == 4
+    assert set(found["seconds"]) == set(found["over_mask"]) == set(found["largest_difference"])
 
 
 def test_assign(photos, tmp_path):
@@ -140,6 +200,13 @@ def test_teacher(line):
     assert found["gflop_per_image"] * 1e9 > 2 * weights * 17  # each weight meets 16 patches and the class token
     assert "bf16" not in found and set(found["fp32"]["images_per_second"]) == SPREAD
     assert found["fp32"]["ceiling_tflops"] > 0
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = start(*torchrun, "tools/benchmark.py", "teacher", *line[:2], *FEW, "--against", "unsharded")
+    assert done.returncode == 0, done.stderr[-2000:]
+    both = json.loads(done.stdout)
+    assert both["ranks"] == 2
+    assert both["fp32"]["local_mib"] < 0.8 * both["fp32"]["unsharded"]["local_mib"]
+    check_ratio(both["fp32"]["speed_over_unsharded"])
 
 
 @pytest.mark.drill
@@ -159,6 +226,9 @@ def test_train(line):
         speed = one["images_per_second"][name]["median"]
         assert share["median"] == pytest.approx(flops[name] * speed / 1e3 / one["ceiling_tflops"])
     check_ratio(one["target_and_student_over_train"])
+    check_breakdown(one, "data", "target", "optimizer", *(["comm"] if "comm" in one["breakdown"]["parts"] else []))
+    assert one["breakdown"]["parts"]["target"]["gflop"] == pytest.approx(4 * flops["target"])
+    assert 0 < one["mfu"]["median"] < one["share_of_ceiling"]["train"]["median"]
     assert 0 <= one["data_wait_percent"]["min"] <= 100
 
 

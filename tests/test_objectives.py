@@ -206,7 +206,7 @@ def test_mapet_masks_agree_with_the_table_bit_for_bit(model):
     draw = model.draw(step=0, first_slot=0, slots=1)
     by_rank = draw.order[0].argsort().tolist()
     first, hidden = by_rank[: model.num_visible], by_rank[model.num_visible :]
-    rows = [("x", p) for p in [-1, *first]] + [("m", p) for p in hidden] + [("x", p) for p in hidden]
+    rows = [("m", p) for p in hidden] + [("x", p) for p in [-1, *first]] + [("x", p) for p in hidden]
     rows += [("g", p) for p in hidden]
     table = reference.mapet_visible_keys(draw.order[0], model.num_visible)
     for band in model._bands()[0]:

@@ -42,7 +42,8 @@ def reader_of(folder):
 
 def start(text, folder, environment):
     words = ["bash", "-c", text]
-    return subprocess.run(words, cwd=folder, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=1500)
+    nothing = subprocess.DEVNULL
+    return subprocess.run(words, cwd=folder, env=environment, stdin=nothing, capture_output=True, text=True, timeout=1500)
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,8 @@
     tools/benchmark.py loader --data DIR      img/s of the loader, of DALI's own file reader, of torchvision
     tools/benchmark.py bad --data DIR         img/s of the loader where 5 % of the images are unreadable
     tools/benchmark.py index --images N       an index of so many: opening, look-ups, order, first batch, memory
-    tools/benchmark.py step                   forward and backward, sorted by rank against as published
+    tools/benchmark.py step                   forward and backward, by part; MaPeT's also as published
+    tools/benchmark.py attention              ways to compute the attention of MaPeT's hidden patches and queries
     tools/benchmark.py teacher                the recipe's frozen teacher, fp32 and, on a GPU, bf16
     tools/benchmark.py assign --teacher NAME --data DIR --codebook FILE    ids that change in bf16
     tools/benchmark.py train --data DIR       a whole training step, and its parts alone (also under torchrun)
@@ -23,6 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.attentions import measure_attention
 from benchmarks.indexes import measure_index
 from benchmarks.loaders import measure_bad, measure_loader
 from benchmarks.measuring import Figures
@@ -55,14 +57,20 @@ def parse(argv: list[str]) -> argparse.Namespace:
         made.add_argument("--data", required=True, help="folder of images")
         made.add_argument("--batches", type=int, default=16, help="timed, a multiple of --threads: workers come in turns")
         made.add_argument("--repeats", type=int, default=5)
+    loader.add_argument("--against", action="append", choices=["dali", "torchvision"], help="both, if it is not given")
     index = command("index", measure_index, 128, help="an index of many images: time, memory, order")
     index.add_argument("--images", type=int, default=20_000_000)
     index.add_argument("--scratch", metavar="DIR", help="where 70 bytes an image are written and deleted; default: TMPDIR")
     index.add_argument("--repeats", type=int, default=20, help="of the order's figures")
-    step = command("step", measure_step, 8, help="one step of MaPeT, sorted by rank and as published")
-    step.add_argument("--model", default="vit_base_patch16_224", help="timm model name")
+    step = command("step", measure_step, 8, help="one step of the recipe's objective, by part; MaPeT's as published, too")
     step.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"], help="bf16: autocast")
+    attention = command("attention", measure_attention, 8, help="ways to compute MaPeT's attention, in turns")
+    attention.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    attention.add_argument("--repeats", type=int, default=9)
+    for made in (step, attention):
+        made.add_argument("--model", default="vit_base_patch16_224", help="timm model name")
     step.add_argument("--repeats", type=int, default=3)
+    step.add_argument("--against", default="dense", choices=["dense", "none"], help="dense: MaPeT as published")
     assign = command("assign", measure_assign, 32, help="token ids that change in bf16")
     assign.add_argument("--teacher", required=True, help="open_clip model name, or local-dir:PATH")
     assign.add_argument("--data", required=True, help="folder of images")
@@ -70,11 +78,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
     assign.add_argument("--images", type=int, default=256)
     teacher = command("teacher", measure_teacher, 32, help="images per second of the recipe's teacher")
     teacher.add_argument("--repeats", type=int, default=5)
+    teacher.add_argument("--against", choices=["unsharded"], help="under torchrun: sharded beside whole on every rank")
     train = command("train", measure_train, 32, help="a whole training step and its parts")
     scaling = command("scaling", measure_scaling, 32, help="`train` at 1, 2, 4 .. ranks of this host")
     scaling.add_argument("--ranks", type=int, default=2, help="the most")
     scaling.add_argument("--rounds", type=int, default=2)
     checkpoint = command("checkpoint", measure_checkpoint, 2, help="what a save costs the training")
+    for made in (step, train):
+        made.add_argument("--plot", metavar="FILE.png", type=Path, help="the breakdown as a picture")
     for made in (train, scaling, checkpoint):
         made.add_argument("--data", required=True, help="folder of images")
         made.add_argument("--deepspeed_config", default=REPOSITORY / "ds_configs/zero2.json", metavar="JSON", type=Path)
@@ -92,7 +103,6 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 2
     return 0
-
 
 
 if __name__ == "__main__":

@@ -102,8 +102,8 @@ def learn(record: dict[str, Any], request: Request) -> dict[str, float]:
     kind, peak, goal = settings["benchmark"], 1e12 * gpu.bf16_tflops, target(config)
     same_model, found = settings.get("model") == config.model.name, {}
     if kind == "step" and same_model and settings["dtype"] == "bf16":
-        each = number(record["seconds"], "sorted") / settings["batch_size"]
-        found = {"student": student(dataclasses.replace(config, objective="mapet")).flops / each / peak}
+        each = number(record["seconds"], "step") / settings["batch_size"]
+        found = {"student": student(dataclasses.replace(config, objective=record["objective"])).flops / each / peak}
     elif kind == "teacher" and goal.flops and record["teacher"] == config.teacher.name:
         found = {"teacher": goal.flops * number(record["bf16"], "images_per_second") / peak}
     elif kind == "assign" and goal.fp32_flops and settings["teacher"] == config.teacher.name:

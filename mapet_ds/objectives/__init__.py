@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from mapet_ds.config import LOGITS, Config
 from mapet_ds.draws import Purpose, block_masks, uniforms
 from mapet_ds.objective_config import BlockMaskConfig
-from mapet_ds.vit import beit_init, build_vit, embed, run_blocks, take_rows
+from mapet_ds.vit import Band, beit_init, build_vit, embed, run_blocks, take_rows
 
 OBJECTIVES = {
     # name: (objective, target)
@@ -87,11 +87,11 @@ def depth_uniforms(seed: int, step: int, first_slot: int, slots: int, depth: int
 
 
 def hidden_rows(mask: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Patches of `count` rows, long [B, count], the hidden ones first; and which rows are hidden ones, bool [B, count].
+    """Patches of `count` rows, long [B, count], the hidden ones last; and which rows are hidden ones, bool [B, count].
 
     mask: bool [B, L], True = hidden, at most `count` in an image. Shapes don't depend on the mask: no host wait.
     """
-    rows = mask.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :count]
+    rows = mask.to(torch.uint8).argsort(dim=1, stable=True)[:, -count:]
     return rows, mask.gather(1, rows)
 
 
@@ -129,7 +129,11 @@ def token_losses(head: nn.Module, x: Tensor, ids: Tensor) -> tuple[Tensor, Tenso
 
 class BlockMasked(nn.Module):
     """BEiT's way: a mask token takes the place of each patch that a rectangle hides, before positions are added, and a linear
-    head is applied to what the ViT makes of it."""
+    head is applied to what the ViT makes of it.
+
+    Rows: [prefix, visible patches, hidden patches], as many of the last in each image, filled up with visible ones; they
+    alone are updated in the last block, after which nothing reads the others.
+    """
 
     def __init__(self, config: Config, masked: BlockMaskConfig, target_dim: int) -> None:
         super().__init__()
@@ -151,6 +155,9 @@ class BlockMasked(nn.Module):
     def rows(self, images: Tensor, draw: Draw) -> tuple[Tensor, Tensor, Tensor]:
         """What the ViT makes of n patches of each image [B, n, D], all hidden ones among them; which they are; whether hidden."""
         prefix, patches, _ = embed(self.vit, images, draw.mask, self.mask_token)
-        x = run_blocks(self.vit, torch.cat([prefix, patches], dim=1), None, draw.keep)
-        hidden, valid = hidden_rows(draw.mask, self.masked.num_hidden(self.config))
-        return take_rows(x[:, prefix.shape[1] :], hidden), hidden, valid
+        order, valid = hidden_rows(draw.mask, patches.shape[1])
+        rows = torch.cat([prefix, take_rows(patches, order)], dim=1)
+        count, keys = self.masked.num_hidden(self.config), rows.shape[1]
+        last = Band(slice(keys - count, keys), slice(0, keys))
+        x = run_blocks(self.vit, rows, [None] * (len(self.vit.blocks) - 1) + [[last]], draw.keep)
+        return x, order[:, -count:], valid[:, -count:]

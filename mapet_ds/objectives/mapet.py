@@ -19,24 +19,23 @@ from mapet_ds.objectives import Draw, Loss, depth_uniforms, rank_quarters, token
 from mapet_ds.vit import Band, build_vit, embed, run_blocks, take_rows
 
 
-def attention_mask(num_hidden: int) -> Tensor:
-    """bool [2 t, 2 t], True = may attend: hidden content rows, then query rows, over position tokens, then hidden patches.
+def attention_mask(num_hidden: int, seen: int) -> Tensor:
+    """bool [2 t, 2 t + seen], True = may attend: t hidden content rows, then t query rows, each over t + seen consecutive keys
+    of [t position tokens | seen, the prefix and visible patches | t hidden patches].
 
-    With ranks counted from the first hidden patch: a content row reads patches up to its own rank and the positions after
-    it; a query row reads patches before its rank and the positions from it on.
+    With ranks counted from the first hidden patch: a content row reads the positions after its own rank, and patches up to
+    it; a query row the positions from its rank on, and patches before it.
     """
-    rank = torch.arange(num_hidden)
-    row, key = rank[:, None], rank[None, :]
-    content = torch.cat([key > row, key <= row], dim=1)
-    query = torch.cat([key >= row, key < row], dim=1)
-    return torch.cat([content, query])
+    rank, key = torch.arange(num_hidden), torch.arange(2 * num_hidden + seen)
+    first = torch.cat([rank + 1, rank])[:, None]
+    return (first <= key) & (key < first + num_hidden + seen)
 
 
 class MaPeT(nn.Module):
-    """Rows: [prefix, visible patches | position tokens | hidden patches | queries]; keys: all but the queries.
+    """Rows: [position tokens | prefix, visible patches | hidden patches | queries]; keys: all but the queries.
 
-    The first two groups see only each other, densely. In the last block only the queries are updated: nothing reads
-    the other rows after it.
+    So each row attends to consecutive keys, as many as there are patches and prefix tokens; the first two groups to each
+    other, densely. In the last block only the queries are updated: nothing reads the other rows after it.
     """
 
     def __init__(self, config: Config, target_dim: int) -> None:
@@ -52,12 +51,11 @@ class MaPeT(nn.Module):
 
         hidden = round(config.mapet.hidden_share * config.num_patches)
         self.num_visible = config.num_patches - hidden
-        prefix = self.vit.num_prefix_tokens + self.num_visible
-        always = torch.ones(2 * hidden, prefix, dtype=torch.bool)
-        self.register_buffer("attn_mask", torch.cat([always, attention_mask(hidden)], dim=1), persistent=False)
-        self.dense = slice(0, prefix + hidden)
-        self.keys = slice(0, prefix + 2 * hidden)
-        self.queries = slice(prefix + 2 * hidden, prefix + 3 * hidden)
+        seen = self.vit.num_prefix_tokens + self.num_visible
+        self.register_buffer("attn_mask", attention_mask(hidden, seen), persistent=False)
+        self.dense = slice(0, hidden + seen)
+        self.keys = slice(0, 2 * hidden + seen)
+        self.queries = slice(2 * hidden + seen, 3 * hidden + seen)
 
     def draw(self, step: int, first_slot: int, slots: int) -> Draw:
         """A uniform permutation per slot; hidden are the ranks from num_visible on."""
@@ -82,8 +80,8 @@ class MaPeT(nn.Module):
         hidden = by_rank[:, self.num_visible :]
         patches = take_rows(patches, by_rank)
         masks = self.mask_token + take_rows(positions.expand_as(patches), hidden)
-        rows = [prefix, patches[:, : self.num_visible], masks, patches[:, self.num_visible :], masks]
-        x = run_blocks(self.vit, torch.cat(rows, dim=1), self._bands(), draw.keep)
+        rows = torch.cat([masks, prefix, patches, masks], dim=1)
+        x = run_blocks(self.vit, rows, self._bands(), draw.keep)
         target = target.gather(1, hidden)
         losses, predicted = token_losses(self.head, x, target)
         loss = losses.mean(dim=1).mean()

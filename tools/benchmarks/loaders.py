@@ -95,7 +95,8 @@ def measure_loader(arguments: argparse.Namespace) -> Figures:
         index = open_index(arguments.data, Path(cache) / "index")
         if not Path(index.path(0)).is_file():
             raise DataError(f"--data {arguments.data} holds shards: the readers compared with need image files.")
-        readers = {"ours": ours, "dali": dali, "torchvision": torchvision}
+        others = {"dali": dali, "torchvision": torchvision}
+        readers = {"ours": ours} | {name: others[name] for name in arguments.against or others}
         one, two = (
             race(arguments, {name: partial(reader, index, views, config, device) for name, reader in readers.items()})
             for views in ([student], [student, TEACHER_VIEW])

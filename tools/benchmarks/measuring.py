@@ -59,6 +59,18 @@ def ceiling(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * side**3 / min(timed(device, torch.mm, a, b)[0] for _ in range(5)) / 1e12
 
 
+def bandwidth(device: torch.device) -> float:
+    """Bytes/s, read and written, of the fastest of five copies that no cache holds: 1 GiB on a GPU, 256 MiB on a CPU."""
+    source = torch.ones(2**30 if device.type == "cuda" else 2**28, dtype=torch.uint8, device=device)
+    copy = torch.empty_like(source).copy_(source)
+    return 2 * len(source) / min(timed(device, copy.copy_, source)[0] for _ in range(5))
+
+
+def repeatedly(work: Callable[[], Any], times: int) -> None:
+    for _ in range(times):
+        work()
+
+
 def counted_flops(work: Callable[[], Any]) -> int:
     """Floating-point operations of the matrix products and convolutions in it, those of attention whatever its mask."""
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # other kernels have no formula on a CPU

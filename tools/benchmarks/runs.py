@@ -8,15 +8,17 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from benchmarks.measuring import Figures, ceiling, circumstances, counted_flops, ratio, settings, summary, timed
+from benchmarks.measuring import Figures, ceiling, circumstances, counted_flops, ratio, repeatedly, settings, summary, timed
+from benchmarks.roofline import GRADIENTS, Parts, breakdown, flops_by_part, show
 
 from mapet_ds.checks import load_deepspeed_config
 from mapet_ds.config import ConfigError
+from mapet_ds.cost import student as student_costs
 from mapet_ds.engine import gather_state
 from mapet_ds.launch import init_distributed
 from mapet_ds.objectives import build_objective
@@ -52,13 +54,9 @@ def flops_per_image(run: Run, target: torch.Tensor, batch: Any) -> dict[str, flo
     return {"student": of_student, "target": counted_flops(lambda: run.target(batch)) / len(batch.index)}
 
 
-def repeatedly(part: Callable[[], Any], times: int) -> None:
-    for _ in range(times):
-        part()
-
-
 def measure_train(arguments: argparse.Namespace) -> Figures | None:
-    """A training step, and its parts alone: what they would take back to back, and how much of it the step hides."""
+    """A training step, its parts alone (what they would take back to back, and how much of it the step hides), and where in
+    the student's modules its time goes."""
     with open_run(arguments) as run:
         ranks, engine = run.ranks, run.engine
         batch = next(run.loader).to(ranks.device)
@@ -82,28 +80,55 @@ def measure_train(arguments: argparse.Namespace) -> Figures | None:
                 if repeat:  # the first round is a warm-up
                     seconds[name].append(spent)
             waits.append(run.metrics.log(run.step, {})["data_wait_percent"])
-        return train_figures(arguments, run, seconds, waits[1:], flops_per_image(run, target, batch))
+        flops = flops_per_image(run, target, batch)
+        dtype = torch.bfloat16 if run.identity["engine.bf16"] else torch.float32
+        peak = ceiling(ranks.device, dtype)
+        figures = train_figures(arguments, run, seconds, waits[1:], flops, peak)
+        where = train_breakdown(arguments, run, flops["target"], peak)
+        if figures is None:
+            return None
+        show(where, 1e12 * peak, arguments.plot)
+        return figures | {"dtype": str(dtype), "breakdown": where}
+
+
+def train_breakdown(arguments: argparse.Namespace, run: Run, target_flops: float, peak: float) -> Figures:
+    """Of a step's parts one after the other; this rank's. Every rank must call it."""
+    device, engine, config = run.ranks.device, run.engine, run.config
+
+    def step(parts: Parts) -> None:
+        with parts("data"):
+            batch = next(run.loader).to(device)
+        with parts("target"):
+            target = run.target(batch)
+        loss = engine(batch.images, target, engine.module.draw(0, 0, len(batch.index)).to(device)).loss
+        with parts(GRADIENTS):
+            engine.backward(loss)
+        with parts("optimizer"):
+            engine.step()
+
+    flops = {name: arguments.batch_size * count for name, count in ({"target": target_flops} | flops_by_part(config)).items()}
+    return breakdown(engine.module, step, flops, 1e12 * peak, device, arguments.steps, count_bytes=not config.train.compile)
 
 
 def train_figures(
-    arguments: argparse.Namespace, run: Run, seconds: dict[str, list[float]], waits: list[float], flops: dict[str, float]
+    arguments: argparse.Namespace, run: Run, seconds: dict[str, list[float]], waits: list[float], flops: dict[str, float],
+    peak: float,
 ) -> Figures | None:
     """On rank 0, with seconds a step by part; None elsewhere."""
     ranks, config = run.ranks, run.config
-    dtype = torch.bfloat16 if run.identity["engine.bf16"] else torch.float32
-    peak = ceiling(ranks.device, dtype)
     speed = {name: [arguments.batch_size / each for each in values] for name, values in seconds.items()}
     flops["train"] = flops["student"] + flops["target"]
     parts = [target + student for target, student in zip(seconds["target"], seconds["student"], strict=True)]
     if ranks.rank:
         return None
     figures = circumstances(config, arguments) | {
-        "objective": config.objective, "ranks": ranks.world_size, "dtype": str(dtype),
+        "objective": config.objective, "ranks": ranks.world_size,
         "images_per_second": {name: summary([ranks.world_size * each for each in values]) for name, values in speed.items()},
         "target_and_student_over_train": ratio(parts, seconds["train"]),
         "data_wait_percent": summary(waits),
         "gflop_per_image": {name: count / 1e9 for name, count in flops.items()},
         "ceiling_tflops": peak,
+        "mfu": summary([(student_costs(config).minimum + flops["target"]) * each / 1e12 / peak for each in speed["train"]]),
         "share_of_ceiling": {name: summary([flops[name] * each / 1e12 / peak for each in speed[name]]) for name in flops},
     }  # fmt: skip
     if ranks.device.type == "cuda":

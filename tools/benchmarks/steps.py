@@ -1,4 +1,4 @@
-"""One step of MaPeT: sorted by rank against as published."""
+"""One step of the recipe's objective: where its time goes; MaPeT's, sorted by rank, against as published."""
 
 from __future__ import annotations
 
@@ -7,94 +7,140 @@ import multiprocessing
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
-from benchmarks.measuring import Figures, circumstances, device_of, ratio, settings, summary, timed
+import torch.nn.functional as F
+from benchmarks.measuring import Figures, ceiling, circumstances, device_of, ratio, settings, summary, timed
+from benchmarks.roofline import Parts, breakdown, flops_by_part, show
 from torch import Tensor
 
 from mapet_ds.config import REPOSITORY, Config, ConfigError
+from mapet_ds.cost import student, target_dim
+from mapet_ds.objectives import build_objective
 
 
-def build_step(config: Config, device: torch.device, dtype: str) -> tuple[dict[str, Any], Callable[[], Any]]:
-    """Forward and backward of MaPeT by name, on one batch and the same weights, and what makes the dense one's masks."""
-    # The dense twin is the tests' reference too, and no part of the package.
-    sys.path.insert(0, str(REPOSITORY / "tests"))
-    try:
-        from reference import DenseMaPeT
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"`step` compares with tests/reference.py, but {REPOSITORY}/tests has none.") from error
-    from mapet_ds.objectives import build_objective
+class Steps:
+    """Forward and backward of an objective on one batch of noise, and of its dense twin on the same weights."""
 
-    model = build_objective(config, config.tokenizer.vocab_size).to(device)
-    twin, batch = DenseMaPeT(model), config.train.micro_batch_size
-    generator = torch.Generator().manual_seed(config.seed)
-    images = torch.randn(batch, 3, config.model.img_size, config.model.img_size, generator=generator).to(device)
-    ids = torch.randint(config.tokenizer.vocab_size, (batch, config.num_patches), generator=generator).to(device)
-    on_cpu = model.draw(0, 0, batch)
-    draw = on_cpu.to(device)
+    def __init__(self, config: Config, device: torch.device, dtype: str) -> None:
+        self.device, self.dtype, batch = device, dtype, config.train.micro_batch_size
+        self.model = build_objective(config, target_dim(config)).to(device)
+        generator = torch.Generator().manual_seed(config.seed)
+        images = torch.randn(batch, 3, config.model.img_size, config.model.img_size, generator=generator)
+        if config.method.predicts_ids:
+            target = torch.randint(config.tokenizer.vocab_size, (batch, config.num_patches), generator=generator)
+        else:
+            target = F.normalize(torch.randn(batch, config.num_patches, target_dim(config), generator=generator), dim=-1)
+        self.draw = self.model.draw(0, 0, batch)
+        self.batch = images.to(device), target.to(device), self.draw.to(device)
 
-    def masks() -> tuple[Tensor, ...]:
-        return tuple(mask.to(device) for mask in twin.masks(on_cpu.order, model.num_visible))
+    def add_twin(self) -> None:
+        """The twin is the tests' reference too, and no part of the package."""
+        sys.path.insert(0, str(REPOSITORY / "tests"))
+        try:
+            from reference import DenseMaPeT
+        except ModuleNotFoundError as error:
+            raise ConfigError(f"`step` compares with tests/reference.py, but {REPOSITORY}/tests has none.") from error
+        self.twin = DenseMaPeT(self.model)
+        self.ready = self.masks()
 
-    def run(loss: Callable[[], Tensor]) -> float:
-        model.zero_grad(set_to_none=True)
-        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16"):
+    def masks(self) -> tuple[Tensor, ...]:
+        """What the twin needs beside the batch."""
+        return tuple(mask.to(self.device) for mask in self.twin.masks(self.draw.order, self.model.num_visible))
+
+    def step(self) -> float:
+        return self._run(lambda: self.model(*self.batch).loss)
+
+    def dense(self) -> float:
+        images, ids, draw = self.batch
+        return self._run(lambda: self.twin(images, ids, draw.order, self.ready))
+
+    def _run(self, loss: Callable[[], Tensor]) -> float:
+        self.model.zero_grad(set_to_none=True)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == "bf16"):
             value = loss()
         value.backward()
         return value.item()
 
-    ready = masks()
-    sorted_step = partial(run, lambda: model(images, ids, draw).loss)
-    return {"sorted": sorted_step, "dense": partial(run, lambda: twin(images, ids, draw.order, ready))}, masks
+    def breakdown(self, config: Config, peak: float, repeats: int) -> Figures:
+        """Of a step and AdamW's update."""
+        optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.0, fused=self.device.type == "cuda")
+
+        def step(parts: Parts) -> None:
+            self.step()
+            with parts("optimizer"):
+                optimizer.step()
+
+        flops = {name: len(self.batch[0]) * count for name, count in flops_by_part(config).items()}
+        return breakdown(self.model, step, flops, peak, self.device, repeats)
 
 
 def peak_memory(name: str, config: Config, device: torch.device, dtype: str, threads: int) -> int:
     """Bytes that one step needs at its peak over what lies in memory before it. On a CPU: in a process of its own."""
     torch.set_num_threads(threads)
-    steps, _ = build_step(config, device, dtype)
+    steps = Steps(config, device, dtype)
+    if name == "dense":
+        steps.add_twin()
+    step = getattr(steps, name)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        steps[name]()
+        step()
         return torch.cuda.max_memory_allocated() - before
     # Not getrusage, whose maximum begins at the parent's. Writing 5 sets VmHWM, the peak, back to what is used now.
     Path("/proc/self/clear_refs").write_text("5")
     before = psutil.Process().memory_info().rss
-    steps[name]()
+    step()
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(status["VmHWM"].split()[0]) * 1024 - before
 
 
 def measure_step(arguments: argparse.Namespace) -> Figures:
     device, threads = device_of(arguments.device), arguments.threads
-    config = settings(arguments, f"model.name={arguments.model}", "model.drop_path=0", "objective=mapet")
-    figures = circumstances(config, arguments) | {"vocab_size": config.tokenizer.vocab_size}
+    config = settings(arguments, f"model.name={arguments.model}", "model.drop_path=0", "train.compile=false")
+    if arguments.against == "dense" and config.objective != "mapet":
+        raise ConfigError(f"The dense twin is MaPeT's, and objective = {config.objective}: add --against none.")
+    names = ["step"] if arguments.against == "none" else ["step", "dense"]
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as child:
         shared = (config, device, arguments.dtype, threads)
-        sorted_peak, dense_peak = (child.submit(peak_memory, name, *shared).result() for name in ("sorted", "dense"))
+        peaks = {name: child.submit(peak_memory, name, *shared).result() for name in names}
     torch.set_num_threads(threads)
-    steps, masks = build_step(config, device, arguments.dtype)
-    losses = {name: step() for name, step in steps.items()}
-    wall, cpu = ({name: [] for name in (*steps, "masks")} for _ in range(2))
+    steps = Steps(config, device, arguments.dtype)
+    if "dense" in names:
+        steps.add_twin()
+    losses = {name: getattr(steps, name)() for name in names}
+    works = {name: getattr(steps, name) for name in (names if arguments.against == "none" else [*names, "masks"])}
+    wall, cpu = ({name: [] for name in works} for _ in range(2))
     for _ in range(arguments.repeats):
-        for name, work in {**steps, "masks": masks}.items():
+        for name, work in works.items():
             seconds, cpu_used, _ = timed(device, work)
             wall[name].append(seconds)
             cpu[name].append(cpu_used)
-    whole = [step + mask for step, mask in zip(wall["dense"], wall["masks"])]
-    return figures | {
+    peak = ceiling(device, torch.bfloat16 if arguments.dtype == "bf16" else torch.float32)
+    useful = student(config).minimum * arguments.batch_size / 1e12 / peak
+    figures = circumstances(config, arguments) | {
+        "objective": config.objective, "vocab_size": config.tokenizer.vocab_size, "ceiling_tflops": peak,
         "seconds": {name: summary(values) for name, values in wall.items()},
         "cpu_seconds": {name: summary(values) for name, values in cpu.items()},
-        "dense_over_sorted": ratio(wall["dense"], wall["sorted"]),
-        "dense_with_masks_over_sorted": ratio(whole, wall["sorted"]),
-        "cpu_dense_over_sorted": ratio(cpu["dense"], cpu["sorted"]),
-        "peak_bytes": {"sorted": sorted_peak, "dense": dense_peak},
-        "peak_dense_over_sorted": dense_peak / sorted_peak,
-        "loss": losses,
-        "loss_relative_difference": abs(losses["dense"] - losses["sorted"]) / abs(losses["sorted"]),
-    }
+        "mfu": summary([useful / each for each in wall["step"]]),
+        "peak_bytes": peaks, "loss": losses,
+    }  # fmt: skip
+    if "dense" in names:
+        figures |= compare(wall, cpu, peaks, losses)
+    figures["breakdown"] = steps.breakdown(config, 1e12 * peak, arguments.repeats)
+    show(figures["breakdown"], 1e12 * peak, arguments.plot)
+    return figures
 
+
+def compare(wall: dict[str, list[float]], cpu: dict[str, list[float]], peaks: Figures, losses: Figures) -> Figures:
+    """MaPeT's dense twin over the step as it is."""
+    whole = [step + mask for step, mask in zip(wall["dense"], wall["masks"])]
+    return {
+        "dense_over_step": ratio(wall["dense"], wall["step"]),
+        "dense_with_masks_over_step": ratio(whole, wall["step"]),
+        "cpu_dense_over_step": ratio(cpu["dense"], cpu["step"]),
+        "peak_dense_over_step": peaks["dense"] / peaks["step"],
+        "loss_relative_difference": abs(losses["dense"] - losses["step"]) / abs(losses["step"]),
+    }

@@ -4,38 +4,48 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import tempfile
 from functools import partial
 from pathlib import Path
 
 import torch
-from benchmarks.measuring import Figures, ceiling, circumstances, counted_flops, device_of, settings, summary, timed
+from benchmarks.measuring import Figures, ceiling, circumstances, counted_flops, device_of, ratio, settings, summary, timed
 
 from mapet_ds.data import Loader, View
 from mapet_ds.index import open_index
+from mapet_ds.launch import init_distributed
 from mapet_ds.teacher import build_teacher, teacher_mean_std
 from mapet_ds.tokenizer import Codebook
 
 
-def measure_teacher(arguments: argparse.Namespace) -> Figures:
+def measure_teacher(arguments: argparse.Namespace) -> Figures | None:
     """The recipe's teacher on noise, in fp32, and on a GPU in bf16 too: a CPU without bf16 takes minutes for a product."""
-    device, figures = device_of(arguments.device), {}
+    device, ranks, figures = device_of(arguments.device), init_distributed(), {}
+    device = ranks.device if device.type == "cuda" else device
     torch.set_num_threads(arguments.threads)
     for precision in ("fp32", "bf16") if device.type == "cuda" else ("fp32",):
         config = settings(arguments, f"teacher.precision={precision}")
-        teacher = build_teacher(config.teacher, device)
+        shards = [config.teacher.shard, *(["none"] if arguments.against else [])]
+        teachers = [build_teacher(dataclasses.replace(config.teacher, shard=shard), device) for shard in shards]
         images = torch.randn(arguments.batch_size, 3, config.teacher.img_size, config.teacher.img_size, device=device)
-        figures["gflop_per_image"] = counted_flops(partial(teacher, images[:1])) / 1e9
-        peak = ceiling(device, teacher.dtype)
-        teacher(images)
-        seconds = [timed(device, teacher, images)[0] for _ in range(arguments.repeats)]
-        speed = [len(images) / each for each in seconds]
+        figures["gflop_per_image"] = counted_flops(partial(teachers[-1], images[:1])) / 1e9
+        peak = ceiling(device, teachers[0].dtype)
+        speeds: list[list[float]] = [[] for _ in teachers]
+        for _ in range(arguments.repeats + 1):
+            for teacher, speed in zip(teachers, speeds):
+                speed.append(len(images) / timed(device, teacher, images)[0])
+        speeds = [speed[1:] for speed in speeds]  # the first is a warm-up
         figures[precision] = {
-            "images_per_second": summary(speed), "ceiling_tflops": peak, "local_mib": teacher.local_bytes / 2**20,
-            "share_of_ceiling": summary([figures["gflop_per_image"] * each / 1e3 / peak for each in speed]),
+            "images_per_second": summary(speeds[0]), "ceiling_tflops": peak, "local_mib": teachers[0].local_bytes / 2**20,
+            "share_of_ceiling": summary([figures["gflop_per_image"] * each / 1e3 / peak for each in speeds[0]]),
         }  # fmt: skip
-    return circumstances(config, arguments) | {"teacher": config.teacher.name} | figures
+        if arguments.against:
+            whole = {"images_per_second": summary(speeds[1]), "local_mib": teachers[1].local_bytes / 2**20}
+            figures[precision] |= {"unsharded": whole, "speed_over_unsharded": ratio(speeds[0], speeds[1])}
+    about = {"teacher": config.teacher.name, "ranks": ranks.world_size}
+    return None if ranks.rank else circumstances(config, arguments) | about | figures
 
 
 def measure_assign(arguments: argparse.Namespace) -> Figures:
