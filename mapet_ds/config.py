@@ -221,7 +221,7 @@ class LogConfig:
 
 @knobs
 class EvaluateConfig:
-    """k-NN and a linear probe of the frozen features while pre-training runs. Nothing that is trained sees these images."""
+    """k-NN and a linear probe of the features while pre-training runs, which learns nothing from them."""
 
     train: str = ""
     """Folder of class folders, or of tar shards with `.cls`, to learn from; empty: no evaluation. May be data.train."""

@@ -22,6 +22,9 @@ from mapet_ds.probe import K, features, knn, linear_sgd, unit_length
 from mapet_ds.vit import build_vit
 from mapet_ds.watchdog import PROBING
 
+LEARNING_RATES = (0.003, 0.01, 0.03, 0.1, 0.3)
+"""Of the linear probe. With higher ones SGD amplifies rounding, and the figure would depend on the ranks (docs/log.md)."""
+
 
 class OnlineProbe:
     """k-NN and linear accuracy on evaluate.train and evaluate.val. Every rank must build one and call it.
@@ -71,7 +74,7 @@ class OnlineProbe:
             figures["knn_accuracy_percent"] = knn(
                 unit_length(train), train_labels, unit_length(val), val_labels, on_gpus=False  # they are full of training
             )  # fmt: skip
-            found = linear_sgd(*sets, batch_norm=True, seed=self.config.seed, device=self.ranks.device)
+            found = linear_sgd(*sets, LEARNING_RATES, batch_norm=True, seed=self.config.seed, device=self.ranks.device)
             figures["linear_accuracy_percent"] = found.accuracy
         dist.barrier(self.ranks.control)
         doing("going on after an evaluation")

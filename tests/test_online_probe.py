@@ -18,7 +18,7 @@ from mapet_ds.config import ConfigError
 from mapet_ds.export import export_timm
 from mapet_ds.index import DataError, Selection, open_index
 from mapet_ds.launch import Ranks
-from mapet_ds.online_probe import OnlineProbe
+from mapet_ds.online_probe import LEARNING_RATES, OnlineProbe
 from mapet_ds.probe import features, knn, labelled_folders, linear_sgd, load_timm, unit_length
 from mapet_ds.recipe import load_config
 
@@ -137,7 +137,7 @@ def figures_of(exported, recipe, tmp_path):
     for folder in labelled_folders(tmp_path / "train", tmp_path / "val", model):
         sets += features(model, DataLoader(folder, 7), torch.device("cpu"))
     neighbours = knn(unit_length(sets[0]), sets[1], unit_length(sets[2]), sets[3])
-    return neighbours, linear_sgd(*sets, batch_norm=True).accuracy
+    return neighbours, linear_sgd(*sets, LEARNING_RATES, batch_norm=True).accuracy
 
 
 def test_it_is_the_exported_momentum_teacher_that_is_evaluated(recipe, tmp_path):
