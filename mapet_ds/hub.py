@@ -77,7 +77,7 @@ def _provenance(run: dict[str, Any], config: Config) -> dict[str, Any]:
         rows["tokenizer"] = f"{config.tokenizer.name}, {config.tokenizer.vocab_size} ids"
         rows["sha256 of the codebook"] = identity.get("target.codebook") or identity.get("target.sha256")
     rows["sha256 of the checkpoint"] = run["files"]["model.safetensors"]
-    rows["versions"] = ", ".join(f"{name} {version}" for name, version in run.get("versions", {}).items())
+    rows["versions"] = ", ".join(f"{name} {version}" for name, version in sorted(run.get("versions", {}).items()))
     return {name: value for name, value in rows.items() if value not in (None, "")}
 
 

@@ -29,9 +29,12 @@ def run_graph(path, images):
     return dict(zip(names, map(torch.from_numpy, session.run(names, {"images": images.numpy()}))))
 
 
-@pytest.mark.parametrize(("classes", "fp16"), [(0, False), (5, False), (5, True)])
-def test_the_graph_is_the_model(tmp_path, tool, classes, fp16):
-    write_source(tmp_path / "timm", num_classes=classes, init_values=0.5, **({"global_pool": "avg"} if classes else {}))
+@pytest.mark.parametrize(
+    ("name", "classes", "fp16"),
+    [("vit_tiny_patch16_224", 0, False), ("vit_tiny_patch16_224", 5, True), ("beit_base_patch16_224", 5, False)],
+)
+def test_the_graph_is_the_model(tmp_path, tool, name, classes, fp16):
+    write_source(tmp_path / "timm", name=name, num_classes=classes, init_values=0.5, global_pool="avg" if classes else "token")
     found = tool["export_onnx"](tmp_path / "timm", tmp_path / "deep" / "vit.onnx", fp16)
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["vit.onnx"]
     model = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True).eval()

@@ -55,7 +55,8 @@ def read_model(folder: Path) -> nn.Module:
     if lacking := [name for name in ("config.json", "model.safetensors") if not (folder / name).is_file()]:
         raise ConfigError(f"{folder} is no timm model: it lacks {' and '.join(lacking)}. tools/export_timm.py RUN OUT writes one.")
     try:
-        return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+        # exportable: attention as its products, for torch 2.14's exporter fails at the fused one of a BEiT
+        return timm.create_model(f"local-dir:{folder}", pretrained=True, exportable=True).eval()
     except UNREADABLE as error:
         raise ConfigError(f"timm can't build {folder}: {type(error).__name__} {error}") from error
 
@@ -116,6 +117,10 @@ def main() -> int:
         found = export_onnx(arguments.folder, arguments.out, arguments.fp16)
     except ConfigError as error:
         print(error, file=sys.stderr)
+        return 2
+    except torch.onnx.OnnxExporterError as error:
+        says = str(error.__cause__ or error).partition("\n")[0]
+        print(f"Nothing was written: PyTorch's exporter can't turn {arguments.folder} into ONNX: {says}", file=sys.stderr)
         return 2
     except OSError as error:
         print(f"Nothing was written: {arguments.out} can't be: {error}.", file=sys.stderr)
