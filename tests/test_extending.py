@@ -53,8 +53,7 @@ def apply(diff, root):
 def test_an_objective_is_a_file_and_three_lines(recipe, tmp_path):
     for folder in ("mapet_ds", "ds_configs"):
         shutil.copytree(REPOSITORY / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    name = "mapet_ds/objectives/pixels.py"
-    (tmp_path / name).write_text(FILES[name])
+    (tmp_path / "mapet_ds/objectives/pixels.py").write_text(FILES["objectives/pixels.py"])
     apply(next(code for language, code in BLOCKS if language == "diff"), tmp_path)
     end = run(tmp_path, recipe, "objective=pixels", "pixels.hidden_share=0.4")
     assert end.load("model")["head.weight"].shape == (3 * 8**2, 32)
