@@ -56,8 +56,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         made.add_argument("--batches", type=int, default=16, help="timed, a multiple of --threads: workers come in turns")
         made.add_argument("--repeats", type=int, default=5)
     index = command("index", measure_index, 128, help="an index of many images: time, memory, order")
-    index.add_argument("--images", type=int, default=20_000_000)
-    index.add_argument("--scratch", metavar="DIR", help="where 70 bytes an image are written and deleted; default: TMPDIR")
+    index.add_argument("--images", type=int, default=20_000_000, help="65 bytes each are written to $TMPDIR, and deleted")
     index.add_argument("--repeats", type=int, default=20, help="of the order's figures")
     step = command("step", measure_step, 8, help="one step of MaPeT, sorted by rank and as published")
     step.add_argument("--model", default="vit_base_patch16_224", help="timm model name")
@@ -88,7 +87,7 @@ def main() -> int:
     try:
         if figures := arguments.measure(arguments):
             print(json.dumps(figures))
-    except (ConfigError, DataError) as error:
+    except (ConfigError, DataError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
     return 0
