@@ -59,8 +59,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         made.add_argument("--repeats", type=int, default=5)
     loader.add_argument("--against", action="append", choices=["dali", "torchvision"], help="both, if it is not given")
     index = command("index", measure_index, 128, help="an index of many images: time, memory, order")
-    index.add_argument("--images", type=int, default=20_000_000)
-    index.add_argument("--scratch", metavar="DIR", help="where 70 bytes an image are written and deleted; default: TMPDIR")
+    index.add_argument("--images", type=int, default=20_000_000, help="65 bytes each are written to $TMPDIR, and deleted")
     index.add_argument("--repeats", type=int, default=20, help="of the order's figures")
     step = command("step", measure_step, 8, help="one step of the recipe's objective, by part; MaPeT's as published, too")
     step.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"], help="bf16: autocast")
@@ -99,7 +98,7 @@ def main() -> int:
     try:
         if figures := arguments.measure(arguments):
             print(json.dumps(figures))
-    except (ConfigError, DataError) as error:
+    except (ConfigError, DataError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
     return 0
