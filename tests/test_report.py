@@ -24,7 +24,6 @@ from mapet_ds.objectives import OBJECTIVES, build_objective
 from mapet_ds.recipe import load_config
 from mapet_ds.targets import build_target
 from mapet_ds.tokenizer import Codebook
-from mapet_ds.vit import build_vit
 from tools import report as program
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
