@@ -75,13 +75,16 @@ def identity(config: RunConfig, data: str, target: dict[str, Any]) -> dict[str, 
     return kept | flatten({"data": {"fingerprint": data}, "target": target})
 
 
-def check_identity(checkpoint: Checkpoint, now: dict[str, Any]) -> None:
+def check_identity(checkpoint: Checkpoint, now: dict[str, Any], defaults: dict[str, Any]) -> None:
     """Refuse to continue another run.
+
+    defaults: of every knob. One that is newer than the checkpoint had its default: what was done before there was a choice.
 
     Raises:
         ResumeError: naming each setting that differs, with both values.
     """
-    now, then = json.loads(json.dumps(now)), checkpoint.run["identity"]
+    now = json.loads(json.dumps(now))
+    then = {k: v for k, v in defaults.items() if k in now} | checkpoint.run["identity"]
     differing = [k for k in sorted(now.keys() | then.keys()) if now.get(k) != then.get(k)]
     if differing:
         explained = {"data.fingerprint": " (names and lengths of what data.train holds)"}

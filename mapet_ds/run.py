@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from mapet_ds import checkpoint
-from mapet_ds.config import REPOSITORY, ConfigError, RunConfig, total_steps
+from mapet_ds.config import REPOSITORY, ConfigError, RunConfig, flatten, total_steps
 from mapet_ds.data import Loader, open_shared_index
 from mapet_ds.draws import first_slot
 from mapet_ds.engine import (
@@ -174,7 +174,7 @@ class Run:
         """Continue from a checkpoint, if there is one: all ranks load it."""
         if found is None:
             return
-        checkpoint.check_identity(found, self.identity)
+        checkpoint.check_identity(found, self.identity, flatten(type(self.config)().to_dict()))
         self.step, self.skipped = found.run["step"], found.run["skipped"]
         self.saved = self.step
         scatter_state(self.engine, found.load("model"), found.load("optimizer"), self.step - len(self.skipped))

@@ -8,7 +8,9 @@ import torch
 
 from mapet_ds import checkpoint
 from mapet_ds.checkpoint import ResumeError
-from mapet_ds.config import Config, DataConfig
+from mapet_ds.config import Config, DataConfig, flatten
+
+DEFAULTS = flatten(Config().to_dict())
 
 
 def write(run_dir, step, keep=3):
@@ -99,6 +101,15 @@ def identity(**changes):
     return checkpoint.identity(config, changes.get("data", "abc"), {"codebook": changes.get("codebook", "123")})
 
 
+def test_a_knob_that_is_newer_than_the_checkpoint_had_its_default(tmp_path):
+    then = identity()
+    del then["data.shuffle_window"]
+    found = checkpoint.Checkpoint(tmp_path, {"identity": then})
+    checkpoint.check_identity(found, identity(), DEFAULTS)
+    with pytest.raises(ResumeError, match="data.shuffle_window: 0 in the checkpoint, 65536 now"):
+        checkpoint.check_identity(found, identity(shuffle_window=65_536), DEFAULTS)
+
+
 @pytest.mark.parametrize(
     ("change", "key"),
     [
@@ -109,6 +120,6 @@ def identity(**changes):
 def test_another_run_is_refused_naming_both_values(tmp_path, change, key):
     checkpoint.save(tmp_path, {"step": 1, "skipped": [], "identity": identity()}, {"model": {"w": torch.ones(1)}}, 2)
     found = checkpoint.newest(tmp_path)
-    checkpoint.check_identity(found, identity(run_dir="elsewhere"))
+    checkpoint.check_identity(found, identity(run_dir="elsewhere"), DEFAULTS)
     with pytest.raises(ResumeError, match=rf"{key}.*: .* in the checkpoint, .* now"):
-        checkpoint.check_identity(found, identity(**change))
+        checkpoint.check_identity(found, identity(**change), DEFAULTS)

@@ -14,11 +14,12 @@ from timm.models import save_for_hf
 from mapet_ds import init_from
 from mapet_ds.checkpoint import Checkpoint, ResumeError, check_identity, checksum, identity, newest
 from mapet_ds.checks import check_files
-from mapet_ds.config import Config, ConfigError, DataConfig, ModelConfig
+from mapet_ds.config import Config, ConfigError, DataConfig, ModelConfig, flatten
 from mapet_ds.init_from import begin_from
 from mapet_ds.objectives import build_objective
 from mapet_ds.vit import build_vit
 
+DEFAULTS = flatten(Config().to_dict())
 TINY = "vit_tiny_patch16_224"
 SMALL = {"depth": 2, "embed_dim": 32, "num_heads": 2}
 RUN = ModelConfig(name=TINY, img_size=32, patch_size=8, args=SMALL)
@@ -230,6 +231,6 @@ def test_a_resumed_run_must_have_begun_from_the_same(tmp_path):
 
     then = known(init_from="/a")
     with pytest.raises(ResumeError, match="model.init_from: /a in the checkpoint, None now"):
-        check_identity(Checkpoint(tmp_path, {"identity": then}), known())
+        check_identity(Checkpoint(tmp_path, {"identity": then}), known(), DEFAULTS)
     del (before := known())["model.init_from"]  # a checkpoint from before there was the setting
-    check_identity(Checkpoint(tmp_path, {"identity": before}), known())
+    check_identity(Checkpoint(tmp_path, {"identity": before}), known(), DEFAULTS)
