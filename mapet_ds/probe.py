@@ -13,13 +13,13 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
-from safetensors import SafetensorError
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torchvision.datasets import ImageFolder
 
 from mapet_ds.config import ConfigError
 from mapet_ds.index import DataError
+from mapet_ds.vqkd import UNREADABLE
 
 K = 20
 """Neighbours that vote."""
@@ -53,7 +53,7 @@ def load_timm(path: Path, architecture: str | None = None, untrained: bool = Fal
             raise ConfigError(f"--model {path}: weights alone don't tell the model; add --arch, timm's name for it.")
         checkpoint = None if untrained else path
         return timm.create_model(architecture, checkpoint_path=checkpoint, num_classes=0).eval()
-    except (RuntimeError, ValueError, SafetensorError) as error:
+    except UNREADABLE as error:
         raise ConfigError(f"timm can't load --model {path}: {' '.join(str(error).split())[:500]}") from error
 
 

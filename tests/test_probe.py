@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import pickle
 import runpy
 import subprocess
 import sys
@@ -342,6 +343,10 @@ def test_mistakes_are_sentences(run_tool, model_folder, image_folders, tmp_path)
     assert "timm can't load" in message("--arch", "vit_tiny_patch16_224", model=lone)
     lone.write_bytes(b"no weights")
     assert "timm can't load" in message("--arch", "vit_tiny_patch16_224", model=lone)
+    pickled = tmp_path / "weights.pth"
+    for content in (b"hello", b"", pickle.dumps([1, 2])):
+        pickled.write_bytes(content)
+        assert "timm can't load" in message("--arch", "vit_tiny_patch16_224", model=pickled)
 
 
 def test_the_teacher_itself_is_evaluated_by_the_same_tool(run_tool_with, image_folders, tmp_path):
