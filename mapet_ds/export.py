@@ -88,9 +88,12 @@ def timm_arguments(config: Config, layer_scale: Literal["fold", "keep"]) -> dict
 
 @contextlib.contextmanager
 def staged(out: Path) -> Iterator[Path]:
-    """A folder beside `out` to write in; its files replace those of `out` when the block ends without an error."""
+    """A folder to write in; its files replace those of `out` when the block ends without an error.
+
+    It lies in `out` where that is there, which may be a mount or all that one may write to; else beside it.
+    """
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
+    with tempfile.TemporaryDirectory(dir=out if out.is_dir() else out.parent, prefix=f".{out.name}.") as folder:
         yield Path(folder)
         out.mkdir(exist_ok=True)
         for file in sorted(Path(folder).iterdir(), reverse=True):  # weights before their description

@@ -13,7 +13,7 @@ import torch
 from mapet_ds import checkpoint, export
 from mapet_ds.checkpoint import ResumeError
 from mapet_ds.config import REPOSITORY, Config, DataConfig, ModelConfig
-from mapet_ds.export import ExportError, export_timm
+from mapet_ds.export import ExportError, export_timm, staged
 from mapet_ds.vit import build_vit
 
 TOOL = REPOSITORY / "tools" / "export_timm.py"
@@ -129,6 +129,15 @@ def test_newest_or_named_checkpoint(tmp_path):
         assert_same_features(
             vits[step], timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True), 32
         )
+
+
+def test_an_export_into_a_folder_touches_nothing_beside_it(tmp_path):
+    """It may be a mount, or in a folder that one may not write to."""
+    (tmp_path / "new").mkdir()
+    with staged(tmp_path / "new") as folder:
+        assert [path.name for path in tmp_path.iterdir()] == ["new"] and folder.is_relative_to(tmp_path / "new")
+        (folder / "a").touch()
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["a"]
 
 
 def test_refuses_where_timm_computes_something_else(tmp_path, monkeypatch):
