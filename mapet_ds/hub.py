@@ -122,6 +122,8 @@ def check_hub(repository: str) -> None:
         validate_repo_id(repository)
     except HFValidationError as error:
         raise ConfigError(f"--push_to_hub {repository}: the hub names models USER/NAME: {error}") from error
+    if "/" not in repository:
+        raise ConfigError(f"--push_to_hub {repository}: the hub names models USER/NAME; the user is missing.")
     if get_token() is None:
         raise ConfigError("--push_to_hub needs a token that may write: `hf auth login` asks for one, or set HF_TOKEN.")
 
