@@ -66,9 +66,13 @@ def read_record(folder: Path) -> Record:
     try:
         config, environment = (yaml.safe_load(text(name)) or {} for name in ("config.yaml", "environment.json"))
         lines = [json.loads(line) for line in text("metrics.jsonl").split("\n")[:-1]]
-        if not all(isinstance(part, dict) for part in (config, environment, *lines)) or any("step" not in line for line in lines):
-            raise ValueError("mappings of names to values were expected, with a step in each line of metrics.jsonl")
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        sections = [config.get(name, {}) for name in ("model", "data", "train")]
+        sections += [environment.get(name, {}) for name in ("versions", "git", "deepspeed_config")]
+        if not all(isinstance(part, dict) for part in sections):
+            raise TypeError("settings and versions were expected by name")
+        if any("step" not in line or not all(isinstance(value, int | float) for value in line.values()) for line in lines):
+            raise TypeError("numbers by name were expected, with a step in each line of metrics.jsonl")
+    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise DataError(f"The records of {folder} can't be read: {' '.join(str(error).split())}.") from error
     quarantined = [tuple((line + "\t\t").split("\t")[1:3]) for line in text("quarantine.tsv").split("\n")[1:-1]]
     return Record(folder, config, environment, lines, quarantined)

@@ -321,10 +321,17 @@ def test_mistakes_end_with_a_sentence(run, tmp_path, monkeypatch, capsys):
     assert "name a file in a folder" in capsys.readouterr().err
     damaged = tmp_path / "damaged"
     damaged.mkdir()
-    (damaged / "metrics.jsonl").write_text("{1}\n")
     monkeypatch.setattr(sys, "argv", ["report.py", str(damaged), "--out", str(tmp_path / "page.html")])
-    assert program.main() == 2
-    assert f"The records of {damaged} can't be read" in capsys.readouterr().err
+    for name, text in (
+        ("metrics.jsonl", "{1}\n"), ("metrics.jsonl", "3\n"), ("metrics.jsonl", '{"loss": 1}\n'),
+        ("metrics.jsonl", '{"step": 1, "epoch": "x"}\n'), ("config.yaml", "data: null"), ("config.yaml", "3"),
+        ("environment.json", '{"versions": ["a"]}'),
+    ):  # fmt: skip
+        (damaged / "metrics.jsonl").write_text("")
+        (damaged / name).write_text(text)
+        assert program.main() == 2
+        assert f"The records of {damaged} can't be read" in capsys.readouterr().err
+        (damaged / name).unlink()
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium on PATH")
