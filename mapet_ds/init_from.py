@@ -99,7 +99,8 @@ def begin_from(vit: VisionTransformer, config: Config) -> tuple[str, list[str]]:
     or patch size is resampled by timm. A fine-tuned source with fc_norm, which is of the mean, leaves the run's norm fresh.
 
     Raises:
-        ConfigError: it can't be had or read, or is of another architecture; nothing is loaded in part.
+        ConfigError: it can't be had or read, is of another architecture, or another file on another node; nothing is loaded in
+            part.
     """
     source, notes, size = config.model.init_from, [], (config.model.img_size, config.model.patch_size)
     tag, folder = source.removeprefix(TIMM), Path(source)
@@ -122,8 +123,11 @@ def begin_from(vit: VisionTransformer, config: Config) -> tuple[str, list[str]]:
     if differing := [name for name in given if given[name] != own[name]]:
         told = [", ".join(f"{name} {figures[name]}" for name in differing) for figures in (given, own)]
         raise ConfigError(f"model.init_from = {source} has {told[0]}; model.name = {config.model.name} has here {told[1]}.")
+    sha256, all_nodes = once_per_node(lambda: checksum(path))
+    if len(set(all_nodes)) > 1:
+        raise ConfigError(f"model.init_from = {source}: the nodes read different weights; give all of them the same file.")
     vit.load_state_dict(_adapted(state, vit, source, notes))
-    return checksum(path), notes
+    return sha256, notes
 
 
 def _adapted(state: dict[str, Tensor], vit: VisionTransformer, source: str, notes: list[str]) -> dict[str, Tensor]:

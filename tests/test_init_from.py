@@ -109,6 +109,12 @@ def test_a_fine_tuned_source_lends_all_but_its_head_and_norm(tmp_path):
         torch.testing.assert_close(vit.forward_features(images), expected, atol=2e-5, rtol=0)
 
 
+def test_every_node_must_begin_from_the_same(tmp_path, monkeypatch):
+    write_source(tmp_path / "source")
+    monkeypatch.setattr(init_from, "once_per_node", lambda work: (work(), [work(), "another"]))
+    assert "the nodes read different weights" in refused(tmp_path / "source")
+
+
 def refused(source, model=RUN):
     vit = build_vit(model)
     before = {name: tensor.clone() for name, tensor in vit.state_dict().items()}
