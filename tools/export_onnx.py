@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import os
 import sys
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from mapet_ds.config import ConfigError
+from mapet_ds.export import staged
 from mapet_ds.vqkd import UNREADABLE
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -88,9 +87,7 @@ def export_onnx(folder: Path, out: Path, fp16: bool) -> dict[str, float]:
     model = read_model(folder)
     size = model.pretrained_cfg["input_size"][-1]
     bytes_of_weights = sum(p.numel() * (2 if fp16 else 4) for p in model.parameters())
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder_beside:
-        beside = Path(folder_beside)
+    with staged(out.absolute().parent) as beside:
         graph = Graph(model.half() if fp16 else model).eval()
         torch.onnx.export(
             graph,
@@ -107,8 +104,6 @@ def export_onnx(folder: Path, out: Path, fp16: bool) -> dict[str, float]:
         if not max(found.values()) <= TOLERANCE[fp16]:
             told = ", ".join(f"{name} {difference:.3g}" for name, difference in found.items())
             raise ConfigError(f"Nothing was written: onnxruntime's outputs differ from PyTorch's by {told}.")
-        for file in beside.iterdir():
-            os.replace(file, out.parent / file.name)
     return found
 
 
