@@ -122,7 +122,10 @@ def test_the_command_pushes_the_export(run, tmp_path, monkeypatch, capsys):
 
 def test_without_a_token_or_with_a_wrong_name_nothing_is_done(run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(hub, "get_token", lambda: None)
-    for name, says in (("me/vit", "needs a token that may write: `hf auth login`"), ("a/b/c", "the hub names models USER/NAME"), ("vit", "the user is missing")):
+    for name, says in (
+        ("me/vit", "needs a token that may write: `hf auth login`"), ("a/b/c", "the hub names models USER/NAME"),
+        ("vit", "the user is missing"),
+    ):  # fmt: skip
         code, _, error = push(run, tmp_path / "out", monkeypatch, capsys, name)
         assert code == 2 and says in error and len(error.splitlines()) == 1
     assert not (tmp_path / "out").exists()
