@@ -15,7 +15,7 @@ objective:
 	@test -f mapet_ds/objectives/$(OBJECTIVE).py || { echo "OBJECTIVE=$(OBJECTIVE) is none of mapet beit mvp saim conmim."; exit 2; }
 
 test: .venv/installed
-	.venv/bin/python -m pytest --numprocesses 2 --dist loadfile
+	.venv/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 drill: .venv/installed
 	.venv/bin/python -m pytest -m drill -v

@@ -76,9 +76,9 @@ def test_killed_and_started_again_is_the_same_run(recipe, straight):
 
 
 def test_other_numbers_of_ranks_see_the_same_samples(recipe, straight):
-    """2 -> 1 -> 4 -> 2 ranks, ZeRO-2 -> 3 -> 1 -> 2, other micro-batches, past an epoch's end (step 5.6)."""
+    """2 -> 1 -> 4 ranks, ZeRO-2 -> 3 -> 1, other micro-batches, past an epoch's end (step 5.6); the drill has longer ways."""
     run_dir = recipe.parent / "elastic"
-    for ranks, micro, stage, last in ((2, 4, 2, 3), (1, 4, 3, 6), (4, 1, 1, 9), (2, 2, 2, 12)):
+    for ranks, micro, stage, last in ((2, 4, 2, 3), (1, 4, 3, 8), (4, 1, 1, 12)):
         done = pretrain(
             recipe, ranks, f"run_dir={run_dir}", f"train.micro_batch_size={micro}", f"train.stop_at_step={last}",
             engine=f"ds_configs/zero{stage}_cpu.json",
