@@ -5,13 +5,18 @@ deepspeed, torchrun and plain python all end up here; everything is read from th
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import re
 import signal
+import socket
+import sys
+import time
 from datetime import timedelta
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import psutil
 import torch
@@ -99,6 +104,38 @@ def init_distributed(join_seconds: float = 600) -> Ranks:
         backend, store=store, rank=rank, world_size=world_size, timeout=STEP_TIMEOUT, device_id=device_id
     )  # fmt: skip
     return Ranks(rank, local_rank, world_size, device, dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT))
+
+
+def claim(run_dir: Path, seconds: float = 60) -> IO[bytes]:
+    """A lock on a run's folder, for as long as the file that it gives is open. For rank 0.
+
+    One that is held is waited for: a run that was killed or asked to stop ends within a minute. Where the file system has no
+    locks, none is taken.
+
+    Raises:
+        ConfigError: another process still holds it.
+    """
+    file = (run_dir / ".lock").open("ab+", buffering=0)
+    deadline, told = time.monotonic() + seconds, False
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            says = f"run_dir = {run_dir} is in use by {file.read().decode(errors='replace') or 'another run'}"
+            if time.monotonic() >= deadline:
+                raise ConfigError(f"{says}: end that run (touch {run_dir}/STOP), or name another run_dir.") from None
+            if not told:
+                print(f"{says}; its end is waited for, up to {seconds:.0f} s.", file=sys.stderr, flush=True)
+            told = True
+            time.sleep(1)
+        except OSError:  # no locks on this file system
+            return file
+        else:
+            with contextlib.suppress(OSError):  # a full disk: the lock holds without a name
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+            return file
 
 
 def launchers() -> list[psutil.Process]:

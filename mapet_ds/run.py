@@ -36,7 +36,7 @@ from mapet_ds.engine import (
 )
 from mapet_ds.index import DataError
 from mapet_ds.init_from import begin_from
-from mapet_ds.launch import Ranks, StopRequest
+from mapet_ds.launch import Ranks, StopRequest, claim
 from mapet_ds.metrics import Metrics
 from mapet_ds.objectives import Loss, Objective, build_objective
 from mapet_ds.online_probe import OnlineProbe
@@ -149,6 +149,7 @@ class Run:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 (self.folder / ".writable").touch()
                 (self.folder / ".writable").unlink()
+                self.lock = claim(self.folder)
             except OSError as error:
                 raise ConfigError(f"run_dir = {self.folder} can't be written: {error}.") from error
         dist.barrier(self.ranks.control)

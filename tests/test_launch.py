@@ -15,8 +15,16 @@ from line import ENVIRONMENT, command, free_port, start
 
 from mapet_ds.checks import check_hostfile
 from mapet_ds.config import REPOSITORY, ConfigError
-from mapet_ds.launch import init_distributed
+from mapet_ds.launch import claim, init_distributed
 
+HOLD = """
+import sys, time
+from pathlib import Path
+from mapet_ds.launch import claim
+lock = claim(Path(sys.argv[1]))
+print("held", flush=True)
+time.sleep(float(sys.argv[2]))
+"""
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 DEEPSPEED = str(Path(sys.executable).parent / "deepspeed")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -153,3 +161,22 @@ def test_ranks_whose_launcher_was_killed_stop_by_themselves(tmp_path, step_on):
     wait_for(lambda: all(len(end) == 4 for end in ends(tmp_path, 2)))
     first, last = ends(tmp_path, 2)
     assert first[3] == last[3] < 600
+
+
+def hold(folder, seconds):
+    words = [sys.executable, "-c", HOLD, str(folder), str(seconds)]
+    process = subprocess.Popen(words, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    while (line := process.stdout.readline()) != "held\n":
+        assert line, "it ended before it held the lock"
+    return process
+
+
+def test_a_folder_that_another_run_uses_is_waited_for_and_then_refused(tmp_path, capsys):
+    with hold(tmp_path, 1000) as other:
+        with pytest.raises(ConfigError, match=rf"in use by process {other.pid} on .*: end that run \(touch .*STOP"):
+            claim(tmp_path, 0)
+        other.kill()
+    claim(tmp_path, 0).close()
+    with hold(tmp_path, 2):
+        claim(tmp_path, 60).close()
+    assert "its end is waited for" in capsys.readouterr().err
