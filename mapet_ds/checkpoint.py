@@ -88,7 +88,8 @@ def check_identity(checkpoint: Checkpoint, now: dict[str, Any], defaults: dict[s
     differing = [k for k in sorted(now.keys() | then.keys()) if now.get(k) != then.get(k)]
     if differing:
         explained = {"data.fingerprint": " (names and lengths of what data.train holds)"}
-        lines = [f"  {k}{explained.get(k, '')}: {then.get(k)} in the checkpoint, {now.get(k)} now" for k in differing]
+        values = {k: ["nothing" if which.get(k) is None else which[k] for which in (then, now)] for k in differing}
+        lines = [f"  {k}{explained.get(k, '')}: {old} in the checkpoint, {new} now" for k, (old, new) in values.items()]
         raise ResumeError(
             f"{checkpoint.path} belongs to another run:\n" + "\n".join(lines) + "\n"
             "Set them back to continue it, or name a new run_dir to start afresh."

@@ -94,8 +94,9 @@ def _sentence(error: Any, recipe: str, overridden: set[str], cls: type[RunConfig
     source = "the command line" if of_command else recipe
     value = json.dumps(error["input"], default=str)
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        close = difflib.get_close_matches(key, known_keys(cls), n=1)
-        hint = f"; did you mean {close[0]}?" if close else f". {cls.__module__.replace('.', '/')}.py lists the knobs."
+        known = known_keys(cls)
+        close = [name for name in known if name.endswith(f".{key}")] or difflib.get_close_matches(key, known, n=1)
+        hint = f"; did you mean {' or '.join(close)}?" if close else f". {cls.__module__.replace('.', '/')}.py lists the knobs."
         return f"{key} = {value} (from {source}) is not a knob{hint}"
     if error["type"] == "missing":
         return f"{key.rpartition('.')[0]} = {value} (from {source}) has too few values."

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import timm
 import torch
+from line import write_classes
 from PIL import Image
 from test_export import write_checkpoint
-from test_finetune import MODEL, write_images
+from test_finetune import MODEL
 
 from mapet_ds.checks import check_finetune
 from mapet_ds.classifier import AveragedLabels, Classifier, build_model
@@ -36,8 +37,8 @@ RECIPES = sorted((REPOSITORY / "mapet_ds/recipes").glob("finetune_*.yaml"))
 def folder(tmp_path_factory):
     """Images of three classes and an exported model."""
     folder = tmp_path_factory.mktemp("classifier")
-    write_images(folder / "train", 21, 0)
-    write_images(folder / "val", 9, 1)
+    write_classes(folder / "train", 21, 0)
+    write_classes(folder / "val", 9, 1)
     write_checkpoint(folder / "pretrained", MODEL)
     export_timm(folder / "pretrained", folder / "timm")
     (folder / "described").mkdir()
@@ -92,7 +93,7 @@ def test_workers_serve_the_same(config, folder, tmp_path):
 
 
 def test_too_many_unreadable_images_stop_the_run(config, tmp_path):
-    write_images(tmp_path / "spoilt", 6, 0)
+    write_classes(tmp_path / "spoilt", 6, 0)
     for path in sorted((tmp_path / "spoilt").rglob("*.png"))[:2]:
         path.write_bytes(path.read_bytes()[:-30])
     index = open_index(tmp_path / "spoilt", tmp_path / "index")
@@ -102,7 +103,7 @@ def test_too_many_unreadable_images_stop_the_run(config, tmp_path):
 
 
 def test_an_unreadable_image_is_reported_once(config, folder, tmp_path):
-    write_images(tmp_path / "spoilt", 6, 0)
+    write_classes(tmp_path / "spoilt", 6, 0)
     path = tmp_path / "spoilt/b/001.png"
     path.write_bytes(path.read_bytes()[:-30])
     index = open_index(tmp_path / "spoilt", tmp_path / "index")
@@ -272,7 +273,7 @@ def test_weights_that_do_not_fit_are_refused(folder, model, says):
 )
 def test_classes_that_do_not_fit_are_refused(config, tmp_path, train, val, number, says):
     for name, classes in (("train", train), ("val", val)):
-        write_images(tmp_path / name, 2 * len(classes), 0, classes) if classes else [
+        write_classes(tmp_path / name, 2 * len(classes), 0, classes) if classes else [
             (tmp_path / name).mkdir(exist_ok=True) or Image.new("RGB", (9, 9)).save(tmp_path / name / f"{i}.png") for i in range(3)
         ]
     if "class d" in says:

@@ -112,6 +112,7 @@ def test_objectives_without_a_teacher_do_not_mind_its_grid(tmp_path):
         ("lr", "a.b=value"),
         ("optim.lr=[", "not valid YAML"),
         ("optm.lr=1", "optm = .* .from the command line. is not a knob; did you mean optim"),
+        ("lr=1", r"lr = 1 .from the command line. is not a knob; did you mean optim\.lr\?"),
         ("data.mean=3", r"data.mean = 3 .*a list, e.g. \[1, 2\]"),
         ("data.crop_scale=[1]", r"data.crop_scale = \[1\] .from the command line. has too few values"),
         ("optim=3", "a mapping of keys to values"),

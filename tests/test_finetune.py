@@ -5,13 +5,12 @@ import shutil
 import subprocess
 import time
 
-import numpy as np
 import psutil
 import pytest
 import timm
 import torch
 import yaml
-from line import ENVIRONMENT, command, losses, start, steps
+from line import ENVIRONMENT, command, losses, start, steps, write_classes
 from PIL import Image
 from safetensors.torch import load_file
 from test_export import write_checkpoint
@@ -26,24 +25,12 @@ MODEL = ModelConfig(
 BAD_TRAIN, BAD_VAL = "train/b/001.png", "val/a/003.png"
 
 
-def write_images(folder, number, seed, classes="abc"):
-    """Images whose colour tells the class, with noise."""
-    generator = np.random.default_rng(seed)
-    for i in range(number):
-        c = i % len(classes)
-        blocks = generator.integers(0, 120, (6, 5, 3), dtype=np.uint8)
-        blocks[..., c % 3] += np.uint8(120)
-        path = folder / classes[c] / f"{i:03}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(blocks).resize((40, 48), Image.Resampling.BICUBIC).save(path)
-
-
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
     """16 steps of 8 images, of 45 and 26 for evaluation, one of each unreadable; an exported model of random weights."""
     folder = tmp_path_factory.mktemp("finetune")
-    write_images(folder / "train", 45, 0)
-    write_images(folder / "val", 26, 1)
+    write_classes(folder / "train", 45, 0)
+    write_classes(folder / "val", 26, 1)
     for path in (folder / BAD_TRAIN, folder / BAD_VAL):
         path.write_bytes(path.read_bytes()[:-30])
     write_checkpoint(folder / "pretrained", MODEL)

@@ -236,7 +236,7 @@ def test_a_resumed_run_must_have_begun_from_the_same(tmp_path):
         return identity(Config(model=ModelConfig(**model)), "data", {})
 
     then = known(init_from="/a")
-    with pytest.raises(ResumeError, match="model.init_from: /a in the checkpoint, None now"):
+    with pytest.raises(ResumeError, match="model.init_from: /a in the checkpoint, nothing now"):
         check_identity(Checkpoint(tmp_path, {"identity": then}), known(), DEFAULTS)
     del (before := known())["model.init_from"]  # a checkpoint from before there was the setting
     check_identity(Checkpoint(tmp_path, {"identity": before}), known(), DEFAULTS)

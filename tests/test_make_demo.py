@@ -1,6 +1,9 @@
-"""The demo's images and teacher, with few of both: the program whole, in seconds."""
+"""The demo's images and teacher, with few of both: the program whole, in seconds; and a demo that is interrupted."""
 
 import importlib.util
+import os
+import signal
+import subprocess
 import sys
 
 import numpy as np
@@ -100,3 +103,19 @@ def test_mean_colours_do_not_tell_the_class(pattern):
     }
     centre = np.mean([mean.mean(0) for mean in means.values()], axis=0)
     assert np.linalg.norm(means[pattern].mean(0) - centre) < 0.3 * np.linalg.norm(means[pattern].std(0))
+
+
+def test_an_interrupted_command_has_its_last_word():
+    """As Ctrl-C at a terminal: the signal goes to the demo and to the command that it runs."""
+    saves = (
+        "import signal, sys; signal.signal(signal.SIGINT, lambda *_: sys.exit(print('saved'))); "
+        "print('ready', flush=True); signal.pause()"
+    )
+    demo = f"import sys; sys.path.insert(0, 'tools'); import demo; demo.run('A command', sys.executable, '-c', {saves!r})"
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", demo], cwd=REPOSITORY, start_new_session=True, **pipes) as process:
+        while process.stdout.readline() != "ready\n":
+            assert process.poll() is None
+        os.killpg(process.pid, signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert (out, err, process.returncode) == ("saved\n", "Stopped: the same command continues the demo.\n", 1)

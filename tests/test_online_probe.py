@@ -3,13 +3,11 @@
 import json
 import shutil
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import yaml
-from line import command, losses, start
-from PIL import Image
+from line import command, losses, start, write_classes
 from torch.utils.data import DataLoader
 
 from mapet_ds.checkpoint import newest
@@ -23,26 +21,16 @@ from mapet_ds.probe import features, knn, labelled_folders, linear_sgd, load_tim
 from mapet_ds.recipe import load_config
 
 BAD = "val/b/004.png"
-
-
-def write_images(folder, number, seed, classes="abc"):
-    """Noise with a tint that tells the class, mostly."""
-    generator = np.random.default_rng(seed)
-    for i in range(number):
-        c = i % len(classes)
-        blocks = generator.integers(0, 200, (6, 5, 3), dtype=np.uint8)
-        blocks[..., c % 3] += np.uint8(20)
-        path = folder / classes[c] / f"{i:03}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(blocks).resize((40, 48), Image.Resampling.BICUBIC).save(path)
+FAINT = {"noise": 200, "tint": 20}
+"""Classes that are told apart mostly."""
 
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
     """12 steps of 8, an evaluation each third; one validation image is unreadable."""
     folder = tmp_path_factory.mktemp("online")
-    write_images(folder / "train", 60, 0)
-    write_images(folder / "val", 33, 1)
+    write_classes(folder / "train", 60, 0, **FAINT)
+    write_classes(folder / "val", 33, 1, **FAINT)
     (folder / BAD).write_bytes((folder / BAD).read_bytes()[:-30])
     values = {
         "objective": "saim", "run_dir": str(folder / "run"),
@@ -180,7 +168,7 @@ def test_settings_that_do_not_fit_are_refused(recipe, override, says):
     ],
 )
 def test_images_that_do_not_fit_are_refused(recipe, alone, tmp_path, classes, empty, limit, says):
-    write_images(tmp_path / "val", 6, 0, classes)
+    write_classes(tmp_path / "val", 6, 0, classes, **FAINT)
     if empty:
         (tmp_path / "val" / empty).mkdir()
     config = load_config(recipe, [f"evaluate.val={tmp_path}/val", f"evaluate.max_images={limit}"])

@@ -379,6 +379,7 @@ def test_everything_from_one_pass(run_tool_with, model_folder, image_folders, tm
     code, printed = run_tool_with("all", *words, "--epochs", "1", "--pool", "token", "--learning_rates", "0.01", "0.1")
     assert len(printed.out.splitlines()) == 5
     assert "chosen on a tenth of the training images (0.01: " in printed.out and ", 0.1: " in printed.out
+    assert printed.out.count("it is the last of those tried, and --learning_rates takes others") == 2, "of two, each is"
 
 
 def test_mistakes_in_what_is_fitted_are_sentences(run_tool_with, model_folder, image_folders, tmp_path):

@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -27,11 +28,16 @@ def run(says: str, *command: object) -> str:
     """Standard output of a command, shown as it comes; a failing one ends the demo with its exit code."""
     words = [str(word) for word in command]
     print(f"\n== {says}\n$ {shlex.join(words)}", flush=True)
-    lines = []
+    lines, interrupts = [], []
+    # The terminal tells the command, too, which may have something to save and to say: it ends before the demo does.
+    before = signal.signal(signal.SIGINT, lambda *_: interrupts.append(True))
     with subprocess.Popen(words, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout:
             print(line, end="", flush=True)
             lines.append(line)
+    signal.signal(signal.SIGINT, before)
+    if interrupts:
+        sys.exit("Stopped: the same command continues the demo.")
     if process.returncode:
         sys.exit(process.returncode)
     return "".join(lines)
