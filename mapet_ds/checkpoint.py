@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -170,18 +171,24 @@ def open_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(path, json.loads((path / "run.json").read_text()))
 
 
-def newest(run_dir: Path, report: Any = print) -> Checkpoint | None:
-    """The newest whole checkpoint of a run; damaged ones are reported and passed over; None where there is none at all.
+def newest(run_dir: Path, unlearnt: Collection[int] = (), report: Any = print) -> Checkpoint | None:
+    """The newest whole checkpoint of a run that has learnt nothing from the steps `unlearnt`; others are reported and passed
+    over; None where there is none at all.
 
     Raises:
-        ResumeError: there are checkpoints, and none is whole.
+        ResumeError: there are damaged ones, and none to take.
     """
-    folders = checkpoint_folders(run_dir)
-    for path in folders:
-        found = damage(path)
-        if found is None:
-            return Checkpoint(path, json.loads((path / "run.json").read_text()))
+    damaged = 0
+    for path in checkpoint_folders(run_dir):
+        if found := damage(path):
+            damaged += 1
+        else:
+            run = json.loads((path / "run.json").read_text())
+            learnt = {step for step in unlearnt if step < run["step"]} - set(run["skipped"])
+            if not learnt:
+                return Checkpoint(path, run)
+            found = f"it has learnt from step {min(learnt)}, which rollbacks.json passes over"
         report(f"Passing over {path}: {found}.")
-    if folders:
+    if damaged:
         raise ResumeError(f"No checkpoint in {run_dir / 'checkpoints'} is whole; remove them to start from step 0.")
     return None

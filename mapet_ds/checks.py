@@ -180,6 +180,10 @@ def _run_rules(config: RunConfig, world_size: int) -> Rules:
             f"{config.log.every_steps}: a checkpoint would hold steps whose loss nobody has judged yet. Change one of the two, or "
             "set train.spike_factor=null.",
         ),
+        (
+            train.spike_factor is not None and config.checkpoint.keep == 1,
+            "checkpoint.keep = 1 may leave no checkpoint from before a jump of the loss: keep 2, or set train.spike_factor=null.",
+        ),
         _outside_rule(config, "data.train", config.data.train),
         (optim.min_lr > optim.lr, f"optim.min_lr = {optim.min_lr} is above optim.lr = {optim.lr}."),
     ]

@@ -150,7 +150,9 @@ def export_timm(
     path = checkpoint_or_run
     checkpoint = open_checkpoint(path) if (path / "run.json").is_file() else newest(path)
     if checkpoint is None:
-        raise ExportError(f"{path} is neither a run folder with checkpoints/step_* nor a checkpoint: nothing to export.")
+        runs = ", ".join(sorted({str(found.parent.parent) for found in path.glob("*/checkpoints/step_*")}))
+        hint = f" It holds runs: {runs}." if runs else ""
+        raise ExportError(f"{path} is neither a run folder with checkpoints/step_* nor a checkpoint: nothing to export.{hint}")
     config, state = read_vit(checkpoint, student)
     vit = build_vit(config.model)
     try:

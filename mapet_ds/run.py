@@ -74,6 +74,7 @@ class Run:
         self.steps_per_epoch = len(self.index) / config.train.global_batch_size
         self.total_steps = total_steps(config, len(self.index))
         self.target, objective = self._build_parts()
+        self.spikes = SpikeGuard(config, self.folder, ranks)
         found = self._newest()
         began = self._begin(objective) if found is None else found.run["identity"].get(BEGAN)
         objective.vit.set_grad_checkpointing(config.train.grad_checkpointing)
@@ -89,7 +90,6 @@ class Run:
         self.step = self.saved = 0
         self.writer = ThreadPoolExecutor(1, "checkpoint")
         self.writing: Future[int] | None = None
-        self.spikes = SpikeGuard(config, self.folder, ranks)
         self._resume(found)
         if ranks.rank == 0:  # after a refusal could have come: another run's folder stays as it was
             (self.folder / "DONE").unlink(missing_ok=True)
@@ -155,8 +155,8 @@ class Run:
         dist.barrier(self.ranks.control)
 
     def _newest(self) -> checkpoint.Checkpoint | None:
-        """The newest whole checkpoint, if there is one: rank 0 chooses."""
-        chosen = [checkpoint.newest(self.folder) if self.ranks.rank == 0 else None]
+        """The newest whole checkpoint that has learnt nothing from what is passed over, if there is one: rank 0 chooses."""
+        chosen = [checkpoint.newest(self.folder, self.spikes.passed_over) if self.ranks.rank == 0 else None]
         dist.broadcast_object_list(chosen, src=0, group=self.ranks.control)
         return chosen[0]
 
@@ -234,7 +234,7 @@ class Run:
             began = time.perf_counter()
             batch = next(self.loader).to(ranks.device)
             self.metrics.data_wait(time.perf_counter() - began)
-            if self.spikes.passes_over(self.step):
+            if self.step in self.spikes.passed_over:
                 continue
             self.watchdog.doing(f"computing step {self.step}")
             target = self.target(batch)
@@ -246,7 +246,7 @@ class Run:
             self.metrics.add({"loss": loss.loss.detach(), **loss.metrics})
         self.step += 1
         self.lr = lr
-        if self.spikes.passes_over(self.step - 1):
+        if self.step - 1 in self.spikes.passed_over:
             self.skipped.append(self.step - 1)
             return
         if engine.skipped_steps > skipped:
@@ -262,7 +262,7 @@ class Run:
         limit = self.config.train.max_skipped_steps
         if self.ranks.rank == 0:
             print(f"Step {self.step - 1} had a non-finite gradient and was skipped.", file=sys.stderr, flush=True)
-        not_finite = [step for step in self.skipped if not self.spikes.passes_over(step)]
+        not_finite = [step for step in self.skipped if step not in self.spikes.passed_over]
         if not_finite[-limit - 1 :] == list(range(self.step - limit - 1, self.step)):
             raise DataError(
                 f"The gradient was not finite in {limit + 1} steps in a row, up to step {self.step - 1}. The newest "
@@ -279,22 +279,23 @@ class Run:
             self._go_back(found)
 
     def _go_back(self, found: Rollback) -> None:
-        """To the newest checkpoint from before a spike.
+        """To the newest checkpoint from before what is passed over.
 
         Raises:
             DataError: there is none yet.
         """
         self.settle()
         self.watchdog.doing(GOING_BACK)
-        says = f"The loss jumped to {found.loss:.4g} (usually {found.usual:.4g}) in steps {found.first} to {found.last - 1}"
+        says = f"The loss jumped to {found.loss:.4g} (usually {found.usual:.4g}) before step {found.last}"
+        passed = f"passes over steps {found.first} to {found.last - 1}"
         self.metrics.close()
         self.loader.close()
         self.saved = self.step = 0
         self._resume(self._newest())
         if self.step == 0:
-            raise DataError(f"{says}, before the first checkpoint. The same command begins anew and passes over these steps.")
+            raise DataError(f"{says}, and no checkpoint is from before. The same command begins anew and {passed}.")
         if self.ranks.rank == 0:
-            print(f"{says}. They are passed over, from the checkpoint of step {self.step} on.", file=sys.stderr, flush=True)
+            print(f"{says}. The run {passed}, from the checkpoint of step {self.step} on.", file=sys.stderr, flush=True)
         self._open_at_step()
 
     def save(self) -> None:

@@ -1,6 +1,8 @@
-"""A loss that jumps is undone: back to a checkpoint from before, and past the samples of the steps in which it jumped.
+"""A loss that jumps is undone: back to a checkpoint from before, and past the samples that may have done it.
 
-RUN/rollbacks.json keeps what was found, so that a run which is started again passes over the same steps.
+Those are the log window whose mean jumped and the one before: a step's loss is from before its update, and what rises in the
+last steps of a window hardly shows in its mean. RUN/rollbacks.json keeps what was found, so that a run which is started again
+passes over the same.
 """
 
 from __future__ import annotations
@@ -25,17 +27,22 @@ FEWEST = 5
 
 
 class Rollback(NamedTuple):
-    """Steps first .. last - 1 are passed over: their samples are drawn, and nothing is learnt from them."""
+    """Steps first .. last - 1 are passed over: their samples are drawn, and nothing is learnt from them.
+
+    loss: the mean of the later one of their log windows.
+    """
 
     first: int
     last: int
     loss: float
-    """Mean of those steps."""
     usual: float
 
 
 class SpikeGuard:
-    """Judges the mean loss of each log window against those before it. Every rank must build one, and ask it the same."""
+    """Judges the mean loss of each log window against those before it. Every rank must build one, and ask it the same.
+
+    passed_over: steps from whose samples nothing is to be learnt.
+    """
 
     def __init__(self, config: Config, folder: Path, ranks: Ranks) -> None:
         self._config, self._folder, self._ranks = config, folder, ranks
@@ -44,28 +51,28 @@ class SpikeGuard:
         dist.broadcast_object_list(text, src=0, group=ranks.control)
         try:
             self.rollbacks = [Rollback(**each) for each in json.loads(text[0])]
+            self.passed_over = {step for each in self.rollbacks for step in range(each.first, each.last)}
         except (ValueError, TypeError) as error:
             raise DataError(f"{self._path} is damaged ({error}): restore it, or remove it to learn from all steps.") from error
         self._usual: list[float] = []
-
-    def passes_over(self, step: int) -> bool:
-        """Whether nothing is to be learnt from the samples of a step."""
-        return any(each.first <= step < each.last for each in self.rollbacks)
+        self._window_before = 0
 
     def recall(self, step: int) -> None:
-        """Take the usual losses up to a step from RUN/metrics.jsonl, as an uninterrupted run would remember them."""
-        losses: list[Any] = [[]]
+        """Take what was seen up to a step from RUN/metrics.jsonl, as an uninterrupted run would remember it."""
+        seen: list[Any] = [([], step)]
         path = self._folder / "metrics.jsonl"
         if self._ranks.rank == 0 and path.exists():
-            lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
-            finite = (line["loss"] for line in lines if line["step"] <= step and math.isfinite(line.get("loss", math.nan)))
-            losses = [list(finite)[-WINDOWS:]]
-        dist.broadcast_object_list(losses, src=0, group=self._ranks.control)
-        self._usual = losses[0]
+            texts = [text for text in path.read_text().splitlines() if text.endswith("}")]
+            lines = [line for line in map(json.loads, texts) if line["step"] <= step]
+            losses = [line["loss"] for line in lines if math.isfinite(line.get("loss", math.nan))]
+            ends = [0, *(line["step"] for line in lines)]
+            seen = [(losses[-WINDOWS:], ends[-2] if len(ends) > 1 and ends[-1] == step else step)]
+        dist.broadcast_object_list(seen, src=0, group=self._ranks.control)
+        self._usual, self._window_before = seen[0]
 
     def judge(self, first: int, record: dict[str, Any]) -> Rollback | None:
         """What to pass over, if the record of steps first .. record["step"] - 1 is a spike: already on disk. Every rank must
-        call it.
+        call it, with every record.
 
         A loss that is not finite is none: its steps were left out (run.Run). No more is part of a window, which a pause makes.
 
@@ -73,19 +80,21 @@ class SpikeGuard:
             DataError: it is one too many, or can't be noted.
         """
         loss, factor = record.get("loss"), self._config.train.spike_factor
+        before, self._window_before = self._window_before, first
         if loss is None or not math.isfinite(loss) or record["step"] - first != self._config.log.every_steps:
             return None
         usual = statistics.median(self._usual) if len(self._usual) >= FEWEST else math.inf
         if factor is None or not loss > factor * usual:
             self._usual = [*self._usual, loss][-WINDOWS:]
             return None
-        found = Rollback(first, record["step"], loss, usual)
+        found = Rollback(before, record["step"], loss, usual)
         self.rollbacks.append(found)
+        self.passed_over.update(range(found.first, found.last))
         if len(self.rollbacks) > self._config.train.max_rollbacks:
             raise DataError(
-                f"The loss has jumped {len(self.rollbacks)} times, more than train.max_rollbacks allows: now to {loss:.4g} in "
-                f"steps {first} to {found.last - 1}, usually {usual:.4g}; {self._path} has those before. Passing over samples does "
-                "not help: lower optim.lr or optim.clip_grad in a new run_dir, go on from a copy of an older checkpoint, or raise "
+                f"The loss has jumped {len(self.rollbacks)} times, more than train.max_rollbacks allows: now to {loss:.4g} before "
+                f"step {found.last}, usually {usual:.4g}; {self._path} has those before. Passing over samples does not "
+                "help: lower optim.lr or optim.clip_grad in a new run_dir, go on from a copy of an older checkpoint, or raise "
                 "train.spike_factor if such jumps are usual."
             )
         failed = [self._write() if self._ranks.rank == 0 else ""]

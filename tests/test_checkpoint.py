@@ -13,9 +13,9 @@ from mapet_ds.config import Config, DataConfig, flatten
 DEFAULTS = flatten(Config().to_dict())
 
 
-def write(run_dir, step, keep=3):
+def write(run_dir, step, keep=3, skipped=()):
     files = {"model": {"w": torch.full((3,), float(step))}, "optimizer": {"exp_avg.w": torch.ones(3)}, "target": {}}
-    return checkpoint.save(run_dir, {"step": step, "skipped": [], "identity": {"seed": 0}}, files, keep)
+    return checkpoint.save(run_dir, {"step": step, "skipped": list(skipped), "identity": {"seed": 0}}, files, keep)
 
 
 def test_round_trip_and_retention(tmp_path):
@@ -58,10 +58,27 @@ def test_a_damaged_checkpoint_is_passed_over_aloud(tmp_path, harm):
     assert "step_00000002" in said[0]
 
 
+def test_a_checkpoint_that_has_learnt_from_what_is_passed_over_is_not_taken(tmp_path):
+    """One whose run had passed over it already is; where none is from before, the run begins anew."""
+    said = []
+    write(tmp_path, 2)
+    assert checkpoint.newest(tmp_path, {1, 2}, said.append) is None
+    says = "it has learnt from step 1, which rollbacks.json passes over."
+    assert said == [f"Passing over {tmp_path}/checkpoints/step_00000002: {says}"]
+    assert checkpoint.newest(tmp_path, {2, 3}, said.append).run["step"] == 2
+    write(tmp_path, 4, skipped=[2])
+    assert checkpoint.newest(tmp_path, {2, 3}, said.append).run["step"] == 2
+    write(tmp_path, 6, skipped=[2, 3])
+    assert checkpoint.newest(tmp_path, {2, 3}, said.append).run["step"] == 6
+
+
 def test_only_damaged_checkpoints_stop_the_run(tmp_path):
     truncate(write(tmp_path, 1))
     with pytest.raises(ResumeError, match="is whole"):
         checkpoint.newest(tmp_path, report=lambda _: None)
+    write(tmp_path, 2)
+    with pytest.raises(ResumeError, match="is whole"):
+        checkpoint.newest(tmp_path, {1}, report=lambda _: None)
 
 
 def test_a_half_written_folder_is_not_a_checkpoint(tmp_path):

@@ -103,6 +103,7 @@ def test_objectives_without_a_teacher_do_not_mind_its_grid(tmp_path):
         ("data.train=/nowhere", "/nowhere is not a folder"),
         ("data.train=''", "data.train is empty"),
         ("run_dir=''", "run_dir is empty"),
+        ("checkpoint.keep=1", "may leave no checkpoint from before a jump of the loss: keep 2, or"),
         ("optim.warmup_epochs=400", "leaves nothing"),
         ("optim.min_lr=1", "is above optim.lr"),
         ("mapet.hidden_share=1", "at least one must be hidden and one visible"),

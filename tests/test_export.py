@@ -193,8 +193,8 @@ def test_the_command_says_what_is_wrong(tmp_path, monkeypatch, capsys):
     write_checkpoint(tmp_path / "run", MODELS["patch4"])
     (tmp_path / "a_file").touch()
     for run, out, says in (
-        ("nowhere", "out", "nothing to export"), ("run", "a_file", "a_file can't be written"),
-        ("run", "a_file/out", "can't be written"),
+        ("nowhere", "out", "nothing to export"), (".", "out", f"It holds runs: {tmp_path}/run."),
+        ("run", "a_file", "a_file can't be written"), ("run", "a_file/out", "can't be written"),
     ):  # fmt: skip
         monkeypatch.setattr(sys, "argv", [str(TOOL), str(tmp_path / run), str(tmp_path / out)])
         with pytest.raises(SystemExit) as exit:

@@ -45,22 +45,23 @@ def test_a_step_without_a_number_is_left_out_on_all_ranks(recipe):
 
 
 def test_a_jump_of_the_loss_is_undone_and_its_samples_passed_over(recipe):
-    """The run is then the one that has passed over them from the start, bit for bit."""
+    """The run is then the one that has passed over them from the start, bit for bit. The cause may lie in step 8: the checkpoint
+    of step 9 is not taken."""
     jumped, told = recipe.parent / "jumped", recipe.parent / "told"
-    done = start(*faulty(recipe, jumped, "jump", 1, 8, 8))
+    done = start(*faulty(recipe, jumped, "jump", 1, 9, 9))
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "in steps 8 to 8. They are passed over, from the checkpoint of step 6 on." in done.stderr
+    assert "before step 10. The run passes over steps 8 to 9, from the checkpoint of step 6 on." in done.stderr
     (rollback,) = json.loads((jumped / "rollbacks.json").read_text())
-    assert (rollback["first"], rollback["last"]) == (8, 9)
+    assert (rollback["first"], rollback["last"]) == (8, 10)
     assert rollback["loss"] > 10 * rollback["usual"]
     told.mkdir()
     (told / "rollbacks.json").write_text((jumped / "rollbacks.json").read_text())
     done = pretrain(recipe, 2, f"run_dir={told}")
     assert done.returncode == 0, done.stderr[-3000:]
-    assert newest(jumped).run["skipped"] == newest(told).run["skipped"] == [8]
+    assert newest(jumped).run["skipped"] == newest(told).run["skipped"] == [8, 9]
     found, expected = ([(line["step"], line.get("loss")) for line in lines(run_dir)] for run_dir in (jumped, told))
     assert found == expected
-    assert [step for step, loss in found if loss is None] == [9]
+    assert [step for step, loss in found if loss is None] == [9, 10]
     weights = [load_file(newest(run_dir).path / "model.safetensors") for run_dir in (jumped, told)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
 
@@ -79,20 +80,25 @@ def test_a_jump_before_the_first_checkpoint_is_passed_over_by_the_next_start(rec
     words = faulty(recipe, recipe.parent / "early", "jump", 0, 7, 7, "checkpoint.every_steps=1000", ranks=1)
     done = start(*words)
     assert done.returncode == 2
-    assert "before the first checkpoint. The same command begins anew" in done.stderr
+    assert "no checkpoint is from before. The same command begins anew and passes over steps 6 to 7." in done.stderr
     done = start(*words)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert newest(recipe.parent / "early").run["skipped"] == [7]
+    assert newest(recipe.parent / "early").run["skipped"] == [6, 7]
 
 
 @pytest.mark.drill
-def test_a_window_of_several_steps_is_passed_over_whole(recipe):
-    run_dir = recipe.parent / "windows"
+@pytest.mark.parametrize(("pause", "first"), [(None, 10), (11, 11)])
+def test_windows_of_several_steps_are_passed_over_whole(recipe, pause, first):
+    """A pause begins a window of its own, and leaves a checkpoint."""
+    run_dir = recipe.parent / f"windows_{pause}"
     more = ["log.every_steps=2", "checkpoint.every_steps=4", "train.epochs=8"]
+    if pause:
+        done = start(*faulty(recipe, run_dir, "jump", 0, 13, 13, *more, f"train.stop_at_step={pause}", ranks=1))
+        assert done.returncode == 0, done.stderr[-3000:]
     done = start(*faulty(recipe, run_dir, "jump", 0, 13, 13, *more, ranks=1))
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "in steps 12 to 13. They are passed over, from the checkpoint of step 12 on." in done.stderr
-    assert newest(run_dir).run["skipped"] == [12, 13]
+    assert f"The run passes over steps {first} to 13, from the checkpoint of step {pause or 8} on." in done.stderr
+    assert newest(run_dir).run["skipped"] == list(range(first, 14))
 
 
 def test_a_slow_save_holds_up_neither_training_nor_the_watchdog(recipe):
