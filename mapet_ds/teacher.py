@@ -90,8 +90,10 @@ class Teacher(nn.Module):
 
         Does not make the host wait. A sharded teacher is a collective: every rank must call it equally often.
         """
+        # Convolutions keep this layout from the first to the last, and in bf16 are twice as fast in it (docs/log.md).
+        images = images.to(self.dtype, memory_format=torch.channels_last)
         with torch.autocast(images.device.type, enabled=False):
-            features = self._intermediates(images.to(self.dtype), [self.layer])[0].flatten(2).transpose(1, 2)
+            features = self._intermediates(images, [self.layer])[0].flatten(2).transpose(1, 2)
             if self.features != "tokens":
                 features = self.visual.ln_post(features)
             return features @ self.visual.proj if self.features == "projected" else features

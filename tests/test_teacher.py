@@ -56,6 +56,16 @@ def layers_of(visual):
     return list(visual.trunk.blocks), visual.trunk.num_prefix_tokens
 
 
+def test_a_resnet_computes_in_channels_last_throughout(towers):
+    teacher, layouts = build(towers, "resnet"), {}
+    for name, module in teacher.named_modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.register_forward_hook(lambda module, inputs, output, name=name: layouts.update({name: (*inputs, output)}))
+    teacher(images("resnet"))
+    assert len(layouts) > 10
+    assert [n for n, both in layouts.items() if not all(x.is_contiguous(memory_format=torch.channels_last) for x in both)] == []
+
+
 @pytest.mark.parametrize("kind", VISION)
 def test_features_of_each_layer_are_those_inside_open_clips_forward(towers, kind):
     model = whole_model(towers / kind)
