@@ -1,6 +1,6 @@
 # make demo   set up .venv, then pre-train MaPeT (OBJECTIVE=beit, ...) on a small rendered data set, on any machine
 # make test   set up .venv, then run the whole test suite
-# make drill  set up .venv, then let faults happen for half an hour or so: docs/reliability.md
+# make drill  set up .venv, then let faults happen for forty minutes or so: docs/reliability.md
 # make clean  remove .venv and the demo's run
 
 PYTHON ?= python3

@@ -171,24 +171,34 @@ def open_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(path, json.loads((path / "run.json").read_text()))
 
 
+def _learnt(run: dict[str, Any], unlearnt: Collection[int]) -> set[int]:
+    """Of the steps `unlearnt`, those that a checkpoint has learnt from nevertheless."""
+    return {step for step in unlearnt if step < run["step"]}.difference(run.get("skipped", ()))
+
+
 def newest(run_dir: Path, unlearnt: Collection[int] = (), report: Any = print) -> Checkpoint | None:
     """The newest whole checkpoint of a run that has learnt nothing from the steps `unlearnt`; others are reported and passed
     over; None where there is none at all.
 
     Raises:
-        ResumeError: there are damaged ones, and none to take.
+        ResumeError: there are some, and none to take.
     """
-    damaged = 0
-    for path in checkpoint_folders(run_dir):
-        if found := damage(path):
-            damaged += 1
-        else:
+    folders = checkpoint_folders(run_dir)
+    for path in folders:
+        if not (found := damage(path)):
             run = json.loads((path / "run.json").read_text())
-            learnt = {step for step in unlearnt if step < run["step"]} - set(run["skipped"])
-            if not learnt:
+            if not (learnt := _learnt(run, unlearnt)):
                 return Checkpoint(path, run)
             found = f"it has learnt from step {min(learnt)}, which rollbacks.json passes over"
         report(f"Passing over {path}: {found}.")
-    if damaged:
-        raise ResumeError(f"No checkpoint in {run_dir / 'checkpoints'} is whole; remove them to start from step 0.")
+    if folders:
+        clean = " and free of the steps that rollbacks.json passes over" if unlearnt else ""
+        raise ResumeError(f"No checkpoint in {run_dir / 'checkpoints'} is whole{clean}; remove them to start from step 0.")
     return None
+
+
+def drop(run_dir: Path, unlearnt: Collection[int]) -> None:
+    """Remove the whole checkpoints that have learnt from the steps `unlearnt`. For rank 0 only."""
+    for path in checkpoint_folders(run_dir):
+        if not damage(path) and _learnt(json.loads((path / "run.json").read_text()), unlearnt):
+            shutil.rmtree(path)

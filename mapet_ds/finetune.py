@@ -93,7 +93,7 @@ class Finetuning(Run):
         state = {name.removeprefix("vit."): tensor for name, tensor in state.items()}
         out = self.folder / "timm"
         export_classifier(config, state, self.index.classes, self.data_config, out)
-        figures = {key: last[0][key] for key in ("val_top1", "val_top5", "val_loss", "val_images", "loss", "epoch", "step")}
+        figures = {key: last[0].get(key) for key in ("val_top1", "val_top5", "val_loss", "val_images", "loss", "epoch", "step")}
         results = figures | {
             "classes": len(self.index.classes), "train_images": len(self.index), "seed": config.seed, "model": config.model.path,
             "untrained": config.model.untrained, "ema": config.model.ema, "start": self.target.identity,

@@ -291,6 +291,8 @@ class Run:
         self.metrics.close()
         self.loader.close()
         self.saved = self.step = 0
+        if self.ranks.rank == 0:  # they must neither be exported nor count among those to keep
+            checkpoint.drop(self.folder, self.spikes.passed_over)
         self._resume(self._newest())
         if self.step == 0:
             raise DataError(f"{says}, and no checkpoint is from before. The same command begins anew and {passed}.")

@@ -1,8 +1,8 @@
 """A loss that jumps is undone: back to a checkpoint from before, and past the samples that may have done it.
 
-Those are the log window whose mean jumped and the one before: a step's loss is from before its update, and what rises in the
-last steps of a window hardly shows in its mean. RUN/rollbacks.json keeps what was found, so that a run which is started again
-passes over the same.
+Those are the log window whose mean jumped and the one before from which something was learnt: a step's loss is from before its
+update, and what rises in the last steps of a window hardly shows in its mean. RUN/rollbacks.json keeps what was found, so that
+a run which is started again passes over the same.
 """
 
 from __future__ import annotations
@@ -59,14 +59,17 @@ class SpikeGuard:
 
     def recall(self, step: int) -> None:
         """Take what was seen up to a step from RUN/metrics.jsonl, as an uninterrupted run would remember it."""
-        seen: list[Any] = [([], step)]
-        path = self._folder / "metrics.jsonl"
+        path, window = self._folder / "metrics.jsonl", self._config.log.every_steps
+        usual, before, end = [], 0, 0
         if self._ranks.rank == 0 and path.exists():
-            texts = [text for text in path.read_text().splitlines() if text.endswith("}")]
-            lines = [line for line in map(json.loads, texts) if line["step"] <= step]
-            losses = [line["loss"] for line in lines if math.isfinite(line.get("loss", math.nan))]
-            ends = [0, *(line["step"] for line in lines)]
-            seen = [(losses[-WINDOWS:], ends[-2] if len(ends) > 1 and ends[-1] == step else step)]
+            for line in map(json.loads, (text for text in path.read_text().splitlines() if text.endswith("}"))):
+                if line["step"] > step:
+                    break
+                if (loss := line.get("loss")) is not None:
+                    before = end
+                    usual += [loss] * (math.isfinite(loss) and line["step"] - end == window)
+                end = line["step"]
+        seen = [(usual[-WINDOWS:], before if end == step else max(0, step - window))]  # a lost line was a window's, most likely
         dist.broadcast_object_list(seen, src=0, group=self._ranks.control)
         self._usual, self._window_before = seen[0]
 
@@ -80,8 +83,10 @@ class SpikeGuard:
             DataError: it is one too many, or can't be noted.
         """
         loss, factor = record.get("loss"), self._config.train.spike_factor
+        if loss is None:
+            return None
         before, self._window_before = self._window_before, first
-        if loss is None or not math.isfinite(loss) or record["step"] - first != self._config.log.every_steps:
+        if not math.isfinite(loss) or record["step"] - first != self._config.log.every_steps:
             return None
         usual = statistics.median(self._usual) if len(self._usual) >= FEWEST else math.inf
         if factor is None or not loss > factor * usual:

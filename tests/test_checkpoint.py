@@ -59,10 +59,11 @@ def test_a_damaged_checkpoint_is_passed_over_aloud(tmp_path, harm):
 
 
 def test_a_checkpoint_that_has_learnt_from_what_is_passed_over_is_not_taken(tmp_path):
-    """One whose run had passed over it already is; where none is from before, the run begins anew."""
+    """One whose run had passed over it already is."""
     said = []
     write(tmp_path, 2)
-    assert checkpoint.newest(tmp_path, {1, 2}, said.append) is None
+    with pytest.raises(ResumeError, match="whole and free of the steps that rollbacks.json passes over; remove them"):
+        checkpoint.newest(tmp_path, {1, 2}, said.append)
     says = "it has learnt from step 1, which rollbacks.json passes over."
     assert said == [f"Passing over {tmp_path}/checkpoints/step_00000002: {says}"]
     assert checkpoint.newest(tmp_path, {2, 3}, said.append).run["step"] == 2
@@ -70,6 +71,17 @@ def test_a_checkpoint_that_has_learnt_from_what_is_passed_over_is_not_taken(tmp_
     assert checkpoint.newest(tmp_path, {2, 3}, said.append).run["step"] == 2
     write(tmp_path, 6, skipped=[2, 3])
     assert checkpoint.newest(tmp_path, {2, 3}, said.append).run["step"] == 6
+
+
+def test_what_has_learnt_from_what_is_passed_over_is_dropped_and_takes_no_place(tmp_path):
+    """A stop at 320, a jump before 330, back to 300: 300 must stay beside 400."""
+    write(tmp_path, 300, keep=2)
+    write(tmp_path, 320, keep=2)
+    checkpoint.drop(tmp_path, range(310, 330))
+    assert [path.name for path in checkpoint.checkpoint_folders(tmp_path)] == ["step_00000300"]
+    write(tmp_path, 400, keep=2, skipped=range(310, 330))
+    checkpoint.drop(tmp_path, range(310, 330))
+    assert [path.name for path in checkpoint.checkpoint_folders(tmp_path)] == ["step_00000400", "step_00000300"]
 
 
 def test_only_damaged_checkpoints_stop_the_run(tmp_path):

@@ -5,7 +5,6 @@ import shutil
 
 import pytest
 import torch
-import torch.distributed as dist
 import yaml
 from line import command, losses, start, write_classes
 from torch.utils.data import DataLoader
@@ -15,7 +14,6 @@ from mapet_ds.checks import check
 from mapet_ds.config import ConfigError
 from mapet_ds.export import export_timm
 from mapet_ds.index import DataError, Selection, open_index
-from mapet_ds.launch import Ranks
 from mapet_ds.online_probe import LEARNING_RATES, OnlineProbe
 from mapet_ds.probe import features, knn, labelled_folders, linear_sgd, load_timm, unit_length
 from mapet_ds.recipe import load_config
@@ -88,14 +86,6 @@ def test_evaluations_move_no_loss_and_a_resumed_run_has_the_same_lines(straight,
     for step, figures in evaluations(resumed).items():  # weights are equal but for rounding; an image is 3 %
         assert figures == pytest.approx(evaluations(straight)[step], abs=7)
     assert len(set(evaluations(straight).values())) > 1
-
-
-@pytest.fixture
-def alone():
-    """This process as a launch of one."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield Ranks(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"), control=None)
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("run", ["straight", "resumed"])

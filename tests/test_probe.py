@@ -17,6 +17,7 @@ from PIL import Image
 from timm.models import save_for_hf
 from towers import write_tower
 
+from mapet_ds import probe
 from mapet_ds.config import REPOSITORY
 from mapet_ds.index import DataError
 from mapet_ds.probe import features, fit_heads, knn, linear, linear_sgd, load_timm, unit_length
@@ -379,7 +380,19 @@ def test_everything_from_one_pass(run_tool_with, model_folder, image_folders, tm
     code, printed = run_tool_with("all", *words, "--epochs", "1", "--pool", "token", "--learning_rates", "0.01", "0.1")
     assert len(printed.out.splitlines()) == 5
     assert "chosen on a tenth of the training images (0.01: " in printed.out and ", 0.1: " in printed.out
-    assert printed.out.count("it is the last of those tried, and --learning_rates takes others") == 2, "of two, each is"
+
+
+@pytest.mark.parametrize(
+    ("held_out", "end"), [((70, 60, 50), "lowest"), ((50, 60, 70), "highest"), ((60, 70, 60), None), ((70, 70, 60), None)]
+)
+def test_a_rate_at_an_end_of_those_tried_is_said(run_tool_with, model_folder, image_folders, monkeypatch, held_out, end):
+    tried = dict(zip((0.01, 0.1, 1.0), held_out))
+    monkeypatch.setattr(probe, "linear_sgd", lambda *found, **settings: probe.SGDProbe(50.0, max(tried, key=tried.get), tried))
+    words = ["--model", model_folder, "--train", image_folders / "train", "--val", image_folders / "val"]
+    code, printed = run_tool_with("linear", "--solver", "sgd", *words)
+    assert code == 0, printed.err
+    assert ("a better one may lie beyond" in printed.out) == bool(end)
+    assert end is None or f"beyond the {end} of them: --learning_rates takes others" in printed.out
 
 
 def test_mistakes_in_what_is_fitted_are_sentences(run_tool_with, model_folder, image_folders, tmp_path):

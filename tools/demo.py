@@ -29,8 +29,14 @@ def run(says: str, *command: object) -> str:
     words = [str(word) for word in command]
     print(f"\n== {says}\n$ {shlex.join(words)}", flush=True)
     lines, interrupts = [], []
-    # The terminal tells the command, too, which may have something to save and to say: it ends before the demo does.
-    before = signal.signal(signal.SIGINT, lambda *_: interrupts.append(True))
+
+    def note(*_: object) -> None:
+        """The terminal tells the command, too, which may have something to save and to say; a second one ends the demo at once."""
+        if interrupts:
+            raise KeyboardInterrupt
+        interrupts.append(True)
+
+    before = signal.signal(signal.SIGINT, note)
     with subprocess.Popen(words, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout:
             print(line, end="", flush=True)
@@ -81,7 +87,8 @@ def main() -> None:
     before = json.loads(run("k-NN accuracy of the untrained ViT", python, *probe, "--untrained"))["knn_accuracy_percent"]
     after = json.loads(run("k-NN accuracy of the pre-trained ViT", python, *probe))["knn_accuracy_percent"]
 
-    losses = [json.loads(line)["loss"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
     print(f"\nloss              {losses[0]:.3f} at the start, {losses[-1]:.3f} at the end")
     print(f"k-NN accuracy     {before:.1f} % untrained, {after:.1f} % pre-trained ({after - before:+.1f} points)")
     print(f"timm weights      {export / 'model.safetensors'}")

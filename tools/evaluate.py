@@ -97,8 +97,10 @@ def evaluate_linear(arguments: argparse.Namespace, found: list[Any]) -> Found:
         f"Linear (SGD{', batch norm' if arguments.batch_norm else ''}) accuracy {probe.accuracy:.2f} % with learning rate "
         f"{probe.learning_rate:g}, chosen on a tenth of the training images ({tried})"
     )
-    if len(probe.held_out) > 1 and probe.learning_rate in (min(probe.held_out), max(probe.held_out)):
-        says += "; it is the last of those tried, and --learning_rates takes others"
+    best = [lr for lr, accuracy in sorted(probe.held_out.items()) if accuracy == max(probe.held_out.values())]
+    for end, name in ((min(probe.held_out), "lowest"), (max(probe.held_out), "highest")):
+        if len(probe.held_out) > 1 and best == [end]:
+            says += f"; a better one may lie beyond the {name} of them: --learning_rates takes others"
     figures = {"linear_accuracy_percent": probe.accuracy, "solver": "sgd", "learning_rate": probe.learning_rate}
     return [says], figures | {"held_out_accuracy_percent": probe.held_out} | settings
 
