@@ -21,8 +21,8 @@ SETTINGS = {
     "mapet": [], "beit": [], "mvp": ["teacher.features=projected"], "saim": ["model.layer_scale=null"],
     "conmim": ["conmim.bn_group=4", "conmim.projector_dim=32", "data.color_jitter=0", "optim.lr=2e-4"],
 }  # fmt: skip
-"""What positions have in common is most of ConMIM's features, and taking it off leaves five digits: at the others' rate, two
-kinds of CPU are 1 % apart after 20 steps, at this one 1e-5 (docs/log.md)."""
+"""What positions have in common is most of ConMIM's features, and taking it off costs digits: at the others' rate, two kinds of
+CPU are 1 % apart after 20 steps, at this one 1e-5 (docs/log.md)."""
 
 
 def words(name, run_dir, *more):
