@@ -32,8 +32,6 @@ class Target(Protocol):
     """The second view the loader must make; None for no second view."""
     dim: int
     """What there is for each patch: number of token ids, or width of a vector."""
-    uses_student: bool
-    """False: may run a batch ahead of the student."""
     identity: dict[str, Any]
     """What a checkpoint must find unchanged at resume."""
 
@@ -60,8 +58,6 @@ def build_target(config: Config, device: torch.device) -> Target:
 
 class Constant:
     """What a target has that nothing moves."""
-
-    uses_student = False
 
     def after_step(self, weights: Iterable[tuple[str, Tensor]], progress: float) -> None:
         pass
@@ -246,7 +242,6 @@ class MomentumTeacher(MovingAverage):
     Source: ConMIM, arXiv 2205.09616, released settings.
     """
 
-    uses_student = True
     dim = 256
 
     def __init__(self, config: Config, device: torch.device) -> None:
