@@ -59,10 +59,10 @@ class Block(NamedTuple):
         return sum(self.parts(pairs).values())
 
     def saved(self, size: int, layer_scale: bool) -> int:
-        """Bytes that eager mode keeps for the backward pass; size: bytes of a number."""
+        """Bytes that eager mode keeps for the backward pass, which makes the MLP's activation anew; size: bytes of a number."""
         width, mlp, copied = self.vit.width, self.vit.mlp, self.keys if self.keys < self.inputs else 0
         per_row = 5 + self.banded + 2 * layer_scale  # norm1, q, output (joined), residual, norm2; inputs of both LayerScales
-        numbers = (self.inputs + copied + 2 * self.keys + per_row * self.rows) * width + 2 * self.rows * mlp
+        numbers = (self.inputs + copied + 2 * self.keys + per_row * self.rows) * width + self.rows * mlp
         return size * numbers + FP32 * self.rows * self.vit.heads
 
 
@@ -130,16 +130,17 @@ class Student(NamedTuple):
         return sum(linear.flops for linear in self.head)
 
     def activations(self, config: Config) -> int:
-        """Bytes at the peak of forward and backward, in eager mode; torch.compile needs a few per cent less.
+        """Bytes at the peak of forward and backward, in eager mode; torch.compile keeps up to an eighth less.
 
         The peak is where the loss's gradient is made, or where a block's is, recomputed or not.
         """
         recompute, scale, size = config.train.grad_checkpointing, config.model.layer_scale is not None, self.size
         whole = [block.saved(size, scale) for block in self.blocks]
         kept = [size * block.inputs * block.vit.width for block in self.blocks] if recompute else whole
-        again = max(one - own for one, own in zip(whole, kept))
-        gradients = size * max(block.rows * (2 * block.vit.width + block.vit.mlp) for block in self.blocks)
-        return self.embedding_saved + sum(kept) + max(self.head_saved + self.head_peak, again + gradients)
+        held = self.embedding_saved + sum(kept) + self.head_saved + self.head_peak
+        gradients = [size * block.rows * 2 * (block.vit.width + block.vit.mlp) for block in self.blocks]
+        before = [self.embedding_saved + sum(kept[:i]) for i in range(len(kept))]
+        return max(held, *(sum(parts) for parts in zip(before, whole, gradients)))
 
 
 def vit_of(model: ModelConfig) -> Vit:

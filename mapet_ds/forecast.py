@@ -326,7 +326,7 @@ def assumptions(request: Request) -> list[str]:
         f"an image file has {cluster.image_kbyte:g} kB (ImageNet-1k's mean), a node reads {cluster.storage_gbyte_s:g} GB/s, "
         f"and a GPU's loader prepares {speeds.images_per_second:g} images/s, while the GPU computes",
         f"memory: {CONTEXT / GIB:g} GiB of contexts, {DECODER / GIB:g} GiB for DALI, {USABLE:.0%} of the GPU usable; activations "
-        "as in eager mode (torch.compile needs a few per cent less)",
+        "as in eager mode (torch.compile keeps up to an eighth less)",
     ]
     if not target(config).counted:
         lines.append(f"tokenizer.name = {config.tokenizer.name}: its costs are not known and counted as nothing")

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import timm
 import torch
 import torch.nn.functional as F
-from timm.layers import Attention, DropPath
+from timm.layers import Attention, DropPath, Mlp
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -76,11 +76,27 @@ class StreamAttention(Attention):
         return self.proj(self.norm(x))
 
 
+class SparingMlp(Mlp):
+    """timm's Mlp, whose activation the backward pass makes anew: 4 of the 12 rows of width that a block would keep of each row.
+
+    Element-wise work between two matrix products is next to nothing beside them (docs/log.md).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, N, D] -> [B, N, D]."""
+        x = self.fc1(x)
+        return self.drop2(checkpoint(self._second, x, use_reentrant=False) if torch.is_grad_enabled() else self._second(x))
+
+    def _second(self, x: Tensor) -> Tensor:
+        return self.fc2(self.norm(self.drop1(self.act(x))))
+
+
 class StreamBlock(Block):
     """timm's pre-norm Block; with bands it updates and returns only the banded rows."""
 
-    def __init__(self, *args: Any, attn_layer: type[nn.Module] = StreamAttention, **kwargs: Any) -> None:
-        super().__init__(*args, attn_layer=StreamAttention, **kwargs)
+    def __init__(self, *args: Any, mlp_layer: type[nn.Module], **kwargs: Any) -> None:
+        kwargs |= {"attn_layer": StreamAttention, "mlp_layer": SparingMlp if mlp_layer is Mlp else mlp_layer}
+        super().__init__(*args, **kwargs)
 
     def forward(
         self, x: Tensor, bands: Sequence[Band] | None = None, keep: Tensor | None = None, **timm_arguments: Any

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from timm.layers import Mlp
 from torch import Tensor, nn
 
 
@@ -73,7 +74,7 @@ def _mapet_image_loss(model: nn.Module, image: Tensor, ids: Tensor, order: Tenso
         for name, row in rows.items():
             keys = torch.stack([normed[key] for key in visible[name]])
             row = row + kept1 * block.ls1(_attend(block, normed[name], keys))
-            after[name] = row + kept2 * block.ls2(block.mlp(block.norm2(row)))
+            after[name] = row + kept2 * block.ls2(Mlp.forward(block.mlp, block.norm2(row)))
         rows = after
     losses = []
     for (kind, p), row in rows.items():
@@ -89,7 +90,7 @@ def _through(block: nn.Module, rows: Tensor, context: list[Tensor], keep: Tensor
     after = []
     for row, keys in zip(rows, context):
         row = row + kept1 * block.ls1(_attend(block, block.norm1(row), block.norm1(keys)))
-        after.append(row + kept2 * block.ls2(block.mlp(block.norm2(row))))
+        after.append(row + kept2 * block.ls2(Mlp.forward(block.mlp, block.norm2(row))))
     return torch.stack(after)
 
 
@@ -223,7 +224,7 @@ class DenseMaPeT(nn.Module):
                 scores = qh @ kh.transpose(2, 3) * attention.scale + mask[:, None].to(q.dtype)
                 out = (scores.softmax(dim=-1) @ vh).transpose(1, 2).flatten(2)
                 stream = stream + block.ls1(attention.proj(out))
-                streams.append(stream + block.ls2(block.mlp(block.norm2(stream))))
+                streams.append(stream + block.ls2(Mlp.forward(block.mlp, block.norm2(stream))))
             h, g = streams
         logits = self.model.head(vit.norm(g))
         return F.cross_entropy(logits.flatten(0, 1), ids.gather(1, hidden).flatten())

@@ -21,7 +21,7 @@ from mapet_ds.config import (
 )  # fmt: skip
 from mapet_ds.draws import block_masks, cell_masks
 from mapet_ds.objectives import OBJECTIVES, build_objective
-from mapet_ds.vit import build_vit
+from mapet_ds.vit import build_vit, compile_blocks
 
 VOCAB = 11
 GROUP = 2
@@ -144,6 +144,24 @@ def test_grad_checkpointing_changes_nothing(any_model):
     any_model.vit.set_grad_checkpointing(True)
     any_model(images, target, draw).loss.backward()
     assert all(torch.equal(a, p.grad) for a, p in zip(plain, trained, strict=True))
+
+
+def test_compiled_blocks_change_nothing(any_model, monkeypatch):
+    """As torch.compile traces and differentiates them; aot_eager then runs PyTorch's own kernels, without a C++ compiler."""
+    images, target, draw = tiny_batch(any_model)
+    trained = [p for p in any_model.parameters() if p.requires_grad]
+    plain = any_model(images, target, draw).loss
+    plain.backward()
+    kept = [p.grad.clone() for p in trained]
+    any_model.zero_grad()
+    torch.compiler.reset()  # it compiles one function no more than eight times, whichever objective's
+    whole = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: whole(self, backend="aot_eager", fullgraph=True))
+    compile_blocks(any_model)
+    compiled = any_model(images, target, draw).loss
+    compiled.backward()
+    assert abs(plain - compiled) < 1e-12
+    assert all((a - p.grad).abs().max() < 1e-12 for a, p in zip(kept, trained, strict=True))
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

@@ -27,6 +27,10 @@ COLLECTIVES = ("c10d::", "gloo:", "nccl:", "record_param_comms")
 REST, HEAD, GRADIENTS, UNEXPLAINED = "norms and rest", "head and loss", "gradients", "unexplained"
 
 
+def in_backward() -> bool:
+    return torch._C._current_autograd_node() is not None
+
+
 class Parts:
     """Which part of a step an operation belongs to. In the forward pass: of the modules being called, the innermost that has
     a name here. In the backward pass: the part that made the node, found by autograd's sequence number."""
@@ -36,11 +40,15 @@ class Parts:
         self.marks: list[tuple[int, str]] = []
 
     def enter(self, name: str) -> None:
+        if in_backward():  # what is made anew there belongs to the node that asks for it, and may end before the module does
+            return
         self.open.append((name, record_function(RANGE + name)))
         self.open[-1][1].__enter__()
         self._mark()
 
     def leave(self) -> None:
+        if in_backward():
+            return
         self.open.pop()[1].__exit__(None, None, None)
         self._mark()
 
