@@ -187,7 +187,7 @@ class TrainConfig:
     world_size: Positive | None = None
     """Ranks this run must have; null takes what the launcher gives."""
     compile: bool = False
-    """torch.compile the blocks."""
+    """torch.compile the blocks of student and teacher: a minute or two at the start, and a C++ compiler."""
     grad_checkpointing: bool = False
     """Recompute each block's activations in the backward pass."""
     deterministic: bool = False

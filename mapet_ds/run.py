@@ -79,8 +79,10 @@ class Run:
         began = self._begin(objective) if found is None else found.run["identity"].get(BEGAN)
         objective.vit.set_grad_checkpointing(config.train.grad_checkpointing)
         self.engine = build_engine(objective, config, engine_config, ranks.world_size, ranks.device)
-        if config.train.compile:
+        if config.train.compile and self.engine.zero_optimization_stage() < 3:
             compile_blocks(objective)
+        elif config.train.compile and ranks.rank == 0:  # it would trace DeepSpeed's hooks anew without end (docs/log.md)
+            print("ZeRO-3 gathers weights in ways that torch.compile can't trace: the student is not compiled.", flush=True)
 
         self.identity = checkpoint.identity(config, self.index.fingerprint, self.target.identity)
         self.identity["engine.bf16"] = bool(engine_config.get("bf16", {}).get("enabled"))

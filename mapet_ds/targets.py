@@ -165,7 +165,7 @@ class TeacherFeatures(Constant):
     """The frozen CLIP's own patch features [B, L, C], in its precision, of the same crop as the student's view."""
 
     def __init__(self, config: Config, device: torch.device) -> None:
-        self.teacher = build_teacher(config.teacher, device)
+        self.teacher = build_teacher(config.teacher, device, config.train.compile)
         self.teacher.check_grid(config.grid)
         self.dim = self.teacher.embed_dim
         self.teacher_view = View(config.teacher.img_size, *teacher_mean_std(config.teacher))

@@ -117,8 +117,9 @@ class Teacher(nn.Module):
         return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def build_teacher(config: TeacherConfig, device: torch.device) -> Teacher:
-    """The teacher on `device`, its weights spread over ranks as teacher.shard says. Every rank must call it.
+def build_teacher(config: TeacherConfig, device: torch.device, compiled: bool = False) -> Teacher:
+    """The teacher on `device`, its weights spread over ranks as teacher.shard says; compiled: its blocks by torch.compile, each
+    at its first call. Every rank must call it.
 
     Turns off PyTorch's fused attention path for inference (process-wide): it changes bf16 features by 0.7 %, so that targets
     would depend on the gradient mode. A file other than safetensors is read whole by each rank before it is spread.
@@ -155,6 +156,10 @@ def build_teacher(config: TeacherConfig, device: torch.device) -> Teacher:
         visual.attnpool = None  # 13 % of RN50x64, never run
     _shard(teacher, config, device)
     _fill(teacher, weights, build, device)
+    if compiled:
+        torch._dynamo.config.recompile_limit = 64  # of the default 8, a ResNet's blocks have as many shapes
+        for block in _blocks(teacher.visual):
+            block.forward = torch.compile(block.forward, dynamic=False)  # beneath the hooks that gather its weights
     return teacher
 
 

@@ -190,7 +190,7 @@ class KClip:
 
     def __init__(self, config: Config, device: torch.device) -> None:
         self.codebook = Codebook.load(config.tokenizer.path)
-        self.teacher = build_teacher(config.teacher, device)
+        self.teacher = build_teacher(config.teacher, device, config.train.compile)
         self.teacher.check_grid(config.grid)
         self.codebook.check(self.teacher.identity, config.data, config.tokenizer.vocab_size)
         self.codebook.to(device)

@@ -8,12 +8,14 @@ import os
 import shutil
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import open_clip
 import safetensors
 import torch
 import torch.distributed as dist
+from torch._dynamo.utils import counters
 from towers import SIZE, know_tiny_models
 
 from mapet_ds import teacher as module
@@ -88,6 +90,20 @@ def download_results(towers, out, device):
     return results
 
 
+def compiled_features(towers, device):
+    """What blocks give that were traced beneath the hooks which gather their weights, twice, and the graphs that there are."""
+    compiler, results = torch.compile, {}
+    torch.compile = partial(compiler, backend="aot_eager")  # needs no C++ compiler
+    for case in CASES[0], CASES[2]:
+        torch.compiler.reset()
+        counters.clear()
+        teacher = module.build_teacher(settings(towers, case), device, compiled=True)
+        features = [teacher(images(case[0]).to(device)).cpu() for _ in range(2)]
+        results[case] = features, counters["stats"]["unique_graphs"], teacher.local_bytes
+    torch.compile = compiler
+    return results
+
+
 def main(towers, out, device):
     torch.set_num_threads(1)
     rank = int(os.environ["RANK"])
@@ -107,6 +123,7 @@ def main(towers, out, device):
         read = CountingFile.last.read if CountingFile.last else None
         features = [teacher(images(kind).to(device)) for _ in range(2)]  # the second after the first gave its memory back
         results[case] = [f.cpu() for f in features], teacher.identity, teacher.local_bytes, read, allocated
+    results["compiled"] = compiled_features(towers, device)
     results["download"] = download_results(towers, out, device)
     torch.save(results, Path(out) / f"{rank}.pt")
     dist.destroy_process_group()

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from images import encode, picture
-from line import make_line, start
+from line import ENVIRONMENT, make_line, start
 from towers import write_tower
 
 from mapet_ds.config import REPOSITORY, DataConfig, TeacherConfig
@@ -192,7 +192,7 @@ def line(tmp_path_factory):
 FEW = ["--device", "cpu", "--batch_size", 4, "--threads", 1, "--repeats", 2]
 
 
-def test_teacher(line):
+def test_teacher(line, monkeypatch):
     found = benchmark("teacher", *line[:2], *FEW)
     check_circumstances(found, "teacher")
     tower = build_teacher(load_config(line[1]).teacher, torch.device("cpu"))
@@ -200,6 +200,10 @@ def test_teacher(line):
     assert found["gflop_per_image"] * 1e9 > 2 * weights * 17  # each weight meets 16 patches and the class token
     assert "bf16" not in found and set(found["fp32"]["images_per_second"]) == SPREAD
     assert found["fp32"]["ceiling_tflops"] > 0
+    monkeypatch.setitem(ENVIRONMENT, "TORCH_COMPILE_DISABLE", "1")
+    compiled = benchmark("teacher", *line[:2], *FEW, "--against", "eager", "train.compile=true", "teacher.precision=bf16")
+    assert compiled["compiled"] and not found["compiled"] and compiled["gflop_per_image"] == found["gflop_per_image"]
+    check_ratio(compiled["bf16"]["speed_over_eager"])
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = start(*torchrun, "tools/benchmark.py", "teacher", *line[:2], *FEW, "--against", "unsharded")
     assert done.returncode == 0, done.stderr[-2000:]

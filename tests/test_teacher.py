@@ -340,6 +340,16 @@ def test_a_sharded_teacher_gives_the_bits_of_the_whole_one(towers, sharded, case
         assert read < 0.62 * sum(tensor.numel() for tensor in whole.state_dict().values())
 
 
+def test_a_compiled_teacher_gives_the_same_features(towers, sharded):
+    """One graph for a transformer's blocks, one for each of four stages of one residual block; sharded like the eager one."""
+    for result in sharded[0]:
+        for case, (features, graphs, local_bytes) in result["compiled"].items():
+            expected = build_teacher(settings(towers, case), CPU)(images(case[0]))
+            assert all((f - expected).norm() < 1e-6 * expected.norm() for f in features)
+            assert graphs == {"vit": 1, "resnet": 4}[case[0]]
+            assert local_bytes == result[case][2]
+
+
 def test_one_rank_a_node_downloads_and_its_failure_is_everybodys(towers, sharded):
     results, out = sharded
     assert (out / "calls").read_text() == "rank 0\n" * 2

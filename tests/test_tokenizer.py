@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from towers import write_tower
 
-from mapet_ds.config import Config, ConfigError, DataConfig, ModelConfig, TeacherConfig, TokenizerConfig
+from mapet_ds.config import Config, ConfigError, DataConfig, ModelConfig, TeacherConfig, TokenizerConfig, TrainConfig
 from mapet_ds.data import View
 from mapet_ds.teacher import build_teacher
 from mapet_ds.tokenizer import Codebook, build_tokenizer, chosen_patches, fit, num_points, source_of
@@ -239,6 +239,9 @@ def test_kclip_is_the_codebook_on_the_teachers_features(tmp_path):
     assert ids.shape == (3, 16)
     assert torch.equal(ids.flatten()[5:25], torch.arange(20))
     assert tokenizer.vocab_size == 20
+    compiled = build_tokenizer(dataclasses.replace(config, train=TrainConfig(compile=True)), torch.device("cpu")).teacher
+    for tower, own in (tokenizer.teacher, False), (compiled, True):
+        assert all(("forward" in vars(block)) == own for block in tower.visual.transformer.resblocks)
     assert tokenizer.view == View(64, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
     assert tokenizer.identity == {"teacher": teacher.identity, "codebook": book.sha256, "dtype": "torch.float32"}
     for change, sentence in [

@@ -5,7 +5,7 @@
     tools/benchmark.py index --images N       an index of so many: opening, look-ups, order, first batch, memory
     tools/benchmark.py step                   forward and backward, by part; MaPeT's also as published
     tools/benchmark.py attention              ways to compute the attention of MaPeT's hidden patches and queries
-    tools/benchmark.py teacher                the recipe's frozen teacher, fp32 and, on a GPU, bf16
+    tools/benchmark.py teacher                the recipe's frozen teacher, compiled if the recipe is
     tools/benchmark.py assign --teacher NAME --data DIR --codebook FILE    ids that change in bf16
     tools/benchmark.py train --data DIR       a whole training step, and its parts alone (also under torchrun)
     tools/benchmark.py scaling --data DIR     the same at 1, 2, 4 .. ranks of this host
@@ -77,7 +77,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     assign.add_argument("--images", type=int, default=256)
     teacher = command("teacher", measure_teacher, 32, help="images per second of the recipe's teacher")
     teacher.add_argument("--repeats", type=int, default=5)
-    teacher.add_argument("--against", choices=["unsharded"], help="under torchrun: sharded beside whole on every rank")
+    teacher.add_argument("--against", choices=["eager", "unsharded"], help="not compiled; under torchrun: whole on every rank")
     train = command("train", measure_train, 32, help="a whole training step and its parts")
     scaling = command("scaling", measure_scaling, 32, help="`train` at 1, 2, 4 .. ranks of this host")
     scaling.add_argument("--ranks", type=int, default=2, help="the most")

@@ -62,7 +62,7 @@ def fit_codebook(config: Config) -> None:
     ranks = init_distributed()
     index = open_shared_index(config.data.train, Path(f"{config.tokenizer.path}.index"), ranks)
     points = num_points(len(index), config)
-    teacher = build_teacher(config.teacher, ranks.device)
+    teacher = build_teacher(config.teacher, ranks.device, config.train.compile)
     teacher.check_grid(config.grid)
     if ranks.rank == 0:
         print(

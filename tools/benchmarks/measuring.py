@@ -72,8 +72,12 @@ def repeatedly(work: Callable[[], Any], times: int) -> None:
 
 
 def counted_flops(work: Callable[[], Any]) -> int:
-    """Floating-point operations of the matrix products and convolutions in it, those of attention whatever its mask."""
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # other kernels have no formula on a CPU
+    """Floating-point operations of the matrix products and convolutions in it, those of attention whatever its mask.
+
+    Of what is compiled as well: it runs in eager mode here, where operations can be seen.
+    """
+    eager, counter = torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False)
+    with eager, counter, sdpa_kernel(SDPBackend.MATH):  # other kernels have no formula on a CPU
         work()
     return counter.get_total_flops()
 

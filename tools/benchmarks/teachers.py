@@ -21,14 +21,18 @@ from mapet_ds.tokenizer import Codebook
 
 
 def measure_teacher(arguments: argparse.Namespace) -> Figures | None:
-    """The recipe's teacher on noise, in fp32, and on a GPU in bf16 too: a CPU without bf16 takes minutes for a product."""
+    """The recipe's teacher on noise, in fp32 and bf16; on a CPU, which may take minutes for a product in bf16, in one of them."""
     device, ranks, figures = device_of(arguments.device), init_distributed(), {}
     device = ranks.device if device.type == "cuda" else device
     torch.set_num_threads(arguments.threads)
-    for precision in ("fp32", "bf16") if device.type == "cuda" else ("fp32",):
+    asked = settings(arguments).teacher.precision
+    for precision in ("fp32", "bf16") if device.type == "cuda" else ("bf16" if asked == "bf16" else "fp32",):
         config = settings(arguments, f"teacher.precision={precision}")
-        shards = [config.teacher.shard, *(["none"] if arguments.against else [])]
-        teachers = [build_teacher(dataclasses.replace(config.teacher, shard=shard), device) for shard in shards]
+        teachers = [build_teacher(config.teacher, device, config.train.compile)]
+        if arguments.against == "eager":
+            teachers.append(build_teacher(config.teacher, device))
+        elif arguments.against == "unsharded":
+            teachers.append(build_teacher(dataclasses.replace(config.teacher, shard="none"), device, config.train.compile))
         images = torch.randn(arguments.batch_size, 3, config.teacher.img_size, config.teacher.img_size, device=device)
         figures["gflop_per_image"] = counted_flops(partial(teachers[-1], images[:1])) / 1e9
         peak = ceiling(device, teachers[0].dtype)
@@ -42,9 +46,9 @@ def measure_teacher(arguments: argparse.Namespace) -> Figures | None:
             "share_of_ceiling": summary([figures["gflop_per_image"] * each / 1e3 / peak for each in speeds[0]]),
         }  # fmt: skip
         if arguments.against:
-            whole = {"images_per_second": summary(speeds[1]), "local_mib": teachers[1].local_bytes / 2**20}
-            figures[precision] |= {"unsharded": whole, "speed_over_unsharded": ratio(speeds[0], speeds[1])}
-    about = {"teacher": config.teacher.name, "ranks": ranks.world_size}
+            other = {"images_per_second": summary(speeds[1]), "local_mib": teachers[1].local_bytes / 2**20}
+            figures[precision] |= {arguments.against: other, f"speed_over_{arguments.against}": ratio(speeds[0], speeds[1])}
+    about = {"teacher": config.teacher.name, "ranks": ranks.world_size, "compiled": config.train.compile}
     return None if ranks.rank else circumstances(config, arguments) | about | figures
 
 
