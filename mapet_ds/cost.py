@@ -333,6 +333,8 @@ class Target(NamedTuple):
     """Bytes per image at the peak, while the student's activations do not exist yet."""
     output: int
     """Bytes per image that the student's pass keeps."""
+    tf32_flops: int = 0
+    """In TF32: of an assignment to centroids in two parts."""
     counted: bool = True
     """False: a tokenizer of the user's own, whose costs are not known and taken as nothing."""
 
@@ -359,8 +361,10 @@ def target(config: Config, size: int = 2) -> Target:
         if not config.method.predicts_ids:
             return Target(clip.flops, 0, clip.weights, 0, clip.working + features, features)
         assign = 2 * patches * codes * clip.dim
-        book = FP32 * codes * clip.dim + 2**28 + FP32 * 2**26 // codes * clip.dim  # centroids; scores and rows of a chunk
-        return Target(clip.flops, assign, clip.weights, book, clip.working + features, 8 * patches)
+        split = size == 2  # Codebook.assign
+        book = FP32 * codes * clip.dim * (1 + 2 * split) + 2**28 + FP32 * 2**26 // codes * clip.dim  # and a chunk's scores and rows
+        costs = clip.flops, 0 if split else assign, clip.weights, book, clip.working + features, 8 * patches
+        return Target(*costs, tf32_flops=2 * assign * split)
     if config.objective == "conmim":
         model = student(config)
         rows, inner = model.blocks[0].rows, config.conmim.projector_dim
@@ -368,4 +372,4 @@ def target(config: Config, size: int = 2) -> Target:
         whole = FP32 * model.parameters + size * model.parameters  # and autocast's copies
         return Target(model.forward - model.matching, 0, 0, whole, working, FP32 * patches * 256)
     pixels = FP32 * patches * target_dim(config)
-    return Target(0, 0, 0, 0, 3 * pixels if config.objective == "saim" else 0, pixels, config.objective == "saim")
+    return Target(0, 0, 0, 0, 3 * pixels if config.objective == "saim" else 0, pixels, counted=config.objective == "saim")

@@ -24,8 +24,8 @@ DECODER = 1.0 * GIB
 """What DALI's decoder keeps on a GPU."""
 LAUNCH_SECONDS = 0.015
 """Least duration of a micro-step: the host can't launch its kernels faster."""
-LINK_SHARE, MEMORY_SHARE, FP32_SHARE = 0.8, 0.7, 0.7
-"""Attained shares of a link's, the memory's and the fp32 units' data sheet."""
+LINK_SHARE, MEMORY_SHARE, FP32_SHARE, TF32_SHARE = 0.8, 0.7, 0.7, 0.5
+"""Attained shares of a link's, the memory's, the fp32 units' and, in TF32, half the bf16 units' data sheet."""
 HOP_SECONDS = 1e-5
 """Latency of one hop of a collective."""
 LARGEST = 1024
@@ -100,6 +100,7 @@ class Speeds(NamedTuple):
     """Attained share of the data sheet."""
     teacher: float
     fp32: float = FP32_SHARE
+    tf32: float = TF32_SHARE
     images_per_second: float = 2000.0
     """That a GPU's share of the loader prepares."""
     whole: float = 1.0
@@ -192,7 +193,8 @@ def step_seconds(request: Request, model: Student, goal: Target) -> dict[str, fl
     recomputed = model.recomputed if config.train.grad_checkpointing else 0
     learn = micro * (model.flops + recomputed) / (peaks[request.size] * speeds.student * speeds.whole)
     teach = micro * goal.flops / (peaks[request.teacher_size] * speeds.teacher * speeds.whole)
-    assign = micro * goal.fp32_flops / (peaks[4] * speeds.fp32 * speeds.whole)
+    exact = goal.fp32_flops / (peaks[4] * speeds.fp32) + goal.tf32_flops / (peaks[2] / 2 * speeds.tf32)
+    assign = micro * exact / speeds.whole
     group = {"none": 1, "node": cluster.gpus_per_node, "world": ranks}[config.teacher.shard]
     weights = max(0.0, cluster.seconds(goal.sharded, group, 1) - teach)
     hides = 2 / 3 * learn if request.engine["zero_optimization"].get("overlap_comm") else 0.0
@@ -276,7 +278,7 @@ def predict(request: Request) -> dict[str, Any]:
         "gflop_per_image": {
             "student": model.flops / 1e9, "student_minimum": model.minimum / 1e9,
             "recomputed": model.recomputed / 1e9 if config.train.grad_checkpointing else 0.0,
-            "teacher": goal.flops / 1e9, "fp32": goal.fp32_flops / 1e9,
+            "teacher": goal.flops / 1e9, "fp32": goal.fp32_flops / 1e9, "tf32": goal.tf32_flops / 1e9,
         },
         "memory_gib": {name: size / GIB for name, size in held.items()} | {"total": sum(held.values()) / GIB},
         "micro_batch_size": config.train.micro_batch_size,
@@ -317,8 +319,8 @@ def assumptions(request: Request) -> list[str]:
     lines = [
         f"{gpu.name}: {gpu.bf16_tflops:g} bf16 and {gpu.fp32_tflops:g} fp32 TFLOP/s, {gpu.memory_gbyte_s:g} GB/s memory, "
         f"{gpu.nvlink_gbyte_s:g} GB/s NVLink each way (NVIDIA's data sheet, SXM, dense), {gpu.gib:g} GiB",
-        f"attained: student {speeds.student:.2f}, teacher {speeds.teacher:.2f} of that, fp32 {speeds.fp32:.2f}; "
-        + (known if speeds.measured else "ASSUMED, not yet measured (--calibrate)"),
+        f"attained: student {speeds.student:.2f}, teacher {speeds.teacher:.2f} of that, fp32 {speeds.fp32:.2f}, TF32, half as "
+        f"fast as bf16, {speeds.tf32:.2f}; " + (known if speeds.measured else "ASSUMED, not yet measured (--calibrate)"),
         f"links at {LINK_SHARE:g} and memory at {MEMORY_SHARE:g} of their data sheet; rings, whose slowest link is "
         f"{cluster.link_gbit:g} Gbit/s of a node; {1e6 * HOP_SECONDS:g} us a hop",
         "gradients are summed behind the backward pass where overlap_comm is on (stages 2, 3), weights gathered in the open",

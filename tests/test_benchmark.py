@@ -179,7 +179,7 @@ def test_assign(photos, tmp_path):
     assert set(found["changed_share"]) == {"bf16_teacher", "bf16_features"}
     assert 0 < found["changed_share"]["bf16_teacher"] < 0.5
     assert 0 <= found["changed_share"]["bf16_features"] < 0.5
-    assert set(found["ms_per_image"]) == {"teacher_fp32", "teacher_bf16", "assign"}
+    assert set(found["ms_per_image"]) == {"teacher_fp32", "teacher_bf16", "assign_fp32", "assign_bf16"}
     assert all(set(values) == SPREAD and 0 < values["min"] for values in found["ms_per_image"].values())
 
 

@@ -129,7 +129,8 @@ def test_figures_that_the_documents_name():
     assert round(counted.flops / 1e9) == 246
     assert 1 < counted.flops / counted.minimum < 1.03
     assert round(goal.flops / 1e9) == 507
-    assert goal.fp32_flops == 2 * 196 * 8192 * 4096
+    assert (goal.fp32_flops, goal.tf32_flops) == (0, 2 * 2 * 196 * 8192 * 4096)
+    assert target(config, 4)[1] == 2 * 196 * 8192 * 4096
 
 
 def test_the_last_block_updates_no_row_that_no_loss_reads():

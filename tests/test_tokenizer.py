@@ -14,7 +14,7 @@ from towers import write_tower
 from mapet_ds.config import Config, ConfigError, DataConfig, ModelConfig, TeacherConfig, TokenizerConfig, TrainConfig
 from mapet_ds.data import View
 from mapet_ds.teacher import build_teacher
-from mapet_ds.tokenizer import Codebook, build_tokenizer, chosen_patches, fit, num_points, source_of
+from mapet_ds.tokenizer import Codebook, build_tokenizer, chosen_patches, fit, num_points, source_of, tf32_parts
 
 SETTINGS = TokenizerConfig(vocab_size=64, iterations=6, redo=2, points_per_centroid=40)
 IDENTITY = {"name": "ViT-B-16", "sha256": "a" * 64, "layer": 11, "img_size": 224}
@@ -53,6 +53,26 @@ def test_assign_is_faiss_outside_ties(mean):
     assert (ids == scores.argmin(1))[~tie].all()
     dropped_norm = (features @ centroids.T).argmax(1)
     assert (dropped_norm != ids).mean() > 0.05  # so the data would show a wrong formula
+
+
+def test_parts_in_tf32_give_the_ids_of_fp32(monkeypatch):
+    """TF32 keeps 10 bits of a fraction, bf16 has 7: only the lower part of a centroid is rounded, and changes no id."""
+    codebook = fit(overlapping_features(mean=3.0), SETTINGS, seed=3)
+    upper, lower = tf32_parts(codebook.centroids)
+    assert torch.equal(upper + lower, codebook.centroids) and not (upper.view(torch.int32) & 0x1FFF).any()
+    assert (lower.abs() < 2**-10 * codebook.centroids.abs()).all() and lower.any()
+    features = torch.from_numpy(overlapping_features(mean=3.0)).bfloat16()
+    kept = ((lower.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+    assert not torch.equal(kept, lower)
+    scores = codebook.centroids.double().square().sum(dim=1) - 2 * features.double() @ (upper.double() + kept).T
+    nearest, second = scores.topk(2, largest=False).values.T
+    tie = second - nearest < 1e-6 * features.double().square().sum(dim=1)
+    expected = codebook.assign(features)
+    assert tie.float().mean() < 0.01 and torch.equal(scores.argmin(dim=1)[~tie], expected[~tie])
+    rough = codebook.centroids.double().square().sum(dim=1) - 2 * features.double() @ upper.double().T
+    assert (rough.argmin(dim=1) != expected).any()  # so one part is not enough
+    monkeypatch.setattr("mapet_ds.tokenizer.has_tf32", lambda rows: True)
+    assert torch.equal(codebook.assign(features)[~tie], expected[~tie])
 
 
 def test_assign_keeps_shape_and_ignores_autocast(codebook):
@@ -299,6 +319,18 @@ def test_assignment_on_a_gpu_is_the_cpus(codebook):
     finally:
         torch.set_float32_matmul_precision("highest")
     assert (found.cpu() == expected).float().mean() > 0.9995
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("mean", [0.0, 3.0])
+def test_assignment_of_bf16_on_a_gpu_is_the_cpus_outside_ties(codebook, mean):
+    features = torch.from_numpy(overlapping_features(mean=mean)).bfloat16()
+    found = Codebook(codebook.centroids.clone(), {}).to(torch.device("cuda")).assign(features.cuda()).cpu()
+    scores = torch.from_numpy(exact_scores(features.float().numpy(), codebook.centroids.numpy()))
+    nearest, second = scores.topk(2, largest=False).values.T
+    tie = second - nearest < 1e-5 * features.double().square().sum(dim=1)
+    assert tie.float().mean() < 0.05 and torch.equal(found[~tie], scores.argmin(dim=1)[~tie])
 
 
 @pytest.mark.gpu

@@ -106,10 +106,10 @@ def learn(record: dict[str, Any], request: Request) -> dict[str, float]:
         found = {"student": student(dataclasses.replace(config, objective=record["objective"])).flops / each / peak}
     elif kind == "teacher" and goal.flops and record["teacher"] == config.teacher.name:
         found = {"teacher": goal.flops * number(record["bf16"], "images_per_second") / peak}
-    elif kind == "assign" and goal.fp32_flops and settings["teacher"] == config.teacher.name:
+    elif kind == "assign" and goal.tf32_flops and settings["teacher"] == config.teacher.name:
         times = record["ms_per_image"]
         found = {"teacher": goal.flops / number(times, "teacher_bf16") / (peak / 1e3)}
-        found["fp32"] = goal.fp32_flops / number(times, "assign") / (1e9 * gpu.fp32_tflops)
+        found["tf32"] = goal.tf32_flops / number(times, "assign_bf16") / (peak / 2e3)
     elif kind == "loader":
         views = record["two_views" if goal.sharded else "one_view"]
         found = {"images_per_second": number(views["images_per_second"], "ours")}
@@ -153,7 +153,7 @@ def report(request: Request, found: dict[str, Any], advice: list[tuple[str, dict
         f"trainable parameters  {found['parameters']:,}",
         f"GFLOP an image        student {gflop['student']:.1f} (at least {gflop['student_minimum']:.1f})"
         + (f" and {gflop['recomputed']:.1f} recomputed" if gflop["recomputed"] else "")
-        + f", teacher {gflop['teacher']:.1f}, in fp32 {gflop['fp32']:.1f}",
+        + f", teacher {gflop['teacher']:.1f}, in fp32 {gflop['fp32']:.1f}, in TF32 {gflop['tf32']:.1f}",
         f"micro-batch           {found['micro_batch_size']} x {found['grad_accum_steps']} accumulated (largest that fits: "
         f"{found['largest_micro_batch_size']})", "memory of a GPU", *held,
         f"step                  {1e3 * step['total']:.1f} ms: {parts}",

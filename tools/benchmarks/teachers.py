@@ -59,7 +59,8 @@ def measure_assign(arguments: argparse.Namespace) -> Figures:
     teachers = {f"teacher_{precision}": build_teacher(configs[precision].teacher, device) for precision in configs}
     codebook.check(teachers["teacher_fp32"].identity, config.data, len(codebook.centroids))
     codebook.to(device)
-    milliseconds, changed, total = {name: [] for name in (*teachers, "assign")}, {"bf16_teacher": 0, "bf16_features": 0}, 0
+    assigns = {f"assign_{precision}": f"teacher_{precision}" for precision in configs}
+    milliseconds, changed, total = {name: [] for name in (*teachers, *assigns)}, {"bf16_teacher": 0, "bf16_features": 0}, 0
     with tempfile.TemporaryDirectory() as cache:
         view = View(config.teacher.img_size, *teacher_mean_std(config.teacher))
         index = open_index(arguments.data, Path(cache) / "index")
@@ -70,9 +71,11 @@ def measure_assign(arguments: argparse.Namespace) -> Figures:
                 for name, teacher in teachers.items():
                     seconds, _, found[name] = timed(device, teacher, images)
                     milliseconds[name].append(1000 * seconds / len(images))
-                seconds, _, ids = timed(device, codebook.assign, found["teacher_fp32"])
-                milliseconds["assign"].append(1000 * seconds / len(images))
-                changed["bf16_teacher"] += int((codebook.assign(found["teacher_bf16"]) != ids).sum())
+                for name, source in assigns.items():
+                    seconds, _, found[name] = timed(device, codebook.assign, found[source])
+                    milliseconds[name].append(1000 * seconds / len(images))
+                ids = found["assign_fp32"]
+                changed["bf16_teacher"] += int((found["assign_bf16"] != ids).sum())
                 changed["bf16_features"] += int((codebook.assign(found["teacher_fp32"].bfloat16()) != ids).sum())
                 total += ids.numel()
     return circumstances(config, arguments) | {
