@@ -137,6 +137,8 @@ class TeacherConfig:
     """auto: bf16 on a GPU, fp32 on a CPU."""
     shard: Literal["none", "node", "world"] = "node"
     """Spread the weights over the ranks of a node (replicated across nodes), over all, or not."""
+    ahead: bool = False
+    """Compute the next micro-batch's target on a GPU stream of its own while the student learns from this one."""
 
 
 @knobs

@@ -178,7 +178,7 @@ def memory(request: Request, model: Student, goal: Target) -> dict[str, float]:
         "gradients": engine.gradients,
         "reduction buckets": engine.buffers,
         "teacher": goal.sharded / group + gathered + goal.whole,
-        "activations": micro * max(model.activations(config) + goal.output, goal.working),
+        "activations": micro * (sum if config.teacher.ahead else max)((model.activations(config) + goal.output, goal.working)),
         "images": DECODER + (config.data.prefetch + 1) * micro * sum(12 * view**2 for view in views),
         "context": CONTEXT,
     }

@@ -50,7 +50,8 @@ def check_storable(config: Config) -> None:
 def settings_of(config: Config) -> dict[str, Any]:
     """The settings that decide about ids, by name; tokenizer.path by the checksum of its bytes, null where there is no file."""
     path = Path(config.tokenizer.path)
-    teacher = {f"teacher.{name}": value for name, value in dataclasses.asdict(config.teacher).items() if name != "shard"}
+    teacher = {f"teacher.{name}": value for name, value in dataclasses.asdict(config.teacher).items()}
+    del teacher["teacher.shard"], teacher["teacher.ahead"]
     return {
         "data.crop": config.data.crop,
         "patches along a side": config.grid,

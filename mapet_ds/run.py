@@ -6,11 +6,14 @@ other parts (finetune.py).
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
 import sys
 import time
+from collections import deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import distributions
 from pathlib import Path
@@ -24,7 +27,7 @@ from torch import Tensor
 
 from mapet_ds import checkpoint
 from mapet_ds.config import REPOSITORY, ConfigError, RunConfig, flatten, total_steps
-from mapet_ds.data import Loader, open_shared_index
+from mapet_ds.data import Batch, Loader, open_shared_index
 from mapet_ds.draws import first_slot
 from mapet_ds.engine import (
     build_engine,
@@ -43,7 +46,7 @@ from mapet_ds.online_probe import OnlineProbe
 from mapet_ds.optim import learning_rate
 from mapet_ds.quarantine import Quarantine
 from mapet_ds.spikes import Rollback, SpikeGuard
-from mapet_ds.targets import Target, build_target
+from mapet_ds.targets import Target, begin, build_target
 from mapet_ds.vit import compile_blocks
 from mapet_ds.watchdog import GOING_BACK, SAVING, Watchdog
 
@@ -137,8 +140,8 @@ class Run:
         return f"To timm: python tools/export_timm.py {self.folder} OUT"
 
     def _open_at_step(self) -> None:
-        """What a resumed run does from its step on: loader, metrics, the usual loss."""
-        self.loader = self._open_loader()
+        """What a resumed run does from its step on: loader, targets, metrics, the usual loss."""
+        self.loader, self.taught = self._open_loader(), self._teach()
         self.metrics = Metrics(self.config, self.ranks, self.total_steps, self.steps_per_epoch, self.step)
         self.spikes.recall(self.step)
 
@@ -223,6 +226,24 @@ class Run:
         (self.folder / "DONE").write_text(f"{self.step} steps\n")
         print(f"Done: {self.step} steps in {self.folder}. {says}", flush=True)
 
+    def _teach(self) -> Iterator[tuple[Batch, Tensor | None]]:
+        """This rank's micro-batches from the present step on with their targets, of which a step that is passed over has none;
+        the next one's is begun before, where the target may be ahead."""
+        begun: deque[tuple[Batch, Callable[[], Tensor]]] = deque()
+        stream = torch.cuda.Stream(self.ranks.device) if self.target.ahead and self.ranks.device.type == "cuda" else None
+        for step in itertools.count(self.step):
+            for _ in range(self.config.grad_accum_steps(self.ranks.world_size)):
+                self.watchdog.doing(f"waiting for the images of step {step}")
+                began = time.perf_counter()
+                batch = next(self.loader).to(self.ranks.device)
+                self.metrics.data_wait(time.perf_counter() - began)
+                self.watchdog.doing(f"computing the targets of step {step}")
+                learnt = step not in self.spikes.passed_over
+                begun.append((batch, begin(self.target, batch, stream) if learnt else lambda: None))
+                if len(begun) > self.target.ahead:
+                    batch, take = begun.popleft()
+                    yield batch, take()
+
     def train_step(self) -> None:
         """One update: accumulate over micro-batches, clip, AdamW. A step with a non-finite gradient changes nothing."""
         config, ranks, engine = self.config, self.ranks, self.engine
@@ -232,14 +253,11 @@ class Run:
         skipped = engine.skipped_steps
         show = config.log.images_every_steps and (self.step + 1) % config.log.images_every_steps == 0
         for micro_step in range(accum):
-            self.watchdog.doing(f"waiting for the images of step {self.step}")
-            began = time.perf_counter()
-            batch = next(self.loader).to(ranks.device)
-            self.metrics.data_wait(time.perf_counter() - began)
-            if self.step in self.spikes.passed_over:
+            batch, target = next(self.taught)
+            if target is None:
                 continue
             self.watchdog.doing(f"computing step {self.step}")
-            target = self.target(batch)
+            self.target.note(target)
             slot = first_slot(micro_step, ranks.rank, ranks.world_size, config.train.micro_batch_size)
             draw = engine.module.draw(self.step, slot, len(batch.index)).to(ranks.device)
             loss: Loss = engine(batch.images, target, draw)

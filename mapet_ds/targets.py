@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import pkgutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -34,8 +34,13 @@ class Target(Protocol):
     """What there is for each patch: number of token ids, or width of a vector."""
     identity: dict[str, Any]
     """What a checkpoint must find unchanged at resume."""
+    ahead: bool
+    """Whether a batch's is asked for before the student has learnt from the batch before."""
 
     def __call__(self, batch: Batch) -> Tensor: ...
+
+    def note(self, target: Tensor) -> None:
+        """Called with each target that is learnt from, when its turn comes."""
 
     def after_step(self, weights: Iterable[tuple[str, Tensor]], progress: float) -> None:
         """Called after each update with the student's weights, of which all or none must be taken; progress: share of the
@@ -56,8 +61,33 @@ def build_target(config: Config, device: torch.device) -> Target:
     return pkgutil.resolve_name(OBJECTIVES[config.objective][1])(config, device)
 
 
+def begin(target: Target, batch: Batch, stream: torch.cuda.Stream | None) -> Callable[[], Tensor]:
+    """Start computing the target of a batch, on a stream of its own if one is given; what it gives is called for the target,
+    which is then ordered with the current stream. Nothing makes the host wait."""
+    if stream is None:
+        made = target(batch)
+        return lambda: made
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        made = target(batch)
+    batch.teacher_images.record_stream(stream)  # their memory is the other stream's, which must not use it again too early
+    done = stream.record_event()
+
+    def take() -> Tensor:
+        torch.cuda.current_stream().wait_event(done)
+        made.record_stream(torch.cuda.current_stream())
+        return made
+
+    return take
+
+
 class Constant:
     """What a target has that nothing moves."""
+
+    ahead = False
+
+    def note(self, target: Tensor) -> None:
+        pass
 
     def after_step(self, weights: Iterable[tuple[str, Tensor]], progress: float) -> None:
         pass
@@ -80,7 +110,7 @@ class TokenIds(Constant):
     """
 
     def __init__(self, config: Config, device: torch.device) -> None:
-        self.dim, self.num_patches = config.tokenizer.vocab_size, config.num_patches
+        self.dim, self.num_patches, self.ahead = config.tokenizer.vocab_size, config.num_patches, config.teacher.ahead
         self.counts = torch.zeros(self.dim, device=device)
         self._open(config)
 
@@ -97,12 +127,14 @@ class TokenIds(Constant):
         ids = self.ids(batch)
         if ids.shape[1] != self.num_patches:
             raise ConfigError(f"The tokenizer gives {ids.shape[1]} ids for an image of {self.num_patches} patches.")
-        flat = ids.flatten()
-        self.counts.scatter_add_(0, flat, torch.ones_like(flat, dtype=self.counts.dtype))
         return ids
 
+    def note(self, target: Tensor) -> None:
+        flat = target.flatten()
+        self.counts.scatter_add_(0, flat, torch.ones_like(flat, dtype=self.counts.dtype))
+
     def metrics(self) -> dict[str, float]:
-        """Perplexity of the ids seen by all ranks since the last call, and the share of codes among them."""
+        """Perplexity of the ids noted by all ranks since the last call, and the share of codes among them."""
         counts = self.counts.clone()
         torch.distributed.all_reduce(counts)
         self.counts.zero_()
@@ -123,6 +155,7 @@ class LookedUpIds(TokenIds):
     teacher_view = None
 
     def _open(self, config: Config) -> None:
+        self.ahead = False
         self.stored = StoredIds(config.tokenizer.ids)
         self.identity = self.stored.identity
         self.stored.check_data(config.data.train, open_index(config.data.train, Path(config.run_dir) / "index").fingerprint)
@@ -167,7 +200,7 @@ class TeacherFeatures(Constant):
     def __init__(self, config: Config, device: torch.device) -> None:
         self.teacher = build_teacher(config.teacher, device, config.train.compile)
         self.teacher.check_grid(config.grid)
-        self.dim = self.teacher.embed_dim
+        self.dim, self.ahead = self.teacher.embed_dim, config.teacher.ahead
         self.teacher_view = View(config.teacher.img_size, *teacher_mean_std(config.teacher))
         self.identity = {"teacher": self.teacher.identity, "dtype": str(self.teacher.dtype)}
 
@@ -211,8 +244,13 @@ def pixels_or_features(config: Config, device: torch.device) -> Target:
 class MovingAverage:
     """A whole fp32 copy of the student on every rank, of which each update moves it closer: theta <- m theta + (1 - m) student."""
 
+    ahead = False  # the next target is another one after the update
+
     def __init__(self, model: nn.Module, momentum: float) -> None:
         self.model, self.momentum = model.requires_grad_(False), momentum
+
+    def note(self, target: Tensor) -> None:
+        pass
 
     def momentum_at(self, progress: float) -> float:
         """m, when this share of the run is done."""

@@ -56,7 +56,7 @@ def test_a_jump_of_the_loss_is_undone_and_its_samples_passed_over(recipe):
     assert rollback["loss"] > 10 * rollback["usual"]
     told.mkdir()
     (told / "rollbacks.json").write_text((jumped / "rollbacks.json").read_text())
-    done = pretrain(recipe, 2, f"run_dir={told}")
+    done = pretrain(recipe, 2, f"run_dir={told}", "teacher.ahead=true")
     assert done.returncode == 0, done.stderr[-3000:]
     assert newest(jumped).run["skipped"] == newest(told).run["skipped"] == [8, 9]
     found, expected = ([(line["step"], line.get("loss")) for line in lines(run_dir)] for run_dir in (jumped, told))

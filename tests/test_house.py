@@ -37,9 +37,9 @@ def room(path):
 
 def test_budgets():
     lines = {path: len(path.read_text().splitlines()) for path in PACKAGE}
-    assert sum(lines.values()) <= 8760
+    assert sum(lines.values()) <= 8790
     assert max(lines.values()) <= 400
-    assert len(known_keys()) <= 90
+    assert len(known_keys()) <= 91
     assert len(set(known_keys(FinetuneConfig)) - set(known_keys())) <= 15
     for path in PACKAGE + PROGRAMS:
         for node in ast.walk(ast.parse(path.read_text())):

@@ -55,6 +55,7 @@ def test_a_run_leaves_everything_in_its_folder(recipe, straight):
 
 
 def test_killed_and_started_again_is_the_same_run(recipe, straight):
+    """The second time with targets computed ahead: losses, what is told about ids, and weights."""
     run_dir = recipe.parent / "killed"
     words = command(recipe, 2, f"run_dir={run_dir}")
     process = subprocess.Popen(
@@ -68,10 +69,12 @@ def test_killed_and_started_again_is_the_same_run(recipe, straight):
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert not (run_dir / "DONE").exists()
-    done = pretrain(recipe, 2, f"run_dir={run_dir}")
+    done = pretrain(recipe, 2, f"run_dir={run_dir}", "teacher.ahead=true")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Continuing" in done.stdout
     assert losses(run_dir) == losses(straight)
+    told = [[json.loads(line)["codebook_perplexity"] for line in (run / "metrics.jsonl").open()] for run in (run_dir, straight)]
+    assert told[0] == told[1]
     assert_same_weights(run_dir, straight)
 
 

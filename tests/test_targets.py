@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from test_objectives import tiny_config
 from towers import write_tower
 
-from mapet_ds.config import ConfigError, TeacherConfig
-from mapet_ds.data import Batch
+from mapet_ds.config import ConfigError, TeacherConfig, TokenizerConfig
+from mapet_ds.data import Batch, View
 from mapet_ds.objective_config import SAIMConfig
-from mapet_ds.objectives import build_objective
-from mapet_ds.targets import MomentumTeacher, Pixels, TeacherFeatures, build_target
+from mapet_ds.objectives import OBJECTIVES, build_objective
+from mapet_ds.targets import MomentumTeacher, Pixels, TeacherFeatures, begin, build_target
 
 CPU = torch.device("cpu")
 
@@ -88,6 +88,45 @@ def test_saim_may_take_features(tower):
     model = build_objective(config, target.dim)
     loss = model(images.images, target(images), model.draw(0, 0, 4)).loss
     assert 1 < loss < 3, "two random directions: about 2"
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_only_what_the_student_does_not_change_is_begun_ahead(tower, objective):
+    teacher = TeacherConfig(name=f"local-dir:{tower}", img_size=64, ahead=True)
+    config = tiny_config(objective, teacher=teacher, tokenizer=TokenizerConfig(name=f"{__name__}:Zeros", vocab_size=11))
+    target = build_target(config, CPU)
+    assert target.ahead == (objective in ("mapet", "beit", "mvp"))
+    images = batch(teacher=target.teacher_view.size if target.teacher_view else 16)
+    assert torch.equal(begin(target, images, None)(), target(images))
+
+
+class Zeros:
+    """A tokenizer of one's own."""
+
+    view, vocab_size, identity = View(16, (0.5,) * 3, (0.5,) * 3), 11, {}
+
+    def __init__(self, config, device):
+        pass
+
+    def __call__(self, images):
+        return torch.zeros(len(images), 16, dtype=torch.long, device=images.device)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_on_a_stream_of_its_own_the_target_is_the_same(tower):
+    """While the other stream is busy, and takes memory as soon as it is given back."""
+    device = torch.device("cuda", 0)
+    config = tiny_config("mvp", teacher=TeacherConfig(name=f"local-dir:{tower}", img_size=64, ahead=True))
+    target, stream, matrix = build_target(config, device), torch.cuda.Stream(), torch.randn(4096, 4096, device=device)
+    expected = target(batch(teacher=64).to(device))
+    for _ in range(50):
+        take = begin(target, batch(teacher=64).to(device), stream)
+        for _ in range(5):
+            matrix = torch.tanh(matrix @ matrix)
+            torch.full((4, 3, 64, 64), float("nan"), device=device)
+        found = take()
+        assert torch.equal(found, expected)
 
 
 def conmim():

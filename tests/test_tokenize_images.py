@@ -190,7 +190,8 @@ def test_a_folder_that_is_not_whole_is_refused(recipe, copy, harm, says):
     ],
 )
 def test_a_run_of_another_recipe_is_refused(recipe, written, overrides, says):
-    check_files(settings(recipe, written[0], "tokenizer.path=/gone", "data.color_jitter=0.1", "teacher.shard=none"))
+    others = ["tokenizer.path=/gone", "data.color_jitter=0.1", "teacher.shard=none", "teacher.ahead=true"]
+    check_files(settings(recipe, written[0], *others))
     with pytest.raises(ConfigError, match=says):
         config = settings(recipe, written[0], *overrides)
         check(config, 1)
@@ -219,6 +220,7 @@ def test_an_image_without_ids_that_has_become_readable_is_a_sentence(recipe, wri
     batch = Batch(None, None, torch.tensor([5, 7]), torch.tensor([0, 0]))
     ids = target(batch)
     assert ids.dtype == torch.long and ids.tolist() == StoredIds(written[0]).rows[[5, 7]].tolist()
+    target.note(ids)
     assert target.counts.sum() == 32
     with pytest.raises(DataError, match=r"has no ids of image 44 of the index.*written \(/.*jpg: JPEG cut off"):
         target(batch._replace(index=torch.tensor([5, 44])))
