@@ -29,9 +29,9 @@ from mapet_ds.objective_config import ObjectiveConfig
 FREE = (
     "run_dir", "resume", "checkpoint", "log", "evaluate", "teacher.name", "teacher.weights", "teacher.shard", "teacher.ahead",
     "tokenizer.path", "tokenizer.ids", "data.train", "data.val", "model.path", "data.device", "data.threads", "data.workers",
-    "data.prefetch", "data.max_bad_share", "optim.adamw", "train.micro_batch_size", "train.world_size", "train.compile", "train.grad_checkpointing",
-    "train.deterministic", "train.stop_at_step", "train.max_skipped_steps", "train.spike_factor", "train.max_rollbacks",
-    "train.hang_seconds",
+    "data.prefetch", "data.max_bad_share", "optim.adamw", "train.micro_batch_size", "train.world_size", "train.compile",
+    "train.grad_checkpointing", "train.deterministic", "train.stop_at_step", "train.max_skipped_steps", "train.spike_factor",
+    "train.max_rollbacks", "train.hang_seconds",
 )  # fmt: skip
 """Knobs that may differ at resume: none changes what is computed, beyond the order of floating-point sums; those that judge a
 jump of the loss, `log.every_steps` among them, can change which jumps are undone from there on.
