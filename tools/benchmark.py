@@ -1,6 +1,6 @@
 """Measure on this machine, each sub-command printing one JSON line.
 
-    tools/benchmark.py loader --data DIR      img/s of the loader, of DALI's own file reader, of torchvision
+    tools/benchmark.py loader --data DIR      img/s of the loader, of DALI's own file reader in several ways, of torchvision
     tools/benchmark.py bad --data DIR         img/s of the loader where 5 % of the images are unreadable
     tools/benchmark.py index --images N       an index of so many: opening, look-ups, order, first batch, memory
     tools/benchmark.py step                   forward and backward, by part; MaPeT's also as published
@@ -26,7 +26,7 @@ from typing import Any
 
 from benchmarks.attentions import measure_attention
 from benchmarks.indexes import measure_index
-from benchmarks.loaders import measure_bad, measure_loader
+from benchmarks.loaders import OTHERS, measure_bad, measure_loader
 from benchmarks.measuring import Figures
 from benchmarks.runs import measure_checkpoint, measure_scaling, measure_train
 from benchmarks.steps import measure_step
@@ -57,7 +57,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         made.add_argument("--data", required=True, help="folder of images")
         made.add_argument("--batches", type=int, default=16, help="timed, a multiple of --threads: workers come in turns")
         made.add_argument("--repeats", type=int, default=5)
-    loader.add_argument("--against", action="append", choices=["dali", "torchvision"], help="both, if it is not given")
+    loader.add_argument("--against", action="append", choices=list(OTHERS), help="default: dali and torchvision")
     index = command("index", measure_index, 128, help="an index of many images: time, memory, order")
     index.add_argument("--images", type=int, default=20_000_000, help="65 bytes each are written to $TMPDIR, and deleted")
     index.add_argument("--repeats", type=int, default=20, help="of the order's figures")

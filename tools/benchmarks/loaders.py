@@ -35,17 +35,23 @@ def ours(index: Index, views: list[Any], config: Config, device: torch.device) -
         yield from loader
 
 
-def dali(index: Index, views: list[Any], config: Config, device: torch.device) -> Iterator[Any]:
-    """DALI's file reader, shuffle buffer and random crop; its outputs are not even copied."""
+def dali(
+    index: Index, views: list[Any], config: Config, device: torch.device, whole: bool = False, **decoder: Any
+) -> Iterator[Any]:
+    """DALI's file reader, shuffle buffer and random crop, decoded alone or cut out of the whole image; its outputs are not even
+    copied. decoder: arguments of DALI's."""
     from nvidia.dali import Pipeline, fn, types
 
     data, device_id = config.data, 0 if device.type == "cuda" else None
     with Pipeline(config.train.micro_batch_size, data.threads, device_id, prefetch_queue_depth=data.prefetch) as pipeline:
         encoded, label = fn.readers.file(files=[index.path(i) for i in range(len(index))], random_shuffle=True)
-        crop = fn.decoders.image_random_crop(
-            encoded, device="cpu" if device_id is None else "mixed", output_type=types.RGB, adjust_orientation=False,
-            random_area=data.crop_scale, random_aspect_ratio=data.crop_ratio, num_attempts=10,
-        )  # fmt: skip
+        decoder |= {"device": "cpu" if device_id is None else "mixed", "output_type": types.RGB, "adjust_orientation": False}
+        area = {"random_area": data.crop_scale, "random_aspect_ratio": data.crop_ratio, "num_attempts": 10}
+        if whole:
+            anchor, shape = fn.random_crop_generator(fn.peek_image_shape(encoded), **area)
+            crop = fn.slice(fn.decoders.image(encoded, **decoder), anchor, shape, axes=[0, 1])
+        else:
+            crop = fn.decoders.image_random_crop(encoded, **decoder, **area)
         mirror, outputs = fn.random.coin_flip(probability=data.flip), []
         for side, mean, std in views:
             image = fn.resize(crop, size=[side, side], interp_type=types.INTERP_CUBIC, antialias=True)
@@ -85,6 +91,15 @@ def torchvision(index: Index, views: list[Any], config: Config, device: torch.de
         yield [view.to(device, non_blocking=True) for view in batch]
 
 
+OTHERS = {
+    "dali": dali, "torchvision": torchvision, "dali_whole": partial(dali, whole=True),
+    # an A100's or H100's JPEG decoder: how much of a batch it is given, and memory for it from the start
+    "dali_hw0": partial(dali, hw_decoder_load=0.0), "dali_hw1": partial(dali, hw_decoder_load=1.0),
+    "dali_whole_hw1": partial(dali, whole=True, hw_decoder_load=1.0),
+    "dali_preallocated": partial(dali, preallocate_width_hint=4096, preallocate_height_hint=4096),
+}  # fmt: skip
+
+
 def measure_loader(arguments: argparse.Namespace) -> Figures:
     device = device_of(arguments.device)
     config = settings(
@@ -95,8 +110,7 @@ def measure_loader(arguments: argparse.Namespace) -> Figures:
         index = open_index(arguments.data, Path(cache) / "index")
         if not Path(index.path(0)).is_file():
             raise DataError(f"--data {arguments.data} holds shards: the readers compared with need image files.")
-        others = {"dali": dali, "torchvision": torchvision}
-        readers = {"ours": ours} | {name: others[name] for name in arguments.against or others}
+        readers = {"ours": ours} | {name: OTHERS[name] for name in arguments.against or ("dali", "torchvision")}
         one, two = (
             race(arguments, {name: partial(reader, index, views, config, device) for name, reader in readers.items()})
             for views in ([student], [student, TEACHER_VIEW])
