@@ -221,15 +221,16 @@ def test_scaling(line):
 
 
 def test_train(line):
-    one = benchmark("train", *line, *FEW, "--steps", 2)
+    one = benchmark("train", *line, *FEW, "--steps", 2, "--against", "dense")
     check_circumstances(one, "train")
     flops = one["gflop_per_image"]
     assert flops["train"] == flops["student"] + flops["target"]
-    assert set(one["images_per_second"]) == {"data", "target", "student", "train"}
+    assert set(one["images_per_second"]) == {"data", "target", "student", "train", "dense"}
     for name, share in one["share_of_ceiling"].items():
         speed = one["images_per_second"][name]["median"]
         assert share["median"] == pytest.approx(flops[name] * speed / 1e3 / one["ceiling_tflops"])
-    check_ratio(one["target_and_student_over_train"])
+    for ratio in ("target_and_student_over_train", "dense_over_train"):
+        check_ratio(one[ratio])
     check_breakdown(one, "data", "target", "optimizer", *(["comm"] if "comm" in one["breakdown"]["parts"] else []))
     assert one["breakdown"]["parts"]["target"]["gflop"] == pytest.approx(4 * flops["target"])
     assert 0 < one["mfu"]["median"] < one["share_of_ceiling"]["train"]["median"]

@@ -79,6 +79,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     teacher.add_argument("--repeats", type=int, default=5)
     teacher.add_argument("--against", choices=["eager", "unsharded"], help="not compiled; under torchrun: whole on every rank")
     train = command("train", measure_train, 32, help="a whole training step and its parts")
+    train.add_argument("--against", default="none", choices=["dense", "none"], help="dense: MaPeT as published, from the loader on")
     scaling = command("scaling", measure_scaling, 32, help="`train` at 1, 2, 4 .. ranks of this host")
     scaling.add_argument("--ranks", type=int, default=2, help="the most")
     scaling.add_argument("--rounds", type=int, default=2)

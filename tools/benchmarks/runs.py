@@ -8,17 +8,20 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from benchmarks.measuring import Figures, ceiling, circumstances, counted_flops, ratio, repeatedly, settings, summary, timed
 from benchmarks.roofline import GRADIENTS, Parts, breakdown, flops_by_part, show
+from benchmarks.steps import dense_twin
+from torch.utils.data import DataLoader, Dataset
 
 from mapet_ds.checks import load_deepspeed_config
-from mapet_ds.config import ConfigError
+from mapet_ds.config import Config, ConfigError
 from mapet_ds.cost import student as student_costs
+from mapet_ds.draws import permutations
 from mapet_ds.engine import gather_state
 from mapet_ds.launch import init_distributed
 from mapet_ds.objectives import build_objective
@@ -54,6 +57,46 @@ def flops_per_image(run: Run, target: torch.Tensor, batch: Any) -> dict[str, flo
     return {"student": of_student, "target": counted_flops(lambda: run.target(batch)) / len(batch.index)}
 
 
+class DenseMasks(Dataset):
+    """Of image i, its patches' order and its two dense masks."""
+
+    def __init__(self, masks: Callable[..., tuple[torch.Tensor, ...]], config: Config, num_visible: int) -> None:
+        self.masks, self.config, self.num_visible = masks, config, num_visible
+
+    def __len__(self) -> int:
+        return 2**40  # no benchmark comes to the end
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, ...]:
+        order = torch.from_numpy(permutations(self.config.seed, 0, i, 1, self.config.num_patches))
+        return order[0], *(mask[0] for mask in self.masks(order, self.num_visible))
+
+
+def dense_step(run: Run) -> Callable[[], None]:
+    """A training step as published: raster order and a dense mask an image, made by as many worker processes as the loader has
+    threads. Never compiled.
+
+    Raises:
+        ConfigError: another objective.
+    """
+    engine, device, config = run.engine, run.ranks.device, run.config
+    module, twin = engine.module, dense_twin(engine.module)
+    drawn = iter(DataLoader(
+        DenseMasks(twin.masks, config, module.num_visible), config.train.micro_batch_size, num_workers=config.data.threads,
+        pin_memory=device.type == "cuda", multiprocessing_context="spawn",
+    ))  # fmt: skip
+
+    def step() -> None:
+        batch = next(run.loader).to(device)
+        order, *masks = (x.to(device, non_blocking=True) for x in next(drawn))
+        target = run.target(batch)
+        module.forward = lambda images, ids: twin(images.to(module.mask_token.dtype), ids, order, masks)
+        engine.backward(engine(batch.images, target))
+        engine.step()
+        del module.forward
+
+    return step
+
+
 def measure_train(arguments: argparse.Namespace) -> Figures | None:
     """A training step, its parts alone (what they would take back to back, and how much of it the step hides), and where in
     the student's modules its time goes."""
@@ -71,6 +114,8 @@ def measure_train(arguments: argparse.Namespace) -> Figures | None:
             "data": lambda: next(run.loader).to(ranks.device), "target": lambda: run.target(batch), "student": student,
             "train": run.train_step,
         }  # fmt: skip
+        if arguments.against == "dense":
+            parts["dense"] = dense_step(run)
         seconds: dict[str, list[float]] = {name: [] for name in parts}
         waits = []
         for repeat in range(arguments.repeats + 1):
@@ -125,6 +170,7 @@ def train_figures(
         "objective": config.objective, "ranks": ranks.world_size,
         "images_per_second": {name: summary([ranks.world_size * each for each in values]) for name, values in speed.items()},
         "target_and_student_over_train": ratio(parts, seconds["train"]),
+        **({"dense_over_train": ratio(seconds["dense"], seconds["train"])} if "dense" in seconds else {}),
         "data_wait_percent": summary(waits),
         "gflop_per_image": {name: count / 1e9 for name, count in flops.items()},
         "ceiling_tflops": peak,

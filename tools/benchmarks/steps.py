@@ -8,17 +8,35 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 import torch.nn.functional as F
 from benchmarks.measuring import Figures, ceiling, circumstances, device_of, ratio, settings, summary, timed
 from benchmarks.roofline import Parts, breakdown, flops_by_part, show
-from torch import Tensor
+from torch import Tensor, nn
 
 from mapet_ds.config import REPOSITORY, Config, ConfigError
 from mapet_ds.cost import student, target_dim
 from mapet_ds.objectives import build_objective
+from mapet_ds.objectives.mapet import MaPeT
+
+
+def dense_twin(model: nn.Module) -> Any:
+    """MaPeT as published, on the weights of a model; the tests' reference too, and no part of the package.
+
+    Raises:
+        ConfigError: another objective, or a copy without tests.
+    """
+    if not isinstance(model, MaPeT):
+        raise ConfigError(f"The dense twin is MaPeT's, and this objective is {type(model).__name__}: add --against none.")
+    sys.path.insert(0, str(REPOSITORY / "tests"))
+    try:
+        from reference import DenseMaPeT
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"--against dense compares with tests/reference.py, but {REPOSITORY}/tests has none.") from error
+    return DenseMaPeT(model)
 
 
 class Steps:
@@ -37,13 +55,7 @@ class Steps:
         self.batch = images.to(device), target.to(device), self.draw.to(device)
 
     def add_twin(self) -> None:
-        """The twin is the tests' reference too, and no part of the package."""
-        sys.path.insert(0, str(REPOSITORY / "tests"))
-        try:
-            from reference import DenseMaPeT
-        except ModuleNotFoundError as error:
-            raise ConfigError(f"`step` compares with tests/reference.py, but {REPOSITORY}/tests has none.") from error
-        self.twin = DenseMaPeT(self.model)
+        self.twin = dense_twin(self.model)
         self.ready = self.masks()
 
     def masks(self) -> tuple[Tensor, ...]:
@@ -100,8 +112,6 @@ def peak_memory(name: str, config: Config, device: torch.device, dtype: str, thr
 def measure_step(arguments: argparse.Namespace) -> Figures:
     device, threads = device_of(arguments.device), arguments.threads
     config = settings(arguments, f"model.name={arguments.model}", "model.drop_path=0", "train.compile=false")
-    if arguments.against == "dense" and config.objective != "mapet":
-        raise ConfigError(f"The dense twin is MaPeT's, and objective = {config.objective}: add --against none.")
     names = ["step"] if arguments.against == "none" else ["step", "dense"]
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as child:
         shared = (config, device, arguments.dtype, threads)
