@@ -109,7 +109,7 @@ class DataConfig:
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """Where JPEGs are decoded; auto: gpu where the rank has one."""
     threads: Positive = 2
-    """DALI's CPU threads per rank."""
+    """DALI's CPU threads per rank; where its process reads itself, one more than cores keeps these busy."""
     workers: Natural = 0
     """Processes per rank that read and check files; 0 reads in the rank's own process."""
     prefetch: Positive = 2

@@ -165,6 +165,8 @@ def test_zero_stages_spread_what_they_say():
     assert one["optimizer"] == two["optimizer"] == three["optimizer"]
     sharded = predict(request(nodes=2, overrides=["teacher.shard=world"]))["memory_gib"]["teacher"]
     assert sharded < two["teacher"] < predict(request(nodes=2, overrides=["teacher.shard=none"]))["memory_gib"]["teacher"]
+    ahead = predict(request(nodes=2, overrides=["teacher.ahead=true"]))["memory_gib"]
+    assert ahead["activations"] > two["activations"] and ahead["teacher"] == two["teacher"]
 
 
 def test_scaling_is_never_better_than_linear_and_names_what_can_not_run():
