@@ -151,8 +151,9 @@ def test_the_breakdown_of_a_step_of_another_objective(tmp_path):
     assert (tmp_path / "parts.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_twin_is_mapets_alone():
-    done = start(sys.executable, "tools/benchmark.py", "step", "objective=beit")
+@pytest.mark.parametrize("words", [["step"], ["train", "--device", "cpu", "--data", "/none", "--against", "dense"]])
+def test_the_twin_is_mapets_alone(words):
+    done = start(sys.executable, "tools/benchmark.py", *words, "objective=beit")
     assert done.returncode == 2
     assert done.stderr == "The dense twin is MaPeT's, and objective = beit: add --against none.\n"
 

@@ -278,6 +278,7 @@ def test_a_tokenizer_of_ones_own(plug_in):
     images = torch.arange(10.0)[[0, 0, 0, 0, 9, 9, 9, 9, 5, 5, 5, 5, 5, 5, 5, 5]].view(1, 1, 4, 4).expand(2, 3, 4, 4)
     ids = target(Batch(None, images, torch.zeros(2), torch.zeros(2)))
     assert torch.equal(ids, images[:, 0].flatten(1).long())
+    target.note(ids)
     assert target.counts.tolist() == [8, 0, 0, 0, 0, 16, 0, 0, 0, 8]
 
 

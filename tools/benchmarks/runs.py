@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from benchmarks.measuring import Figures, ceiling, circumstances, counted_flops, ratio, repeatedly, settings, summary, timed
 from benchmarks.roofline import GRADIENTS, Parts, breakdown, flops_by_part, show
-from benchmarks.steps import dense_twin
+from benchmarks.steps import check_twin, dense_twin
 from torch.utils.data import DataLoader, Dataset
 
 from mapet_ds.checks import load_deepspeed_config
@@ -73,11 +73,7 @@ class DenseMasks(Dataset):
 
 def dense_step(run: Run) -> Callable[[], None]:
     """A training step as published: raster order and a dense mask an image, made by as many worker processes as the loader has
-    threads. Never compiled.
-
-    Raises:
-        ConfigError: another objective.
-    """
+    threads. Never compiled."""
     engine, device, config = run.engine, run.ranks.device, run.config
     module, twin = engine.module, dense_twin(engine.module)
     drawn = iter(DataLoader(
@@ -100,6 +96,7 @@ def dense_step(run: Run) -> Callable[[], None]:
 def measure_train(arguments: argparse.Namespace) -> Figures | None:
     """A training step, its parts alone (what they would take back to back, and how much of it the step hides), and where in
     the student's modules its time goes."""
+    check_twin(arguments, settings(arguments))
     with open_run(arguments) as run:
         ranks, engine = run.ranks, run.engine
         batch = next(run.loader).to(ranks.device)
