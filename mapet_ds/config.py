@@ -109,7 +109,7 @@ class DataConfig:
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """Where JPEGs are decoded; auto: gpu where the rank has one."""
     threads: Positive = 2
-    """DALI's CPU threads per rank; where its process reads itself, one more than cores keeps these busy."""
+    """DALI's CPU threads per rank; without workers, one more than the rank's cores was fastest on two (docs/benchmarks.md)."""
     workers: Natural = 0
     """Processes per rank that read and check files; 0 reads in the rank's own process."""
     prefetch: Positive = 2
@@ -138,7 +138,8 @@ class TeacherConfig:
     shard: Literal["none", "node", "world"] = "node"
     """Spread the weights over the ranks of a node (replicated across nodes), over all, or not."""
     ahead: bool = False
-    """Compute the next micro-batch's target on a GPU stream of its own while the student learns from this one."""
+    """Compute the next micro-batch's target on a GPU stream of its own while the student learns from this one.
+    With a sharded teacher two groups of ranks then communicate at a time, which NCCL has not been tried with here."""
 
 
 @knobs

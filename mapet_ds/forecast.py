@@ -172,15 +172,15 @@ def memory(request: Request, model: Student, goal: Target) -> dict[str, float]:
     elif config.method.uses_teacher(config):
         views.append(config.teacher.img_size)
     gathered = goal.sharded / 10 if group > 1 else 0  # the part in use, and the next
-    together = sum if config.teacher.ahead and config.objective != "conmim" else max
+    ahead = config.teacher.ahead and len(views) == 2 and config.objective != "conmim"
     return {
         "student weights": engine.weights + request.size * model.constants,
         "optimizer": engine.optimizer,
         "gradients": engine.gradients,
         "reduction buckets": engine.buffers,
         "teacher": goal.sharded / group + gathered + goal.whole,
-        "activations": micro * together((model.activations(config) + goal.output, goal.working)),
-        "images": DECODER + (config.data.prefetch + 1) * micro * sum(12 * view**2 for view in views),
+        "activations": micro * (sum if ahead else max)((model.activations(config) + goal.output, goal.working)),
+        "images": DECODER + (config.data.prefetch + 1 + ahead) * micro * sum(12 * view**2 for view in views),
         "context": CONTEXT,
     }
 

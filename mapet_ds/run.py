@@ -32,6 +32,7 @@ from mapet_ds.draws import first_slot
 from mapet_ds.engine import (
     build_engine,
     check_engine_config,
+    forget_broken_calls,
     gather_state,
     scatter_state,
     set_learning_rate,
@@ -77,6 +78,7 @@ class Run:
         self.steps_per_epoch = len(self.index) / config.train.global_batch_size
         self.total_steps = total_steps(config, len(self.index))
         self.target, objective = self._build_parts()
+        self.stream = torch.cuda.Stream(ranks.device) if self.target.ahead and ranks.device.type == "cuda" else None
         self.spikes = SpikeGuard(config, self.folder, ranks)
         found = self._newest()
         began = self._begin(objective) if found is None else found.run["identity"].get(BEGAN)
@@ -230,7 +232,6 @@ class Run:
         """This rank's micro-batches from the present step on with their targets, of which a step that is passed over has none;
         the next one's is begun before, where the target may be ahead."""
         begun: deque[tuple[Batch, Callable[[], Tensor]]] = deque()
-        stream = torch.cuda.Stream(self.ranks.device) if self.target.ahead and self.ranks.device.type == "cuda" else None
         for step in itertools.count(self.step):
             for _ in range(self.config.grad_accum_steps(self.ranks.world_size)):
                 self.watchdog.doing(f"waiting for the images of step {step}")
@@ -239,8 +240,8 @@ class Run:
                 self.metrics.data_wait(time.perf_counter() - began)
                 self.watchdog.doing(f"computing the targets of step {step}")
                 learnt = step not in self.spikes.passed_over
-                begun.append((batch, begin(self.target, batch, stream) if learnt else lambda: None))
-                if len(begun) > self.target.ahead:
+                begun.append((batch, begin(self.target, batch, self.stream) if learnt else lambda: None))
+                while len(begun) > (self.target.ahead and step + 1 < self.total_steps):
                     batch, take = begun.popleft()
                     yield batch, take()
 
@@ -291,6 +292,7 @@ class Run:
 
     def _log(self) -> None:
         self.watchdog.doing(f"logging step {self.step}")
+        forget_broken_calls()
         self.quarantine.merge(self.loader.new_bad(), self.ranks)
         extra = {"lr": self.lr, "grad_norm": float(self.engine.get_global_grad_norm() or 0.0)}
         first = self.metrics.logged_step

@@ -77,9 +77,9 @@ class StreamAttention(Attention):
 
 
 class SparingMlp(Mlp):
-    """timm's Mlp, whose activation the backward pass makes anew: 4 of the 12 rows of width that a block would keep of each row.
+    """timm's Mlp, whose activation the backward pass makes anew: 4 of the 16 rows of width that a block would keep of each row.
 
-    Element-wise work between two matrix products is next to nothing beside them (docs/log.md).
+    What it costs is in docs/log.md.
     """
 
     def forward(self, x: Tensor) -> Tensor:

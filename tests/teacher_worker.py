@@ -8,7 +8,6 @@ import os
 import shutil
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import open_clip
@@ -93,7 +92,7 @@ def download_results(towers, out, device):
 def compiled_features(towers, device):
     """What blocks give that were traced beneath the hooks which gather their weights, twice, and the graphs that there are."""
     compiler, results = torch.compile, {}
-    torch.compile = partial(compiler, backend="aot_eager")  # needs no C++ compiler
+    torch.compile = lambda forward, dynamic, options: compiler(forward, dynamic=dynamic, backend="aot_eager")  # no C++ compiler
     for case in CASES[0], CASES[2]:
         torch.compiler.reset()
         counters.clear()

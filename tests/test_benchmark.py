@@ -177,7 +177,8 @@ def test_assign(photos, tmp_path):
     check_circumstances(found, "assign")
     assert found["codes"] == 16
     assert found["ids"] == (16 + 8) * 16  # the warm-up batch counts too; 16 patches an image
-    assert set(found["changed_share"]) == {"bf16_teacher", "bf16_features"}
+    assert set(found["changed_share"]) == {"bf16_teacher", "bf16_features", "bf16_in_tf32"}
+    assert found["changed_share"]["bf16_in_tf32"] == 0
     assert 0 < found["changed_share"]["bf16_teacher"] < 0.5
     assert 0 <= found["changed_share"]["bf16_features"] < 0.5
     assert set(found["ms_per_image"]) == {"teacher_fp32", "teacher_bf16", "assign_fp32", "assign_bf16"}

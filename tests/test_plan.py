@@ -48,7 +48,8 @@ def line(kind, **entries):
 def test_calibration_replaces_what_is_assumed(tmp_path):
     path = tmp_path / "benchmark.json"
     step = line("step", objective="mapet", seconds={"step": {"median": 0.1}})
-    teacher = line("assign", ms_per_image={"teacher_bf16": {"median": 1.0}, "assign_bf16": {"median": 0.5}})
+    milliseconds = {"teacher_bf16": 1.0, "assign_fp32": 1.5, "assign_bf16": 0.5}
+    teacher = line("assign", ms_per_image={name: {"median": value} for name, value in milliseconds.items()})
     path.write_text(f"{step}\n{teacher}\n")
     found = as_json("--gpu", "h100", "--calibrate", path)
     seconds = found["predicted"]["step_seconds"]

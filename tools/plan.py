@@ -109,6 +109,7 @@ def learn(record: dict[str, Any], request: Request) -> dict[str, float]:
     elif kind == "assign" and goal.tf32_flops and settings["teacher"] == config.teacher.name:
         times = record["ms_per_image"]
         found = {"teacher": goal.flops / number(times, "teacher_bf16") / (peak / 1e3)}
+        found["fp32"] = target(config, 4).fp32_flops / number(times, "assign_fp32") / (1e9 * gpu.fp32_tflops)
         found["tf32"] = goal.tf32_flops / number(times, "assign_bf16") / (peak / 2e3)
     elif kind == "loader":
         views = record["two_views" if goal.sharded else "one_view"]

@@ -105,7 +105,7 @@ def circumstances(config: Config, arguments: argparse.Namespace) -> Figures:
     }
 
 
-def draw(batches: Iterator[Any], count: int) -> None:
+def draw_batches(batches: Iterator[Any], count: int) -> None:
     for _ in range(count):
         next(batches)
 
@@ -119,8 +119,8 @@ def race(arguments: argparse.Namespace, contestants: dict[str, Callable[[], Any]
     for _ in range(arguments.repeats):
         for name, contestant in contestants.items():
             with contextlib.closing(contestant()) as batches:
-                draw(batches, 2 * arguments.threads)
-                seconds, cpu_used, _ = timed(device_of(arguments.device), draw, batches, arguments.batches)
+                draw_batches(batches, 2 * arguments.threads)
+                seconds, cpu_used, _ = timed(device_of(arguments.device), draw_batches, batches, arguments.batches)
             wall[name].append(number / seconds)
             cpu[name].append(1000 * cpu_used / number)
     return {

@@ -13,7 +13,18 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from benchmarks.measuring import Figures, ceiling, circumstances, counted_flops, ratio, repeatedly, settings, summary, timed
+from benchmarks.measuring import (
+    Figures,
+    ceiling,
+    circumstances,
+    counted_flops,
+    draw_batches,
+    ratio,
+    repeatedly,
+    settings,
+    summary,
+    timed,
+)  # fmt: skip
 from benchmarks.roofline import GRADIENTS, Parts, breakdown, flops_by_part, show
 from benchmarks.steps import check_twin, dense_twin
 from torch.utils.data import DataLoader, Dataset
@@ -71,9 +82,9 @@ class DenseMasks(Dataset):
         return order[0], *(mask[0] for mask in self.masks(order, self.num_visible))
 
 
-def dense_step(run: Run) -> Callable[[], None]:
-    """A training step as published: raster order and a dense mask an image, made by as many worker processes as the loader has
-    threads. Never compiled."""
+def dense_step(run: Run) -> tuple[Callable[[], None], Iterator[Any]]:
+    """A training step as published, raster order and a dense mask an image, never compiled; and the batches of masks it takes,
+    which as many worker processes as the loader has threads make ahead, two each."""
     engine, device, config = run.engine, run.ranks.device, run.config
     module, twin = engine.module, dense_twin(engine.module)
     drawn = iter(DataLoader(
@@ -90,7 +101,7 @@ def dense_step(run: Run) -> Callable[[], None]:
         engine.step()
         del module.forward
 
-    return step
+    return step, drawn
 
 
 def measure_train(arguments: argparse.Namespace) -> Figures | None:
@@ -112,12 +123,14 @@ def measure_train(arguments: argparse.Namespace) -> Figures | None:
             "train": run.train_step,
         }  # fmt: skip
         if arguments.against == "dense":
-            parts["dense"] = dense_step(run)
+            parts["dense"], masks = dense_step(run)
         seconds: dict[str, list[float]] = {name: [] for name in parts}
         waits = []
         for repeat in range(arguments.repeats + 1):
             for name, part in parts.items():
                 run.metrics.log(run.step, {})
+                if name == "dense":
+                    draw_batches(masks, 2 * run.config.data.threads)
                 spent = timed(ranks.device, repeatedly, part, arguments.steps)[0] / arguments.steps
                 if repeat:  # the first round is a warm-up
                     seconds[name].append(spent)

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from benchmarks.measuring import Figures, ceiling, circumstances, counted_flops, device_of, ratio, settings, summary, timed
 
+from mapet_ds.config import ConfigError
 from mapet_ds.data import Loader, View
 from mapet_ds.index import open_index
 from mapet_ds.launch import init_distributed
@@ -25,14 +26,16 @@ def measure_teacher(arguments: argparse.Namespace) -> Figures | None:
     device, ranks, figures = device_of(arguments.device), init_distributed(), {}
     device = ranks.device if device.type == "cuda" else device
     torch.set_num_threads(arguments.threads)
-    asked = settings(arguments).teacher.precision
+    asked, compiled = settings(arguments).teacher.precision, settings(arguments).train.compile
+    if arguments.against == "eager" and not compiled:
+        raise ConfigError("--against eager compares with a compiled teacher, and train.compile = False: add train.compile=true.")
     for precision in ("fp32", "bf16") if device.type == "cuda" else ("bf16" if asked == "bf16" else "fp32",):
         config = settings(arguments, f"teacher.precision={precision}")
-        teachers = [build_teacher(config.teacher, device, config.train.compile)]
+        teachers = [build_teacher(config.teacher, device, compiled)]
         if arguments.against == "eager":
             teachers.append(build_teacher(config.teacher, device))
         elif arguments.against == "unsharded":
-            teachers.append(build_teacher(dataclasses.replace(config.teacher, shard="none"), device, config.train.compile))
+            teachers.append(build_teacher(dataclasses.replace(config.teacher, shard="none"), device, compiled))
         images = torch.randn(arguments.batch_size, 3, config.teacher.img_size, config.teacher.img_size, device=device)
         figures["gflop_per_image"] = counted_flops(partial(teachers[-1], images[:1])) / 1e9
         peak = ceiling(device, teachers[0].dtype)
@@ -48,8 +51,15 @@ def measure_teacher(arguments: argparse.Namespace) -> Figures | None:
         if arguments.against:
             other = {"images_per_second": summary(speeds[1]), "local_mib": teachers[1].local_bytes / 2**20}
             figures[precision] |= {arguments.against: other, f"speed_over_{arguments.against}": ratio(speeds[0], speeds[1])}
-    about = {"teacher": config.teacher.name, "ranks": ranks.world_size, "compiled": config.train.compile}
+    about = {"teacher": config.teacher.name, "ranks": ranks.world_size, "compiled": compiled}
     return None if ranks.rank else circumstances(config, arguments) | about | figures
+
+
+CHANGES = {
+    "bf16_teacher": "features in bf16 instead of fp32", "bf16_features": "features of fp32, rounded to bf16",
+    "bf16_in_tf32": "the same bf16 features, by products in TF32 instead of fp32: none but on a GPU",
+}  # fmt: skip
+"""Shares of ids that change, and by what."""
 
 
 def measure_assign(arguments: argparse.Namespace) -> Figures:
@@ -60,7 +70,7 @@ def measure_assign(arguments: argparse.Namespace) -> Figures:
     codebook.check(teachers["teacher_fp32"].identity, config.data, len(codebook.centroids))
     codebook.to(device)
     assigns = {f"assign_{precision}": f"teacher_{precision}" for precision in configs}
-    milliseconds, changed, total = {name: [] for name in (*teachers, *assigns)}, {"bf16_teacher": 0, "bf16_features": 0}, 0
+    milliseconds, changed, total = {name: [] for name in (*teachers, *assigns)}, dict.fromkeys(CHANGES, 0), 0
     with tempfile.TemporaryDirectory() as cache:
         view = View(config.teacher.img_size, *teacher_mean_std(config.teacher))
         index = open_index(arguments.data, Path(cache) / "index")
@@ -75,6 +85,8 @@ def measure_assign(arguments: argparse.Namespace) -> Figures:
                     seconds, _, found[name] = timed(device, codebook.assign, found[source])
                     milliseconds[name].append(1000 * seconds / len(images))
                 ids = found["assign_fp32"]
+                exact = codebook.assign(found["teacher_bf16"].float())
+                changed["bf16_in_tf32"] += int((found["assign_bf16"] != exact).sum())
                 changed["bf16_teacher"] += int((found["assign_bf16"] != ids).sum())
                 changed["bf16_features"] += int((codebook.assign(found["teacher_fp32"].bfloat16()) != ids).sum())
                 total += ids.numel()
