@@ -138,7 +138,8 @@ class TeacherConfig:
     shard: Literal["none", "node", "world"] = "node"
     """Spread the weights over the ranks of a node (replicated across nodes), over all, or not."""
     ahead: bool = False
-    """Compute the next micro-batch's target on a GPU stream of its own while the student learns from this one.
+    """Compute the next micro-batch's target on a GPU stream of its own while the student learns from this one; not
+    where the target follows the student (conmim) or costs next to nothing (pixels, stored ids).
     With a sharded teacher two groups of ranks then communicate at a time, which NCCL has not been tried with here."""
 
 

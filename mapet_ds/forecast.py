@@ -252,9 +252,10 @@ def choose_micro(request: Request, model: Student, goal: Target) -> tuple[Reques
         needs = sum(memory(request.with_micro(asked), model, goal).values()) / GIB
         cures = [f"train.micro_batch_size={fitting[0]}"] if fitting else []
         cures += [] if config.train.grad_checkpointing else ["train.grad_checkpointing=true"]
+        cures += [] if request.engine["zero_optimization"]["stage"] == 3 else ["--engine ds_configs/zero3.json"]
         raise ConfigError(
             f"A micro-batch of {asked} needs {needs:.1f} GiB a GPU, of which {room / GIB:.1f} can be used; "
-            f"try {' or '.join([*cures, '--engine ds_configs/zero3.json, or a GPU with more memory'])}."
+            f"try {' or '.join([*cures, 'a GPU with more memory'])}."
         )
     return request.with_micro(micro if micro in fitting else fitting[0]), fitting[0]
 
@@ -326,11 +327,13 @@ def assumptions(request: Request) -> list[str]:
         f"{cluster.link_gbit:g} Gbit/s of a node; {1e6 * HOP_SECONDS:g} us a hop",
         "gradients are summed behind the backward pass where overlap_comm is on (stages 2, 3), weights gathered in the open",
         f"a micro-step takes at least {1e3 * LAUNCH_SECONDS:g} ms: the host launches its kernels",
-        f"an image file has {cluster.image_kbyte:g} kB (ImageNet-1k's mean), a node reads {cluster.storage_gbyte_s:g} GB/s, "
-        f"and a GPU's loader prepares {speeds.images_per_second:g} images/s, while the GPU computes",
+        f"{request.images} images (--images), a file of {cluster.image_kbyte:g} kB each (ImageNet-1k's mean)",
+        f"a node reads {cluster.storage_gbyte_s:g} GB/s, and a GPU's loader prepares {speeds.images_per_second:g} images/s, while the GPU computes",
         f"memory: {CONTEXT / GIB:g} GiB of contexts, {DECODER / GIB:g} GiB for DALI, {USABLE:.0%} of the GPU usable; activations "
         "as in eager mode (torch.compile keeps up to an eighth less)",
     ]
+    if config.teacher.ahead:
+        lines.append("teacher.ahead: the memory of teacher and student at once; what time it may save is not known and not counted")
     if not target(config).counted:
         lines.append(f"tokenizer.name = {config.tokenizer.name}: its costs are not known and counted as nothing")
     return lines

@@ -249,6 +249,13 @@ def test_checkpoint(line):
     assert seconds["cost"]["max"] <= seconds["steps_with_save"]["max"] - seconds["steps"]["min"]
 
 
+def test_nothing_can_not_be_measured(line):
+    done = start(sys.executable, "tools/benchmark.py", "teacher", "--repeats", "0")
+    assert done.returncode == 2 and "argument --repeats: invalid count value: '0'" in done.stderr
+    done = start(sys.executable, "tools/benchmark.py", "teacher", *line[:2], *FEW, "--against", "eager")
+    assert done.returncode == 2 and "train.compile = False: add train.compile=true." in done.stderr
+
+
 def test_mistake_is_one_line():
     done = start(sys.executable, "tools/benchmark.py", "step", "model.nam=vit_tiny")
     assert done.returncode == 2

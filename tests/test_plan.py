@@ -60,6 +60,12 @@ def test_calibration_replaces_what_is_assumed(tmp_path):
     assert "; the rest ASSUMED" in "".join(found["assumptions"])
 
 
+def test_a_plan_says_what_it_leaves_out():
+    assert "teacher.ahead" not in "".join(as_json("--gpu", "h100")["assumptions"])
+    said = "".join(as_json("--gpu", "h100", "teacher.ahead=true")["assumptions"])
+    assert "teacher.ahead: the memory of teacher and student at once" in said and "1281167 images" in said
+
+
 def test_a_measured_run_sets_the_speed_of_the_whole_step(tmp_path):
     path = tmp_path / "train.json"
     measured = {"ranks": 2, "objective": "mapet", "dtype": "torch.bfloat16", "images_per_second": {"train": {"median": 600.0}}}

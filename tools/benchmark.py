@@ -36,6 +36,13 @@ from mapet_ds.config import REPOSITORY, ConfigError
 from mapet_ds.index import DataError
 
 
+def count(text: str) -> int:
+    """A number from 1 on."""
+    if (number := int(text)) < 1:
+        raise ValueError
+    return number
+
+
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="benchmark", required=True)
@@ -45,8 +52,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         made.set_defaults(measure=measure)
         recipe = REPOSITORY / "mapet_ds/recipes/mapet_vitb16.yaml"
         made.add_argument("--config", default=recipe, metavar="YAML", type=Path, help="a recipe; default: ViT-B/16's")
-        made.add_argument("--batch_size", type=int, default=batch_size)
-        made.add_argument("--threads", type=int, default=2, help="CPU threads; torchvision's workers")
+        made.add_argument("--batch_size", type=count, default=batch_size)
+        made.add_argument("--threads", type=count, default=2, help="CPU threads; torchvision's workers")
         made.add_argument("--device", default="auto", help="cuda, cpu or auto")
         made.add_argument("overrides", nargs="*", metavar="a.b=value", help="settings that replace the recipe's")
         return made
@@ -55,42 +62,42 @@ def parse(argv: list[str]) -> argparse.Namespace:
     bad = command("bad", measure_bad, 32, help="images per second with 5 %% of unreadable images")
     for made in (loader, bad):
         made.add_argument("--data", required=True, help="folder of images")
-        made.add_argument("--batches", type=int, default=16, help="timed, a multiple of --threads: workers come in turns")
-        made.add_argument("--repeats", type=int, default=5)
-    loader.add_argument("--against", action="append", choices=list(OTHERS), help="default: dali and torchvision")
+        made.add_argument("--batches", type=count, default=16, help="timed, a multiple of --threads: workers come in turns")
+        made.add_argument("--repeats", type=count, default=5)
+    loader.add_argument("--against", action="append", choices=list(OTHERS), help="default: dali and torchvision; _whole: cut out of the whole image; _hw, _preallocated: for a GPU's JPEG decoder")
     index = command("index", measure_index, 128, help="an index of many images: time, memory, order")
-    index.add_argument("--images", type=int, default=20_000_000, help="65 bytes each are written to $TMPDIR, and deleted")
-    index.add_argument("--repeats", type=int, default=20, help="of the order's figures")
+    index.add_argument("--images", type=count, default=20_000_000, help="65 bytes each are written to $TMPDIR, and deleted")
+    index.add_argument("--repeats", type=count, default=20, help="of the order's figures")
     step = command("step", measure_step, 8, help="one step of the recipe's objective, by part; MaPeT's as published, too")
     step.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"], help="bf16: autocast")
     attention = command("attention", measure_attention, 8, help="ways to compute MaPeT's attention, in turns")
     attention.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    attention.add_argument("--repeats", type=int, default=9)
+    attention.add_argument("--repeats", type=count, default=9)
     for made in (step, attention):
         made.add_argument("--model", default="vit_base_patch16_224", help="timm model name")
-    step.add_argument("--repeats", type=int, default=3)
+    step.add_argument("--repeats", type=count, default=3)
     step.add_argument("--against", default="dense", choices=["dense", "none"], help="dense: MaPeT as published")
     assign = command("assign", measure_assign, 32, help="token ids that change in bf16")
     assign.add_argument("--teacher", required=True, help="open_clip model name, or local-dir:PATH")
     assign.add_argument("--data", required=True, help="folder of images")
     assign.add_argument("--codebook", required=True, help="fitted on this teacher's fp32 features")
-    assign.add_argument("--images", type=int, default=256)
+    assign.add_argument("--images", type=count, default=256)
     teacher = command("teacher", measure_teacher, 32, help="images per second of the recipe's teacher")
-    teacher.add_argument("--repeats", type=int, default=5)
+    teacher.add_argument("--repeats", type=count, default=5)
     teacher.add_argument("--against", choices=["eager", "unsharded"], help="not compiled; under torchrun: whole on every rank")
     train = command("train", measure_train, 32, help="a whole training step and its parts")
     train.add_argument("--against", default="none", choices=["dense", "none"], help="dense: MaPeT as published, from the loader on")
     scaling = command("scaling", measure_scaling, 32, help="`train` at 1, 2, 4 .. ranks of this host")
-    scaling.add_argument("--ranks", type=int, default=2, help="the most")
-    scaling.add_argument("--rounds", type=int, default=2)
+    scaling.add_argument("--ranks", type=count, default=2, help="the most")
+    scaling.add_argument("--rounds", type=count, default=2)
     checkpoint = command("checkpoint", measure_checkpoint, 2, help="what a save costs the training")
     for made in (step, train):
         made.add_argument("--plot", metavar="FILE.png", type=Path, help="the breakdown as a picture")
     for made in (train, scaling, checkpoint):
         made.add_argument("--data", required=True, help="folder of images")
         made.add_argument("--deepspeed_config", default=REPOSITORY / "ds_configs/zero2.json", metavar="JSON", type=Path)
-        made.add_argument("--repeats", type=int, default=5)
-        made.add_argument("--steps", type=int, default=10, help="a repeat")
+        made.add_argument("--repeats", type=count, default=5)
+        made.add_argument("--steps", type=count, default=10, help="a repeat")
     return parser.parse_args(argv)
 
 
