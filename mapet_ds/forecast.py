@@ -328,7 +328,8 @@ def assumptions(request: Request) -> list[str]:
         "gradients are summed behind the backward pass where overlap_comm is on (stages 2, 3), weights gathered in the open",
         f"a micro-step takes at least {1e3 * LAUNCH_SECONDS:g} ms: the host launches its kernels",
         f"{request.images} images (--images), a file of {cluster.image_kbyte:g} kB each (ImageNet-1k's mean)",
-        f"a node reads {cluster.storage_gbyte_s:g} GB/s, and a GPU's loader prepares {speeds.images_per_second:g} images/s, while the GPU computes",
+        f"a node reads {cluster.storage_gbyte_s:g} GB/s, and a GPU's loader prepares {speeds.images_per_second:g} images/s, "
+        "while the GPU computes",
         f"memory: {CONTEXT / GIB:g} GiB of contexts, {DECODER / GIB:g} GiB for DALI, {USABLE:.0%} of the GPU usable; activations "
         "as in eager mode (torch.compile keeps up to an eighth less)",
     ]

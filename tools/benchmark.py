@@ -64,7 +64,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         made.add_argument("--data", required=True, help="folder of images")
         made.add_argument("--batches", type=count, default=16, help="timed, a multiple of --threads: workers come in turns")
         made.add_argument("--repeats", type=count, default=5)
-    loader.add_argument("--against", action="append", choices=list(OTHERS), help="default: dali and torchvision; _whole: cut out of the whole image; _hw, _preallocated: for a GPU's JPEG decoder")
+    said = "default: dali and torchvision; _whole: cut out of the whole image; _hw, _preallocated: for a GPU's JPEG decoder"
+    loader.add_argument("--against", action="append", choices=list(OTHERS), help=said)
     index = command("index", measure_index, 128, help="an index of many images: time, memory, order")
     index.add_argument("--images", type=count, default=20_000_000, help="65 bytes each are written to $TMPDIR, and deleted")
     index.add_argument("--repeats", type=count, default=20, help="of the order's figures")
