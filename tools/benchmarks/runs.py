@@ -24,7 +24,7 @@ from benchmarks.measuring import (
     settings,
     summary,
     timed,
-)  # fmt: skip
+)
 from benchmarks.roofline import GRADIENTS, Parts, breakdown, flops_by_part, show
 from benchmarks.steps import check_twin, dense_twin
 from torch.utils.data import DataLoader, Dataset
