@@ -23,8 +23,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mapet_ds.config import RunConfig, flatten
-from mapet_ds.objective_config import ObjectiveConfig
+from mapet_ds.config.sections import RunConfig, flatten
+from mapet_ds.config.objectives import ObjectiveConfig
 
 FREE = (
     "run_dir", "resume", "checkpoint", "log", "evaluate", "teacher.name", "teacher.weights", "teacher.shard", "teacher.ahead",

@@ -13,10 +13,10 @@ from timm.models import save_for_hf
 from torch import Tensor, nn
 
 from mapet_ds.checkpoint import checksum
-from mapet_ds.config import ConfigError
+from mapet_ds.config.sections import ConfigError
 from mapet_ds.draws import Purpose, uniforms
 from mapet_ds.export import staged
-from mapet_ds.finetune_config import ClassifierConfig, FinetuneConfig
+from mapet_ds.config.finetune import ClassifierConfig, FinetuneConfig
 from mapet_ds.init_from import fitted_weights
 from mapet_ds.labelled import LabelledBatch
 from mapet_ds.objectives import Draw, Loss, seed_weights

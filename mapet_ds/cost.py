@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 from typing import Any, NamedTuple
 
-from mapet_ds.checks import teacher_layers, teacher_model_config
-from mapet_ds.config import LOGITS, Config, ConfigError, ModelConfig, TeacherConfig
+from mapet_ds.config.rules import teacher_layers, teacher_model_config
+from mapet_ds.config.sections import LOGITS, Config, ConfigError, ModelConfig, TeacherConfig
 
 SIZES = {
     # timm's vit_NAME: width, depth, heads, hidden width of the MLP over the width

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from nvidia.dali import Pipeline, fn, types
 from torch import Tensor
 
-from mapet_ds.config import Config, ConfigError
+from mapet_ds.config.sections import Config, ConfigError
 from mapet_ds.formats import BadImage, inspect
 from mapet_ds.index import DataError, Index, open_index
 from mapet_ds.launch import Ranks, use_gpu

@@ -31,7 +31,7 @@ from deepspeed.utils import (
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from mapet_ds.config import ConfigError, RunConfig
+from mapet_ds.config.sections import ConfigError, RunConfig
 from mapet_ds.optim import parameter_groups
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -19,7 +19,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from mapet_ds.checkpoint import Checkpoint, newest, open_checkpoint
-from mapet_ds.config import Config
+from mapet_ds.config.sections import Config
 from mapet_ds.hub import model_card
 from mapet_ds.vit import build_vit
 

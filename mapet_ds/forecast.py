@@ -12,7 +12,7 @@ import dataclasses
 import math
 from typing import Any, NamedTuple
 
-from mapet_ds.config import Config, ConfigError, total_steps
+from mapet_ds.config.sections import Config, ConfigError, total_steps
 from mapet_ds.cost import FP32, Student, Target, student, target
 
 GIB = 2**30

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mapet_ds.config import Config, ConfigError, flatten
+from mapet_ds.config.sections import Config, ConfigError, flatten
 
 NO_ID = 0xFFFF
 """Fills the row of an image that could not be read; so there are at most 65535 ids."""

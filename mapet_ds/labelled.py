@@ -23,9 +23,9 @@ from timm.data.mixup import mixup_target
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from mapet_ds.config import RunConfig
+from mapet_ds.config.sections import RunConfig
 from mapet_ds.draws import Purpose, SampleOrder, first_slot, generator_seeds
-from mapet_ds.finetune_config import FinetuneConfig, LabelledDataConfig
+from mapet_ds.config.finetune import FinetuneConfig, LabelledDataConfig
 from mapet_ds.formats import BadImage, inspect
 from mapet_ds.index import DataError, Index, Selection
 from mapet_ds.launch import Ranks

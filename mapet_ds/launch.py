@@ -23,8 +23,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from mapet_ds.checks import DEEPSPEED, command_line, runs_one_of
-from mapet_ds.config import ConfigError
+from mapet_ds.config.rules import DEEPSPEED, command_line, runs_one_of
+from mapet_ds.config.sections import ConfigError
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 TORCHRUN = {"torchrun", "torch.distributed.run"}

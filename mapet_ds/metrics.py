@@ -18,7 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from mapet_ds.config import RunConfig
+from mapet_ds.config.sections import RunConfig
 
 if TYPE_CHECKING:
     from mapet_ds.launch import Ranks

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mapet_ds.config import Config
+from mapet_ds.config.sections import Config
 from mapet_ds.data import open_shared_index
 from mapet_ds.export import evaluation_data
 from mapet_ds.index import DataError, Index, Selection

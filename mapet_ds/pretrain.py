@@ -15,8 +15,8 @@ from pathlib import Path
 # The launchers run this file by its path, which puts its folder first: modules in it would shadow installed ones.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from mapet_ds.checks import parse_command_line  # noqa: E402
-from mapet_ds.config import Config, ConfigError, RunConfig  # noqa: E402
+from mapet_ds.config.rules import parse_command_line  # noqa: E402
+from mapet_ds.config.sections import Config, ConfigError, RunConfig  # noqa: E402
 
 
 def main(description: str = __doc__, settings: type[RunConfig] = Config, run: str = "mapet_ds.run:Run") -> int:

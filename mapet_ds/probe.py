@@ -17,7 +17,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torchvision.datasets import ImageFolder
 
-from mapet_ds.config import ConfigError
+from mapet_ds.config.sections import ConfigError
 from mapet_ds.index import DataError
 from mapet_ds.vqkd import UNREADABLE
 

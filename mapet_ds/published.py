@@ -17,7 +17,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import save_for_hf
 from torch import Tensor
 
-from mapet_ds.config import ConfigError
+from mapet_ds.config.sections import ConfigError
 from mapet_ds.export import LAYER_SCALE, NO_PROVENANCE, fold_layer_scale, staged
 from mapet_ds.teacher import mismatches
 from mapet_ds.vqkd import HEAD_DIM, UNREADABLE, read_checkpoint

@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mapet_ds.checkpoint import Checkpoint, ResumeError, newest
-from mapet_ds.config import Config, flatten
+from mapet_ds.config.sections import Config, flatten
 from mapet_ds.data import Batch, Loader
 from mapet_ds.draws import first_slot
 from mapet_ds.export import ExportError, read_vit

@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from mapet_ds import checkpoint
-from mapet_ds.config import REPOSITORY, ConfigError, RunConfig, flatten, total_steps
+from mapet_ds.config.sections import REPOSITORY, ConfigError, RunConfig, flatten, total_steps
 from mapet_ds.data import Batch, Loader, open_shared_index
 from mapet_ds.draws import first_slot
 from mapet_ds.engine import (

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mapet_ds import draws
-from mapet_ds.config import Config, DataConfig, StrongViewConfig
+from mapet_ds.config.sections import Config, DataConfig, StrongViewConfig
 from mapet_ds.formats import BadImage, inspect, smallest_jpeg
 from mapet_ds.index import DataError, Index
 

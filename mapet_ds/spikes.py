@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
-from mapet_ds.config import Config
+from mapet_ds.config.sections import Config
 from mapet_ds.index import DataError
 from mapet_ds.launch import Ranks
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mapet_ds.config import Config, ConfigError
+from mapet_ds.config.sections import Config, ConfigError
 from mapet_ds.data import Batch, View
 from mapet_ds.ids import StoredIds
 from mapet_ds.index import DataError, open_index

@@ -32,9 +32,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from mapet_ds.checks import teacher_model_config
-from mapet_ds.config import ConfigError, TeacherConfig
-from mapet_ds.knobs import Triple
+from mapet_ds.config.rules import teacher_model_config
+from mapet_ds.config.sections import ConfigError, TeacherConfig
+from mapet_ds.config.knobs import Triple
 from mapet_ds.launch import CONTROL_TIMEOUT, ranks_per_host
 
 log = logging.getLogger(__name__)

@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mapet_ds import draws
-from mapet_ds.config import Config, ConfigError, DataConfig, TokenizerConfig
+from mapet_ds.config.sections import Config, ConfigError, DataConfig, TokenizerConfig
 from mapet_ds.data import Loader, View
 from mapet_ds.index import Index
 from mapet_ds.launch import Ranks

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from mapet_ds.config import Config, ConfigError
+from mapet_ds.config.sections import Config, ConfigError
 from mapet_ds.data import View
 from mapet_ds.teacher import mismatches
 from mapet_ds.tokenizer import Codebook

@@ -12,7 +12,7 @@ import yaml
 from PIL import Image
 from towers import write_tower
 
-from mapet_ds.config import REPOSITORY
+from mapet_ds.config.sections import REPOSITORY
 
 IMAGES = 45  # 5.6 steps of 8 an epoch: a run passes an epoch's end in the middle of a batch
 

@@ -18,7 +18,7 @@ from torch._dynamo.utils import counters
 from towers import SIZE, know_tiny_models
 
 from mapet_ds import teacher as module
-from mapet_ds.config import ConfigError, TeacherConfig
+from mapet_ds.config.sections import ConfigError, TeacherConfig
 
 open_file = safetensors.safe_open
 

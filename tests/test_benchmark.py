@@ -10,9 +10,9 @@ from images import encode, picture
 from line import ENVIRONMENT, make_line, start
 from towers import write_tower
 
-from mapet_ds.config import REPOSITORY, DataConfig, TeacherConfig
+from mapet_ds.config.sections import REPOSITORY, DataConfig, TeacherConfig
 from mapet_ds.objectives import build_objective
-from mapet_ds.recipe import load_config
+from mapet_ds.config.recipe import load_config
 from mapet_ds.teacher import build_teacher
 from mapet_ds.tokenizer import Codebook, source_of
 

@@ -8,7 +8,7 @@ import torch
 
 from mapet_ds import checkpoint
 from mapet_ds.checkpoint import ResumeError
-from mapet_ds.config import Config, DataConfig, flatten
+from mapet_ds.config.sections import Config, DataConfig, flatten
 
 DEFAULTS = flatten(Config().to_dict())
 

@@ -13,9 +13,9 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mapet_ds.checks import check, check_files, check_inputs, load_deepspeed_config, teacher_grid
-from mapet_ds.config import REPOSITORY, Config, ConfigError, total_steps
-from mapet_ds.recipe import known_keys, load_config
+from mapet_ds.config.rules import check, check_files, check_inputs, load_deepspeed_config, teacher_grid
+from mapet_ds.config.sections import REPOSITORY, Config, ConfigError, total_steps
+from mapet_ds.config.recipe import known_keys, load_config
 
 RECIPES = [p for p in sorted((REPOSITORY / "mapet_ds/recipes").glob("*.yaml")) if not p.stem.startswith("finetune_")]
 

@@ -18,7 +18,7 @@ from line import ENVIRONMENT, IMAGES, by_deepspeed, command, losses, make_line, 
 from safetensors.torch import load_file
 
 from mapet_ds.checkpoint import checkpoint_folders, newest
-from mapet_ds.config import REPOSITORY
+from mapet_ds.config.sections import REPOSITORY
 
 pytestmark = pytest.mark.drill
 EPOCHS = 125

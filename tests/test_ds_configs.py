@@ -10,8 +10,8 @@ from deepspeed.runtime import constants
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-from mapet_ds.checks import load_deepspeed_config
-from mapet_ds.config import REPOSITORY
+from mapet_ds.config.rules import load_deepspeed_config
+from mapet_ds.config.sections import REPOSITORY
 
 FILES = sorted((REPOSITORY / "ds_configs").glob("*.json"))
 NAMES = [f"zero{stage}{suffix}" for stage in (1, 2, 3) for suffix in ("", "_cpu")]
@@ -43,8 +43,8 @@ def test_a_misspelt_key_would_be_found():
 WORKER = """
 import json, os, socket, sys
 import torch, torch.distributed as dist
-from mapet_ds.checks import load_deepspeed_config
-from mapet_ds.recipe import load_config
+from mapet_ds.config.rules import load_deepspeed_config
+from mapet_ds.config.recipe import load_config
 from mapet_ds.engine import build_engine
 from mapet_ds.launch import init_distributed
 from mapet_ds.objectives import build_objective

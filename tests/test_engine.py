@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mapet_ds.config import REPOSITORY, ConfigError
+from mapet_ds.config.sections import REPOSITORY, ConfigError
 from mapet_ds.engine import check_engine_config
 
 HERE = Path(__file__).parent

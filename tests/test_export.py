@@ -12,7 +12,7 @@ import torch
 
 from mapet_ds import checkpoint, export
 from mapet_ds.checkpoint import ResumeError
-from mapet_ds.config import REPOSITORY, Config, DataConfig, ModelConfig
+from mapet_ds.config.sections import REPOSITORY, Config, DataConfig, ModelConfig
 from mapet_ds.export import ExportError, export_timm, staged
 from mapet_ds.vit import build_vit
 

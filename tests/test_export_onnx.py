@@ -9,7 +9,7 @@ import timm
 import torch
 from test_init_from import write_source
 
-from mapet_ds.config import REPOSITORY, ConfigError
+from mapet_ds.config.sections import REPOSITORY, ConfigError
 
 TOOL = REPOSITORY / "tools" / "export_onnx.py"
 

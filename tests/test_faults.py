@@ -14,7 +14,7 @@ from line import ENVIRONMENT, by_deepspeed, command, make_line, pretrain, start,
 from safetensors.torch import load_file
 
 from mapet_ds.checkpoint import checkpoint_folders, newest
-from mapet_ds.config import REPOSITORY
+from mapet_ds.config.sections import REPOSITORY
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from test_export import write_checkpoint
 
-from mapet_ds.config import REPOSITORY, ModelConfig
+from mapet_ds.config.sections import REPOSITORY, ModelConfig
 from mapet_ds.export import export_timm
 
 MODEL = ModelConfig(

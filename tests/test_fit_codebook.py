@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from towers import write_tower
 
-from mapet_ds.config import TeacherConfig
-from mapet_ds.recipe import load_config
+from mapet_ds.config.sections import TeacherConfig
+from mapet_ds.config.recipe import load_config
 from mapet_ds.teacher import build_teacher
 from mapet_ds.tokenizer import Codebook
 

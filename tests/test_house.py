@@ -5,9 +5,9 @@ import re
 
 import pytest
 
-from mapet_ds.config import REPOSITORY
-from mapet_ds.finetune_config import FinetuneConfig
-from mapet_ds.recipe import known_keys
+from mapet_ds.config.sections import REPOSITORY
+from mapet_ds.config.finetune import FinetuneConfig
+from mapet_ds.config.recipe import known_keys
 
 PACKAGE = sorted((REPOSITORY / "mapet_ds").rglob("*.py"))
 PROGRAMS = sorted((REPOSITORY / "tools").glob("*.py"))

@@ -15,7 +15,7 @@ from test_export import MODELS, TOOL, write_checkpoint
 
 from mapet_ds import hub
 from mapet_ds.checkpoint import newest
-from mapet_ds.config import Config, ModelConfig
+from mapet_ds.config.sections import Config, ModelConfig
 from mapet_ds.export import export_timm
 from mapet_ds.hub import model_card
 

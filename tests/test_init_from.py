@@ -13,8 +13,8 @@ from timm.models import save_for_hf
 
 from mapet_ds import init_from
 from mapet_ds.checkpoint import Checkpoint, ResumeError, check_identity, checksum, identity, newest
-from mapet_ds.checks import check_files
-from mapet_ds.config import Config, ConfigError, DataConfig, ModelConfig, flatten
+from mapet_ds.config.rules import check_files
+from mapet_ds.config.sections import Config, ConfigError, DataConfig, ModelConfig, flatten
 from mapet_ds.init_from import begin_from
 from mapet_ds.objectives import build_objective
 from mapet_ds.vit import build_vit

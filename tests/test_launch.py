@@ -13,8 +13,8 @@ import pytest
 import yaml
 from line import ENVIRONMENT, command, free_port, start
 
-from mapet_ds.checks import check_hostfile
-from mapet_ds.config import REPOSITORY, ConfigError
+from mapet_ds.config.rules import check_hostfile
+from mapet_ds.config.sections import REPOSITORY, ConfigError
 from mapet_ds.launch import claim, init_distributed
 
 HOLD = """

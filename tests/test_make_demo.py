@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mapet_ds.config import REPOSITORY
+from mapet_ds.config.sections import REPOSITORY
 
 spec = importlib.util.spec_from_file_location("make_demo", REPOSITORY / "tools/make_demo.py")
 make_demo = importlib.util.module_from_spec(spec)

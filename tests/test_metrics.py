@@ -14,7 +14,7 @@ import torch.distributed as dist
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mapet_ds.config import REPOSITORY, Config, DataConfig, LogConfig, ModelConfig, TrainConfig
+from mapet_ds.config.sections import REPOSITORY, Config, DataConfig, LogConfig, ModelConfig, TrainConfig
 from mapet_ds.launch import Ranks
 from mapet_ds.metrics import IMAGES_SHOWN, Metrics, token_colours
 
@@ -202,7 +202,7 @@ def test_progress_bar(tmp_path, ranks, capsys):
 SCRIPT = """
     import json, os, sys
     import torch, torch.distributed as dist
-    from mapet_ds.config import Config, ModelConfig, TrainConfig, LogConfig
+    from mapet_ds.config.sections import Config, ModelConfig, TrainConfig, LogConfig
     from mapet_ds.launch import Ranks
     from mapet_ds.metrics import Metrics
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from mapet_ds import objectives
-from mapet_ds.config import (
+from mapet_ds.config.sections import (
     BEiTConfig,
     Config,
     ConfigError,

@@ -7,7 +7,7 @@ import sys
 import pytest
 from line import start
 
-from mapet_ds.config import REPOSITORY
+from mapet_ds.config.sections import REPOSITORY
 
 
 def plan(*words, recipe="mapet_vitb16"):

@@ -18,7 +18,7 @@ from timm.models import save_for_hf
 from towers import write_tower
 
 from mapet_ds import probe
-from mapet_ds.config import REPOSITORY
+from mapet_ds.config.sections import REPOSITORY
 from mapet_ds.index import DataError
 from mapet_ds.probe import features, fit_heads, knn, linear, linear_sgd, load_timm, unit_length
 

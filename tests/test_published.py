@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from torch.nn import functional
 
 from mapet_ds.classifier import build_model
-from mapet_ds.config import REPOSITORY, ConfigError
-from mapet_ds.finetune_config import ClassifierConfig
+from mapet_ds.config.sections import REPOSITORY, ConfigError
+from mapet_ds.config.finetune import ClassifierConfig
 from mapet_ds.probe import features, load_timm
 from mapet_ds.published import import_weights
 

@@ -18,10 +18,10 @@ from PIL import Image
 
 from mapet_ds import checkpoint, report
 from mapet_ds.data import Loader
-from mapet_ds.finetune_config import FinetuneConfig
+from mapet_ds.config.finetune import FinetuneConfig
 from mapet_ds.index import open_index
 from mapet_ds.objectives import OBJECTIVES, build_objective
-from mapet_ds.recipe import load_config
+from mapet_ds.config.recipe import load_config
 from mapet_ds.targets import build_target
 from mapet_ds.tokenizer import Codebook
 from tools import report as program

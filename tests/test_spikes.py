@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from mapet_ds.config import Config, LogConfig
+from mapet_ds.config.sections import Config, LogConfig
 from mapet_ds.spikes import FEWEST, SpikeGuard
 
 LINES = [

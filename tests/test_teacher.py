@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from teacher_worker import CASES, images, settings
 from towers import SIZE, VISION, know_tiny_models, model_config, whole_model, write_tower
 
-from mapet_ds.config import ConfigError, TeacherConfig
+from mapet_ds.config.sections import ConfigError, TeacherConfig
 from mapet_ds.teacher import build_teacher, teacher_mean_std
 from mapet_ds.tokenizer import Codebook
 

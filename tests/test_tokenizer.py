@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from towers import write_tower
 
-from mapet_ds.config import Config, ConfigError, DataConfig, ModelConfig, TeacherConfig, TokenizerConfig, TrainConfig
+from mapet_ds.config.sections import Config, ConfigError, DataConfig, ModelConfig, TeacherConfig, TokenizerConfig, TrainConfig
 from mapet_ds.data import View
 from mapet_ds.teacher import build_teacher
 from mapet_ds.tokenizer import Codebook, build_tokenizer, chosen_patches, fit, num_points, source_of, tf32_parts

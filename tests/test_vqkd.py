@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch.nn import functional
 
-from mapet_ds.config import Config, ConfigError, ModelConfig, TokenizerConfig
+from mapet_ds.config.sections import Config, ConfigError, ModelConfig, TokenizerConfig
 from mapet_ds.data import Batch, View
 from mapet_ds.targets import TokenIds
 from mapet_ds.tokenizer import build_tokenizer

@@ -32,7 +32,7 @@ from benchmarks.runs import measure_checkpoint, measure_scaling, measure_train
 from benchmarks.steps import measure_step
 from benchmarks.teachers import measure_assign, measure_teacher
 
-from mapet_ds.config import REPOSITORY, ConfigError
+from mapet_ds.config.sections import REPOSITORY, ConfigError
 from mapet_ds.index import DataError
 
 

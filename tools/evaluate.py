@@ -15,10 +15,10 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from mapet_ds.config import ConfigError, TeacherConfig
+from mapet_ds.config.sections import ConfigError, TeacherConfig
 from mapet_ds.index import DataError
 from mapet_ds.probe import EPOCHS, LEARNING_RATES, K, features, knn, labelled_folders, linear, linear_sgd, load_timm, unit_length
-from mapet_ds.recipe import load_config
+from mapet_ds.config.recipe import load_config
 from mapet_ds.teacher import build_teacher, teacher_mean_std
 
 NEIGHBOURS = (10, 20, 100)

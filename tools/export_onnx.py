@@ -17,7 +17,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from mapet_ds.config import ConfigError
+from mapet_ds.config.sections import ConfigError
 from mapet_ds.export import staged
 from mapet_ds.vqkd import UNREADABLE
 

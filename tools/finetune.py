@@ -15,7 +15,7 @@ from pathlib import Path
 # The launchers run this file by its path, which puts its folder first: programs in it would shadow installed modules.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from mapet_ds.finetune_config import FinetuneConfig  # noqa: E402
+from mapet_ds.config.finetune import FinetuneConfig  # noqa: E402
 from mapet_ds.pretrain import main  # noqa: E402
 
 if __name__ == "__main__":

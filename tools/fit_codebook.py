@@ -14,9 +14,9 @@ import sys
 import time
 from pathlib import Path
 
-from mapet_ds.checks import ancestors, check_hostfile, check_inputs, refuse
-from mapet_ds.config import Config, ConfigError
-from mapet_ds.recipe import load_config
+from mapet_ds.config.rules import ancestors, check_hostfile, check_inputs, refuse
+from mapet_ds.config.sections import Config, ConfigError
+from mapet_ds.config.recipe import load_config
 
 
 def parse(argv: list[str]) -> Config:

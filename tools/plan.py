@@ -16,11 +16,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mapet_ds.checks import check_method, load_deepspeed_config
-from mapet_ds.config import REPOSITORY, ConfigError
+from mapet_ds.config.rules import check_method, load_deepspeed_config
+from mapet_ds.config.sections import REPOSITORY, ConfigError
 from mapet_ds.cost import student, target
 from mapet_ds.forecast import GPUS, Cluster, Gpu, Request, Speeds, assumptions, predict, scaling
-from mapet_ds.recipe import load_config
+from mapet_ds.config.recipe import load_config
 
 
 def changes(request: Request, found: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:

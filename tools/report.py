@@ -27,7 +27,7 @@ from torch import Tensor
 
 from mapet_ds import report
 from mapet_ds.checkpoint import ResumeError
-from mapet_ds.config import ConfigError
+from mapet_ds.config.sections import ConfigError
 from mapet_ds.export import ExportError
 from mapet_ds.index import DataError
 from mapet_ds.metrics import token_colours

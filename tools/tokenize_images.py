@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from mapet_ds.checks import ancestors, check_hostfile, check_inputs, check_tokenizer_file, refuse
-from mapet_ds.config import Config, ConfigError
+from mapet_ds.config.rules import ancestors, check_hostfile, check_inputs, check_tokenizer_file, refuse
+from mapet_ds.config.sections import Config, ConfigError
 from mapet_ds.ids import NO_ID, IdsWriter, StoredIds, check_storable, settings_of
-from mapet_ds.recipe import load_config
+from mapet_ds.config.recipe import load_config
 
 if TYPE_CHECKING:
     from mapet_ds.index import Index

@@ -15,9 +15,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mapet_ds.config import LOGITS, Config
+from mapet_ds.config.sections import LOGITS, Config
 from mapet_ds.draws import Purpose, block_masks, uniforms
-from mapet_ds.objective_config import BlockMaskConfig
+from mapet_ds.config.objectives import BlockMaskConfig
 from mapet_ds.vit import Band, beit_init, build_vit, embed, run_blocks, take_rows
 
 OBJECTIVES = {

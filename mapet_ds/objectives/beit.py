@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mapet_ds.config import Config
+from mapet_ds.config.sections import Config
 from mapet_ds.objectives import BlockMasked, Draw, Loss, mean_of, token_losses
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
-from mapet_ds.config import Config
+from mapet_ds.config.sections import Config
 from mapet_ds.draws import cell_masks
 from mapet_ds.objectives import Draw, Loss, depth_uniforms, hidden_rows, mean_of
 from mapet_ds.vit import beit_init, build_vit, embed, run_blocks, take_rows

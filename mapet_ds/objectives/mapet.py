@@ -13,7 +13,7 @@ import torch
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
-from mapet_ds.config import Config
+from mapet_ds.config.sections import Config
 from mapet_ds.draws import permutations
 from mapet_ds.objectives import Draw, Loss, depth_uniforms, rank_quarters, token_losses
 from mapet_ds.vit import Band, build_vit, embed, run_blocks, take_rows

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mapet_ds.config import Config
+from mapet_ds.config.sections import Config
 from mapet_ds.objectives import BlockMasked, Draw, Loss, mean_of
 from mapet_ds.vit import take_rows
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from timm.layers import build_sincos2d_pos_embed
 from torch import Tensor, nn
 
-from mapet_ds.config import Config, ConfigError
+from mapet_ds.config.sections import Config, ConfigError
 from mapet_ds.draws import permutations
 from mapet_ds.objectives import Draw, Loss, depth_uniforms, rank_quarters
 from mapet_ds.vit import Band, QKVLinear, build_vit, embed, run_block, take_rows

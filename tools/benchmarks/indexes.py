@@ -17,7 +17,7 @@ import psutil
 from benchmarks.measuring import Figures, circumstances, settings, summary
 from PIL import Image
 
-from mapet_ds.config import Config
+from mapet_ds.config.sections import Config
 from mapet_ds.draws import SampleOrder
 from mapet_ds.index import Index, Member, open_index, write_index
 from mapet_ds.samples import SampleSource

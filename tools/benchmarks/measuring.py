@@ -19,8 +19,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from mapet_ds.config import Config, ConfigError
-from mapet_ds.recipe import load_config
+from mapet_ds.config.sections import Config, ConfigError
+from mapet_ds.config.recipe import load_config
 
 Figures = dict[str, Any]
 

@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mapet_ds.config import Config
+from mapet_ds.config.sections import Config
 from mapet_ds.cost import student
 
 RANGE = "part of a step: "

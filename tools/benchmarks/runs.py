@@ -29,8 +29,8 @@ from benchmarks.roofline import GRADIENTS, Parts, breakdown, flops_by_part, show
 from benchmarks.steps import check_twin, dense_twin
 from torch.utils.data import DataLoader, Dataset
 
-from mapet_ds.checks import load_deepspeed_config
-from mapet_ds.config import Config, ConfigError
+from mapet_ds.config.rules import load_deepspeed_config
+from mapet_ds.config.sections import Config, ConfigError
 from mapet_ds.cost import student as student_costs
 from mapet_ds.draws import permutations
 from mapet_ds.engine import gather_state

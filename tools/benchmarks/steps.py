@@ -17,7 +17,7 @@ from benchmarks.measuring import Figures, ceiling, circumstances, device_of, rat
 from benchmarks.roofline import Parts, breakdown, flops_by_part, show
 from torch import Tensor, nn
 
-from mapet_ds.config import REPOSITORY, Config, ConfigError
+from mapet_ds.config.sections import REPOSITORY, Config, ConfigError
 from mapet_ds.cost import student, target_dim
 from mapet_ds.objectives import build_objective
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from benchmarks.measuring import Figures, ceiling, circumstances, counted_flops, device_of, ratio, settings, summary, timed
 
-from mapet_ds.config import ConfigError
+from mapet_ds.config.sections import ConfigError
 from mapet_ds.data import Loader, View
 from mapet_ds.index import open_index
 from mapet_ds.launch import init_distributed

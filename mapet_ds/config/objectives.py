@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from mapet_ds.knobs import Positive, Share, knobs
+from mapet_ds.config.knobs import Positive, Share, knobs
 
 if TYPE_CHECKING:
-    from mapet_ds.config import Config
+    from mapet_ds.config.sections import Config
 
 Rules = list[tuple[bool, str]]
 """(broken, the sentence for it) of each thing that must hold."""

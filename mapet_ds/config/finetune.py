@@ -11,9 +11,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from mapet_ds.config import OptimConfig, RunConfig
-from mapet_ds.knobs import Natural, NonNegative, Positive, Share, knobs
-from mapet_ds.objective_config import Rules
+from mapet_ds.config.sections import OptimConfig, RunConfig
+from mapet_ds.config.knobs import Natural, NonNegative, Positive, Share, knobs
+from mapet_ds.config.objectives import Rules
 
 
 @knobs

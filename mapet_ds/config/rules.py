@@ -17,11 +17,11 @@ from typing import Any, NoReturn
 
 import psutil
 
-from mapet_ds.config import Config, ConfigError, RunConfig, TeacherConfig, TokenizerConfig
-from mapet_ds.finetune_config import FinetuneConfig
+from mapet_ds.config.sections import Config, ConfigError, RunConfig, TeacherConfig, TokenizerConfig
+from mapet_ds.config.finetune import FinetuneConfig
 from mapet_ds.ids import StoredIds, check_storable
-from mapet_ds.objective_config import ObjectiveConfig, Rules
-from mapet_ds.recipe import load_config
+from mapet_ds.config.objectives import ObjectiveConfig, Rules
+from mapet_ds.config.recipe import load_config
 
 
 def teacher_model_config(name: str) -> dict[str, Any]:

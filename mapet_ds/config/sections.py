@@ -14,12 +14,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from mapet_ds.knobs import Natural, NonNegative, Positive, Share, Triple, knobs
-from mapet_ds.objective_config import BEiTConfig, ConMIMConfig, MaPeTConfig, MVPConfig, ObjectiveConfig, Rules, SAIMConfig
+from mapet_ds.config.knobs import Natural, NonNegative, Positive, Share, Triple, knobs
+from mapet_ds.config.objectives import BEiTConfig, ConMIMConfig, MaPeTConfig, MVPConfig, ObjectiveConfig, Rules, SAIMConfig
 
 TIMM = "timm:"
 """Before timm's name of weights, where a path could stand."""
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parents[2]
 LOGITS = 2**24
 """Logits that a loss holds at once: 64 MiB of fp32, and as much again for their gradient."""
 

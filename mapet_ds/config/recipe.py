@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import pydantic
 import yaml
 
-from mapet_ds.config import Config, ConfigError, RunConfig
+from mapet_ds.config.sections import Config, ConfigError, RunConfig
 
 Settings = TypeVar("Settings", bound=RunConfig)
 
