@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from mapet_ds.checkpoint import newest
 from mapet_ds.classifier import AveragedLabels, Classifier, Labels, export_classifier, start_identity
 from mapet_ds.config.sections import ConfigError
-from mapet_ds.data import open_shared_index
-from mapet_ds.index import DataError
-from mapet_ds.labelled import EvaluationBatches, TrainLoader, check_classes, report_unreadable, served, train_transform
+from mapet_ds.data.loader import open_shared_index
+from mapet_ds.data.index import DataError
+from mapet_ds.data.labelled import EvaluationBatches, TrainLoader, check_classes, report_unreadable, served, train_transform
 from mapet_ds.run import Run
 
 

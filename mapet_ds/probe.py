@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torchvision.datasets import ImageFolder
 
 from mapet_ds.config.sections import ConfigError
-from mapet_ds.index import DataError
+from mapet_ds.data.index import DataError
 from mapet_ds.vqkd import UNREADABLE
 
 K = 20

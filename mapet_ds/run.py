@@ -27,7 +27,7 @@ from torch import Tensor
 
 from mapet_ds import checkpoint
 from mapet_ds.config.sections import REPOSITORY, ConfigError, RunConfig, flatten, total_steps
-from mapet_ds.data import Batch, Loader, open_shared_index
+from mapet_ds.data.loader import Batch, Loader, open_shared_index
 from mapet_ds.draws import first_slot
 from mapet_ds.engine import (
     build_engine,
@@ -38,14 +38,14 @@ from mapet_ds.engine import (
     set_learning_rate,
     student_weights,
 )
-from mapet_ds.index import DataError
+from mapet_ds.data.index import DataError
 from mapet_ds.init_from import begin_from
 from mapet_ds.launch import Ranks, StopRequest, claim
 from mapet_ds.metrics import Metrics
 from mapet_ds.objectives import Loss, Objective, build_objective
 from mapet_ds.online_probe import OnlineProbe
 from mapet_ds.optim import learning_rate
-from mapet_ds.quarantine import Quarantine
+from mapet_ds.data.quarantine import Quarantine
 from mapet_ds.spikes import Rollback, SpikeGuard
 from mapet_ds.targets import Target, begin, build_target
 from mapet_ds.vit import compile_blocks

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 
 from mapet_ds.config.sections import Config
-from mapet_ds.index import DataError
+from mapet_ds.data.index import DataError
 from mapet_ds.launch import Ranks
 
 WINDOWS = 20

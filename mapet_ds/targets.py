@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mapet_ds.config.sections import Config, ConfigError
-from mapet_ds.data import Batch, View
-from mapet_ds.ids import StoredIds
-from mapet_ds.index import DataError, open_index
+from mapet_ds.data.loader import Batch, View
+from mapet_ds.data.stored_ids import StoredIds
+from mapet_ds.data.index import DataError, open_index
 from mapet_ds.launch import ranks_per_host
 from mapet_ds.objectives import OBJECTIVES, build_objective
 from mapet_ds.teacher import build_teacher, teacher_mean_std

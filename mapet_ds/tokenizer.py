@@ -26,8 +26,8 @@ from tqdm import tqdm
 
 from mapet_ds import draws
 from mapet_ds.config.sections import Config, ConfigError, DataConfig, TokenizerConfig
-from mapet_ds.data import Loader, View
-from mapet_ds.index import Index
+from mapet_ds.data.loader import Loader, View
+from mapet_ds.data.index import Index
 from mapet_ds.launch import Ranks
 from mapet_ds.teacher import Teacher, build_teacher, teacher_mean_std
 

@@ -23,7 +23,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from mapet_ds.config.sections import Config, ConfigError
-from mapet_ds.data import View
+from mapet_ds.data.loader import View
 from mapet_ds.teacher import mismatches
 from mapet_ds.tokenizer import Codebook
 

@@ -10,7 +10,7 @@ import sys
 import time
 
 from mapet_ds import checkpoint
-from mapet_ds.data import Loader
+from mapet_ds.data.loader import Loader
 from mapet_ds.objectives.mapet import MaPeT
 from mapet_ds.pretrain import main
 

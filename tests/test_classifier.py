@@ -22,8 +22,8 @@ from mapet_ds.draws import first_slot
 from mapet_ds.engine import set_learning_rate
 from mapet_ds.export import export_timm
 from mapet_ds.config.finetune import ClassifierConfig, FinetuneConfig
-from mapet_ds.index import DataError, open_index
-from mapet_ds.labelled import TrainBatches, TrainLoader, check_classes, served, train_transform
+from mapet_ds.data.index import DataError, open_index
+from mapet_ds.data.labelled import TrainBatches, TrainLoader, check_classes, served, train_transform
 from mapet_ds.launch import Ranks
 from mapet_ds.optim import parameter_groups
 from mapet_ds.config.recipe import load_config

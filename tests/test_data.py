@@ -16,9 +16,9 @@ from PIL import Image, ImageFilter, ImageOps
 from torchvision.transforms import RandomResizedCrop
 
 from mapet_ds.config.sections import REPOSITORY, Config, ConfigError, DataConfig, ModelConfig, StrongViewConfig, TrainConfig
-from mapet_ds.data import ALONE_LIMIT, Batch, Loader, View
-from mapet_ds.index import DataError, Index, open_index
-from mapet_ds.samples import (
+from mapet_ds.data.loader import ALONE_LIMIT, Batch, Loader, View
+from mapet_ds.data.index import DataError, Index, open_index
+from mapet_ds.data.samples import (
     CROP_NUMBERS,
     NEVER,
     SOLARIZE_FROM,

@@ -19,7 +19,7 @@ from towers import write_tower
 
 from mapet_ds import probe
 from mapet_ds.config.sections import REPOSITORY
-from mapet_ds.index import DataError
+from mapet_ds.data.index import DataError
 from mapet_ds.probe import features, fit_heads, knn, linear, linear_sgd, load_timm, unit_length
 
 EVALUATE = REPOSITORY / "tools" / "evaluate.py"

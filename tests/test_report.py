@@ -17,9 +17,9 @@ from line import make_line, pretrain, start
 from PIL import Image
 
 from mapet_ds import checkpoint, report
-from mapet_ds.data import Loader
+from mapet_ds.data.loader import Loader
 from mapet_ds.config.finetune import FinetuneConfig
-from mapet_ds.index import open_index
+from mapet_ds.data.index import open_index
 from mapet_ds.objectives import OBJECTIVES, build_objective
 from mapet_ds.config.recipe import load_config
 from mapet_ds.targets import build_target

@@ -11,7 +11,7 @@ from test_objectives import tiny_config
 from towers import write_tower
 
 from mapet_ds.config.sections import ConfigError, TeacherConfig, TokenizerConfig
-from mapet_ds.data import Batch, View
+from mapet_ds.data.loader import Batch, View
 from mapet_ds.config.objectives import SAIMConfig
 from mapet_ds.objectives import OBJECTIVES, build_objective
 from mapet_ds.targets import MomentumTeacher, Pixels, TeacherFeatures, begin, build_target

@@ -13,9 +13,9 @@ from line import IMAGES, command, losses, make_line, pretrain, start
 
 from mapet_ds.config.rules import check, check_files
 from mapet_ds.config.sections import REPOSITORY, ConfigError
-from mapet_ds.data import Batch, Loader
-from mapet_ds.ids import CHUNKS, NO_ID, IdsWriter, StoredIds, settings_of
-from mapet_ds.index import DataError, open_index
+from mapet_ds.data.loader import Batch, Loader
+from mapet_ds.data.stored_ids import CHUNKS, NO_ID, IdsWriter, StoredIds, settings_of
+from mapet_ds.data.index import DataError, open_index
 from mapet_ds.config.recipe import load_config
 from mapet_ds.targets import build_target
 

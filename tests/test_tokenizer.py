@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from towers import write_tower
 
 from mapet_ds.config.sections import Config, ConfigError, DataConfig, ModelConfig, TeacherConfig, TokenizerConfig, TrainConfig
-from mapet_ds.data import View
+from mapet_ds.data.loader import View
 from mapet_ds.teacher import build_teacher
 from mapet_ds.tokenizer import Codebook, build_tokenizer, chosen_patches, fit, num_points, source_of, tf32_parts
 

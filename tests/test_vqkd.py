@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch.nn import functional
 
 from mapet_ds.config.sections import Config, ConfigError, ModelConfig, TokenizerConfig
-from mapet_ds.data import Batch, View
+from mapet_ds.data.loader import Batch, View
 from mapet_ds.targets import TokenIds
 from mapet_ds.tokenizer import build_tokenizer
 from mapet_ds.vqkd import VQKD
@@ -250,7 +250,7 @@ def test_a_missing_file_is_named(path):
 
 PLUG_IN = """
 import torch
-from mapet_ds.data import View
+from mapet_ds.data.loader import View
 
 class Bright:
     def __init__(self, config, device):

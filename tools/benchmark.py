@@ -33,7 +33,7 @@ from benchmarks.steps import measure_step
 from benchmarks.teachers import measure_assign, measure_teacher
 
 from mapet_ds.config.sections import REPOSITORY, ConfigError
-from mapet_ds.index import DataError
+from mapet_ds.data.index import DataError
 
 
 def count(text: str) -> int:

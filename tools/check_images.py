@@ -17,8 +17,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from mapet_ds.formats import BadImage, inspect
-from mapet_ds.index import DataError, Index, open_index
+from mapet_ds.data.formats import BadImage, inspect
+from mapet_ds.data.index import DataError, Index, open_index
 
 CHUNK = 64
 ESCAPED = str.maketrans({"\t": "\\t", "\n": "\\n", "\r": "\\r"})
@@ -28,7 +28,7 @@ def check(index: Index, decode: bool, indices: range) -> list[tuple[str, str]]:
     """(path, reason) of the unreadable ones among `indices`."""
     rule = inspect
     if decode:
-        from mapet_ds.data import check_decodes as rule  # only then is DALI needed
+        from mapet_ds.data.loader import check_decodes as rule  # only then is DALI needed
     found = []
     for i in indices:
         try:

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from mapet_ds.config.sections import ConfigError, TeacherConfig
-from mapet_ds.index import DataError
+from mapet_ds.data.index import DataError
 from mapet_ds.probe import EPOCHS, LEARNING_RATES, K, features, knn, labelled_folders, linear, linear_sgd, load_timm, unit_length
 from mapet_ds.config.recipe import load_config
 from mapet_ds.teacher import build_teacher, teacher_mean_std
@@ -203,7 +203,7 @@ def main(argv: list[str]) -> int:
         says, figures = arguments.evaluate(arguments, found)
     except (ConfigError, DataError) as error:
         # From a loader's worker the message comes under a traceback; the last line is the sentence.
-        print(str(error).splitlines()[-1].removeprefix("mapet_ds.index.DataError: "), file=sys.stderr)
+        print(str(error).splitlines()[-1].removeprefix("mapet_ds.data.index.DataError: "), file=sys.stderr)
         return 2
     weights = "untrained" if basis["untrained"] else "trained"
     images = f"{basis['train_images']} training, {basis['val_images']} validation images, {basis['classes']} classes"

@@ -54,7 +54,7 @@ def fit_codebook(config: Config) -> None:
     """Every rank calls it; rank 0 writes tokenizer.path and prints what became of it."""
     import torch.distributed as dist
 
-    from mapet_ds.data import open_shared_index
+    from mapet_ds.data.loader import open_shared_index
     from mapet_ds.launch import init_distributed
     from mapet_ds.teacher import build_teacher
     from mapet_ds.tokenizer import fit, num_points, sample_features, source_of
@@ -90,7 +90,7 @@ def fit_codebook(config: Config) -> None:
 
 def main() -> int:
     config = parse(sys.argv[1:])
-    from mapet_ds.index import DataError
+    from mapet_ds.data.index import DataError
 
     try:
         fit_codebook(config)

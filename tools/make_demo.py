@@ -32,9 +32,9 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mapet_ds.formats import BadImage
-from mapet_ds.index import SUFFIXES, DataError
-from mapet_ds.labelled import decode
+from mapet_ds.data.formats import BadImage
+from mapet_ds.data.index import SUFFIXES, DataError
+from mapet_ds.data.labelled import decode
 
 IMG_SIZE = 64
 MEAN, STD = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD

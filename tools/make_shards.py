@@ -18,8 +18,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from mapet_ds.draws import IndexOrder, SampleOrder
-from mapet_ds.formats import BadImage
-from mapet_ds.index import DataError, Index, build_index, open_index
+from mapet_ds.data.formats import BadImage
+from mapet_ds.data.index import DataError, Index, build_index, open_index
 
 
 def members(index: Index, i: int) -> Iterator[tuple[str, bytes]]:

@@ -29,7 +29,7 @@ from mapet_ds import report
 from mapet_ds.checkpoint import ResumeError
 from mapet_ds.config.sections import ConfigError
 from mapet_ds.export import ExportError
-from mapet_ds.index import DataError
+from mapet_ds.data.index import DataError
 from mapet_ds.metrics import token_colours
 from mapet_ds.report import Record, Sample, Trained
 

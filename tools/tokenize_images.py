@@ -22,11 +22,11 @@ from numpy.typing import NDArray
 
 from mapet_ds.config.rules import ancestors, check_hostfile, check_inputs, check_tokenizer_file, refuse
 from mapet_ds.config.sections import Config, ConfigError
-from mapet_ds.ids import NO_ID, IdsWriter, StoredIds, check_storable, settings_of
+from mapet_ds.data.stored_ids import NO_ID, IdsWriter, StoredIds, check_storable, settings_of
 from mapet_ds.config.recipe import load_config
 
 if TYPE_CHECKING:
-    from mapet_ds.index import Index
+    from mapet_ds.data.index import Index
     from mapet_ds.launch import Ranks
     from mapet_ds.tokenizer import Tokenizer
 
@@ -85,7 +85,7 @@ def tokenize(
     import torch.distributed as dist
     from tqdm import tqdm
 
-    from mapet_ds.data import Loader
+    from mapet_ds.data.loader import Loader
 
     per_step = config.train.micro_batch_size * ranks.world_size
     train = dataclasses.replace(config.train, global_batch_size=per_step)
@@ -119,9 +119,9 @@ def write(config: Config, ranks: Ranks) -> None:
     """
     import torch.distributed as dist
 
-    from mapet_ds.data import open_shared_index
-    from mapet_ds.index import DataError
-    from mapet_ds.samples import allowed_bad, too_many_bad
+    from mapet_ds.data.loader import open_shared_index
+    from mapet_ds.data.index import DataError
+    from mapet_ds.data.samples import allowed_bad, too_many_bad
     from mapet_ds.tokenizer import build_tokenizer
 
     folder = Path(config.tokenizer.ids)
@@ -163,7 +163,7 @@ def write(config: Config, ranks: Ranks) -> None:
 
 def compare(config: Config, ranks: Ranks, number: int) -> None:
     """Print how many ids of the run's first `number` images, computed now, differ from the stored ones. Every rank must call it."""
-    from mapet_ds.data import open_shared_index
+    from mapet_ds.data.loader import open_shared_index
     from mapet_ds.tokenizer import build_tokenizer
 
     stored = StoredIds(config.tokenizer.ids)
@@ -180,7 +180,7 @@ def compare(config: Config, ranks: Ranks, number: int) -> None:
 
 def main() -> int:
     config, number = parse(sys.argv[1:])
-    from mapet_ds.index import DataError
+    from mapet_ds.data.index import DataError
     from mapet_ds.launch import init_distributed
 
     try:

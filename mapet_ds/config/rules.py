@@ -19,7 +19,7 @@ import psutil
 
 from mapet_ds.config.sections import Config, ConfigError, RunConfig, TeacherConfig, TokenizerConfig
 from mapet_ds.config.finetune import FinetuneConfig
-from mapet_ds.ids import StoredIds, check_storable
+from mapet_ds.data.stored_ids import StoredIds, check_storable
 from mapet_ds.config.objectives import ObjectiveConfig, Rules
 from mapet_ds.config.recipe import load_config
 

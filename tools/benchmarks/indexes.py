@@ -19,8 +19,8 @@ from PIL import Image
 
 from mapet_ds.config.sections import Config
 from mapet_ds.draws import SampleOrder
-from mapet_ds.index import Index, Member, open_index, write_index
-from mapet_ds.samples import SampleSource
+from mapet_ds.data.index import Index, Member, open_index, write_index
+from mapet_ds.data.samples import SampleSource
 
 LOOKUPS, FEW, LATE, WINDOW = 10_000, 1000, 10_000_000, 65_536
 """Images looked up; images of the data set that is compared with; a late step; samples read one after the other."""
@@ -52,7 +52,7 @@ def write(folder: Path, images: int) -> None:
 
 def first_batch(config: Config, index: Index, step: int) -> Figures:
     """Seconds to the first micro-batch of a run that begins at this step; memory of the rank and of its workers then."""
-    from mapet_ds.data import Loader
+    from mapet_ds.data.loader import Loader
 
     start = time.perf_counter()
     loader = Loader(config, index, student=True, teacher=None, rank=0, world_size=1, local_rank=0, first_step=step)

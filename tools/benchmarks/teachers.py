@@ -14,8 +14,8 @@ import torch
 from benchmarks.measuring import Figures, ceiling, circumstances, counted_flops, device_of, ratio, settings, summary, timed
 
 from mapet_ds.config.sections import ConfigError
-from mapet_ds.data import Loader, View
-from mapet_ds.index import open_index
+from mapet_ds.data.loader import Loader, View
+from mapet_ds.data.index import open_index
 from mapet_ds.launch import init_distributed
 from mapet_ds.teacher import build_teacher, teacher_mean_std
 from mapet_ds.tokenizer import Codebook

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from mapet_ds.formats import BadImage
+from mapet_ds.data.formats import BadImage
 
 SUFFIXES = {b"jpg", b"jpeg", b"png", b"webp", b"bmp", b"tif", b"tiff", b"gif"}
 """Files that count as samples; GIF is among them so that it is reported as unreadable, not passed over."""

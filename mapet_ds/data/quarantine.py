@@ -10,9 +10,9 @@ from typing import Any
 import torch.distributed as dist
 
 from mapet_ds.config.sections import RunConfig
-from mapet_ds.index import Index
+from mapet_ds.data.index import Index
 from mapet_ds.launch import Ranks
-from mapet_ds.samples import allowed_bad, too_many_bad
+from mapet_ds.data.samples import allowed_bad, too_many_bad
 
 
 class Quarantine:

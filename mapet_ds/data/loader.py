@@ -19,10 +19,10 @@ from nvidia.dali import Pipeline, fn, types
 from torch import Tensor
 
 from mapet_ds.config.sections import Config, ConfigError
-from mapet_ds.formats import BadImage, inspect
-from mapet_ds.index import DataError, Index, open_index
+from mapet_ds.data.formats import BadImage, inspect
+from mapet_ds.data.index import DataError, Index, open_index
 from mapet_ds.launch import Ranks, use_gpu
-from mapet_ds.samples import JITTER_NUMBERS, STRONG_VALUES, SampleSource, allowed_bad, too_many_bad
+from mapet_ds.data.samples import JITTER_NUMBERS, STRONG_VALUES, SampleSource, allowed_bad, too_many_bad
 
 logger = logging.getLogger(__name__)
 ALONE_LIMIT = 10

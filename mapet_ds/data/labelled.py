@@ -26,10 +26,10 @@ from torch.utils.data import DataLoader, Dataset
 from mapet_ds.config.sections import RunConfig
 from mapet_ds.draws import Purpose, SampleOrder, first_slot, generator_seeds
 from mapet_ds.config.finetune import FinetuneConfig, LabelledDataConfig
-from mapet_ds.formats import BadImage, inspect
-from mapet_ds.index import DataError, Index, Selection
+from mapet_ds.data.formats import BadImage, inspect
+from mapet_ds.data.index import DataError, Index, Selection
 from mapet_ds.launch import Ranks
-from mapet_ds.samples import allowed_bad, candidates, too_many_bad
+from mapet_ds.data.samples import allowed_bad, candidates, too_many_bad
 
 Bad = list[tuple[int, str]]
 """Place in the index and reason of images that are unreadable."""

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from mapet_ds import draws
 from mapet_ds.config.sections import Config, DataConfig, StrongViewConfig
-from mapet_ds.formats import BadImage, inspect, smallest_jpeg
-from mapet_ds.index import DataError, Index
+from mapet_ds.data.formats import BadImage, inspect, smallest_jpeg
+from mapet_ds.data.index import DataError, Index
 
 
 class Crop(NamedTuple):
