@@ -20,8 +20,8 @@ from mapet_ds.config.finetune import ClassifierConfig, FinetuneConfig
 from mapet_ds.init_from import fitted_weights
 from mapet_ds.data.labelled import LabelledBatch
 from mapet_ds.objectives import Draw, Loss, seed_weights
-from mapet_ds.targets import Constant, MovingAverage
-from mapet_ds.teacher import mismatches
+from mapet_ds.targets.targets import Constant, MovingAverage
+from mapet_ds.targets.teacher import mismatches
 
 
 class DrawnDropPath(nn.Module):

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from mapet_ds.checkpoint import checksum
 from mapet_ds.config.sections import TIMM, Config, ConfigError
 from mapet_ds.export import LAYER_SCALE, fold_layer_scale
-from mapet_ds.teacher import mismatches, once_per_node
-from mapet_ds.vqkd import UNREADABLE
+from mapet_ds.targets.teacher import mismatches, once_per_node
+from mapet_ds.targets.vqkd import UNREADABLE
 
 
 def fitted_weights(path: Path, model: nn.Module) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from torchvision.datasets import ImageFolder
 
 from mapet_ds.config.sections import ConfigError
 from mapet_ds.data.index import DataError
-from mapet_ds.vqkd import UNREADABLE
+from mapet_ds.targets.vqkd import UNREADABLE
 
 K = 20
 """Neighbours that vote."""

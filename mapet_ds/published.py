@@ -19,8 +19,8 @@ from torch import Tensor
 
 from mapet_ds.config.sections import ConfigError
 from mapet_ds.export import LAYER_SCALE, NO_PROVENANCE, fold_layer_scale, staged
-from mapet_ds.teacher import mismatches
-from mapet_ds.vqkd import HEAD_DIM, UNREADABLE, read_checkpoint
+from mapet_ds.targets.teacher import mismatches
+from mapet_ds.targets.vqkd import HEAD_DIM, UNREADABLE, read_checkpoint
 
 
 class Method(NamedTuple):

@@ -33,8 +33,8 @@ from mapet_ds.export import ExportError, read_vit
 from mapet_ds.data.index import DataError, Index, open_index
 from mapet_ds.launch import use_gpu
 from mapet_ds.objectives import Draw, Objective, build_objective
-from mapet_ds.targets import Target, build_target
-from mapet_ds.tokenizer import KClip
+from mapet_ds.targets.targets import Target, build_target
+from mapet_ds.targets.tokenizer import KClip
 from mapet_ds.vit import build_vit, take_rows
 
 

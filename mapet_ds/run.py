@@ -47,7 +47,7 @@ from mapet_ds.online_probe import OnlineProbe
 from mapet_ds.optim import learning_rate
 from mapet_ds.data.quarantine import Quarantine
 from mapet_ds.spikes import Rollback, SpikeGuard
-from mapet_ds.targets import Target, begin, build_target
+from mapet_ds.targets.targets import Target, begin, build_target
 from mapet_ds.vit import compile_blocks
 from mapet_ds.watchdog import GOING_BACK, SAVING, Watchdog
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch._dynamo.utils import counters
 from towers import SIZE, know_tiny_models
 
-from mapet_ds import teacher as module
+from mapet_ds.targets.targets import teacher as module
 from mapet_ds.config.sections import ConfigError, TeacherConfig
 
 open_file = safetensors.safe_open

@@ -14,7 +14,7 @@ from mapet_ds.config.sections import REPOSITORY, ConfigError, TeacherConfig
 from mapet_ds.cost import SIZES, student, target, target_dim, tower, vit_of
 from mapet_ds.objectives import OBJECTIVES, Draw, build_objective
 from mapet_ds.config.recipe import load_config
-from mapet_ds.teacher import Teacher, _build_tower, teacher_model_config
+from mapet_ds.targets.teacher import Teacher, _build_tower, teacher_model_config
 
 RECIPES = sorted(path.stem for path in (REPOSITORY / "mapet_ds/recipes").glob("[!f]*_vitb16.yaml"))  # not fine-tuning's
 HALF = "model.args={depth: 6}"

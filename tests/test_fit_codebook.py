@@ -15,8 +15,8 @@ from towers import write_tower
 
 from mapet_ds.config.sections import TeacherConfig
 from mapet_ds.config.recipe import load_config
-from mapet_ds.teacher import build_teacher
-from mapet_ds.tokenizer import Codebook
+from mapet_ds.targets.teacher import build_teacher
+from mapet_ds.targets.tokenizer import Codebook
 
 PROGRAM = str(Path(__file__).parent.parent / "tools" / "fit_codebook.py")
 DEEPSPEED = (str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators=2")

@@ -22,8 +22,8 @@ from mapet_ds.config.finetune import FinetuneConfig
 from mapet_ds.data.index import open_index
 from mapet_ds.objectives import OBJECTIVES, build_objective
 from mapet_ds.config.recipe import load_config
-from mapet_ds.targets import build_target
-from mapet_ds.tokenizer import Codebook
+from mapet_ds.targets.targets import build_target
+from mapet_ds.targets.tokenizer import Codebook
 from tools import report as program
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

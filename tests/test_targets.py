@@ -14,7 +14,7 @@ from mapet_ds.config.sections import ConfigError, TeacherConfig, TokenizerConfig
 from mapet_ds.data.loader import Batch, View
 from mapet_ds.config.objectives import SAIMConfig
 from mapet_ds.objectives import OBJECTIVES, build_objective
-from mapet_ds.targets import MomentumTeacher, Pixels, TeacherFeatures, begin, build_target
+from mapet_ds.targets.targets import MomentumTeacher, Pixels, TeacherFeatures, begin, build_target
 
 CPU = torch.device("cpu")
 

@@ -15,8 +15,8 @@ from teacher_worker import CASES, images, settings
 from towers import SIZE, VISION, know_tiny_models, model_config, whole_model, write_tower
 
 from mapet_ds.config.sections import ConfigError, TeacherConfig
-from mapet_ds.teacher import build_teacher, teacher_mean_std
-from mapet_ds.tokenizer import Codebook
+from mapet_ds.targets.teacher import build_teacher, teacher_mean_std
+from mapet_ds.targets.tokenizer import Codebook
 
 CPU = torch.device("cpu")
 LAYERS = {"vit": 3, "resnet": 5, "timm": 6, "relpos": 9}

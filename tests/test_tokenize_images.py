@@ -17,7 +17,7 @@ from mapet_ds.data.loader import Batch, Loader
 from mapet_ds.data.stored_ids import CHUNKS, NO_ID, IdsWriter, StoredIds, settings_of
 from mapet_ds.data.index import DataError, open_index
 from mapet_ds.config.recipe import load_config
-from mapet_ds.targets import build_target
+from mapet_ds.targets.targets import build_target
 
 CPU = torch.device("cpu")
 BAD = (3, 4, 44)  # in the index's order: two in one micro-batch, and the last, for which the first one stands in
@@ -25,7 +25,7 @@ DYING = """
 import os
 import signal
 
-from mapet_ds.tokenizer import KClip
+from mapet_ds.targets.tokenizer import KClip
 
 class Dying(KClip):
     calls = 0

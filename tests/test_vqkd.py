@@ -12,9 +12,9 @@ from torch.nn import functional
 
 from mapet_ds.config.sections import Config, ConfigError, ModelConfig, TokenizerConfig
 from mapet_ds.data.loader import Batch, View
-from mapet_ds.targets import TokenIds
-from mapet_ds.tokenizer import build_tokenizer
-from mapet_ds.vqkd import VQKD
+from mapet_ds.targets.targets import TokenIds
+from mapet_ds.targets.tokenizer import build_tokenizer
+from mapet_ds.targets.vqkd import VQKD
 
 CPU = torch.device("cpu")
 TINY = {"width": 128, "depth": 2, "hidden": 256, "patch": 8, "grid": 4, "codes": 50, "dim": 8}

@@ -19,7 +19,7 @@ from mapet_ds.config.sections import ConfigError, TeacherConfig
 from mapet_ds.data.index import DataError
 from mapet_ds.probe import EPOCHS, LEARNING_RATES, K, features, knn, labelled_folders, linear, linear_sgd, load_timm, unit_length
 from mapet_ds.config.recipe import load_config
-from mapet_ds.teacher import build_teacher, teacher_mean_std
+from mapet_ds.targets.teacher import build_teacher, teacher_mean_std
 
 NEIGHBOURS = (10, 20, 100)
 """What `all` takes for k, where there are as many training images."""

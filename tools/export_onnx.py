@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mapet_ds.config.sections import ConfigError
 from mapet_ds.export import staged
-from mapet_ds.vqkd import UNREADABLE
+from mapet_ds.targets.vqkd import UNREADABLE
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 TOLERANCE = {False: 1e-4, True: 1e-2}

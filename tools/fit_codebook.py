@@ -56,8 +56,8 @@ def fit_codebook(config: Config) -> None:
 
     from mapet_ds.data.loader import open_shared_index
     from mapet_ds.launch import init_distributed
-    from mapet_ds.teacher import build_teacher
-    from mapet_ds.tokenizer import fit, num_points, sample_features, source_of
+    from mapet_ds.targets.teacher import build_teacher
+    from mapet_ds.targets.tokenizer import fit, num_points, sample_features, source_of
 
     ranks = init_distributed()
     index = open_shared_index(config.data.train, Path(f"{config.tokenizer.path}.index"), ranks)

@@ -28,7 +28,7 @@ from mapet_ds.config.recipe import load_config
 if TYPE_CHECKING:
     from mapet_ds.data.index import Index
     from mapet_ds.launch import Ranks
-    from mapet_ds.tokenizer import Tokenizer
+    from mapet_ds.targets.tokenizer import Tokenizer
 
 NUMERIC = ("teacher.precision",)
 """Settings that --check lets differ: what they do to the ids is what it measures."""
@@ -122,7 +122,7 @@ def write(config: Config, ranks: Ranks) -> None:
     from mapet_ds.data.loader import open_shared_index
     from mapet_ds.data.index import DataError
     from mapet_ds.data.samples import allowed_bad, too_many_bad
-    from mapet_ds.tokenizer import build_tokenizer
+    from mapet_ds.targets.tokenizer import build_tokenizer
 
     folder = Path(config.tokenizer.ids)
     if (folder / "ids.json").exists():
@@ -164,7 +164,7 @@ def write(config: Config, ranks: Ranks) -> None:
 def compare(config: Config, ranks: Ranks, number: int) -> None:
     """Print how many ids of the run's first `number` images, computed now, differ from the stored ones. Every rank must call it."""
     from mapet_ds.data.loader import open_shared_index
-    from mapet_ds.tokenizer import build_tokenizer
+    from mapet_ds.targets.tokenizer import build_tokenizer
 
     stored = StoredIds(config.tokenizer.ids)
     index = open_shared_index(config.data.train, stored.folder / "index", ranks)

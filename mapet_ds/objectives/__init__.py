@@ -22,11 +22,11 @@ from mapet_ds.vit import Band, beit_init, build_vit, embed, run_blocks, take_row
 
 OBJECTIVES = {
     # name: (objective, target)
-    "mapet": ("mapet_ds.objectives.mapet:MaPeT", "mapet_ds.targets:token_ids"),
-    "beit": ("mapet_ds.objectives.beit:BEiT", "mapet_ds.targets:token_ids"),
-    "mvp": ("mapet_ds.objectives.mvp:MVP", "mapet_ds.targets:TeacherFeatures"),
-    "saim": ("mapet_ds.objectives.saim:SAIM", "mapet_ds.targets:pixels_or_features"),
-    "conmim": ("mapet_ds.objectives.conmim:ConMIM", "mapet_ds.targets:MomentumTeacher"),
+    "mapet": ("mapet_ds.objectives.mapet:MaPeT", "mapet_ds.targets.targets:token_ids"),
+    "beit": ("mapet_ds.objectives.beit:BEiT", "mapet_ds.targets.targets:token_ids"),
+    "mvp": ("mapet_ds.objectives.mvp:MVP", "mapet_ds.targets.targets:TeacherFeatures"),
+    "saim": ("mapet_ds.objectives.saim:SAIM", "mapet_ds.targets.targets:pixels_or_features"),
+    "conmim": ("mapet_ds.objectives.conmim:ConMIM", "mapet_ds.targets.targets:MomentumTeacher"),
 }
 
 

@@ -17,8 +17,8 @@ from mapet_ds.config.sections import ConfigError
 from mapet_ds.data.loader import Loader, View
 from mapet_ds.data.index import open_index
 from mapet_ds.launch import init_distributed
-from mapet_ds.teacher import build_teacher, teacher_mean_std
-from mapet_ds.tokenizer import Codebook
+from mapet_ds.targets.teacher import build_teacher, teacher_mean_std
+from mapet_ds.targets.tokenizer import Codebook
 
 
 def measure_teacher(arguments: argparse.Namespace) -> Figures | None:

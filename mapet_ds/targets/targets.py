@@ -20,8 +20,8 @@ from mapet_ds.data.stored_ids import StoredIds
 from mapet_ds.data.index import DataError, open_index
 from mapet_ds.launch import ranks_per_host
 from mapet_ds.objectives import OBJECTIVES, build_objective
-from mapet_ds.teacher import build_teacher, teacher_mean_std
-from mapet_ds.tokenizer import build_tokenizer
+from mapet_ds.targets.teacher import build_teacher, teacher_mean_std
+from mapet_ds.targets.tokenizer import build_tokenizer
 from mapet_ds.vit import compile_blocks
 
 

@@ -29,15 +29,15 @@ from mapet_ds.config.sections import Config, ConfigError, DataConfig, TokenizerC
 from mapet_ds.data.loader import Loader, View
 from mapet_ds.data.index import Index
 from mapet_ds.launch import Ranks
-from mapet_ds.teacher import Teacher, build_teacher, teacher_mean_std
+from mapet_ds.targets.teacher import Teacher, build_teacher, teacher_mean_std
 
 logger = logging.getLogger(__name__)
 SCORES = 2**26
 """Distances held at once in `assign`: 256 MiB of fp32."""
 TOKENIZERS = {
     # name: factory, called with the config and the device
-    "kclip": "mapet_ds.tokenizer:KClip",
-    "vqkd": "mapet_ds.vqkd:VQKD",
+    "kclip": "mapet_ds.targets.tokenizer:KClip",
+    "vqkd": "mapet_ds.targets.vqkd:VQKD",
 }
 
 

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from mapet_ds.config.sections import Config, ConfigError
 from mapet_ds.data.loader import View
-from mapet_ds.teacher import mismatches
-from mapet_ds.tokenizer import Codebook
+from mapet_ds.targets.teacher import mismatches
+from mapet_ds.targets.tokenizer import Codebook
 
 CODES = "quantize.embedding.weight"
 USED = ("encoder.", "encode_task_layer.", CODES)
