@@ -12,7 +12,7 @@ from timm.loss import SoftTargetCrossEntropy
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
-from mapet_ds.checkpoint import checksum
+from mapet_ds.training.checkpoint import checksum
 from mapet_ds.config.sections import ConfigError
 from mapet_ds.draws import Purpose, uniforms
 from mapet_ds.export import staged

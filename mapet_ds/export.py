@@ -18,7 +18,7 @@ from timm.models import save_for_hf
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from mapet_ds.checkpoint import Checkpoint, newest, open_checkpoint
+from mapet_ds.training.checkpoint import Checkpoint, newest, open_checkpoint
 from mapet_ds.config.sections import Config
 from mapet_ds.hub import model_card
 from mapet_ds.vit import build_vit

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from mapet_ds.checkpoint import newest
+from mapet_ds.training.checkpoint import newest
 from mapet_ds.classifier import AveragedLabels, Classifier, Labels, export_classifier, start_identity
 from mapet_ds.config.sections import ConfigError
 from mapet_ds.data.loader import open_shared_index

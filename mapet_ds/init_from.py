@@ -17,7 +17,7 @@ from timm.models import load_state_dict
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from mapet_ds.checkpoint import checksum
+from mapet_ds.training.checkpoint import checksum
 from mapet_ds.config.sections import TIMM, Config, ConfigError
 from mapet_ds.export import LAYER_SCALE, fold_layer_scale
 from mapet_ds.targets.teacher import mismatches, once_per_node

@@ -20,7 +20,7 @@ from mapet_ds.data.labelled import Bad, EvaluationBatches, check_classes, report
 from mapet_ds.launch import Ranks
 from mapet_ds.probe import K, features, knn, linear_sgd, unit_length
 from mapet_ds.vit import build_vit
-from mapet_ds.watchdog import PROBING
+from mapet_ds.training.watchdog import PROBING
 
 LEARNING_RATES = (0.003, 0.01, 0.03, 0.1, 0.3)
 """Of the linear probe. With higher ones SGD amplifies rounding, and the figure would depend on the ranks (docs/log.md)."""

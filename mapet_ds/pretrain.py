@@ -27,7 +27,7 @@ def main(description: str = __doc__, settings: type[RunConfig] = Config, run: st
     config, engine_config = parse_command_line(sys.argv[1:], description, settings)
     # torch and DeepSpeed take seconds to import: a mistake in the recipe is answered before, and the loader's
     # spawned workers, which import this file, do without them.
-    from mapet_ds.checkpoint import ResumeError
+    from mapet_ds.training.checkpoint import ResumeError
     from mapet_ds.data.index import DataError
     from mapet_ds.launch import init_distributed
 

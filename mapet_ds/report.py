@@ -25,7 +25,7 @@ from timm.utils import AttentionExtract
 from torch import Tensor
 from tqdm import tqdm
 
-from mapet_ds.checkpoint import Checkpoint, ResumeError, newest
+from mapet_ds.training.checkpoint import Checkpoint, ResumeError, newest
 from mapet_ds.config.sections import Config, flatten
 from mapet_ds.data.loader import Batch, Loader
 from mapet_ds.draws import first_slot

@@ -25,11 +25,11 @@ import yaml
 from safetensors import SafetensorError
 from torch import Tensor
 
-from mapet_ds import checkpoint
+from mapet_ds.training import checkpoint
 from mapet_ds.config.sections import REPOSITORY, ConfigError, RunConfig, flatten, total_steps
 from mapet_ds.data.loader import Batch, Loader, open_shared_index
 from mapet_ds.draws import first_slot
-from mapet_ds.engine import (
+from mapet_ds.training.engine import (
     build_engine,
     check_engine_config,
     forget_broken_calls,
@@ -41,15 +41,15 @@ from mapet_ds.engine import (
 from mapet_ds.data.index import DataError
 from mapet_ds.init_from import begin_from
 from mapet_ds.launch import Ranks, StopRequest, claim
-from mapet_ds.metrics import Metrics
+from mapet_ds.training.metrics import Metrics
 from mapet_ds.objectives import Loss, Objective, build_objective
 from mapet_ds.online_probe import OnlineProbe
-from mapet_ds.optim import learning_rate
+from mapet_ds.training.optim import learning_rate
 from mapet_ds.data.quarantine import Quarantine
-from mapet_ds.spikes import Rollback, SpikeGuard
+from mapet_ds.training.spikes import Rollback, SpikeGuard
 from mapet_ds.targets.targets import Target, begin, build_target
 from mapet_ds.vit import compile_blocks
-from mapet_ds.watchdog import GOING_BACK, SAVING, Watchdog
+from mapet_ds.training.watchdog import GOING_BACK, SAVING, Watchdog
 
 PACKAGES = ("torch", "deepspeed", "timm", "open_clip_torch", "nvidia-dali-cuda130", "faiss-gpu", "numpy", "pillow")
 

@@ -9,7 +9,7 @@ import os
 import sys
 import time
 
-from mapet_ds import checkpoint
+from mapet_ds.training import checkpoint
 from mapet_ds.data.loader import Loader
 from mapet_ds.objectives.mapet import MaPeT
 from mapet_ds.pretrain import main

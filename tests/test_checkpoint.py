@@ -6,8 +6,8 @@ import pickle
 import pytest
 import torch
 
-from mapet_ds import checkpoint
-from mapet_ds.checkpoint import ResumeError
+from mapet_ds.training import checkpoint
+from mapet_ds.training.checkpoint import ResumeError
 from mapet_ds.config.sections import Config, DataConfig, flatten
 
 DEFAULTS = flatten(Config().to_dict())

@@ -19,13 +19,13 @@ from mapet_ds.config.rules import check_finetune
 from mapet_ds.classifier import AveragedLabels, Classifier, build_model
 from mapet_ds.config.sections import REPOSITORY, ConfigError
 from mapet_ds.draws import first_slot
-from mapet_ds.engine import set_learning_rate
+from mapet_ds.training.engine import set_learning_rate
 from mapet_ds.export import export_timm
 from mapet_ds.config.finetune import ClassifierConfig, FinetuneConfig
 from mapet_ds.data.index import DataError, open_index
 from mapet_ds.data.labelled import TrainBatches, TrainLoader, check_classes, served, train_transform
 from mapet_ds.launch import Ranks
-from mapet_ds.optim import parameter_groups
+from mapet_ds.training.optim import parameter_groups
 from mapet_ds.config.recipe import load_config
 
 DATA = {"input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3}

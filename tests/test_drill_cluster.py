@@ -11,7 +11,7 @@ import psutil
 import pytest
 from line import command, free_port, losses, make_line, pretrain, steps
 
-from mapet_ds.checkpoint import newest
+from mapet_ds.training.checkpoint import newest
 from mapet_ds.config.sections import REPOSITORY
 
 pytestmark = [pytest.mark.drill, pytest.mark.skipif(bool(cluster.missing()), reason=cluster.missing())]

@@ -45,7 +45,7 @@ import json, os, socket, sys
 import torch, torch.distributed as dist
 from mapet_ds.config.rules import load_deepspeed_config
 from mapet_ds.config.recipe import load_config
-from mapet_ds.engine import build_engine
+from mapet_ds.training.engine import build_engine
 from mapet_ds.launch import init_distributed
 from mapet_ds.objectives import build_objective
 

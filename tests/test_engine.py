@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from mapet_ds.config.sections import REPOSITORY, ConfigError
-from mapet_ds.engine import check_engine_config
+from mapet_ds.training.engine import check_engine_config
 
 HERE = Path(__file__).parent
 STAGES = (1, 2, 3)

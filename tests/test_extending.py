@@ -11,7 +11,7 @@ import pytest
 from line import ENVIRONMENT, command, losses, make_line
 from safetensors.torch import load_file
 
-from mapet_ds.checkpoint import newest
+from mapet_ds.training.checkpoint import newest
 from mapet_ds.config.rules import check_method
 from mapet_ds.config.sections import REPOSITORY
 from mapet_ds.config.recipe import load_config

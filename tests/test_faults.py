@@ -13,7 +13,7 @@ import torch
 from line import ENVIRONMENT, by_deepspeed, command, make_line, pretrain, start, steps
 from safetensors.torch import load_file
 
-from mapet_ds.checkpoint import checkpoint_folders, newest
+from mapet_ds.training.checkpoint import checkpoint_folders, newest
 from mapet_ds.config.sections import REPOSITORY
 
 

@@ -21,7 +21,7 @@ from collections import Counter
 warnings.filterwarnings("ignore")
 import torch, torch.distributed as dist
 from mapet_ds.config.rules import load_deepspeed_config
-from mapet_ds.engine import build_engine
+from mapet_ds.training.engine import build_engine
 from mapet_ds.launch import init_distributed
 from mapet_ds.objectives import build_objective
 from mapet_ds.config.recipe import load_config

@@ -14,7 +14,7 @@ from line import ENVIRONMENT
 from test_export import MODELS, TOOL, write_checkpoint
 
 from mapet_ds import hub
-from mapet_ds.checkpoint import newest
+from mapet_ds.training.checkpoint import newest
 from mapet_ds.config.sections import Config, ModelConfig
 from mapet_ds.export import export_timm
 from mapet_ds.hub import model_card

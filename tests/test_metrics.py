@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from mapet_ds.config.sections import REPOSITORY, Config, DataConfig, LogConfig, ModelConfig, TrainConfig
 from mapet_ds.launch import Ranks
-from mapet_ds.metrics import IMAGES_SHOWN, Metrics, token_colours
+from mapet_ds.training.metrics import IMAGES_SHOWN, Metrics, token_colours
 
 
 @pytest.fixture
@@ -204,7 +204,7 @@ SCRIPT = """
     import torch, torch.distributed as dist
     from mapet_ds.config.sections import Config, ModelConfig, TrainConfig, LogConfig
     from mapet_ds.launch import Ranks
-    from mapet_ds.metrics import Metrics
+    from mapet_ds.training.metrics import Metrics
 
     dist.init_process_group("gloo")
     rank = dist.get_rank()

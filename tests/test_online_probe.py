@@ -9,7 +9,7 @@ import yaml
 from line import command, losses, start, write_classes
 from torch.utils.data import DataLoader
 
-from mapet_ds.checkpoint import newest
+from mapet_ds.training.checkpoint import newest
 from mapet_ds.config.rules import check
 from mapet_ds.config.sections import ConfigError
 from mapet_ds.export import export_timm

@@ -16,7 +16,8 @@ import yaml
 from line import make_line, pretrain, start
 from PIL import Image
 
-from mapet_ds import checkpoint, report
+from mapet_ds import report
+from mapet_ds.training import checkpoint
 from mapet_ds.data.loader import Loader
 from mapet_ds.config.finetune import FinetuneConfig
 from mapet_ds.data.index import open_index

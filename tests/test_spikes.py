@@ -6,7 +6,7 @@ import math
 import pytest
 
 from mapet_ds.config.sections import Config, LogConfig
-from mapet_ds.spikes import FEWEST, SpikeGuard
+from mapet_ds.training.spikes import FEWEST, SpikeGuard
 
 LINES = [
     *({"step": step, "loss": 2.0} for step in range(10, 10 * FEWEST + 20, 10)),

@@ -7,7 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from mapet_ds.checkpoint import ResumeError
+from mapet_ds.training.checkpoint import ResumeError
 from mapet_ds.config.sections import ConfigError
 from mapet_ds.export import ExportError, export_timm
 from mapet_ds.hub import check_hub, push_to_hub

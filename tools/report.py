@@ -26,11 +26,11 @@ from PIL import Image
 from torch import Tensor
 
 from mapet_ds import report
-from mapet_ds.checkpoint import ResumeError
+from mapet_ds.training.checkpoint import ResumeError
 from mapet_ds.config.sections import ConfigError
 from mapet_ds.export import ExportError
 from mapet_ds.data.index import DataError
-from mapet_ds.metrics import token_colours
+from mapet_ds.training.metrics import token_colours
 from mapet_ds.report import Record, Sample, Trained
 
 TITLES = {

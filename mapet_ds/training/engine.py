@@ -32,7 +32,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from mapet_ds.config.sections import ConfigError, RunConfig
-from mapet_ds.optim import parameter_groups
+from mapet_ds.training.optim import parameter_groups
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
