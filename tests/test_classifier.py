@@ -16,7 +16,7 @@ from test_export import write_checkpoint
 from test_finetune import MODEL
 
 from mapet_ds.config.rules import check_finetune
-from mapet_ds.classifier import AveragedLabels, Classifier, build_model
+from mapet_ds.finetuning.classifier import AveragedLabels, Classifier, build_model
 from mapet_ds.config.sections import REPOSITORY, ConfigError
 from mapet_ds.draws import first_slot
 from mapet_ds.training.engine import set_learning_rate

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch.nn import functional
 
-from mapet_ds.classifier import build_model
+from mapet_ds.finetuning.classifier import build_model
 from mapet_ds.config.sections import REPOSITORY, ConfigError
 from mapet_ds.config.finetune import ClassifierConfig
 from mapet_ds.probe import features, load_timm

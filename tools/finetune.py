@@ -19,4 +19,4 @@ from mapet_ds.config.finetune import FinetuneConfig  # noqa: E402
 from mapet_ds.pretrain import main  # noqa: E402
 
 if __name__ == "__main__":
-    sys.exit(main(__doc__, FinetuneConfig, "mapet_ds.finetune:Finetuning"))
+    sys.exit(main(__doc__, FinetuneConfig, "mapet_ds.finetuning.task:Finetuning"))

@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from mapet_ds.training.checkpoint import newest
-from mapet_ds.classifier import AveragedLabels, Classifier, Labels, export_classifier, start_identity
+from mapet_ds.finetuning.classifier import AveragedLabels, Classifier, Labels, export_classifier, start_identity
 from mapet_ds.config.sections import ConfigError
 from mapet_ds.data.loader import open_shared_index
 from mapet_ds.data.index import DataError
