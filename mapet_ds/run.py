@@ -39,11 +39,11 @@ from mapet_ds.training.engine import (
     student_weights,
 )
 from mapet_ds.data.index import DataError
-from mapet_ds.init_from import begin_from
+from mapet_ds.results.init_from import begin_from
 from mapet_ds.launch import Ranks, StopRequest, claim
 from mapet_ds.training.metrics import Metrics
 from mapet_ds.objectives import Loss, Objective, build_objective
-from mapet_ds.online_probe import OnlineProbe
+from mapet_ds.results.online_probe import OnlineProbe
 from mapet_ds.training.optim import learning_rate
 from mapet_ds.data.quarantine import Quarantine
 from mapet_ds.training.spikes import Rollback, SpikeGuard

@@ -20,7 +20,7 @@ from mapet_ds.finetuning.classifier import AveragedLabels, Classifier, build_mod
 from mapet_ds.config.sections import REPOSITORY, ConfigError
 from mapet_ds.draws import first_slot
 from mapet_ds.training.engine import set_learning_rate
-from mapet_ds.export import export_timm
+from mapet_ds.results.export import export_timm
 from mapet_ds.config.finetune import ClassifierConfig, FinetuneConfig
 from mapet_ds.data.index import DataError, open_index
 from mapet_ds.data.labelled import TrainBatches, TrainLoader, check_classes, served, train_transform

@@ -10,11 +10,11 @@ import pytest
 import timm
 import torch
 
-from mapet_ds import export
+from mapet_ds.results import export
 from mapet_ds.training import checkpoint
 from mapet_ds.training.checkpoint import ResumeError
 from mapet_ds.config.sections import REPOSITORY, Config, DataConfig, ModelConfig
-from mapet_ds.export import ExportError, export_timm, staged
+from mapet_ds.results.export import ExportError, export_timm, staged
 from mapet_ds.vit import build_vit
 
 TOOL = REPOSITORY / "tools" / "export_timm.py"

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from test_export import write_checkpoint
 
 from mapet_ds.config.sections import REPOSITORY, ModelConfig
-from mapet_ds.export import export_timm
+from mapet_ds.results.export import export_timm
 
 MODEL = ModelConfig(
     name="vit_tiny_patch16_224", img_size=32, patch_size=8, args={"depth": 3, "embed_dim": 32, "num_heads": 2}, layer_scale=None

@@ -11,7 +11,7 @@ from line import losses, make_line, pretrain
 from safetensors.torch import load_file
 
 from mapet_ds.training.checkpoint import newest
-from mapet_ds.export import export_timm, read_vit
+from mapet_ds.results.export import export_timm, read_vit
 from mapet_ds.objectives import OBJECTIVES, build_objective
 from mapet_ds.vit import build_vit
 

@@ -16,8 +16,8 @@ from torch.nn import functional
 from mapet_ds.finetuning.classifier import build_model
 from mapet_ds.config.sections import REPOSITORY, ConfigError
 from mapet_ds.config.finetune import ClassifierConfig
-from mapet_ds.probe import features, load_timm
-from mapet_ds.published import import_weights
+from mapet_ds.results.probe import features, load_timm
+from mapet_ds.results.published import import_weights
 
 TOOL = REPOSITORY / "tools" / "import_weights.py"
 WIDTH = {"mapet": 192, "conmim": 384, "saim": 192}

@@ -16,7 +16,7 @@ import yaml
 from line import make_line, pretrain, start
 from PIL import Image
 
-from mapet_ds import report
+from mapet_ds.results import report
 from mapet_ds.training import checkpoint
 from mapet_ds.data.loader import Loader
 from mapet_ds.config.finetune import FinetuneConfig

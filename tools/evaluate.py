@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from mapet_ds.config.sections import ConfigError, TeacherConfig
 from mapet_ds.data.index import DataError
-from mapet_ds.probe import EPOCHS, LEARNING_RATES, K, features, knn, labelled_folders, linear, linear_sgd, load_timm, unit_length
+from mapet_ds.results.probe import EPOCHS, LEARNING_RATES, K, features, knn, labelled_folders, linear, linear_sgd, load_timm, unit_length
 from mapet_ds.config.recipe import load_config
 from mapet_ds.targets.teacher import build_teacher, teacher_mean_std
 

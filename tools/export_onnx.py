@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from mapet_ds.config.sections import ConfigError
-from mapet_ds.export import staged
+from mapet_ds.results.export import staged
 from mapet_ds.targets.vqkd import UNREADABLE
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")

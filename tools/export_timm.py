@@ -9,8 +9,8 @@ from pathlib import Path
 
 from mapet_ds.training.checkpoint import ResumeError
 from mapet_ds.config.sections import ConfigError
-from mapet_ds.export import ExportError, export_timm
-from mapet_ds.hub import check_hub, push_to_hub
+from mapet_ds.results.export import ExportError, export_timm
+from mapet_ds.results.card import check_hub, push_to_hub
 
 
 def main() -> int:

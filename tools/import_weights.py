@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from mapet_ds.config.sections import ConfigError
-from mapet_ds.published import METHODS, import_weights
+from mapet_ds.results.published import METHODS, import_weights
 
 
 def main() -> int:

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from mapet_ds.training.checkpoint import checksum
 from mapet_ds.config.sections import ConfigError
 from mapet_ds.draws import Purpose, uniforms
-from mapet_ds.export import staged
+from mapet_ds.results.export import staged
 from mapet_ds.config.finetune import ClassifierConfig, FinetuneConfig
-from mapet_ds.init_from import fitted_weights
+from mapet_ds.results.init_from import fitted_weights
 from mapet_ds.data.labelled import LabelledBatch
 from mapet_ds.objectives import Draw, Loss, seed_weights
 from mapet_ds.targets.targets import Constant, MovingAverage

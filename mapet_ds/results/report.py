@@ -29,7 +29,7 @@ from mapet_ds.training.checkpoint import Checkpoint, ResumeError, newest
 from mapet_ds.config.sections import Config, flatten
 from mapet_ds.data.loader import Batch, Loader
 from mapet_ds.draws import first_slot
-from mapet_ds.export import ExportError, read_vit
+from mapet_ds.results.export import ExportError, read_vit
 from mapet_ds.data.index import DataError, Index, open_index
 from mapet_ds.launch import use_gpu
 from mapet_ds.objectives import Draw, Objective, build_objective

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mapet_ds.training.checkpoint import Checkpoint, newest, open_checkpoint
 from mapet_ds.config.sections import Config
-from mapet_ds.hub import model_card
+from mapet_ds.results.card import model_card
 from mapet_ds.vit import build_vit
 
 TOLERANCE = 1e-5

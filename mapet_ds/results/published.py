@@ -18,7 +18,7 @@ from timm.models import save_for_hf
 from torch import Tensor
 
 from mapet_ds.config.sections import ConfigError
-from mapet_ds.export import LAYER_SCALE, NO_PROVENANCE, fold_layer_scale, staged
+from mapet_ds.results.export import LAYER_SCALE, NO_PROVENANCE, fold_layer_scale, staged
 from mapet_ds.targets.teacher import mismatches
 from mapet_ds.targets.vqkd import HEAD_DIM, UNREADABLE, read_checkpoint
 

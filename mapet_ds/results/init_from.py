@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mapet_ds.training.checkpoint import checksum
 from mapet_ds.config.sections import TIMM, Config, ConfigError
-from mapet_ds.export import LAYER_SCALE, fold_layer_scale
+from mapet_ds.results.export import LAYER_SCALE, fold_layer_scale
 from mapet_ds.targets.teacher import mismatches, once_per_node
 from mapet_ds.targets.vqkd import UNREADABLE
 

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from mapet_ds.config.sections import Config
 from mapet_ds.data.loader import open_shared_index
-from mapet_ds.export import evaluation_data
+from mapet_ds.results.export import evaluation_data
 from mapet_ds.data.index import DataError, Index, Selection
 from mapet_ds.data.labelled import Bad, EvaluationBatches, check_classes, report_unreadable, served
 from mapet_ds.launch import Ranks
-from mapet_ds.probe import K, features, knn, linear_sgd, unit_length
+from mapet_ds.results.probe import K, features, knn, linear_sgd, unit_length
 from mapet_ds.vit import build_vit
 from mapet_ds.training.watchdog import PROBING
 
