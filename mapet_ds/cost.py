@@ -9,8 +9,9 @@ from __future__ import annotations
 import re
 from typing import Any, NamedTuple
 
-from mapet_ds.config.rules import teacher_layers, teacher_model_config
-from mapet_ds.config.sections import LOGITS, Config, ConfigError, ModelConfig, TeacherConfig
+from mapet_ds.config.sections import LOGITS, Config, ModelConfig, TeacherConfig
+from mapet_ds.config.towers import teacher_layers, teacher_model_config
+from mapet_ds.errors import ConfigError
 
 SIZES = {
     # timm's vit_NAME: width, depth, heads, hidden width of the MLP over the width

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from enum import IntEnum
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -116,6 +117,13 @@ def cell_masks(
     rank = np.argsort(np.argsort(numbers, axis=1, kind="stable"), axis=1, kind="stable")
     hidden = (rank < math.ceil(share * cells)).reshape(slots, grid // cell, grid // cell)
     return hidden.repeat(cell, axis=1).repeat(cell, axis=2).reshape(slots, grid * grid)
+
+
+class Place(NamedTuple):
+    """Where a rank's micro-batch stands in a run."""
+
+    step: int
+    first_slot: int
 
 
 def first_slot(micro_step: int, rank: int, world_size: int, micro_batch_size: int) -> int:

@@ -12,8 +12,9 @@ import dataclasses
 import math
 from typing import Any, NamedTuple
 
-from mapet_ds.config.sections import Config, ConfigError, total_steps
+from mapet_ds.config.sections import Config, total_steps
 from mapet_ds.cost import FP32, Student, Target, student, target
+from mapet_ds.errors import ConfigError
 
 GIB = 2**30
 USABLE = 0.95

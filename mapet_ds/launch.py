@@ -1,4 +1,4 @@
-"""What must be right before training starts: the process group, the hostfile, and how a run is asked to stop.
+"""The launch: which rank this process is, what ranks tell each other on CPUs, the lock on a run's folder, requests to stop.
 
 deepspeed, torchrun and plain python all end up here; everything is read from the environment they set.
 """
@@ -13,21 +13,20 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from datetime import timedelta
-from itertools import takewhile
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, TypeVar
 
-import psutil
 import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from mapet_ds.config.rules import DEEPSPEED, command_line, runs_one_of
-from mapet_ds.config.sections import ConfigError
+from mapet_ds.errors import ConfigError, UserError
+from mapet_ds.launchers import has_ended, launchers
 
+T = TypeVar("T")
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-TORCHRUN = {"torchrun", "torch.distributed.run"}
 STEP_TIMEOUT = timedelta(minutes=30)
 CONTROL_TIMEOUT = timedelta(hours=6)  # ranks wait here while the first one lists a large data set; a dead one is seen at once
 
@@ -41,6 +40,40 @@ class Ranks(NamedTuple):
     device: torch.device
     control: Any
     """A gloo process group for messages between hosts that must not touch a GPU."""
+
+    def from_first(self, work: Callable[[], T]) -> T:
+        """What `work` gives on rank 0, which alone does it. Every rank must call it; no GPU waits.
+
+        Raises:
+            UserError: on every rank, where rank 0 raised one, so that none is left waiting.
+        """
+        outcome: list[Any] = [None]
+        if self.rank == 0:
+            try:
+                outcome = [work()]
+            except UserError as error:
+                outcome = [error]
+        dist.broadcast_object_list(outcome, src=0, group=self.control)
+        if isinstance(outcome[0], UserError):
+            outcome[0].said = self.rank != 0
+            raise outcome[0]
+        return outcome[0]
+
+    def first_then_all(self, work: Callable[[], T]) -> T:
+        """What `work` gives on this rank; the others begin when rank 0 has done it. Every rank must call it.
+
+        Raises:
+            UserError: on every rank, where rank 0 raised one.
+        """
+        done: list[T] = []
+        self.from_first(lambda: done.append(work()))
+        return done[0] if done else work()
+
+    def gather(self, value: T) -> list[T]:
+        """The value of each rank, in their order. Every rank must call it; no GPU waits."""
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
 
 
 def use_gpu() -> bool:
@@ -138,19 +171,6 @@ def claim(run_dir: Path, seconds: float = 60) -> IO[bytes]:
             return file
 
 
-def launchers() -> list[psutil.Process]:
-    """The ancestors that started this rank: torchrun, or deepspeed's runner and the launch under it; none for plain python."""
-    return list(takewhile(lambda p: runs_one_of(command_line(p), DEEPSPEED | TORCHRUN), psutil.Process().parents()))
-
-
-def has_ended(process: psutil.Process) -> bool:
-    """Whether it is gone, or dead and only not yet waited for."""
-    try:
-        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
-
-
 class StopRequest:
     """Whether anybody has asked this run to stop: a signal to any rank, RUN/STOP, or the launcher's death.
 
@@ -176,3 +196,27 @@ class StopRequest:
         flag = torch.tensor(float(asked))
         dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.ranks.control)
         return bool(flag)
+
+
+def once_per_node(work: Callable[[], str]) -> tuple[str, list[str]]:
+    """What `work` gives on the first rank of this node, and of every node. Every rank must call it.
+
+    Raises:
+        ConfigError: on every rank, where it was raised on one, so that none is left waiting.
+    """
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    outcome: tuple[str | None, str | None] = (None, None)
+    if local_rank == 0:
+        try:
+            outcome = (work(), None)
+        except ConfigError as error:
+            outcome = (None, str(error))
+    outcomes = [outcome]
+    if dist.is_initialized():
+        outcomes = [outcome] * dist.get_world_size()
+        patient = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)  # a download may take longer than a step
+        dist.all_gather_object(outcomes, outcome, group=patient)
+    if failed := [error for _, error in outcomes if error]:
+        raise ConfigError(failed[0])
+    mine = outcomes[dist.get_rank() - local_rank][0] if dist.is_initialized() else outcome[0]
+    return mine, [result for result, _ in outcomes if result is not None]

@@ -18,7 +18,8 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mapet_ds.config.sections import ConfigError, ModelConfig
+from mapet_ds.config.sections import ModelConfig
+from mapet_ds.errors import ConfigError
 
 
 class Band(NamedTuple):

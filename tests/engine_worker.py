@@ -19,8 +19,8 @@ from test_objectives import VOCAB, tiny_config
 from mapet_ds import objectives
 from mapet_ds.config.sections import OptimConfig, TrainConfig
 from mapet_ds.draws import first_slot
+from mapet_ds.methods import build_objective
 from mapet_ds.training.engine import build_engine, gather_state, scatter_state, set_learning_rate
-from mapet_ds.objectives import build_objective
 
 GLOBAL_BATCH = 8
 objectives.LOGITS = 1  # one image at a time: the head is called several times, and once more each in the backward pass

@@ -9,10 +9,10 @@ import os
 import sys
 import time
 
-from mapet_ds.training import checkpoint
 from mapet_ds.data.loader import Loader
 from mapet_ds.objectives.mapet import MaPeT
 from mapet_ds.pretrain import main
+from mapet_ds.training import checkpoint
 
 KIND, *NUMBERS = os.environ["FAULT"].split()
 RANK, FIRST, LAST = map(int, NUMBERS)

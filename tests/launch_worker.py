@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from mapet_ds.config.sections import ConfigError
+from mapet_ds.errors import ConfigError
 from mapet_ds.launch import StopRequest, init_distributed
 
 

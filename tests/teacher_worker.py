@@ -17,8 +17,9 @@ import torch.distributed as dist
 from torch._dynamo.utils import counters
 from towers import SIZE, know_tiny_models
 
-from mapet_ds.targets.targets import teacher as module
-from mapet_ds.config.sections import ConfigError, TeacherConfig
+from mapet_ds.config.sections import TeacherConfig
+from mapet_ds.errors import ConfigError
+from mapet_ds.targets import teacher as module
 
 open_file = safetensors.safe_open
 

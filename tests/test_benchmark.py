@@ -10,11 +10,11 @@ from images import encode, picture
 from line import ENVIRONMENT, make_line, start
 from towers import write_tower
 
-from mapet_ds.config.sections import REPOSITORY, DataConfig, TeacherConfig
-from mapet_ds.objectives import build_objective
 from mapet_ds.config.recipe import load_config
+from mapet_ds.config.sections import REPOSITORY, DataConfig, TeacherConfig
+from mapet_ds.methods import build_objective
+from mapet_ds.targets.codebook import Codebook, source_of
 from mapet_ds.targets.teacher import build_teacher
-from mapet_ds.targets.tokenizer import Codebook, source_of
 
 SMALL = ["model.img_size=32", "model.patch_size=8", "model.args={depth: 2, embed_dim: 32, num_heads: 2}"]
 SPREAD = {"median", "min", "max"}

@@ -6,9 +6,9 @@ import pickle
 import pytest
 import torch
 
-from mapet_ds.training import checkpoint
-from mapet_ds.training.checkpoint import ResumeError
 from mapet_ds.config.sections import Config, DataConfig, flatten
+from mapet_ds.errors import ResumeError
+from mapet_ds.training import checkpoint
 
 DEFAULTS = flatten(Config().to_dict())
 

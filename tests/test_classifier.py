@@ -15,18 +15,20 @@ from PIL import Image
 from test_export import write_checkpoint
 from test_finetune import MODEL
 
-from mapet_ds.config.rules import check_finetune
-from mapet_ds.finetuning.classifier import AveragedLabels, Classifier, build_model
-from mapet_ds.config.sections import REPOSITORY, ConfigError
-from mapet_ds.draws import first_slot
-from mapet_ds.training.engine import set_learning_rate
-from mapet_ds.results.export import export_timm
 from mapet_ds.config.finetune import ClassifierConfig, FinetuneConfig
-from mapet_ds.data.index import DataError, open_index
-from mapet_ds.data.labelled import TrainBatches, TrainLoader, check_classes, served, train_transform
-from mapet_ds.launch import Ranks
-from mapet_ds.training.optim import parameter_groups
 from mapet_ds.config.recipe import load_config
+from mapet_ds.config.rules import check_finetune
+from mapet_ds.config.sections import REPOSITORY
+from mapet_ds.data.index import open_index
+from mapet_ds.data.labelled import check_classes, served
+from mapet_ds.draws import first_slot
+from mapet_ds.errors import ConfigError, DataError
+from mapet_ds.finetuning.classifier import AveragedLabels, Classifier, build_model
+from mapet_ds.finetuning.loader import TrainBatches, TrainLoader, train_transform
+from mapet_ds.launch import Ranks
+from mapet_ds.results.export import export_timm
+from mapet_ds.training.engine import set_learning_rate
+from mapet_ds.training.optim import parameter_groups
 
 DATA = {"input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3}
 RANKS = Ranks(0, 0, 1, torch.device("cpu"), None)

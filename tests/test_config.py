@@ -13,9 +13,13 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mapet_ds.config.rules import check, check_files, check_inputs, load_deepspeed_config, teacher_grid
-from mapet_ds.config.sections import REPOSITORY, Config, ConfigError, total_steps
+from mapet_ds.config.engine import load_deepspeed_config
 from mapet_ds.config.recipe import known_keys, load_config
+from mapet_ds.config.rules import check, check_inputs
+from mapet_ds.config.sections import REPOSITORY, Config, total_steps
+from mapet_ds.config.towers import teacher_grid
+from mapet_ds.errors import ConfigError
+from mapet_ds.training.command_line import check_files
 
 RECIPES = [p for p in sorted((REPOSITORY / "mapet_ds/recipes").glob("*.yaml")) if not p.stem.startswith("finetune_")]
 

@@ -10,10 +10,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from mapet_ds.config.sections import REPOSITORY, ConfigError, TeacherConfig
-from mapet_ds.cost import SIZES, student, target, target_dim, tower, vit_of
-from mapet_ds.objectives import OBJECTIVES, Draw, build_objective
 from mapet_ds.config.recipe import load_config
+from mapet_ds.config.sections import REPOSITORY, TeacherConfig
+from mapet_ds.cost import SIZES, student, target, target_dim, tower, vit_of
+from mapet_ds.data.batch import Draw
+from mapet_ds.errors import ConfigError
+from mapet_ds.methods import OBJECTIVES, build_objective
 from mapet_ds.targets.teacher import Teacher, _build_tower, teacher_model_config
 
 RECIPES = sorted(path.stem for path in (REPOSITORY / "mapet_ds/recipes").glob("[!f]*_vitb16.yaml"))  # not fine-tuning's

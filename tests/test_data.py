@@ -15,9 +15,17 @@ import torch
 from PIL import Image, ImageFilter, ImageOps
 from torchvision.transforms import RandomResizedCrop
 
-from mapet_ds.config.sections import REPOSITORY, Config, ConfigError, DataConfig, ModelConfig, StrongViewConfig, TrainConfig
-from mapet_ds.data.loader import ALONE_LIMIT, Batch, Loader, View
-from mapet_ds.data.index import DataError, Index, open_index
+from mapet_ds.config.sections import (
+    REPOSITORY,
+    Config,
+    DataConfig,
+    ModelConfig,
+    StrongViewConfig,
+    TrainConfig,
+)
+from mapet_ds.data.batch import Batch, View
+from mapet_ds.data.index import Index, open_index
+from mapet_ds.data.loader import ALONE_LIMIT, Loader
 from mapet_ds.data.samples import (
     CROP_NUMBERS,
     NEVER,
@@ -29,6 +37,7 @@ from mapet_ds.data.samples import (
     random_crop,
     strong_values,
 )  # fmt: skip
+from mapet_ds.errors import ConfigError, DataError
 
 TEACHER = View(64, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 STRONG = TEACHER._replace(strong=True)

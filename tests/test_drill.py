@@ -17,8 +17,8 @@ import torch
 from line import ENVIRONMENT, IMAGES, by_deepspeed, command, losses, make_line, pretrain, start, steps
 from safetensors.torch import load_file
 
-from mapet_ds.training.checkpoint import checkpoint_folders, newest
 from mapet_ds.config.sections import REPOSITORY
+from mapet_ds.training.checkpoint import checkpoint_folders, newest
 
 pytestmark = pytest.mark.drill
 EPOCHS = 125

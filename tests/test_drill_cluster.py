@@ -11,8 +11,8 @@ import psutil
 import pytest
 from line import command, free_port, losses, make_line, pretrain, steps
 
-from mapet_ds.training.checkpoint import newest
 from mapet_ds.config.sections import REPOSITORY
+from mapet_ds.training.checkpoint import newest
 
 pytestmark = [pytest.mark.drill, pytest.mark.skipif(bool(cluster.missing()), reason=cluster.missing())]
 SETTINGS = ["train.epochs=200", "checkpoint.every_steps=50", "log.images_every_steps=0"]  # 1125 steps

@@ -10,7 +10,7 @@ from deepspeed.runtime import constants
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-from mapet_ds.config.rules import load_deepspeed_config
+from mapet_ds.config.engine import load_deepspeed_config
 from mapet_ds.config.sections import REPOSITORY
 
 FILES = sorted((REPOSITORY / "ds_configs").glob("*.json"))
@@ -43,11 +43,11 @@ def test_a_misspelt_key_would_be_found():
 WORKER = """
 import json, os, socket, sys
 import torch, torch.distributed as dist
-from mapet_ds.config.rules import load_deepspeed_config
+from mapet_ds.config.engine import load_deepspeed_config
 from mapet_ds.config.recipe import load_config
 from mapet_ds.training.engine import build_engine
 from mapet_ds.launch import init_distributed
-from mapet_ds.objectives import build_objective
+from mapet_ds.methods import build_objective
 
 ranks = init_distributed()
 config = load_config(sys.argv[1])

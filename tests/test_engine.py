@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mapet_ds.config.sections import REPOSITORY, ConfigError
+from mapet_ds.config.sections import REPOSITORY
+from mapet_ds.errors import ConfigError
 from mapet_ds.training.engine import check_engine_config
 
 HERE = Path(__file__).parent

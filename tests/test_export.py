@@ -10,11 +10,12 @@ import pytest
 import timm
 import torch
 
-from mapet_ds.results import export
-from mapet_ds.training import checkpoint
-from mapet_ds.training.checkpoint import ResumeError
 from mapet_ds.config.sections import REPOSITORY, Config, DataConfig, ModelConfig
-from mapet_ds.results.export import ExportError, export_timm, staged
+from mapet_ds.errors import ExportError, ResumeError
+from mapet_ds.files import staged
+from mapet_ds.results import export
+from mapet_ds.results.export import export_timm
+from mapet_ds.training import checkpoint
 from mapet_ds.vit import build_vit
 
 TOOL = REPOSITORY / "tools" / "export_timm.py"

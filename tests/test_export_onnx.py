@@ -9,7 +9,8 @@ import timm
 import torch
 from test_init_from import write_source
 
-from mapet_ds.config.sections import REPOSITORY, ConfigError
+from mapet_ds.config.sections import REPOSITORY
+from mapet_ds.errors import ConfigError
 
 TOOL = REPOSITORY / "tools" / "export_onnx.py"
 

@@ -11,10 +11,10 @@ import pytest
 from line import ENVIRONMENT, command, losses, make_line
 from safetensors.torch import load_file
 
-from mapet_ds.training.checkpoint import newest
+from mapet_ds.config.recipe import load_config
 from mapet_ds.config.rules import check_method
 from mapet_ds.config.sections import REPOSITORY
-from mapet_ds.config.recipe import load_config
+from mapet_ds.training.checkpoint import newest
 from mapet_ds.vit import build_vit
 
 TEXT = (REPOSITORY / "docs/extending.md").read_text()

@@ -13,8 +13,8 @@ import torch
 from line import ENVIRONMENT, by_deepspeed, command, make_line, pretrain, start, steps
 from safetensors.torch import load_file
 
-from mapet_ds.training.checkpoint import checkpoint_folders, newest
 from mapet_ds.config.sections import REPOSITORY
+from mapet_ds.training.checkpoint import checkpoint_folders, newest
 
 
 @pytest.fixture(scope="module")

@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 from towers import write_tower
 
-from mapet_ds.config.sections import TeacherConfig
 from mapet_ds.config.recipe import load_config
+from mapet_ds.config.sections import TeacherConfig
+from mapet_ds.targets.codebook import Codebook
 from mapet_ds.targets.teacher import build_teacher
-from mapet_ds.targets.tokenizer import Codebook
 
 PROGRAM = str(Path(__file__).parent.parent / "tools" / "fit_codebook.py")
 DEEPSPEED = (str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators=2")

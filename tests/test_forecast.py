@@ -6,11 +6,12 @@ import sys
 import pytest
 from line import start
 
-from mapet_ds.config.rules import load_deepspeed_config
-from mapet_ds.config.sections import REPOSITORY, ConfigError
-from mapet_ds.cost import student
-from mapet_ds.forecast import GPUS, Cluster, Request, Speeds, engine_costs, predict, scaling
+from mapet_ds.config.engine import load_deepspeed_config
 from mapet_ds.config.recipe import load_config
+from mapet_ds.config.sections import REPOSITORY
+from mapet_ds.cost import student
+from mapet_ds.errors import ConfigError
+from mapet_ds.forecast import GPUS, Cluster, Request, Speeds, engine_costs, predict, scaling
 
 ENGINES = ("zero1", "zero2", "zero3", "zero2_cpu")
 BUCKET = 1_000_000
@@ -20,10 +21,10 @@ import gc, json, sys, warnings
 from collections import Counter
 warnings.filterwarnings("ignore")
 import torch, torch.distributed as dist
-from mapet_ds.config.rules import load_deepspeed_config
+from mapet_ds.config.engine import load_deepspeed_config
 from mapet_ds.training.engine import build_engine
 from mapet_ds.launch import init_distributed
-from mapet_ds.objectives import build_objective
+from mapet_ds.methods import build_objective
 from mapet_ds.config.recipe import load_config
 
 def storages(*tensors):

@@ -5,9 +5,9 @@ import re
 
 import pytest
 
-from mapet_ds.config.sections import REPOSITORY
 from mapet_ds.config.finetune import FinetuneConfig
 from mapet_ds.config.recipe import known_keys
+from mapet_ds.config.sections import REPOSITORY
 
 PACKAGE = sorted((REPOSITORY / "mapet_ds").rglob("*.py"))
 PROGRAMS = sorted((REPOSITORY / "tools").glob("*.py"))

@@ -13,11 +13,11 @@ from huggingface_hub.utils import filter_repo_objects
 from line import ENVIRONMENT
 from test_export import MODELS, TOOL, write_checkpoint
 
-from mapet_ds.results import card as hub
-from mapet_ds.training.checkpoint import newest
 from mapet_ds.config.sections import Config, ModelConfig
-from mapet_ds.results.export import export_timm
+from mapet_ds.results import card as hub
 from mapet_ds.results.card import model_card
+from mapet_ds.results.export import export_timm
+from mapet_ds.training.checkpoint import newest
 
 SECRET = "somebodys-home"
 

@@ -17,9 +17,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mapet_ds.data.loader import index as index_module
+from mapet_ds.data import index as index_module
 from mapet_ds.data.formats import BadImage, inspect
-from mapet_ds.data.index import SAMPLE, DataError, Index, Member, build_index, open_index, write_index
+from mapet_ds.data.index import SAMPLE, Index, Member, build_index, open_index, write_index
+from mapet_ds.errors import DataError
 
 
 def listing(index: Index) -> list[tuple[str, int]]:

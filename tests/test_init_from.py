@@ -11,12 +11,14 @@ from line import losses, make_line, pretrain
 from safetensors.torch import save_file
 from timm.models import save_for_hf
 
+from mapet_ds.config.sections import Config, DataConfig, ModelConfig, flatten
+from mapet_ds.errors import ConfigError, ResumeError
+from mapet_ds.files import checksum
+from mapet_ds.methods import build_objective
 from mapet_ds.results import init_from
-from mapet_ds.training.checkpoint import Checkpoint, ResumeError, check_identity, checksum, identity, newest
-from mapet_ds.config.rules import check_files
-from mapet_ds.config.sections import Config, ConfigError, DataConfig, ModelConfig, flatten
 from mapet_ds.results.init_from import begin_from
-from mapet_ds.objectives import build_objective
+from mapet_ds.training.checkpoint import Checkpoint, check_identity, identity, newest
+from mapet_ds.training.command_line import check_files
 from mapet_ds.vit import build_vit
 
 DEFAULTS = flatten(Config().to_dict())

@@ -13,9 +13,10 @@ import pytest
 import yaml
 from line import ENVIRONMENT, command, free_port, start
 
-from mapet_ds.config.rules import check_hostfile
-from mapet_ds.config.sections import REPOSITORY, ConfigError
+from mapet_ds.config.sections import REPOSITORY
+from mapet_ds.errors import ConfigError
 from mapet_ds.launch import claim, init_distributed
+from mapet_ds.launchers import check_hostfile
 
 HOLD = """
 import sys, time

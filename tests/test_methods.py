@@ -10,9 +10,9 @@ import torch
 from line import losses, make_line, pretrain
 from safetensors.torch import load_file
 
-from mapet_ds.training.checkpoint import newest
+from mapet_ds.methods import OBJECTIVES, build_objective
 from mapet_ds.results.export import export_timm, read_vit
-from mapet_ds.objectives import OBJECTIVES, build_objective
+from mapet_ds.training.checkpoint import newest
 from mapet_ds.vit import build_vit
 
 GOLDEN = json.loads((Path(__file__).parent / "golden_losses.json").read_text())

@@ -20,7 +20,7 @@ from mapet_ds.config.sections import (
     TokenizerConfig,
 )  # fmt: skip
 from mapet_ds.draws import block_masks, cell_masks
-from mapet_ds.objectives import OBJECTIVES, build_objective
+from mapet_ds.methods import OBJECTIVES, build_objective
 from mapet_ds.vit import build_vit, compile_blocks
 
 VOCAB = 11

@@ -9,14 +9,14 @@ import yaml
 from line import command, losses, start, write_classes
 from torch.utils.data import DataLoader
 
-from mapet_ds.training.checkpoint import newest
+from mapet_ds.config.recipe import load_config
 from mapet_ds.config.rules import check
-from mapet_ds.config.sections import ConfigError
+from mapet_ds.data.index import Selection, open_index
+from mapet_ds.errors import ConfigError, DataError
 from mapet_ds.results.export import export_timm
-from mapet_ds.data.index import DataError, Selection, open_index
 from mapet_ds.results.online_probe import LEARNING_RATES, OnlineProbe
 from mapet_ds.results.probe import features, knn, labelled_folders, linear_sgd, load_timm, unit_length
-from mapet_ds.config.recipe import load_config
+from mapet_ds.training.checkpoint import newest
 
 BAD = "val/b/004.png"
 FAINT = {"noise": 200, "tint": 20}

@@ -11,8 +11,8 @@ import torch
 from line import ENVIRONMENT, IMAGES, by_deepspeed, command, losses, make_line, pretrain, start
 from safetensors.torch import load_file
 
-from mapet_ds.config.sections import REPOSITORY
 from mapet_ds.config.recipe import load_config
+from mapet_ds.config.sections import REPOSITORY
 
 
 @pytest.fixture(scope="module")

@@ -17,9 +17,9 @@ from PIL import Image
 from timm.models import save_for_hf
 from towers import write_tower
 
-from mapet_ds.results import probe
 from mapet_ds.config.sections import REPOSITORY
-from mapet_ds.data.index import DataError
+from mapet_ds.errors import DataError
+from mapet_ds.results import probe
 from mapet_ds.results.probe import features, fit_heads, knn, linear, linear_sgd, load_timm, unit_length
 
 EVALUATE = REPOSITORY / "tools" / "evaluate.py"

@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import save_file
 from torch.nn import functional
 
-from mapet_ds.finetuning.classifier import build_model
-from mapet_ds.config.sections import REPOSITORY, ConfigError
 from mapet_ds.config.finetune import ClassifierConfig
+from mapet_ds.config.sections import REPOSITORY
+from mapet_ds.errors import ConfigError
+from mapet_ds.finetuning.classifier import build_model
 from mapet_ds.results.probe import features, load_timm
 from mapet_ds.results.published import import_weights
 

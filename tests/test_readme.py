@@ -7,10 +7,10 @@ import sys
 
 import pytest
 
-from mapet_ds.config.rules import load_deepspeed_config
-from mapet_ds.config.sections import REPOSITORY, Config
+from mapet_ds.config.engine import load_deepspeed_config
 from mapet_ds.config.finetune import FinetuneConfig
 from mapet_ds.config.recipe import known_keys, load_config
+from mapet_ds.config.sections import REPOSITORY, Config
 
 DOCUMENTS = [*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md")]
 

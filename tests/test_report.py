@@ -16,15 +16,14 @@ import yaml
 from line import make_line, pretrain, start
 from PIL import Image
 
-from mapet_ds.results import report
-from mapet_ds.training import checkpoint
-from mapet_ds.data.loader import Loader
 from mapet_ds.config.finetune import FinetuneConfig
-from mapet_ds.data.index import open_index
-from mapet_ds.objectives import OBJECTIVES, build_objective
 from mapet_ds.config.recipe import load_config
-from mapet_ds.targets.targets import build_target
-from mapet_ds.targets.tokenizer import Codebook
+from mapet_ds.data.index import open_index
+from mapet_ds.data.loader import Loader
+from mapet_ds.methods import OBJECTIVES, build_objective, build_target
+from mapet_ds.results import report
+from mapet_ds.targets.codebook import Codebook
+from mapet_ds.training import checkpoint
 from tools import report as program
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

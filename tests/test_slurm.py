@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from mapet_ds.config.rules import load_deepspeed_config
-from mapet_ds.config.sections import REPOSITORY
+from mapet_ds.config.engine import load_deepspeed_config
 from mapet_ds.config.recipe import load_config
+from mapet_ds.config.sections import REPOSITORY
 
 SCRIPTS = ["slurm/pretrain_vitb.sh", "slurm/pretrain_vitl.sh"]
 

@@ -10,11 +10,14 @@ import torch.nn.functional as F
 from test_objectives import tiny_config
 from towers import write_tower
 
-from mapet_ds.config.sections import ConfigError, TeacherConfig, TokenizerConfig
-from mapet_ds.data.loader import Batch, View
 from mapet_ds.config.objectives import SAIMConfig
-from mapet_ds.objectives import OBJECTIVES, build_objective
-from mapet_ds.targets.targets import MomentumTeacher, Pixels, TeacherFeatures, begin, build_target
+from mapet_ds.config.sections import TeacherConfig, TokenizerConfig
+from mapet_ds.data.batch import Batch, View
+from mapet_ds.errors import ConfigError
+from mapet_ds.methods import OBJECTIVES, build_objective, build_target
+from mapet_ds.targets.features import Pixels, TeacherFeatures
+from mapet_ds.targets.momentum import MomentumTeacher
+from mapet_ds.targets.target import begin
 
 CPU = torch.device("cpu")
 

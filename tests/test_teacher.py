@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 from teacher_worker import CASES, images, settings
 from towers import SIZE, VISION, know_tiny_models, model_config, whole_model, write_tower
 
-from mapet_ds.config.sections import ConfigError, TeacherConfig
+from mapet_ds.config.sections import TeacherConfig
+from mapet_ds.errors import ConfigError
+from mapet_ds.targets.codebook import Codebook
 from mapet_ds.targets.teacher import build_teacher, teacher_mean_std
-from mapet_ds.targets.tokenizer import Codebook
 
 CPU = torch.device("cpu")
 LAYERS = {"vit": 3, "resnet": 5, "timm": 6, "relpos": 9}

@@ -11,13 +11,16 @@ import pytest
 import torch
 from line import IMAGES, command, losses, make_line, pretrain, start
 
-from mapet_ds.config.rules import check, check_files
-from mapet_ds.config.sections import REPOSITORY, ConfigError
-from mapet_ds.data.loader import Batch, Loader
-from mapet_ds.data.stored_ids import CHUNKS, NO_ID, IdsWriter, StoredIds, settings_of
-from mapet_ds.data.index import DataError, open_index
 from mapet_ds.config.recipe import load_config
-from mapet_ds.targets.targets import build_target
+from mapet_ds.config.rules import check
+from mapet_ds.config.sections import REPOSITORY
+from mapet_ds.data.batch import Batch
+from mapet_ds.data.index import open_index
+from mapet_ds.data.loader import Loader
+from mapet_ds.data.stored_ids import CHUNKS, NO_ID, IdsWriter, StoredIds, settings_of
+from mapet_ds.errors import ConfigError, DataError
+from mapet_ds.methods import build_target
+from mapet_ds.training.command_line import check_files
 
 CPU = torch.device("cpu")
 BAD = (3, 4, 44)  # in the index's order: two in one micro-batch, and the last, for which the first one stands in
@@ -25,7 +28,7 @@ DYING = """
 import os
 import signal
 
-from mapet_ds.targets.tokenizer import KClip
+from mapet_ds.targets.kclip import KClip
 
 class Dying(KClip):
     calls = 0

@@ -11,10 +11,20 @@ import torch
 from safetensors.torch import save_file
 from towers import write_tower
 
-from mapet_ds.config.sections import Config, ConfigError, DataConfig, ModelConfig, TeacherConfig, TokenizerConfig, TrainConfig
-from mapet_ds.data.loader import View
+from mapet_ds.config.sections import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    TeacherConfig,
+    TokenizerConfig,
+    TrainConfig,
+)
+from mapet_ds.data.batch import View
+from mapet_ds.errors import ConfigError
+from mapet_ds.targets.codebook import Codebook, source_of, tf32_parts
+from mapet_ds.targets.fitting import chosen_patches, fit, num_points
 from mapet_ds.targets.teacher import build_teacher
-from mapet_ds.targets.tokenizer import Codebook, build_tokenizer, chosen_patches, fit, num_points, source_of, tf32_parts
+from mapet_ds.targets.tokenizer import build_tokenizer
 
 SETTINGS = TokenizerConfig(vocab_size=64, iterations=6, redo=2, points_per_centroid=40)
 IDENTITY = {"name": "ViT-B-16", "sha256": "a" * 64, "layer": 11, "img_size": 224}
@@ -71,7 +81,7 @@ def test_parts_in_tf32_give_the_ids_of_fp32(monkeypatch):
     assert tie.float().mean() < 0.01 and torch.equal(scores.argmin(dim=1)[~tie], expected[~tie])
     rough = codebook.centroids.double().square().sum(dim=1) - 2 * features.double() @ upper.double().T
     assert (rough.argmin(dim=1) != expected).any()  # so one part is not enough
-    monkeypatch.setattr("mapet_ds.targets.tokenizer.has_tf32", lambda rows: True)
+    monkeypatch.setattr("mapet_ds.targets.codebook.has_tf32", lambda rows: True)
     assert torch.equal(codebook.assign(features)[~tie], expected[~tie])
 
 
@@ -97,7 +107,7 @@ def test_assign_in_chunks_is_assign_at_once(codebook, monkeypatch):
     expected = codebook.assign(features)
     largest = []
     argmin = torch.argmin
-    monkeypatch.setattr("mapet_ds.targets.tokenizer.SCORES", 64 * 100)
+    monkeypatch.setattr("mapet_ds.targets.codebook.SCORES", 64 * 100)
     monkeypatch.setattr(torch, "argmin", lambda scores, **k: largest.append(scores.numel()) or argmin(scores, **k))
     assert torch.equal(codebook.assign(features), expected)
     assert max(largest) == 64 * 100

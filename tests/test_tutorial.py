@@ -12,10 +12,11 @@ import pytest
 from images import photos, write
 from line import ENVIRONMENT
 
-from mapet_ds.config.rules import check, check_finetune, load_deepspeed_config
-from mapet_ds.config.sections import REPOSITORY, Config
+from mapet_ds.config.engine import load_deepspeed_config
 from mapet_ds.config.finetune import FinetuneConfig
 from mapet_ds.config.recipe import load_config
+from mapet_ds.config.rules import check, check_finetune
+from mapet_ds.config.sections import REPOSITORY, Config
 
 BLOCKS = re.findall(r"^```([^\n]+)\n(.*?)^```", (REPOSITORY / "docs/tutorial.md").read_text(), re.M | re.S)
 SIZES = {"TEACHER_STEPS": "2", "EPOCHS": "14", "FINETUNE_EPOCHS": "2"}

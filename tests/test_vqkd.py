@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import save_file
 from torch.nn import functional
 
-from mapet_ds.config.sections import Config, ConfigError, ModelConfig, TokenizerConfig
-from mapet_ds.data.loader import Batch, View
-from mapet_ds.targets.targets import TokenIds
+from mapet_ds.config.sections import Config, ModelConfig, TokenizerConfig
+from mapet_ds.data.batch import Batch, View
+from mapet_ds.errors import ConfigError
+from mapet_ds.targets.token_ids import TokenIds
 from mapet_ds.targets.tokenizer import build_tokenizer
 from mapet_ds.targets.vqkd import VQKD
 
@@ -250,7 +251,7 @@ def test_a_missing_file_is_named(path):
 
 PLUG_IN = """
 import torch
-from mapet_ds.data.loader import View
+from mapet_ds.data.batch import View
 
 class Bright:
     def __init__(self, config, device):

@@ -6,7 +6,7 @@ import open_clip
 import torch
 from safetensors.torch import save_file
 
-from mapet_ds.targets.targets import teacher
+from mapet_ds.targets import teacher
 
 TEXT = {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 1, "layers": 1}
 VISION = {

@@ -32,8 +32,8 @@ from benchmarks.runs import measure_checkpoint, measure_scaling, measure_train
 from benchmarks.steps import measure_step
 from benchmarks.teachers import measure_assign, measure_teacher
 
-from mapet_ds.config.sections import REPOSITORY, ConfigError
-from mapet_ds.data.index import DataError
+from mapet_ds.config.sections import REPOSITORY
+from mapet_ds.errors import ConfigError, DataError
 
 
 def count(text: str) -> int:

@@ -18,7 +18,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from mapet_ds.data.formats import BadImage, inspect
-from mapet_ds.data.index import DataError, Index, open_index
+from mapet_ds.data.index import Index, open_index
+from mapet_ds.errors import DataError
 
 CHUNK = 64
 ESCAPED = str.maketrans({"\t": "\\t", "\n": "\\n", "\r": "\\r"})

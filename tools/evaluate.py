@@ -15,10 +15,21 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from mapet_ds.config.sections import ConfigError, TeacherConfig
-from mapet_ds.data.index import DataError
-from mapet_ds.results.probe import EPOCHS, LEARNING_RATES, K, features, knn, labelled_folders, linear, linear_sgd, load_timm, unit_length
 from mapet_ds.config.recipe import load_config
+from mapet_ds.config.sections import TeacherConfig
+from mapet_ds.errors import ConfigError, DataError
+from mapet_ds.results.probe import (
+    EPOCHS,
+    LEARNING_RATES,
+    K,
+    features,
+    knn,
+    labelled_folders,
+    linear,
+    linear_sgd,
+    load_timm,
+    unit_length,
+)
 from mapet_ds.targets.teacher import build_teacher, teacher_mean_std
 
 NEIGHBOURS = (10, 20, 100)
@@ -203,7 +214,7 @@ def main(argv: list[str]) -> int:
         says, figures = arguments.evaluate(arguments, found)
     except (ConfigError, DataError) as error:
         # From a loader's worker the message comes under a traceback; the last line is the sentence.
-        print(str(error).splitlines()[-1].removeprefix("mapet_ds.data.index.DataError: "), file=sys.stderr)
+        print(str(error).splitlines()[-1].removeprefix("mapet_ds.errors.DataError: "), file=sys.stderr)
         return 2
     weights = "untrained" if basis["untrained"] else "trained"
     images = f"{basis['train_images']} training, {basis['val_images']} validation images, {basis['classes']} classes"

@@ -17,9 +17,9 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from mapet_ds.config.sections import ConfigError
-from mapet_ds.results.export import staged
-from mapet_ds.targets.vqkd import UNREADABLE
+from mapet_ds.errors import ConfigError
+from mapet_ds.files import staged
+from mapet_ds.weights import UNREADABLE
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 TOLERANCE = {False: 1e-4, True: 1e-2}

@@ -7,10 +7,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from mapet_ds.training.checkpoint import ResumeError
-from mapet_ds.config.sections import ConfigError
-from mapet_ds.results.export import ExportError, export_timm
+from mapet_ds.errors import ConfigError, ExportError, ResumeError
 from mapet_ds.results.card import check_hub, push_to_hub
+from mapet_ds.results.export import export_timm
 
 
 def main() -> int:

@@ -15,8 +15,18 @@ from pathlib import Path
 # The launchers run this file by its path, which puts its folder first: programs in it would shadow installed modules.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from mapet_ds.config.finetune import FinetuneConfig  # noqa: E402
-from mapet_ds.pretrain import main  # noqa: E402
+from mapet_ds.training.command_line import FINETUNING, parse_command_line  # noqa: E402
+
+
+def main() -> int:
+    """See run.run for the exit code."""
+    config, engine_config = parse_command_line(sys.argv[1:], __doc__, FINETUNING)
+    # A mistake in the recipe is answered before torch and DeepSpeed are imported.
+    from mapet_ds.finetuning.task import Finetuning
+    from mapet_ds.run import run
+
+    return run(Finetuning, config, engine_config)
+
 
 if __name__ == "__main__":
-    sys.exit(main(__doc__, FinetuneConfig, "mapet_ds.finetuning.task:Finetuning"))
+    sys.exit(main())

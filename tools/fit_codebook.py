@@ -14,9 +14,12 @@ import sys
 import time
 from pathlib import Path
 
-from mapet_ds.config.rules import ancestors, check_hostfile, check_inputs, refuse
-from mapet_ds.config.sections import Config, ConfigError
 from mapet_ds.config.recipe import load_config
+from mapet_ds.config.rules import check_inputs
+from mapet_ds.config.sections import Config
+from mapet_ds.errors import ConfigError
+from mapet_ds.launchers import ancestors, check_hostfile
+from mapet_ds.training.command_line import refuse
 
 
 def parse(argv: list[str]) -> Config:
@@ -54,13 +57,14 @@ def fit_codebook(config: Config) -> None:
     """Every rank calls it; rank 0 writes tokenizer.path and prints what became of it."""
     import torch.distributed as dist
 
-    from mapet_ds.data.loader import open_shared_index
+    from mapet_ds.data.index import open_index
     from mapet_ds.launch import init_distributed
+    from mapet_ds.targets.codebook import source_of
+    from mapet_ds.targets.fitting import fit, num_points, sample_features
     from mapet_ds.targets.teacher import build_teacher
-    from mapet_ds.targets.tokenizer import fit, num_points, sample_features, source_of
 
     ranks = init_distributed()
-    index = open_shared_index(config.data.train, Path(f"{config.tokenizer.path}.index"), ranks)
+    index = ranks.first_then_all(lambda: open_index(config.data.train, Path(f"{config.tokenizer.path}.index")))
     points = num_points(len(index), config)
     teacher = build_teacher(config.teacher, ranks.device, config.train.compile)
     teacher.check_grid(config.grid)
@@ -90,7 +94,7 @@ def fit_codebook(config: Config) -> None:
 
 def main() -> int:
     config = parse(sys.argv[1:])
-    from mapet_ds.data.index import DataError
+    from mapet_ds.errors import DataError
 
     try:
         fit_codebook(config)

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from mapet_ds.config.sections import ConfigError
+from mapet_ds.errors import ConfigError
 from mapet_ds.results.published import METHODS, import_weights
 
 

@@ -33,8 +33,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mapet_ds.data.formats import BadImage
-from mapet_ds.data.index import SUFFIXES, DataError
+from mapet_ds.data.index import SUFFIXES
 from mapet_ds.data.labelled import decode
+from mapet_ds.errors import DataError
 
 IMG_SIZE = 64
 MEAN, STD = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD

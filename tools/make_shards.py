@@ -17,9 +17,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from mapet_ds.draws import IndexOrder, SampleOrder
 from mapet_ds.data.formats import BadImage
-from mapet_ds.data.index import DataError, Index, build_index, open_index
+from mapet_ds.data.index import Index, build_index, open_index
+from mapet_ds.draws import IndexOrder, SampleOrder
+from mapet_ds.errors import DataError
+from mapet_ds.files import whole_folder
 
 
 def members(index: Index, i: int) -> Iterator[tuple[str, bytes]]:
@@ -66,15 +68,11 @@ def make_shards(source: str, out: Path, max_bytes: int, max_images: int, seed: i
         raise DataError(f"{out} is there already and is not overwritten; name a new folder.")
     if out.is_relative_to(os.path.abspath(source)):
         raise DataError(f"{out} lies inside {source}, which would then hold images and shards; name a folder outside.")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".shards-", dir=out.parent) as scratch:
+    with tempfile.TemporaryDirectory() as scratch, whole_folder(out) as written:
         index = open_index(source, Path(scratch) / "index")
-        written = Path(scratch) / "shards"
-        written.mkdir()
         order = IndexOrder(len(index), 0) if seed is None else SampleOrder(len(index), seed)
         number = write_shards(index, order, written, max_bytes, max_images)
         build_index(written, written / "index", index.classes)
-        written.rename(out)
     return (
         f"{out}: images {len(index)}, classes {len(index.classes)}, shards {number}. Unreadable images are in them as they are "
         "(tools/check_images.py lists them). A run that has begun on the folder does not continue on its shards."

@@ -16,11 +16,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mapet_ds.config.rules import check_method, load_deepspeed_config
-from mapet_ds.config.sections import REPOSITORY, ConfigError
-from mapet_ds.cost import student, target
-from mapet_ds.forecast import GPUS, Cluster, Gpu, Request, Speeds, assumptions, predict, scaling
+from mapet_ds.config.engine import load_deepspeed_config
 from mapet_ds.config.recipe import load_config
+from mapet_ds.config.rules import check_method
+from mapet_ds.config.sections import REPOSITORY
+from mapet_ds.cost import student, target
+from mapet_ds.errors import ConfigError
+from mapet_ds.forecast import GPUS, Cluster, Gpu, Request, Speeds, assumptions, predict, scaling
 
 
 def changes(request: Request, found: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:

@@ -25,13 +25,10 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
+from mapet_ds.errors import ConfigError, DataError, ExportError, ResumeError
 from mapet_ds.results import report
-from mapet_ds.training.checkpoint import ResumeError
-from mapet_ds.config.sections import ConfigError
-from mapet_ds.results.export import ExportError
-from mapet_ds.data.index import DataError
-from mapet_ds.training.metrics import token_colours
 from mapet_ds.results.report import Record, Sample, Trained
+from mapet_ds.training.metrics import token_colours
 
 TITLES = {
     "loss": "Loss", "loss_rank_quarter": "Loss by quarter of the ranks (1: least context)", "token_accuracy": "Token accuracy",

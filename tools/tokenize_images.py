@@ -20,10 +20,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from mapet_ds.config.rules import ancestors, check_hostfile, check_inputs, check_tokenizer_file, refuse
-from mapet_ds.config.sections import Config, ConfigError
-from mapet_ds.data.stored_ids import NO_ID, IdsWriter, StoredIds, check_storable, settings_of
 from mapet_ds.config.recipe import load_config
+from mapet_ds.config.rules import check_inputs
+from mapet_ds.config.sections import Config
+from mapet_ds.data.stored_ids import NO_ID, IdsWriter, StoredIds, check_storable, settings_of
+from mapet_ds.errors import ConfigError
+from mapet_ds.launchers import ancestors, check_hostfile
+from mapet_ds.training.command_line import check_tokenizer_file, refuse
 
 if TYPE_CHECKING:
     from mapet_ds.data.index import Index
@@ -119,19 +122,19 @@ def write(config: Config, ranks: Ranks) -> None:
     """
     import torch.distributed as dist
 
-    from mapet_ds.data.loader import open_shared_index
-    from mapet_ds.data.index import DataError
+    from mapet_ds.data.index import open_index
     from mapet_ds.data.samples import allowed_bad, too_many_bad
+    from mapet_ds.errors import DataError
     from mapet_ds.targets.tokenizer import build_tokenizer
 
     folder = Path(config.tokenizer.ids)
     if (folder / "ids.json").exists():
-        index = open_shared_index(config.data.train, folder / "index", ranks)
+        index = ranks.first_then_all(lambda: open_index(config.data.train, folder / "index"))
         StoredIds(folder).check_data(config.data.train, index.fingerprint)
         if ranks.rank == 0:
             print(f"Nothing is left to do: {folder} is whole.")
         return
-    index = open_shared_index(config.data.train, IdsWriter.make_folder(folder) / "index", ranks)
+    index = ranks.first_then_all(lambda: open_index(config.data.train, IdsWriter.make_folder(folder) / "index"))
     tokenizer = build_tokenizer(config, ranks.device)
     about = {"settings": settings_of(config), "identity": tokenizer.identity, "fingerprint": index.fingerprint}
     writer = IdsWriter(folder, about, len(index), config.num_patches) if ranks.rank == 0 else None
@@ -163,11 +166,11 @@ def write(config: Config, ranks: Ranks) -> None:
 
 def compare(config: Config, ranks: Ranks, number: int) -> None:
     """Print how many ids of the run's first `number` images, computed now, differ from the stored ones. Every rank must call it."""
-    from mapet_ds.data.loader import open_shared_index
+    from mapet_ds.data.index import open_index
     from mapet_ds.targets.tokenizer import build_tokenizer
 
     stored = StoredIds(config.tokenizer.ids)
-    index = open_shared_index(config.data.train, stored.folder / "index", ranks)
+    index = ranks.first_then_all(lambda: open_index(config.data.train, stored.folder / "index"))
     stored.check_data(config.data.train, index.fingerprint)
     tokenizer = build_tokenizer(config, ranks.device)
     number, images, ids, differing = min(number, len(index)), 0, 0, 0
@@ -180,7 +183,7 @@ def compare(config: Config, ranks: Ranks, number: int) -> None:
 
 def main() -> int:
     config, number = parse(sys.argv[1:])
-    from mapet_ds.data.index import DataError
+    from mapet_ds.errors import DataError
     from mapet_ds.launch import init_distributed
 
     try:

@@ -11,9 +11,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from mapet_ds.config.sections import OptimConfig, RunConfig
 from mapet_ds.config.knobs import Natural, NonNegative, Positive, Share, knobs
 from mapet_ds.config.objectives import Rules
+from mapet_ds.config.sections import OptimConfig, RunConfig
 
 
 @knobs
@@ -36,8 +36,6 @@ class ClassifierConfig:
     """Factor on the initial weights of a fresh head."""
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Momentum, per step, of a moving average of the weights, which is then what is evaluated and written; null: none."""
-
-    init_from = None  # weights are model.path's
 
     @property
     def folder(self) -> Path:
@@ -63,6 +61,7 @@ class LabelledDataConfig:
     crop_scale: tuple[float, float] = (0.08, 1.0)
     """Share of the image's area that a random crop has."""
     flip: Share = 0.5
+    """Probability of a horizontal flip."""
     rand_augment: str | None = "rand-m9-mstd0.5-inc1"
     """timm's name of the policy; null: none."""
     erasing: Share = 0.25
@@ -72,6 +71,7 @@ class LabelledDataConfig:
     cutmix: NonNegative = 1.0
     """The same, of the share that a pasted rectangle leaves."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of a target that all classes divide among themselves."""
     crop_pct: Annotated[float, Field(gt=0, le=1)] | None = None
     """Side of the evaluated central square over the image's shorter one; null: the model's own."""
     workers: Natural = 0
@@ -89,10 +89,11 @@ class LayerwiseOptimConfig(OptimConfig):
 @knobs
 class EvaluationLogConfig:
     every_steps: Positive = 50
+    """Steps from one line of metrics to the next, also a window whose mean loss is judged for a jump."""
     evaluate_every_epochs: Annotated[float, Field(gt=0)] = 1.0
     """Evaluation is at the first line of metrics after so many epochs, and at the end."""
     progress: bool = True
-    images_every_steps = 0  # none are shown
+    """Show a progress bar."""
 
 
 @knobs
@@ -103,12 +104,6 @@ class FinetuneConfig(RunConfig):
     data: LabelledDataConfig = Field(default_factory=LabelledDataConfig)
     optim: LayerwiseOptimConfig = Field(default_factory=LayerwiseOptimConfig)
     log: EvaluationLogConfig = Field(default_factory=EvaluationLogConfig)
-    objective = "finetune"
-
-    @property
-    def evaluate_every_epochs(self) -> float:
-        """Epochs from one evaluation to the next."""
-        return self.log.evaluate_every_epochs
 
     def rules(self) -> Rules:
         """What must hold of the model, and of what is done to images."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -19,8 +19,10 @@ Rules = list[tuple[bool, str]]
 class ObjectiveConfig:
     """The section of one objective; its name in Config is the objective's name."""
 
-    predicts_ids = True
+    predicts_ids: ClassVar[bool] = True
     """Whether a tokenizer takes part."""
+    hidden_share: float
+    """Share of the patches that is predicted; a section without this knob says by itself how many are hidden."""
 
     def uses_teacher(self, config: Config) -> bool:
         """Whether the frozen open_clip tower takes part."""
@@ -65,7 +67,7 @@ class MVPConfig(BlockMaskConfig):
 
     loss: Literal["cosine", "smooth_l1"] = "cosine"
     """1 - cosine; or smooth L1 on features with mean 0 and variance 1 (MaskDistill)."""
-    predicts_ids = False
+    predicts_ids: ClassVar[bool] = False
 
     def uses_teacher(self, config: Config) -> bool:
         return True
@@ -81,7 +83,7 @@ class SAIMConfig(ObjectiveConfig):
     """cosine: the squared distance of vectors of length 1, SemAIM's for features."""
     query_depth: Positive | None = None
     """Blocks of the decoder, a divisor of the model's depth; null: as many."""
-    predicts_ids = False
+    predicts_ids: ClassVar[bool] = False
 
     def uses_teacher(self, config: Config) -> bool:
         return self.target == "features"
@@ -102,13 +104,14 @@ class ConMIMConfig(ObjectiveConfig):
     cell: Positive = 2
     """Patches along one side of a cell."""
     temperature: Annotated[float, Field(gt=0)] = 0.1
+    """Cosines are divided by it before the softmax."""
     momentum: Share = 0.996
     """Of the teacher at the first step; a cosine takes it to 1 at the last."""
     projector_dim: Positive = 4096
     """Width of the projector's two hidden layers; its output has 256."""
     bn_group: Positive = 64
     """Consecutive images of the global batch that share BatchNorm statistics; divides the micro-batch."""
-    predicts_ids = False
+    predicts_ids: ClassVar[bool] = False
 
     def num_hidden(self, config: Config) -> int:
         return math.ceil(self.hidden_share * (config.grid // self.cell) ** 2) * self.cell**2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import json
 import re
@@ -12,7 +11,9 @@ from typing import Any, TypeVar
 import pydantic
 import yaml
 
-from mapet_ds.config.sections import Config, ConfigError, RunConfig
+from mapet_ds.config.knobs import known_keys
+from mapet_ds.config.sections import Config, RunConfig
+from mapet_ds.errors import ConfigError
 
 Settings = TypeVar("Settings", bound=RunConfig)
 
@@ -77,17 +78,6 @@ def _apply_override(values: dict[str, Any], override: str) -> str:
     return key
 
 
-def known_keys(cls: type[RunConfig] = Config, prefix: str = "") -> list[str]:
-    """All knobs as dotted names."""
-    keys = []
-    for name, field in cls.__pydantic_fields__.items():
-        if dataclasses.is_dataclass(field.annotation):
-            keys += known_keys(field.annotation, f"{prefix}{name}.")
-        else:
-            keys.append(prefix + name)
-    return keys
-
-
 def _sentence(error: Any, recipe: str, overridden: set[str], cls: type[RunConfig]) -> str:
     key = ".".join(str(part) for part in error["loc"])
     of_command = any(f"{key}.".startswith(f"{k}.") or k.startswith(f"{key}.") for k in overridden)
@@ -96,7 +86,7 @@ def _sentence(error: Any, recipe: str, overridden: set[str], cls: type[RunConfig
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         known = known_keys(cls)
         close = [name for name in known if name.endswith(f".{key}")] or difflib.get_close_matches(key, known, n=1)
-        hint = f"; did you mean {' or '.join(close)}?" if close else f". {cls.__module__.replace('.', '/')}.py lists the knobs."
+        hint = f"; did you mean {' or '.join(close)}?" if close else ". --knobs lists them all."
         return f"{key} = {value} (from {source}) is not a knob{hint}"
     if error["type"] == "missing":
         return f"{key.rpartition('.')[0]} = {value} (from {source}) has too few values."

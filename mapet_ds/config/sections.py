@@ -1,7 +1,7 @@
-"""Every knob of a run: frozen dataclasses, which recipe.py fills.
+"""Every knob of pre-training: frozen dataclasses, which recipe.py fills.
 
-A dataclass owns a knob's type, default, unit, meaning and source; a DeepSpeed JSON owns engine knobs only.
-Imports neither torch nor open_clip, so that a mistake in a recipe is answered in a fraction of a second.
+A dataclass owns a knob's type, default, unit, meaning and source; a DeepSpeed JSON owns engine knobs only. Nothing in config/
+imports torch or open_clip, so that a mistake in a recipe is answered in a fraction of a second.
 """
 
 from __future__ import annotations
@@ -15,7 +15,16 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from mapet_ds.config.knobs import Natural, NonNegative, Positive, Share, Triple, knobs
-from mapet_ds.config.objectives import BEiTConfig, ConMIMConfig, MaPeTConfig, MVPConfig, ObjectiveConfig, Rules, SAIMConfig
+from mapet_ds.config.objectives import (
+    BEiTConfig,
+    ConMIMConfig,
+    MaPeTConfig,
+    MVPConfig,
+    ObjectiveConfig,
+    Rules,
+    SAIMConfig,
+)
+from mapet_ds.draws import Place, first_slot
 
 TIMM = "timm:"
 """Before timm's name of weights, where a path could stand."""
@@ -24,18 +33,16 @@ LOGITS = 2**24
 """Logits that a loss holds at once: 64 MiB of fp32, and as much again for their gradient."""
 
 
-class ConfigError(Exception):
-    """A setting the user can correct; the message names key, value, source and cure."""
-
-
 @knobs
 class ModelConfig:
     """The student: any plain timm VisionTransformer with a class token."""
 
     name: str = "vit_base_patch16_224"
+    """timm's name of the ViT."""
     img_size: Positive = 224
     """Side of the student's square view, pixels."""
     patch_size: Positive = 16
+    """Side of a square patch, pixels."""
     drop_path: Share = 0.1
     """Stochastic depth of the last block; grows linearly from 0 at the first."""
     layer_scale: Annotated[float, Field(gt=0)] | None = 0.1
@@ -77,11 +84,15 @@ class StrongViewConfig:
     jitter: tuple[NonNegative, NonNegative, NonNegative, NonNegative] = (0.4, 0.4, 0.2, 0.1)
     """Brightness, contrast and saturation factors are uniform in 1 +- this; hue in +- this share of a full turn."""
     jitter_share: Share = 0.8
+    """Share of the views whose colours are jittered."""
     grey_share: Share = 0.2
+    """Share of the views that are grey."""
     blur_share: Share = 0.1
+    """Share of the views that are blurred."""
     blur_sigma: tuple[NonNegative, NonNegative] = (0.1, 2.0)
     """Range of the Gaussian's standard deviation, pixels of the view."""
     solarize_share: Share = 0.2
+    """Share of the views whose bright half of grey levels is inverted."""
 
 
 @knobs
@@ -105,7 +116,9 @@ class DataConfig:
     """Brightness, contrast and saturation factors are uniform in 1 +- this; student's view only."""
     strong: StrongViewConfig = Field(default_factory=StrongViewConfig)
     mean: Triple = (0.485, 0.456, 0.406)
+    """Taken off the student's view per channel, of values in 0 .. 1."""
     std: Triple = (0.229, 0.224, 0.225)
+    """The student's view is divided by it per channel."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """Where JPEGs are decoded; auto: gpu where the rank has one."""
     threads: Positive = 2
@@ -157,8 +170,11 @@ class TokenizerConfig:
     vocab_size: Positive = 8192
     """Number of ids."""
     iterations: Positive = 20
+    """Of k-means."""
     redo: Positive = 5
+    """Times that k-means begins anew; the best is kept."""
     points_per_centroid: Positive = 512
+    """Patch features that k-means takes for each centroid, at most."""
 
 
 @knobs
@@ -166,16 +182,21 @@ class OptimConfig:
     """AdamW with linear warm-up and cosine decay per step. Learning rates are absolute."""
 
     lr: Annotated[float, Field(gt=0)] = 1.5e-3
+    """Learning rate at the end of the warm-up, for the batch as it is: nothing scales it."""
     warmup_lr: NonNegative = 1e-6
     """Learning rate of the first step."""
     min_lr: NonNegative = 1e-5
+    """Learning rate of the last step."""
     warmup_epochs: NonNegative = 10.0
+    """Epochs of linear warm-up, fractions too."""
     weight_decay: NonNegative = 0.05
+    """Of weights; biases, norms, LayerScale, positions and prefix tokens don't decay."""
     betas: tuple[Share, Share] = (0.9, 0.999)
+    """AdamW's, of the first and the second moment."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
+    """AdamW's, added to the root of the second moment."""
     clip_grad: NonNegative = 3.0
     """Largest norm of the whole gradient; 0 never clips."""
-    layer_decay = None  # a knob of fine-tuning
     adamw: Literal["auto", "deepspeed", "torch"] = "auto"
     """deepspeed: FusedAdam, compiled once per node; torch: torch's own (fused on a GPU), no compiler.
     auto: deepspeed on a GPU with nvcc, else torch."""
@@ -184,6 +205,7 @@ class OptimConfig:
 @knobs
 class TrainConfig:
     epochs: Annotated[float, Field(gt=0)] = 300.0
+    """Passes over the data set; the number of steps is rounded up."""
     global_batch_size: Positive = 2048
     """Images per update over all ranks."""
     micro_batch_size: Positive = 128
@@ -211,6 +233,7 @@ class TrainConfig:
 @knobs
 class CheckpointConfig:
     every_steps: Positive = 1000
+    """Steps from one checkpoint to the next; the last step has one too."""
     keep: Positive = 2
     """Newest checkpoints kept."""
 
@@ -218,9 +241,11 @@ class CheckpointConfig:
 @knobs
 class LogConfig:
     every_steps: Positive = 50
+    """Steps from one line of metrics to the next, also a window whose mean loss is judged for a jump."""
     images_every_steps: Natural = 1000
     """TensorBoard images: views, token map, predicted token map; 0 for never."""
     progress: bool = True
+    """Show a progress bar."""
 
 
 @knobs
@@ -244,6 +269,7 @@ class RunConfig:
     run_dir: str = ""
     """Everything a run writes. On a cluster: a path that all hosts share."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Of all randomness: initial weights, order, crops, colours, masks, stochastic depth."""
     resume: Literal["auto", "never"] = "auto"
     """auto: continue from the newest whole checkpoint in run_dir, else start; never: refuse a used run_dir."""
     optim: OptimConfig = Field(default_factory=OptimConfig)
@@ -251,9 +277,19 @@ class RunConfig:
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     log: LogConfig = Field(default_factory=LogConfig)
 
+    @property
+    def idle_sections(self) -> set[str]:
+        """Sections that change nothing in this run."""
+        return set()
+
     def grad_accum_steps(self, world_size: int) -> int:
         """Forwards per update on each rank."""
         return self.train.global_batch_size // (self.train.micro_batch_size * world_size)
+
+    def place(self, micro_step: int, rank: int, world_size: int) -> Place:
+        """Where a rank's micro-batch stands; micro_step counts from the start of the run, over all steps."""
+        step, micro = divmod(micro_step, self.grad_accum_steps(world_size))
+        return Place(step, first_slot(micro, rank, world_size, self.train.micro_batch_size))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dictionaries, as they are written to the run folder."""
@@ -265,6 +301,7 @@ class Config(RunConfig):
     """A pre-training run."""
 
     objective: str = "mapet"
+    """mapet, beit, mvp, saim, conmim, or one of your own (docs/extending.md)."""
     model: ModelConfig = Field(default_factory=ModelConfig)
     data: DataConfig = Field(default_factory=DataConfig)
     teacher: TeacherConfig = Field(default_factory=TeacherConfig)
@@ -277,9 +314,10 @@ class Config(RunConfig):
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
 
     @property
-    def evaluate_every_epochs(self) -> float | None:
-        """Epochs from one evaluation to the next; None: there is none."""
-        return self.evaluate.every_epochs if self.evaluate.train else None
+    def idle_sections(self) -> set[str]:
+        """The sections of other objectives."""
+        sections = {f.name for f in dataclasses.fields(self) if isinstance(getattr(self, f.name), ObjectiveConfig)}
+        return sections - {self.objective}
 
     @property
     def method(self) -> ObjectiveConfig:

@@ -10,11 +10,9 @@ import errno
 import hashlib
 import json
 import os
-import shutil
 import stat
 import struct
 import tarfile
-import tempfile
 import time
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
@@ -25,6 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mapet_ds.data.formats import BadImage
+from mapet_ds.errors import DataError
+from mapet_ds.files import whole_folder
 
 SUFFIXES = {b"jpg", b"jpeg", b"png", b"webp", b"bmp", b"tif", b"tiff", b"gif"}
 """Files that count as samples; GIF is among them so that it is reported as unreadable, not passed over."""
@@ -38,10 +38,6 @@ OF_THE_FILE = {
     errno.ESPIPE,
 }  # fmt: skip
 """Errors that say something about one file; any other is taken for a fault of the storage."""
-
-
-class DataError(Exception):
-    """The data set can't be used, or its storage fails; the message says what to do. Stops the run."""
 
 
 def _walk(folder: bytes, ancestors: tuple[tuple[int, int], ...] = ()) -> Iterator[tuple[bytes, int]]:
@@ -156,13 +152,15 @@ def write_index(folder: Path, root: str, members: Iterable[Member], shards: list
         DataError: there is none.
     """
     digest = hashlib.sha256()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".index-", dir=folder.parent) as scratch:
-        written = Path(scratch) / "index"
-        written.mkdir()
-        raw = {name: Path(scratch) / name for name in ("samples", "path_ends")}
-        with open(written / "paths.bin", "wb") as paths, raw["samples"].open("wb") as samples, raw["path_ends"].open("wb") as ends:
-            end, last_label = 0, -1
+    kinds = {"samples": SAMPLE, "path_ends": np.dtype("<u8")}
+    with whole_folder(folder) as written:
+        raw = {name: written / f"{name}.raw" for name in kinds}
+        end, last_label = 0, -1
+        with (
+            open(written / "paths.bin", "wb") as paths,
+            raw["samples"].open("wb") as samples,
+            raw["path_ends"].open("wb") as ends,
+        ):
             for member in members:
                 end += paths.write(member.path)
                 ends.write(struct.pack("<Q", end))
@@ -171,8 +169,9 @@ def write_index(folder: Path, root: str, members: Iterable[Member], shards: list
                 last_label = max(last_label, member.label)
         if not end:
             raise DataError(f"{root} holds no image: looked in it and below for {_listing()} and for .tar shards.")
-        for (name, path), kind in zip(raw.items(), (SAMPLE, np.dtype("<u8")), strict=True):
-            np.save(written / f"{name}.npy", np.memmap(path, kind, "r"))
+        for name, path in raw.items():
+            np.save(written / f"{name}.npy", np.memmap(path, kinds[name], "r"))
+            path.unlink()
         description = {
             "root": "." if folder.parent == Path(root) else root,
             "fingerprint": digest.hexdigest(),
@@ -180,8 +179,6 @@ def write_index(folder: Path, root: str, members: Iterable[Member], shards: list
             "shards": [os.fsdecode(shard) for shard in shards],
         }
         (written / "index.json").write_text(json.dumps(description, indent=1))
-        shutil.rmtree(folder, ignore_errors=True)
-        written.rename(folder)
 
 
 def _listing() -> str:

@@ -1,54 +1,28 @@
-"""Labelled images for fine-tuning, augmented by timm, in the exact order and by the exact draws of a run.
-
-timm's transforms draw from Python's, NumPy's and torch's generators. Here these are seeded anew from (seed, step, slot) before
-each image, so that ranks, micro-batches and workers change nothing.
-"""
+"""Labelled images as they are evaluated: read, decoded by Pillow, each counted once, on any number of ranks."""
 
 from __future__ import annotations
 
 import io
-import itertools
 import math
-import random
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
-import timm.data
 import torch
-import torch.distributed as dist
 from PIL import Image
-from timm.data.mixup import mixup_target
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from mapet_ds.config.sections import RunConfig
-from mapet_ds.draws import Purpose, SampleOrder, first_slot, generator_seeds
-from mapet_ds.config.finetune import FinetuneConfig, LabelledDataConfig
 from mapet_ds.data.formats import BadImage, inspect
-from mapet_ds.data.index import DataError, Index, Selection
+from mapet_ds.data.index import Index, Selection
+from mapet_ds.data.samples import allowed_bad, too_many_bad
+from mapet_ds.errors import DataError
 from mapet_ds.launch import Ranks
-from mapet_ds.data.samples import allowed_bad, candidates, too_many_bad
 
 Bad = list[tuple[int, str]]
 """Place in the index and reason of images that are unreadable."""
-
-
-class LabelledBatch(NamedTuple):
-    """One micro-batch of a rank."""
-
-    images: Tensor
-    """float32 [B, 3, S, S], normalised, mixed."""
-    target: Tensor
-    """float32 [B, classes], each row sums to 1."""
-    index: Tensor
-    """long [B]: place in the index."""
-    bad: Bad
-    """What was passed over on the way."""
-
-    def to(self, device: torch.device) -> LabelledBatch:
-        return self._replace(images=self.images.to(device, non_blocking=True), target=self.target.to(device, non_blocking=True))
 
 
 class EvaluationBatch(NamedTuple):
@@ -73,86 +47,15 @@ def decode(data: bytes) -> Image.Image:
         raise BadImage(f"its structure is whole, but it can't be decoded: {error}") from error
 
 
-def train_transform(data: LabelledDataConfig, model_data: dict[str, Any]) -> Callable[[Image.Image], Tensor]:
-    """timm's training transform: crop, flip, RandAugment, normalisation, erasing.
-
-    model_data: what timm.data.resolve_model_data_config gives for the model.
-    """
-    return timm.data.create_transform(
-        model_data["input_size"], is_training=True, scale=data.crop_scale, hflip=data.flip, color_jitter=None,
-        auto_augment=data.rand_augment, interpolation="bicubic", mean=model_data["mean"], std=model_data["std"],
-        re_prob=data.erasing, re_mode="pixel",
-    )  # fmt: skip
-
-
-def _seed_generators(seed: int, purpose: Purpose, step: int, slot: int) -> None:
-    python, numpy, own = generator_seeds(seed, purpose, step, slot)
-    random.seed(python)
-    np.random.seed(numpy)
-    torch.default_generator.manual_seed(own)
-
-
 class Batches(Dataset):
     """An item is a whole batch of a rank, so that a worker makes all of it; or the DataError that was met, which would leave a
     worker as a traceback."""
 
-    def __getitem__(self, number: int) -> LabelledBatch | EvaluationBatch | DataError:
+    def __getitem__(self, number: int) -> Any:
         try:
             return self.batch(number)
         except DataError as error:
             return error
-
-
-class TrainBatches(Batches):
-    """A rank's micro-batches by their number, counted from the start of the run over all steps.
-
-    Slots 2k and 2k + 1 are mixed with each other. Departure: one weight a pair, timm's "pair" mode with the neighbour as
-    partner; released programs draw one a micro-batch, which then would depend on the number of ranks.
-    """
-
-    def __init__(
-        self, config: FinetuneConfig, index: Index, transform: Callable[[Image.Image], Tensor], rank: int, world_size: int,
-        bad: Collection[int],
-    ) -> None:  # fmt: skip
-        self.config, self.index, self.transform, self.bad = config, index, transform, frozenset(bad)
-        self.rank, self.world_size = rank, world_size
-        self.order = SampleOrder(len(index), config.seed)
-        data = config.data
-        self.mixup = timm.data.Mixup(
-            data.mixup, data.cutmix, label_smoothing=data.label_smoothing, num_classes=len(index.classes)
-        )  # fmt: skip
-
-    def batch(self, micro_step: int) -> LabelledBatch:
-        slots = self.config.train.micro_batch_size
-        step, micro = divmod(micro_step, self.config.grad_accum_steps(self.world_size))
-        first = first_slot(micro, self.rank, self.world_size, slots)
-        bad: Bad = []
-        images, indices = zip(*(self._sample(step, slot, bad) for slot in range(first, first + slots)))
-        images, labels = torch.stack(images), torch.tensor([self.index.label(i) for i in indices])
-        return LabelledBatch(images, self._mix(step, first, images, labels), torch.tensor(indices), bad)
-
-    def _sample(self, step: int, slot: int, bad: Bad) -> tuple[Tensor, int]:
-        n = step * self.config.train.global_batch_size + slot
-        for index in candidates(self.config, self.index, self.order, n, self.order(n)):
-            if index not in self.bad:
-                try:
-                    image = decode(self.index.read(index))
-                    break
-                except BadImage as reason:
-                    bad.append((index, str(reason)))
-        _seed_generators(self.config.seed, Purpose.AUGMENT, step, slot)
-        return self.transform(image), index
-
-    def _mix(self, step: int, first: int, images: Tensor, labels: Tensor) -> Tensor:
-        """Mix the images of the slots from `first` on in place; their target [B, classes]."""
-        data = self.config.data
-        if not data.mixup and not data.cutmix:
-            return mixup_target(labels, len(self.index.classes), smoothing=data.label_smoothing)
-        target = []
-        for i in range(0, len(images), 2):
-            _seed_generators(self.config.seed, Purpose.MIX, step, first + i)
-            target.append(self.mixup(images[i : i + 2], labels[i : i + 2])[1])
-        return torch.cat(target)
 
 
 class EvaluationBatches(Batches):
@@ -199,52 +102,13 @@ def served(dataset: Batches, numbers: Iterator[int] | range, workers: int, ranks
         yield item
 
 
-class TrainLoader:
-    """An endless iterator of micro-batches from a step on; an unreadable image is replaced, remembered and reported."""
-
-    def __init__(
-        self, config: FinetuneConfig, index: Index, transform: Callable[[Image.Image], Tensor], ranks: Ranks, first_step: int,
-        bad: Collection[int],
-    ) -> None:  # fmt: skip
-        self._config, self._index = config, index
-        self._bad, self._new_bad = set(bad), Bad()
-        dataset = TrainBatches(config, index, transform, ranks.rank, ranks.world_size, bad)
-        first = first_step * config.grad_accum_steps(ranks.world_size)
-        self._batches = served(dataset, itertools.count(first), config.data.workers, ranks)
-
-    def __next__(self) -> LabelledBatch:
-        """
-        Raises:
-            DataError: the storage fails, or more than data.max_bad_share of the data set is unreadable.
-        """
-        batch = next(self._batches)
-        new = {index: reason for index, reason in batch.bad if index not in self._bad}
-        self._bad |= new.keys()
-        self._new_bad += new.items()
-        if new and len(self._bad) > allowed_bad(self._config, self._index):
-            raise too_many_bad(self._config, self._index, [*new, *self._bad])
-        return batch
-
-    def new_bad(self) -> Bad:
-        """What this rank found unreadable since it was last asked."""
-        found, self._new_bad = self._new_bad, []
-        return found
-
-    def close(self) -> None:
-        """End the workers."""
-        self._batches.close()
-        self._index.close()
-
-
 def report_unreadable(config: RunConfig, index: Index | Selection, bad: Bad, ranks: Ranks) -> None:
     """Say which images an evaluation has left out; `bad` are this rank's. Every rank must call it.
 
     Raises:
         DataError: more than data.max_bad_share of them, on every rank.
     """
-    everyone: list[Bad] = [[] for _ in range(ranks.world_size)]
-    dist.all_gather_object(everyone, bad, group=ranks.control)
-    found = sorted(each for rank in everyone for each in rank)
+    found = sorted(each for rank in ranks.gather(bad) for each in rank)
     if len(found) > allowed_bad(config, index):
         raise too_many_bad(config, index, [i for i, _ in found])
     if found and ranks.rank == 0:

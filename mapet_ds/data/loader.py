@@ -7,67 +7,27 @@ and changed in the teacher's where it asks for a strong one.
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 from collections.abc import Callable, Collection, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from nvidia.dali import Pipeline, fn, types
 from torch import Tensor
 
-from mapet_ds.config.sections import Config, ConfigError
+from mapet_ds.config.sections import Config
+from mapet_ds.data.batch import Batch, Draw, DrawsAhead, View
 from mapet_ds.data.formats import BadImage, inspect
-from mapet_ds.data.index import DataError, Index, open_index
-from mapet_ds.launch import Ranks, use_gpu
+from mapet_ds.data.index import Index
 from mapet_ds.data.samples import JITTER_NUMBERS, STRONG_VALUES, SampleSource, allowed_bad, too_many_bad
+from mapet_ds.errors import ConfigError, DataError
+from mapet_ds.launch import use_gpu
 
 logger = logging.getLogger(__name__)
 ALONE_LIMIT = 10
 """Micro-batches in a row that may fail in the pipeline and succeed alone on the CPU."""
-
-
-class View(NamedTuple):
-    """What a view is to look like."""
-
-    size: int
-    """Side in pixels."""
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    strong: bool = False
-    """Colours changed by data.strong; the teacher's view only."""
-
-
-class Batch(NamedTuple):
-    """One micro-batch of a rank. Images lie on the loader's device, float32; index and label on the CPU."""
-
-    images: Tensor | None
-    """[B, 3, S, S] the student's view."""
-    teacher_images: Tensor | None
-    """[B, 3, T, T] the same crop for the teacher."""
-    index: Tensor
-    """[B] long: place in the index."""
-    label: Tensor
-    """[B] long: position in the index's classes; -1 where there is none."""
-
-    def to(self, device: torch.device) -> Batch:
-        """The same with its images on `device`; index and label stay on the CPU."""
-        images, teacher_images = (x if x is None else x.to(device) for x in (self.images, self.teacher_images))
-        return self._replace(images=images, teacher_images=teacher_images)
-
-
-def open_shared_index(root: str, cache: Path, ranks: Ranks) -> Index:
-    """The index of the images under `root`, kept in the folder `cache`: rank 0 builds it where it isn't there yet, the others
-    open what it has built. Every rank must call it.
-
-    Raises:
-        DataError: there is nothing to train on, or it can't be read.
-    """
-    index = open_index(root, cache) if ranks.rank == 0 else None
-    dist.barrier(ranks.control)
-    return index or open_index(root, cache)
 
 
 def _jitter(image: Any, brightness: Any, contrast: Any, saturation: Any, hue: Any = 0.0) -> Any:
@@ -157,8 +117,13 @@ class Loader:
     def __init__(
         self, config: Config, index: Index, *, student: bool, teacher: View | None, rank: int, world_size: int,
         local_rank: int, first_step: int = 0, bad: Collection[int] = (), in_order: bool = False,
+        draw: Callable[[int, int, int], Draw] | None = None,
     ) -> None:  # fmt: skip
-        """Every rank builds its own. `teacher` is its view; None for no second view. `in_order`: the index's, not the run's.
+        """Every rank builds its own.
+
+        teacher: the second view; None for none.
+        in_order: the index's order instead of the run's.
+        draw: makes the draw of each micro-batch, ahead of it, in a thread.
 
         Raises:
             ConfigError: data.device = gpu on a host without one.
@@ -173,6 +138,10 @@ class Loader:
         self._bad, self._new_bad = dict.fromkeys(bad, ""), []
         self._micro_step = first_step * config.grad_accum_steps(world_size)
         self._alone = 0
+        self._draws = None
+        if draw:
+            places = (config.place(micro_step, rank, world_size) for micro_step in itertools.count(self._micro_step))
+            self._draws = DrawsAhead(draw, places, config.train.micro_batch_size, config.data.prefetch)
         self._build(self._micro_step)
 
     def __iter__(self) -> Loader:
@@ -187,13 +156,15 @@ class Loader:
         *views, index = self._run()
         served, passed_over = np.array(index.as_tensor()).T.tolist()
         self._note_replaced(passed_over)
+        place = self._config.place(self._micro_step, *self._ranks)
         self._micro_step += 1
         images = [self._to_torch(view) for view in views]
         return Batch(
             images=images[0] if self._student else None,
             teacher_images=images[-1] if self._teacher else None,
             index=torch.tensor(served),
-            label=torch.tensor([self._index.label(i) for i in served]),
+            place=place,
+            draw=next(self._draws) if self._draws else None,
         )
 
     def new_bad(self) -> list[tuple[int, str]]:
@@ -204,6 +175,8 @@ class Loader:
     def close(self) -> None:
         """End the workers and give the pipeline's memory back."""
         self._pipeline = self._source = None
+        if self._draws:
+            self._draws.close()
         self._index.close()
 
     def _pipeline_of(self, device: str, workers: int, prefetch: int) -> Pipeline:

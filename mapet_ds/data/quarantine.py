@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
-
-import torch.distributed as dist
 
 from mapet_ds.config.sections import RunConfig
 from mapet_ds.data.index import Index
-from mapet_ds.launch import Ranks
 from mapet_ds.data.samples import allowed_bad, too_many_bad
+from mapet_ds.files import write_whole
+from mapet_ds.launch import Ranks
 
 
 class Quarantine:
@@ -39,8 +37,7 @@ class Quarantine:
         Raises:
             DataError: more than data.max_bad_share of the data set is unreadable.
         """
-        everyone: list[Any] = [None] * ranks.world_size
-        dist.all_gather_object(everyone, found, group=ranks.control)
+        everyone = ranks.gather(found)
         new = {i: reason for rank in everyone for i, reason in rank if i not in self.known}
         if not new and self.written == len(self.lines):
             return
@@ -50,7 +47,7 @@ class Quarantine:
         self.written = len(self.lines)
         if ranks.rank == 0:
             try:
-                self.path.write_text("\n".join([self._head, *self.lines, ""]))
+                write_whole(self.path, "\n".join([self._head, *self.lines, ""]))
             except OSError as error:
                 self.written = 0
                 print(f"NOT WRITTEN yet, {self.path}: {error}.", file=sys.stderr, flush=True)

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from mapet_ds import draws
 from mapet_ds.config.sections import Config, DataConfig, StrongViewConfig
 from mapet_ds.data.formats import BadImage, inspect, smallest_jpeg
-from mapet_ds.data.index import DataError, Index
+from mapet_ds.data.index import Index
+from mapet_ds.errors import DataError
 
 
 class Crop(NamedTuple):
@@ -200,8 +201,7 @@ class SampleSource:
         """Everything random of one micro-batch; kept until another one is asked for."""
         if self._drawn is None or self._drawn.micro_step != micro_step:
             config, slots = self.config, self.config.train.micro_batch_size
-            step, micro = divmod(micro_step, config.grad_accum_steps(self.world_size))
-            slot = draws.first_slot(micro, self.rank, self.world_size, slots)
+            step, slot = config.place(micro_step, self.rank, self.world_size)
             first = step * config.train.global_batch_size + slot
             epochs, places = np.divmod(np.arange(first, first + slots), len(self.index))
             indices = [self.order.epoch_places(epoch, places[epochs == epoch]) for epoch in range(epochs[0], epochs[-1] + 1)]

@@ -21,7 +21,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mapet_ds.config.sections import Config, ConfigError, flatten
+from mapet_ds.config.sections import Config, flatten
+from mapet_ds.errors import ConfigError
+from mapet_ds.files import write_whole
 
 NO_ID = 0xFFFF
 """Fills the row of an image that could not be read; so there are at most 65535 ids."""
@@ -233,12 +235,7 @@ class IdsWriter:
         sizes = {"images": self.images, "num_patches": rows.shape[1], "images_per_chunk": self._chunk}
         unreadable = {i: self.unreadable[i] for i in sorted(self.unreadable, key=int)}
         record = {**sizes, **self.about, "unreadable": unreadable, "sha256": self.sha256}
-        beside = self._record.with_suffix(".beside")
-        with beside.open("w") as file:
-            json.dump(record, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(self._record)
+        write_whole(self._record, json.dumps(record, indent=1))
 
     def finish(self) -> None:
         """Give the folder its final name."""

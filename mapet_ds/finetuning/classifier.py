@@ -12,16 +12,16 @@ from timm.loss import SoftTargetCrossEntropy
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
-from mapet_ds.training.checkpoint import checksum
-from mapet_ds.config.sections import ConfigError
-from mapet_ds.draws import Purpose, uniforms
-from mapet_ds.results.export import staged
 from mapet_ds.config.finetune import ClassifierConfig, FinetuneConfig
-from mapet_ds.results.init_from import fitted_weights
-from mapet_ds.data.labelled import LabelledBatch
-from mapet_ds.objectives import Draw, Loss, seed_weights
-from mapet_ds.targets.targets import Constant, MovingAverage
-from mapet_ds.targets.teacher import mismatches
+from mapet_ds.data.batch import Draw
+from mapet_ds.draws import Purpose, uniforms
+from mapet_ds.errors import ConfigError
+from mapet_ds.files import checksum, staged
+from mapet_ds.finetuning.loader import LabelledBatch
+from mapet_ds.objectives.objective import Loss, seed_weights
+from mapet_ds.targets.momentum import MovingAverage
+from mapet_ds.targets.target import Constant
+from mapet_ds.weights import mismatches, shapes, timm_weights
 
 
 class DrawnDropPath(nn.Module):
@@ -106,8 +106,8 @@ def load_weights(vit: nn.Module, model: ClassifierConfig) -> list[str]:
         ConfigError: no such file, or another architecture.
     """
     path = model.weights
-    state = fitted_weights(path, vit)
-    wanted = {name: tuple(tensor.shape) for name, tensor in vit.state_dict().items()}
+    state = timm_weights(path, vit, f"model.path = {path}")
+    wanted = shapes(vit.state_dict())
     heads = vit.pretrained_cfg.get("classifier") or "head"
     heads = tuple(f"{name}." for name in ([heads] if isinstance(heads, str) else heads))
     state = {
@@ -115,8 +115,7 @@ def load_weights(vit: nn.Module, model: ClassifierConfig) -> list[str]:
         if not name.startswith((*heads, "norm.", "fc_norm.")) or wanted.get(name) == tuple(tensor.shape)
     }  # fmt: skip
     fresh = [name for name in wanted if name not in state and name.startswith((*heads, "fc_norm."))]
-    given = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    if wrong := mismatches({name: shape for name, shape in wanted.items() if name not in fresh}, given):
+    if wrong := mismatches({name: shape for name, shape in wanted.items() if name not in fresh}, shapes(state)):
         raise ConfigError(
             f"{path} is of another architecture than {vit.pretrained_cfg['architecture']} here: {len(wrong)} tensors differ, e.g. "
             f"{'; '.join(wrong[:3])}."

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from mapet_ds.config.sections import Config
-from mapet_ds.objectives import BlockMasked, Draw, Loss, mean_of, token_losses
+from mapet_ds.data.batch import Draw
+from mapet_ds.objectives.masks import BlockMasked
+from mapet_ds.objectives.objective import Loss, mean_of, token_losses
 
 
 class BEiT(BlockMasked):

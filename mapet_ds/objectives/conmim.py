@@ -16,8 +16,10 @@ from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from mapet_ds.config.sections import Config
+from mapet_ds.data.batch import Draw
 from mapet_ds.draws import cell_masks
-from mapet_ds.objectives import Draw, Loss, depth_uniforms, hidden_rows, mean_of
+from mapet_ds.objectives.masks import hidden_rows
+from mapet_ds.objectives.objective import Loss, Objective, depth_uniforms, mean_of
 from mapet_ds.vit import beit_init, build_vit, embed, run_blocks, take_rows
 
 
@@ -44,7 +46,7 @@ class GroupBatchNorm(nn.Module):
         return rows.view(x.shape).to(x.dtype)
 
 
-class ConMIM(nn.Module):
+class ConMIM(Objective):
     """The student; the momentum teacher is a copy of all its parameters (targets.MomentumTeacher)."""
 
     def __init__(self, config: Config, target_dim: int) -> None:

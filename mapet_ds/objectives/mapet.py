@@ -14,8 +14,9 @@ from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from mapet_ds.config.sections import Config
+from mapet_ds.data.batch import Draw
 from mapet_ds.draws import permutations
-from mapet_ds.objectives import Draw, Loss, depth_uniforms, rank_quarters, token_losses
+from mapet_ds.objectives.objective import Loss, Objective, depth_uniforms, rank_quarters, token_losses
 from mapet_ds.vit import Band, build_vit, embed, run_blocks, take_rows
 
 
@@ -31,7 +32,7 @@ def attention_mask(num_hidden: int, seen: int) -> Tensor:
     return (first <= key) & (key < first + num_hidden + seen)
 
 
-class MaPeT(nn.Module):
+class MaPeT(Objective):
     """Rows: [position tokens | prefix, visible patches | hidden patches | queries]; keys: all but the queries.
 
     So each row attends to consecutive keys, as many as there are patches and prefix tokens; the first two groups to each

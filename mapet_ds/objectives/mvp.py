@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mapet_ds.config.sections import Config
-from mapet_ds.objectives import BlockMasked, Draw, Loss, mean_of
+from mapet_ds.data.batch import Draw
+from mapet_ds.objectives.masks import BlockMasked
+from mapet_ds.objectives.objective import Loss, mean_of
 from mapet_ds.vit import take_rows
 
 

@@ -17,9 +17,11 @@ import torch.nn.functional as F
 from timm.layers import build_sincos2d_pos_embed
 from torch import Tensor, nn
 
-from mapet_ds.config.sections import Config, ConfigError
+from mapet_ds.config.sections import Config
+from mapet_ds.data.batch import Draw
 from mapet_ds.draws import permutations
-from mapet_ds.objectives import Draw, Loss, depth_uniforms, rank_quarters
+from mapet_ds.errors import ConfigError
+from mapet_ds.objectives.objective import Loss, Objective, depth_uniforms, rank_quarters
 from mapet_ds.vit import Band, QKVLinear, build_vit, embed, run_block, take_rows
 
 
@@ -33,7 +35,7 @@ def mae_init(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-class SAIM(nn.Module):
+class SAIM(Objective):
     """vit is the encoder; its final norm is applied to the queries, whose rows alone are predicted from.
 
     Positions are a fixed sin-cos table (zero for the class token) that no gradient reaches.

@@ -13,7 +13,8 @@ from huggingface_hub import HfApi, ModelCardData, get_token
 from huggingface_hub.errors import HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 
-from mapet_ds.config.sections import TIMM, Config, ConfigError, total_steps
+from mapet_ds.config.sections import TIMM, Config, total_steps
+from mapet_ds.errors import ConfigError
 
 FILES = ("README.md", "config.json", "model.safetensors")
 """What an export consists of."""

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import re
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -18,22 +13,20 @@ from timm.models import save_for_hf
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from mapet_ds.training.checkpoint import Checkpoint, newest, open_checkpoint
 from mapet_ds.config.sections import Config
+from mapet_ds.errors import ExportError
+from mapet_ds.files import staged
 from mapet_ds.results.card import model_card
+from mapet_ds.training.checkpoint import Checkpoint, newest, open_checkpoint
 from mapet_ds.vit import build_vit
+from mapet_ds.weights import fold_layer_scale
 
 TOLERANCE = 1e-5
 """Largest absolute difference of the features, after the final norm, at which an export counts as equal."""
 RANDOM_CROP_PCT = 0.9
 """timm's evaluation crop of its ViTs, for runs on random crops; others keep the whole central square."""
-LAYER_SCALE = re.compile(r"(?P<block>.+)\.(?:ls|gamma_)(?P<branch>[12])(?:\.gamma)?")
 NO_PROVENANCE = dict.fromkeys(("license", "description", "origin_url", "paper_name", "paper_ids", "notes"))
 """What timm says of its own weights of an architecture, and isn't true of others."""
-
-
-class ExportError(Exception):
-    """What can't be exported, and why."""
 
 
 class Export(NamedTuple):
@@ -63,18 +56,6 @@ def read_vit(checkpoint: Checkpoint, student: bool = False) -> tuple[Config, dic
     return config, states[0] or states[1]
 
 
-def fold_layer_scale(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same function without LayerScale, of timm's ViT or BEiT: each gamma multiplies the rows of the linear layer before it."""
-    scales = {name: match for name in state if (match := LAYER_SCALE.fullmatch(name))}
-    folded = {name: tensor for name, tensor in state.items() if name not in scales}
-    for name, match in scales.items():
-        layer = f"{match['block']}.{'attn.proj' if match['branch'] == '1' else 'mlp.fc2'}"
-        folded[f"{layer}.weight"] = folded[f"{layer}.weight"] * state[name][:, None]
-        if f"{layer}.bias" in folded:
-            folded[f"{layer}.bias"] = folded[f"{layer}.bias"] * state[name]
-    return folded
-
-
 def timm_arguments(config: Config, layer_scale: Literal["fold", "keep"]) -> dict[str, Any]:
     """What timm.create_model needs beside the model's name; stochastic depth and dropout are left out."""
     model = config.model
@@ -84,20 +65,6 @@ def timm_arguments(config: Config, layer_scale: Literal["fold", "keep"]) -> dict
     elif model.layer_scale is not None:
         arguments["init_values"] = model.layer_scale
     return dict(arguments, img_size=model.img_size, patch_size=model.patch_size, num_classes=0)
-
-
-@contextlib.contextmanager
-def staged(out: Path) -> Iterator[Path]:
-    """A folder to write in; its files replace those of `out` when the block ends without an error.
-
-    It lies in `out` where that is there, which may be a mount or all that one may write to; else beside it.
-    """
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out if out.is_dir() else out.parent, prefix=f".{out.name}.") as folder:
-        yield Path(folder)
-        out.mkdir(exist_ok=True)
-        for file in sorted(Path(folder).iterdir(), reverse=True):  # weights before their description
-            os.replace(file, out / file.name)
 
 
 def evaluation_data(config: Config) -> dict[str, Any]:

@@ -6,36 +6,20 @@ second stream, projector) stays fresh from the seed.
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 
 import timm
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HFValidationError
-from timm.models import load_state_dict
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor, nn
+from torch import Tensor
 
-from mapet_ds.training.checkpoint import checksum
-from mapet_ds.config.sections import TIMM, Config, ConfigError
-from mapet_ds.results.export import LAYER_SCALE, fold_layer_scale
-from mapet_ds.targets.teacher import mismatches, once_per_node
-from mapet_ds.targets.vqkd import UNREADABLE
-
-
-def fitted_weights(path: Path, model: nn.Module) -> dict[str, Tensor]:
-    """The tensors of a file by timm's names, positions and patch embedding resampled to the model's. No pickle is executed.
-
-    Raises:
-        ConfigError: it can't be read.
-    """
-    try:
-        state = load_state_dict(str(path))
-        convert = getattr(importlib.import_module(type(model).__module__), "checkpoint_filter_fn", None)
-        return convert(state, model) if convert else state
-    except UNREADABLE as error:
-        raise ConfigError(f"{path} holds no weights that can be read: {type(error).__name__} {error}.") from error
+from mapet_ds.config.sections import TIMM, Config
+from mapet_ds.errors import ConfigError
+from mapet_ds.files import checksum
+from mapet_ds.launch import once_per_node
+from mapet_ds.weights import LAYER_SCALE, UNREADABLE, fold_layer_scale, mismatches, shapes, timm_weights
 
 
 def _tag_file(tag: str) -> str:
@@ -64,13 +48,9 @@ def _described(name: str, path: Path, source: str) -> VisionTransformer:
         raise ConfigError(f"model.init_from = {source}: timm can't build it: {type(error).__name__} {error}.") from error
     if type(model) is not VisionTransformer:
         raise ConfigError(f"model.init_from = {source} is a {type(model).__name__}, and only timm's plain VisionTransformer fits.")
-    _refuse(mismatches(_shapes(model.state_dict()), _shapes(state := fitted_weights(path, model))), source)
+    _refuse(mismatches(shapes(model.state_dict()), shapes(state := timm_weights(path, model, f"model.init_from = {source}"))), source)
     model.load_state_dict(state)
     return model
-
-
-def _shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
 def _figures(vit: VisionTransformer) -> dict[str, object]:
@@ -107,7 +87,7 @@ def begin_from(vit: VisionTransformer, config: Config) -> tuple[str, list[str]]:
     path = Path(_tag_file(tag)) if source.startswith(TIMM) else folder / "model.safetensors" if folder.is_dir() else folder
     own = _figures(vit)
     if path == folder:  # of a file alone neither heads nor activation are known
-        state = fitted_weights(path, vit)
+        state = timm_weights(path, vit, f"model.init_from = {source}")
         blocks = {name.split(".")[1] for name in state if name.startswith("blocks.")}
         given = {"width": state["cls_token"].shape[-1], "blocks": len(blocks)} if "cls_token" in state else {}
     else:
@@ -137,12 +117,12 @@ def _adapted(state: dict[str, Tensor], vit: VisionTransformer, source: str, note
         state |= {name: fresh[name] for name in fresh if name.startswith("norm.")}
         notes.append("norm is fresh, the source normalises the mean")
     state = {name: tensor for name, tensor in state.items() if not name.startswith(("head.", "fc_norm."))}
-    wanted, scales = _shapes(fresh), [name for name in fresh if LAYER_SCALE.fullmatch(name)]
+    wanted, scales = shapes(fresh), [name for name in fresh if LAYER_SCALE.fullmatch(name)]
     if missing := [name for name in scales if name not in state]:
         state |= {name: torch.ones_like(fresh[name]) for name in missing}
         notes.append("LayerScale begins at 1, the source has none")
     if not scales and (folded := [name for name in state if LAYER_SCALE.fullmatch(name)]):
         wanted |= dict.fromkeys(folded, (vit.embed_dim,))
         notes.append("its LayerScale is folded into the layers before it")
-    _refuse(mismatches(wanted, _shapes(state)), source)
+    _refuse(mismatches(wanted, shapes(state)), source)
     return state if scales else fold_layer_scale(state)

@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mapet_ds.config.sections import Config
-from mapet_ds.data.loader import open_shared_index
-from mapet_ds.results.export import evaluation_data
-from mapet_ds.data.index import DataError, Index, Selection
+from mapet_ds.data.index import Index, Selection, open_index
 from mapet_ds.data.labelled import Bad, EvaluationBatches, check_classes, report_unreadable, served
+from mapet_ds.errors import DataError
 from mapet_ds.launch import Ranks
+from mapet_ds.results.export import evaluation_data
 from mapet_ds.results.probe import K, features, knn, linear_sgd, unit_length
-from mapet_ds.vit import build_vit
 from mapet_ds.training.watchdog import PROBING
+from mapet_ds.vit import build_vit
 
 LEARNING_RATES = (0.003, 0.01, 0.03, 0.1, 0.3)
 """Of the linear probe. With higher ones SGD amplifies rounding, and the figure would depend on the ranks (docs/log.md)."""
@@ -40,7 +40,9 @@ class OnlineProbe:
         self.config, self.ranks = config, ranks
         roots = {"train": config.evaluate.train, "val": config.evaluate.val}
         indices = [
-            trained_on if root == config.data.train else open_shared_index(root, folder / f"index_evaluate_{name}", ranks)
+            trained_on
+            if root == config.data.train
+            else ranks.first_then_all(lambda root=root, name=name: open_index(root, folder / f"index_evaluate_{name}"))
             for name, root in roots.items()
         ]
         check_classes(*indices, section="evaluate")

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import faiss
 import numpy as np
 import timm
 import torch
@@ -17,9 +16,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torchvision.datasets import ImageFolder
 
-from mapet_ds.config.sections import ConfigError
-from mapet_ds.data.index import DataError
-from mapet_ds.targets.vqkd import UNREADABLE
+from mapet_ds.errors import ConfigError, DataError
+from mapet_ds.nearest import most_similar
+from mapet_ds.weights import UNREADABLE
 
 K = 20
 """Neighbours that vote."""
@@ -131,11 +130,7 @@ def knn(
     """
     if len(train_features) < k:
         raise DataError(f"k = {k} neighbours can't be found among {len(train_features)} training images; lower --k.")
-    index = faiss.IndexFlatIP(train_features.shape[1])
-    if on_gpus and faiss.get_num_gpus() > 0:
-        index = faiss.index_cpu_to_all_gpus(index)
-    index.add(train_features)
-    cosines, neighbours = index.search(val_features, k)
+    cosines, neighbours = most_similar(train_features, val_features, k, on_gpus)
     votes = np.zeros((len(val_features), int(train_labels.max()) + 1))
     rows = np.arange(len(val_features))[:, None]
     np.add.at(votes, (rows, train_labels[neighbours]), np.exp(cosines.astype(np.float64) / temperature))

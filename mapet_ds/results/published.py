@@ -17,10 +17,17 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import save_for_hf
 from torch import Tensor
 
-from mapet_ds.config.sections import ConfigError
-from mapet_ds.results.export import LAYER_SCALE, NO_PROVENANCE, fold_layer_scale, staged
-from mapet_ds.targets.teacher import mismatches
-from mapet_ds.targets.vqkd import HEAD_DIM, UNREADABLE, read_checkpoint
+from mapet_ds.errors import ConfigError
+from mapet_ds.files import staged
+from mapet_ds.results.export import NO_PROVENANCE
+from mapet_ds.weights import (
+    HEAD_DIM,
+    LAYER_SCALE,
+    fold_layer_scale,
+    mismatches,
+    read_tensors,
+    shapes,
+)
 
 
 class Method(NamedTuple):
@@ -57,9 +64,6 @@ METHODS = {
     ),
 }  # fmt: skip
 """Source: what is released with arXiv 2306.07346 (MaPeT), 2205.09616 (ConMIM) and 2212.01610 (SAIM)."""
-NESTS = ("state_dict", "model", "module")
-AVERAGES = ("state_dict_ema", "model_ema")
-PREFIXES = ("module.", "_orig_mod.", "encoder.")
 
 
 class Import(NamedTuple):
@@ -69,39 +73,6 @@ class Import(NamedTuple):
     """0: no classifier."""
     dropped: list[str]
     """Modules and tensors of the checkpoint that were left out."""
-
-
-def read_weights(path: Path, ema: bool = False) -> dict[str, Tensor]:
-    """The tensors of a checkpoint by name, out of the dictionaries and prefixes that training programs put around them.
-
-    ema: those of the moving average beside the weights.
-
-    Raises:
-        ConfigError: no such file, one that can't be read without executing it, or no tensors by name.
-    """
-    if not path.is_file():
-        raise ConfigError(f"{path} is not a file: name the checkpoint, a .pth of PyTorch's or a safetensors file.")
-    try:
-        held = read_checkpoint(path)
-    except UNREADABLE as error:
-        program = re.search(r"GLOBAL (\S+)", str(error))  # PyTorch's reader goes on to advise reading it all the same
-        reason = f"it holds {program[1]}" if program else str(error).partition(". ")[0].partition("\n")[0]
-        raise ConfigError(
-            f"{path} can't be read as plain tensors by name: {reason}. An archive must be unpacked first; a file that holds "
-            "more than tensors, numbers and text is not read, because that could run a program: save its tensors alone."
-        ) from error
-    nests = AVERAGES + NESTS if ema else NESTS
-    if ema and not (isinstance(held, dict) and any(name in held for name in AVERAGES)):
-        raise ConfigError(f"{path} holds no moving average ({' or '.join(AVERAGES)}); leave --ema out.")
-    while isinstance(held, dict) and (nest := next((name for name in nests if isinstance(held.get(name), dict)), None)):
-        held = held[nest]
-    if not isinstance(held, dict) or not held or not all(isinstance(n, str) and isinstance(t, Tensor) for n, t in held.items()):
-        found = ", ".join(map(str, list(held)[:6])) or "nothing" if isinstance(held, dict) else f"a {type(held).__name__}"
-        average = "; --ema takes its moving average" if isinstance(held, dict) and set(AVERAGES) & held.keys() else ""
-        raise ConfigError(f"{path} holds no tensors by name, also not under {', '.join(NESTS)}, but {found}{average}.")
-    while prefix := next((prefix for prefix in PREFIXES if all(name.startswith(prefix) for name in held)), None):
-        held = {name.removeprefix(prefix): tensor for name, tensor in held.items()}
-    return held
 
 
 def _refuse(wrong: list[str], path: Path, method: str, state: dict[str, Tensor]) -> None:
@@ -170,7 +141,7 @@ def _to_timm(state: dict[str, Tensor], path: Path, method: str) -> tuple[dict[st
         for name, tensor in model.state_dict().items()
         for source, thirds in sources[name].items()
     }
-    _refuse(mismatches(wanted, {name: tuple(tensor.shape) for name, tensor in state.items()}), path, method, state)
+    _refuse(mismatches(wanted, shapes(state)), path, method, state)
     return arguments, {name: torch.cat([state[source].float() for source in parts]) for name, parts in sources.items()}
 
 
@@ -185,7 +156,7 @@ def import_weights(method: str, path: Path, out: Path, layer_scale: Literal["fol
     Raises:
         ConfigError: the file can't be read, or isn't wholly one of this method's.
     """
-    state = read_weights(path, ema)
+    state = read_tensors(path, str(path), ema=ema)
     left_out = {name: parts for name in state if (parts := METHODS[method].dropped & set(name.split(".")))}
     arguments, weights = _to_timm({name: state[name] for name in state.keys() - left_out.keys()}, path, method)
     if layer_scale == "fold":

@@ -25,16 +25,18 @@ from timm.utils import AttentionExtract
 from torch import Tensor
 from tqdm import tqdm
 
-from mapet_ds.training.checkpoint import Checkpoint, ResumeError, newest
 from mapet_ds.config.sections import Config, flatten
-from mapet_ds.data.loader import Batch, Loader
-from mapet_ds.draws import first_slot
-from mapet_ds.results.export import ExportError, read_vit
-from mapet_ds.data.index import DataError, Index, open_index
+from mapet_ds.data.batch import Batch, Draw
+from mapet_ds.data.index import Index, open_index
+from mapet_ds.data.loader import Loader
+from mapet_ds.errors import DataError, ExportError, ResumeError
 from mapet_ds.launch import use_gpu
-from mapet_ds.objectives import Draw, Objective, build_objective
-from mapet_ds.targets.targets import Target, build_target
-from mapet_ds.targets.tokenizer import KClip
+from mapet_ds.methods import build_objective, build_target
+from mapet_ds.objectives.objective import Objective
+from mapet_ds.results.export import read_vit
+from mapet_ds.targets.kclip import KClip
+from mapet_ds.targets.target import Target
+from mapet_ds.training.checkpoint import Checkpoint, newest
 from mapet_ds.vit import build_vit, take_rows
 
 
@@ -139,15 +141,14 @@ def open_trained(folder: Path) -> Trained | None:
     return Trained(checkpoint, config, vit, index, torch.device("cuda" if use_gpu() else "cpu"))
 
 
-def _batches(trained: Trained, images: int, target: Target | None) -> Iterator[tuple[int, int, Batch]]:
-    """Step, first slot and micro-batch of at least `images` first samples of the run, none of them twice."""
+def _batches(trained: Trained, images: int, target: Target | None) -> Iterator[Batch]:
+    """The micro-batches of at least `images` first samples of the run, none of them twice."""
     config, micro = trained.config, trained.config.train.micro_batch_size
     loader = Loader(
         config, trained.index, student=True, teacher=target and target.teacher_view, rank=0, world_size=1, local_rank=0
     )  # fmt: skip
-    for number in tqdm(range(-(-min(images, len(trained.index)) // micro)), "images", unit="batch", disable=None):
-        step, micro_step = divmod(number, config.grad_accum_steps(1))
-        yield step, first_slot(micro_step, 0, 1, micro), next(loader).to(trained.device)
+    for _ in tqdm(range(-(-min(images, len(trained.index)) // micro)), "images", unit="batch", disable=None):
+        yield next(loader).to(trained.device)
     loader.close()
 
 
@@ -170,7 +171,7 @@ def attention(trained: Trained, images: int) -> tuple[Tensor, Tensor]:
     last.fused_attn = False  # so that the weights pass through attn_drop, where timm picks them up
     extract = AttentionExtract(vit.to(trained.device), [f"blocks.{len(vit.blocks) - 1}.attn.attn_drop"], method="hook")
     views, maps = [], []
-    for _, _, batch in _batches(trained, images, None):
+    for batch in _batches(trained, images, None):
         (weights,) = extract(batch.images).values()
         maps.append(weights[:, :, vit.num_prefix_tokens :, vit.num_prefix_tokens :].mean(dim=2).cpu())
         views.append(_pixels(batch.images, trained.config))
@@ -256,9 +257,9 @@ def take_sample(trained: Trained, images: int) -> Sample:
         raise ExportError(f"{trained.checkpoint.path} doesn't hold the weights of its objective: {error}") from error
     objective.to(device).eval()
     tokenizer, found = getattr(target, "tokenizer", None), defaultdict(list)
-    for step, slot, batch in _batches(trained, images, target):
+    for batch in _batches(trained, images, target):
         fields = {"index": batch.index, "views": _pixels(batch.images, config)}
-        draw = objective.draw(step, slot, len(batch.index)).to(device)
+        draw = objective.draw(*batch.place, len(batch.index)).to(device)
         if isinstance(tokenizer, KClip):
             features = tokenizer.teacher(batch.teacher_images)
             wanted = tokenizer.codebook.assign(features)

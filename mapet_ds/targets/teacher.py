@@ -11,15 +11,12 @@ import hashlib
 import json
 import logging
 import os
-import pickle
-import zipfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import open_clip
-import safetensors
 import torch
 import torch.distributed as dist
 from open_clip.convert import convert_state_dict
@@ -32,15 +29,15 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from mapet_ds.config.rules import teacher_model_config
-from mapet_ds.config.sections import ConfigError, TeacherConfig
 from mapet_ds.config.knobs import Triple
-from mapet_ds.launch import CONTROL_TIMEOUT, ranks_per_host
+from mapet_ds.config.sections import TeacherConfig
+from mapet_ds.config.towers import teacher_model_config
+from mapet_ds.errors import ConfigError
+from mapet_ds.launch import once_per_node, ranks_per_host
+from mapet_ds.weights import Tensors, mismatches, read_tensors, shapes
 
 log = logging.getLogger(__name__)
 
-Weights = dict[str, Any]
-"""Name in the file -> tensor, or a lazy slice of a safetensors file: both read by indexing."""
 
 
 class Teacher(nn.Module):
@@ -143,7 +140,7 @@ def build_teacher(config: TeacherConfig, device: torch.device, compiled: bool = 
         source = "random weights"
     else:
         source = _weights_file(config)
-        weights = _fit_sizes(convert_state_dict(teacher, _read_weights(Path(source))), teacher)
+        weights = _fit_sizes(convert_state_dict(teacher, read_tensors(Path(source), f"The teacher's weights {source}", slices=True)), teacher)
     _check_strictly(teacher, weights, source, config)
     teacher.identity = {
         "name": config.name.partition(":")[0],  # a folder may move
@@ -213,30 +210,6 @@ def _build_tower(model: dict[str, Any], img_size: int, dtype: torch.dtype) -> nn
     return visual
 
 
-def once_per_node(work: Callable[[], str]) -> tuple[str, list[str]]:
-    """What `work` gives on the first rank of this node, and of every node. Every rank must call it.
-
-    Raises:
-        ConfigError: on every rank, where it was raised on one, so that none is left waiting.
-    """
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    outcome: tuple[str | None, str | None] = (None, None)
-    if local_rank == 0:
-        try:
-            outcome = (work(), None)
-        except ConfigError as error:
-            outcome = (None, str(error))
-    outcomes = [outcome]
-    if dist.is_initialized():
-        outcomes = [outcome] * dist.get_world_size()
-        patient = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)  # a download may take longer than a step
-        dist.all_gather_object(outcomes, outcome, group=patient)
-    if failed := [error for _, error in outcomes if error]:
-        raise ConfigError(failed[0])
-    mine = outcomes[dist.get_rank() - local_rank][0] if dist.is_initialized() else outcome[0]
-    return mine, [result for result, _ in outcomes if result is not None]
-
-
 def _weights_file(config: TeacherConfig) -> str:
     """Path of the weights; a tag's are downloaded by the first rank of each node while the others wait."""
     if config.name.startswith("local-dir:"):
@@ -266,30 +239,7 @@ def _weights_file(config: TeacherConfig) -> str:
     return once_per_node(download)[0]
 
 
-def _read_weights(path: Path) -> Weights:
-    """Every tensor of the file by name, without a `module.` prefix; nothing in a file is ever executed."""
-    try:
-        if path.suffix == ".safetensors":
-            handle = safetensors.safe_open(path, "pt")
-            tensors = {name: handle.get_slice(name) for name in handle.keys()}
-        else:
-            if zipfile.is_zipfile(path) and any(n.endswith("/constants.pkl") for n in zipfile.ZipFile(path).namelist()):
-                raise ConfigError(
-                    f"The teacher's weights {path} are a TorchScript archive, which is a program (OpenAI's originals "
-                    "are such). Name the tag instead, teacher.weights=openai, or convert them once to safetensors."
-                )
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
-            tensors = tensors.get("state_dict", tensors)
-        return {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
-    except (safetensors.SafetensorError, pickle.UnpicklingError, OSError, RuntimeError, EOFError, AttributeError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ConfigError(
-            f"The teacher's weights {path} can't be read as plain tensors by name: {reason} Give a safetensors file or an "
-            "open_clip checkpoint."
-        ) from error
-
-
-def _fit_sizes(weights: Weights, teacher: Teacher) -> Weights:
+def _fit_sizes(weights: Tensors, teacher: Teacher) -> Tensors:
     """Position tables resampled to the teacher's grid, as open_clip's force_image_size does."""
     if (name := "visual.positional_embedding") in weights:
         weights[name] = weights[name][...].float()
@@ -303,21 +253,9 @@ def _fit_sizes(weights: Weights, teacher: Teacher) -> Weights:
     return weights
 
 
-def _shape(tensor: Any) -> tuple[int, ...]:
-    return tuple(tensor.shape if isinstance(tensor, Tensor) else tensor.get_shape())
-
-
-def mismatches(wanted: dict[str, tuple[int, ...]], given: dict[str, tuple[int, ...]]) -> list[str]:
-    """What is wrong with tensors of these shapes by name, in words, sorted; empty where they fit a model strictly."""
-    wrong = [f"{name} is missing" for name in wanted.keys() - given.keys()]
-    wrong += [f"{name} is not in the model" for name in given.keys() - wanted.keys()]
-    both = wanted.keys() & given.keys()
-    return sorted(wrong + [f"{name} is {given[name]}, the model's {wanted[name]}" for name in both if given[name] != wanted[name]])
-
-
-def _check_strictly(teacher: Teacher, weights: Weights, source: str, config: TeacherConfig) -> None:
-    wanted = {name: tuple(tensor.shape) for name, tensor in teacher.state_dict().items()}
-    given = {name: _shape(tensor) for name, tensor in weights.items() if name.startswith("visual.")}
+def _check_strictly(teacher: Teacher, weights: Tensors, source: str, config: TeacherConfig) -> None:
+    wanted = shapes(teacher.state_dict())
+    given = {name: shape for name, shape in shapes(weights).items() if name.startswith("visual.")}
     if not given:
         raise ConfigError(f"{source} holds no image tower: no tensor is named visual.*; give a whole open_clip checkpoint.")
     wrong = mismatches(wanted, given)
@@ -328,7 +266,7 @@ def _check_strictly(teacher: Teacher, weights: Weights, source: str, config: Tea
         )
 
 
-def _fingerprint(teacher: Teacher, weights: Weights, model: dict[str, Any]) -> str:
+def _fingerprint(teacher: Teacher, weights: Tensors, model: dict[str, Any]) -> str:
     """sha256 of architecture, activation and weights, the same for every kind of file that holds them.
 
     The first rank of each node reads the file through, one tensor at a time.
@@ -379,7 +317,7 @@ def _shard(teacher: Teacher, config: TeacherConfig, device: torch.device) -> Non
 
 
 @torch.no_grad()
-def _fill(teacher: Teacher, weights: Weights, build: Callable[[torch.dtype], nn.Module], device: torch.device) -> None:
+def _fill(teacher: Teacher, weights: Tensors, build: Callable[[torch.dtype], nn.Module], device: torch.device) -> None:
     """Storage on the device for what this rank keeps, and the values for it."""
     teacher.to_empty(device=device)
     stored = teacher.state_dict()

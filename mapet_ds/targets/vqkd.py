@@ -6,26 +6,22 @@ served training and is not used.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import math
-import pickle
 import re
-import struct
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from mapet_ds.config.sections import Config, ConfigError
-from mapet_ds.data.loader import View
-from mapet_ds.targets.teacher import mismatches
-from mapet_ds.targets.tokenizer import Codebook
+from mapet_ds.config.sections import Config
+from mapet_ds.data.batch import View
+from mapet_ds.errors import ConfigError
+from mapet_ds.targets.codebook import Codebook
+from mapet_ds.weights import HEAD_DIM, mismatches, read_tensors, shapes
 
 CODES = "quantize.embedding.weight"
 USED = ("encoder.", "encode_task_layer.", CODES)
@@ -34,13 +30,6 @@ SIZED = {
     "encode_task_layer.2.weight": 2, CODES: 2,
 }  # fmt: skip
 """Tensors that tell the sizes, and their dimensions."""
-HEAD_DIM = 64
-"""The one size that no tensor tells: 12 heads of 768."""
-UNREADABLE = (
-    safetensors.SafetensorError, pickle.UnpicklingError, struct.error, OSError, RuntimeError, EOFError, AttributeError,
-    LookupError, TypeError, ValueError,
-)  # fmt: skip
-"""What PyTorch's reader raises at a file that is damaged or of another kind: nearly anything."""
 
 
 class VQKD(nn.Module):
@@ -87,11 +76,11 @@ class VQKD(nn.Module):
             return self.codebook.assign(F.normalize(points, dim=-1))
 
     def _check_strictly(self, weights: dict[str, Tensor], path: str) -> None:
-        wanted = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
+        wanted = shapes(self.state_dict())
         for name in [name for name in wanted if name.endswith("attn.qkv.bias")]:
             width = wanted.pop(name)[0] // 3
             wanted |= {name.replace("qkv.bias", bias): (width,) for bias in ("q_bias", "v_bias")}
-        given = {name: tuple(tensor.shape) for name, tensor in weights.items() if name != CODES}
+        given = shapes({name: tensor for name, tensor in weights.items() if name != CODES})
         _refuse(mismatches(wanted, given), path)
 
 
@@ -103,25 +92,10 @@ def _refuse(wrong: list[str], path: str) -> None:
         )
 
 
-def read_checkpoint(path: str | Path) -> Any:
-    """What a safetensors file or a checkpoint of PyTorch's holds. Nothing in it is ever executed; raises what is UNREADABLE."""
-    if Path(path).suffix == ".safetensors":
-        return load_file(path)
-    with torch.serialization.safe_globals([argparse.Namespace]):  # training keeps its options beside the weights
-        return torch.load(path, map_location="cpu", weights_only=True)
-
-
 def _read_weights(path: str) -> dict[str, Tensor]:
     """The tensors that the tokenizer is made of, by their published names."""
-    if not Path(path).is_file():
-        raise ConfigError(f"tokenizer.path = {path!r} is not a file: name VQ-KD's, vqkd_encoder_base_decoder_*.pth.")
-    try:
-        tensors = read_checkpoint(path)
-        tensors = tensors.get("model", tensors.get("state_dict", tensors))
-        return {name: t for name, t in tensors.items() if name.startswith(USED) and isinstance(t, Tensor)}
-    except UNREADABLE as error:
-        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise ConfigError(f"tokenizer.path = {path} can't be read as plain tensors by name: {reason}") from error
+    tensors = read_tensors(Path(path), f"tokenizer.path = {path or '(empty)'}")
+    return {name: tensor for name, tensor in tensors.items() if name.startswith(USED)}
 
 
 def _encoder_arguments(weights: dict[str, Tensor], path: str) -> dict[str, Any]:

@@ -10,10 +10,7 @@ A folder that has its final name is whole: it is written beside, flushed and ren
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import json
-import os
 import shutil
 from collections.abc import Collection
 from pathlib import Path
@@ -24,7 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mapet_ds.config.sections import RunConfig, flatten
-from mapet_ds.config.objectives import ObjectiveConfig
+from mapet_ds.errors import ResumeError
+from mapet_ds.files import checksum, whole_folder
 
 FREE = (
     "run_dir", "resume", "checkpoint", "log", "evaluate", "teacher.name", "teacher.weights", "teacher.shard", "teacher.ahead",
@@ -36,10 +34,6 @@ FREE = (
 """Knobs that may differ at resume: none changes what is computed, beyond the order of floating-point sums; those that judge a
 jump of the loss, `log.every_steps` among them, can change which jumps are undone from there on.
 The teacher, the codebook, the weights that fine-tuning starts from and the data are compared by content instead of by path."""
-
-
-class ResumeError(Exception):
-    """A checkpoint that this run can't continue from; the message says why and what to do."""
 
 
 class Checkpoint(NamedTuple):
@@ -68,9 +62,7 @@ def identity(config: RunConfig, data: str, target: dict[str, Any]) -> dict[str, 
 
     data: the index's fingerprint; target: the target's own identity.
     """
-    knobs = flatten(config.to_dict())
-    sections = {f.name for f in dataclasses.fields(config) if isinstance(getattr(config, f.name), ObjectiveConfig)}
-    free = {*FREE, *sections} - {config.objective}  # the settings of other objectives change nothing
+    knobs, free = flatten(config.to_dict()), {*FREE, *config.idle_sections}
     kept = {k: v for k, v in knobs.items() if not any(k == name or k.startswith(name + ".") for name in free)}
     return kept | flatten({"data": {"fingerprint": data}, "target": target})
 
@@ -96,46 +88,24 @@ def check_identity(checkpoint: Checkpoint, now: dict[str, Any], defaults: dict[s
         )
 
 
-def checksum(path: Path) -> str:
-    """sha256 of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
+def save(run_dir: Path, state: dict[str, Any], files: dict[str, dict[str, Tensor]], keep: int) -> Path:
+    """Write a checkpoint of state["step"] and drop all but the newest `keep`. For rank 0 only.
 
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def save(run_dir: Path, run: dict[str, Any], files: dict[str, dict[str, Tensor]], keep: int) -> Path:
-    """Write a checkpoint of run["step"] and drop all but the newest `keep`. For rank 0 only.
-
+    state: what run.json holds beside the checksums.
     files: tensors by file name without suffix; empty ones are left out.
     """
     folder = run_dir / "checkpoints"
-    final = folder / f"step_{run['step']:08d}"
-    partial = folder / f".{final.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    checksums = {}
-    for name, tensors in files.items():
-        if tensors:
-            path = partial / f"{name}.safetensors"
-            save_file(tensors, path)
-            _flush(path)
-            checksums[path.name] = checksum(path)
-    path = partial / "run.json"
-    path.write_text(json.dumps({**run, "files": checksums}, indent=1))
-    _flush(path)
-    shutil.rmtree(final, ignore_errors=True)
-    partial.rename(final)
-    _flush(folder)
+    final = folder / f"step_{state['step']:08d}"
+    for unfinished in folder.glob(".step_*.partial"):
+        shutil.rmtree(unfinished)
+    with whole_folder(final) as partial:
+        checksums = {}
+        for name, tensors in files.items():
+            if tensors:
+                path = partial / f"{name}.safetensors"
+                save_file(tensors, path)
+                checksums[path.name] = checksum(path)
+        (partial / "run.json").write_text(json.dumps({**state, "files": checksums}, indent=1))
     older = [path for path in checkpoint_folders(run_dir) if path.name <= final.name]  # a newer one is damaged: not counted
     for old in older[keep:]:
         shutil.rmtree(old)

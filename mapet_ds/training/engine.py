@@ -31,8 +31,8 @@ from deepspeed.utils import (
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from mapet_ds.config.sections import ConfigError, RunConfig
-from mapet_ds.training.optim import parameter_groups
+from mapet_ds.config.sections import RunConfig
+from mapet_ds.errors import ConfigError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -52,9 +52,12 @@ def check_engine_config(engine_config: dict[str, Any]) -> None:
 
 
 def build_engine(
-    objective: nn.Module, config: RunConfig, engine_config: dict[str, Any], world_size: int, device: torch.device
-) -> deepspeed.DeepSpeedEngine:
+    objective: nn.Module, groups: list[dict[str, Any]], config: RunConfig, engine_config: dict[str, Any], world_size: int,
+    device: torch.device,
+) -> deepspeed.DeepSpeedEngine:  # fmt: skip
     """A ZeRO engine that trains the objective, its optimizer states allocated. Every rank must call it.
+
+    groups: AdamW's, of the objective's parameters.
 
     Use it by `engine(images, target, draw)`, never by its module: ZeRO's hooks sit on the engine's call.
 
@@ -73,7 +76,7 @@ def build_engine(
         "gradient_clipping": config.optim.clip_grad,  # 1.0 if the key is left out
         "steps_per_print": 2**31,
     }
-    optimizer = _adamw(objective, config, device)
+    optimizer = _adamw(groups, config, device)
     engine, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, config=full, dist_init_required=False)
     if engine.zero_optimization_stage() == 3:
         # The objective reads the ViT's own position table and class token outside of the ViT's forward.
@@ -83,9 +86,8 @@ def build_engine(
     return engine
 
 
-def _adamw(objective: nn.Module, config: RunConfig, device: torch.device) -> torch.optim.Optimizer:
+def _adamw(groups: list[dict[str, Any]], config: RunConfig, device: torch.device) -> torch.optim.Optimizer:
     optim = config.optim
-    groups = parameter_groups(objective, optim)
     arguments = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps}
     can_build = torch.tensor(float(device.type == "cuda" and all(map(shutil.which, ("nvcc", "ninja")))), device=device)
     dist.all_reduce(can_build, op=dist.ReduceOp.MIN)  # all hosts must choose the same optimizer

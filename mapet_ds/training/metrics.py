@@ -18,7 +18,8 @@ from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from mapet_ds.config.sections import RunConfig
+from mapet_ds.config.sections import Config, RunConfig
+from mapet_ds.files import write_whole
 
 if TYPE_CHECKING:
     from mapet_ds.launch import Ranks
@@ -33,9 +34,7 @@ def cut_after(path: Path, step: int) -> None:
         return
     lines = path.read_text().splitlines(keepends=True)
     kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(kept))
-    os.replace(partial, path)
+    write_whole(path, "".join(kept))
 
 
 def token_colours(ids: Tensor) -> Tensor:
@@ -47,6 +46,22 @@ def token_colours(ids: Tensor) -> Tensor:
     distance = (torch.tensor([5.0, 3.0, 1.0], dtype=hue.dtype, device=ids.device) + 6 * hue[..., None]) % 6
     falls = torch.minimum(distance, 4 - distance).clamp(0, 1)
     return (value[..., None] * (1 - saturation[..., None] * falls)).float()
+
+
+@torch.no_grad()
+def token_picture(config: Config, views: Tensor, target: Tensor, prediction: Tensor | None) -> Tensor:
+    """[3, H, W] in [0, 1]: the first views [B, 3, S, S], each beside its token map and the predicted one.
+
+    Ids are long [B, L]; -1, not predicted, is grey; a target of another kind is not shown. The host waits for the GPU.
+    """
+    views = views[:IMAGES_SHOWN].float().cpu()
+    mean, std = (torch.tensor(values)[:, None, None] for values in (config.data.mean, config.data.std))
+    columns = [(views * std + mean).clamp(0, 1)]
+    for ids in (target, prediction):
+        if ids is not None and not ids.is_floating_point():
+            grid = ids[:IMAGES_SHOWN].cpu().unflatten(1, (config.grid, config.grid))
+            columns.append(F.interpolate(token_colours(grid).movedim(3, 1), size=views.shape[2:]))
+    return make_grid(torch.stack(columns, dim=1).flatten(0, 1), nrow=len(columns), padding=1)
 
 
 class _Report:
@@ -170,25 +185,10 @@ class Metrics:
         self._reset()
         return record
 
-    @torch.no_grad()
-    def images(self, step: int, views: Tensor, target: Tensor, prediction: Tensor | None = None) -> None:
-        """Show the first views [B, 3, S, S], each beside its token map and the predicted one (ids, long [B,
-        L]; -1, not predicted, is grey; a target of another kind is not shown).
-
-        Only rank 0 does anything; its host waits for the GPU.
-        """
-        if self._report is None:
-            return
-        data, views = self.config.data, views[:IMAGES_SHOWN].float().cpu()
-        mean, std = (torch.tensor(values)[:, None, None] for values in (data.mean, data.std))
-        columns = [(views * std + mean).clamp(0, 1)]
-        for ids in (target, prediction):
-            if ids is not None and not ids.is_floating_point():
-                grid = ids[:IMAGES_SHOWN].cpu().unflatten(1, (self.config.grid, self.config.grid))
-                columns.append(F.interpolate(token_colours(grid).movedim(3, 1), size=views.shape[2:]))
-        rows = torch.stack(columns, dim=1).flatten(0, 1)
-        grid = make_grid(rows, nrow=len(columns), padding=1)
-        self._report.draw(lambda board: board.add_image("view_tokens_predicted", grid, step))
+    def show(self, step: int, picture: Tensor) -> None:
+        """Show a picture [3, H, W] in [0, 1] in TensorBoard. Only rank 0 does anything."""
+        if self._report:
+            self._report.draw(lambda board: board.add_image("view_tokens_predicted", picture, step))
 
     def close(self) -> None:
         """Finish the files and the bar."""

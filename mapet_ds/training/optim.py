@@ -13,26 +13,32 @@ from mapet_ds.config.sections import OptimConfig
 NO_DECAY = ("pos_embed", "cls_token", "reg_token")
 
 
-def parameter_groups(module: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
-    """Two AdamW groups: weights decay; biases, norms, layer scale, positions and prefix tokens don't. A mask token decays.
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Two AdamW groups: weights decay; biases, norms, LayerScale, positions and prefix tokens don't. A mask token decays.
 
-    With a layer_decay, timm's groups of module.vit: two a layer, and `lr_scale` = layer_decay ** (layers above it); the head
-    and what follows the blocks' mean have 1. Call before DeepSpeed takes the module: ZeRO-3 leaves no shapes to go by.
+    Call it before DeepSpeed takes the module: ZeRO-3 leaves no shapes to go by.
 
-    Source: MaPeT, released settings (arXiv 2306.07346); layers: BEiT, arXiv 2106.08254, as in timm.
+    Source: MaPeT, released settings (arXiv 2306.07346).
     """
-    if config.layer_decay is not None:
-        vit = module.vit
-        no_decay = vit.no_weight_decay() if hasattr(vit, "no_weight_decay") else ()
-        return param_groups_layer_decay(vit, config.weight_decay, no_decay, layer_decay=config.layer_decay)
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             groups[parameter.ndim > 1 and not name.endswith(NO_DECAY)].append(parameter)
     return [
-        {"params": groups[True], "weight_decay": config.weight_decay},
+        {"params": groups[True], "weight_decay": weight_decay},
         {"params": groups[False], "weight_decay": 0.0},
     ]
+
+
+def layerwise_groups(vit: nn.Module, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
+    """timm's groups of a ViT, two a layer, with `lr_scale` = layer_decay ** (layers above it).
+
+    The head and what follows the blocks' mean have an lr_scale of 1.
+
+    Source: BEiT, arXiv 2106.08254, as in timm.
+    """
+    no_decay = vit.no_weight_decay() if hasattr(vit, "no_weight_decay") else ()
+    return param_groups_layer_decay(vit, weight_decay, no_decay, layer_decay=layer_decay)
 
 
 def learning_rate(step: int, config: OptimConfig, steps_per_epoch: float, total_steps: int) -> float:

@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import statistics
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch.distributed as dist
-
 from mapet_ds.config.sections import Config
-from mapet_ds.data.index import DataError
+from mapet_ds.errors import RunError
+from mapet_ds.files import write_whole
 from mapet_ds.launch import Ranks
 
 WINDOWS = 20
@@ -47,21 +45,24 @@ class SpikeGuard:
     def __init__(self, config: Config, folder: Path, ranks: Ranks) -> None:
         self._config, self._folder, self._ranks = config, folder, ranks
         self._path = folder / "rollbacks.json"
-        text = [self._path.read_text() if ranks.rank == 0 and self._path.exists() else "[]"]
-        dist.broadcast_object_list(text, src=0, group=ranks.control)
+        text = ranks.from_first(lambda: self._path.read_text() if self._path.exists() else "[]")
         try:
-            self.rollbacks = [Rollback(**each) for each in json.loads(text[0])]
+            self.rollbacks = [Rollback(**each) for each in json.loads(text)]
             self.passed_over = {step for each in self.rollbacks for step in range(each.first, each.last)}
         except (ValueError, TypeError) as error:
-            raise DataError(f"{self._path} is damaged ({error}): restore it, or remove it to learn from all steps.") from error
+            raise RunError(f"{self._path} is damaged ({error}): restore it, or remove it to learn from all steps.") from error
         self._usual: list[float] = []
         self._window_before = 0
 
     def recall(self, step: int) -> None:
         """Take what was seen up to a step from RUN/metrics.jsonl, as an uninterrupted run would remember it."""
+        self._usual, self._window_before = self._ranks.from_first(lambda: self._seen(step))
+
+    def _seen(self, step: int) -> tuple[list[float], int]:
+        """The usual losses up to a step, and where the window before it began."""
         path, window = self._folder / "metrics.jsonl", self._config.log.every_steps
         usual, before, end = [], 0, 0
-        if self._ranks.rank == 0 and path.exists():
+        if path.exists():
             for line in map(json.loads, (text for text in path.read_text().splitlines() if text.endswith("}"))):
                 if line["step"] > step:
                     break
@@ -69,9 +70,7 @@ class SpikeGuard:
                     before = end
                     usual += [loss] * (math.isfinite(loss) and line["step"] - end == window)
                 end = line["step"]
-        seen = [(usual[-WINDOWS:], before if end == step else max(0, step - window))]  # a lost line was a window's, most likely
-        dist.broadcast_object_list(seen, src=0, group=self._ranks.control)
-        self._usual, self._window_before = seen[0]
+        return usual[-WINDOWS:], before if end == step else max(0, step - window)  # a lost line was a window's, most likely
 
     def judge(self, first: int, record: dict[str, Any]) -> Rollback | None:
         """What to pass over, if the record of steps first .. record["step"] - 1 is a spike: already on disk. Every rank must
@@ -80,7 +79,7 @@ class SpikeGuard:
         A loss that is not finite is none: its steps were left out (run.Run). No more is part of a window, which a pause makes.
 
         Raises:
-            DataError: it is one too many, or can't be noted.
+            RunError: it is one too many, or can't be noted.
         """
         loss, factor = record.get("loss"), self._config.train.spike_factor
         if loss is None:
@@ -96,27 +95,18 @@ class SpikeGuard:
         self.rollbacks.append(found)
         self.passed_over.update(range(found.first, found.last))
         if len(self.rollbacks) > self._config.train.max_rollbacks:
-            raise DataError(
+            raise RunError(
                 f"The loss has jumped {len(self.rollbacks)} times, more than train.max_rollbacks allows: now to {loss:.4g} before "
                 f"step {found.last}, usually {usual:.4g}; {self._path} has those before. Passing over samples does not "
                 "help: lower optim.lr or optim.clip_grad in a new run_dir, go on from a copy of an older checkpoint, or raise "
                 "train.spike_factor if such jumps are usual."
             )
-        failed = [self._write() if self._ranks.rank == 0 else ""]
-        dist.broadcast_object_list(failed, src=0, group=self._ranks.control)
-        if failed[0]:
-            raise DataError(f"The loss jumped, and that could not be noted in {self._path}: {failed[0]}. Start again with room.")
+        self._ranks.from_first(self._write)
         return found
 
-    def _write(self) -> str:
-        """Why it failed; empty where it did not."""
-        partial = self._path.with_name(self._path.name + ".partial")
+    def _write(self) -> None:
         try:
-            with partial.open("w") as file:
-                json.dump([each._asdict() for each in self.rollbacks], file, indent=1)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, self._path)
+            write_whole(self._path, json.dumps([each._asdict() for each in self.rollbacks], indent=1))
         except OSError as error:
-            return str(error)
-        return ""
+            says = f"The loss jumped, and that could not be noted in {self._path}: {error}"
+            raise RunError(f"{says}. Start again with room.") from error

@@ -18,7 +18,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from mapet_ds.launch import Ranks, has_ended, launchers
+from mapet_ds.launch import Ranks
+from mapet_ds.launchers import has_ended, launchers
 
 SAVING = "saving a checkpoint"
 PROBING = "judging features for all ranks"

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.attention.varlen import varlen_attn
 
-from mapet_ds.config.sections import ConfigError
 from mapet_ds.cost import vit_of
+from mapet_ds.errors import ConfigError
 from mapet_ds.objectives.mapet import attention_mask
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]

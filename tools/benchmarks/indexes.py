@@ -18,9 +18,9 @@ from benchmarks.measuring import Figures, circumstances, settings, summary
 from PIL import Image
 
 from mapet_ds.config.sections import Config
-from mapet_ds.draws import SampleOrder
 from mapet_ds.data.index import Index, Member, open_index, write_index
 from mapet_ds.data.samples import SampleSource
+from mapet_ds.draws import SampleOrder
 
 LOOKUPS, FEW, LATE, WINDOW = 10_000, 1000, 10_000_000, 65_536
 """Images looked up; images of the data set that is compared with; a late step; samples read one after the other."""

@@ -19,7 +19,8 @@ from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as F
 
 from mapet_ds.config.sections import Config
-from mapet_ds.data.index import DataError, Index, open_index
+from mapet_ds.data.index import Index, open_index
+from mapet_ds.errors import DataError
 
 TEACHER_VIEW = (448, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 """Side, mean and std of the published teacher's view, the second one of `loader`."""
@@ -27,7 +28,8 @@ TEACHER_VIEW = (448, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.2613025
 
 def ours(index: Index, views: list[Any], config: Config, device: torch.device) -> Iterator[Any]:
     """The package's loader: its index, its exact order, its crops."""
-    from mapet_ds.data.loader import Loader, View
+    from mapet_ds.data.batch import View
+    from mapet_ds.data.loader import Loader
 
     second = View(*views[1]) if len(views) > 1 else None
     loader = Loader(config, index, student=True, teacher=second, rank=0, world_size=1, local_rank=0)

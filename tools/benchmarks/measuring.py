@@ -19,8 +19,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from mapet_ds.config.sections import Config, ConfigError
 from mapet_ds.config.recipe import load_config
+from mapet_ds.config.sections import Config
+from mapet_ds.errors import ConfigError
 
 Figures = dict[str, Any]
 

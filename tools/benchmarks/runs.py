@@ -29,14 +29,15 @@ from benchmarks.roofline import GRADIENTS, Parts, breakdown, flops_by_part, show
 from benchmarks.steps import check_twin, dense_twin
 from torch.utils.data import DataLoader, Dataset
 
-from mapet_ds.config.rules import load_deepspeed_config
-from mapet_ds.config.sections import Config, ConfigError
+from mapet_ds.config.engine import load_deepspeed_config
+from mapet_ds.config.sections import Config
 from mapet_ds.cost import student as student_costs
 from mapet_ds.draws import permutations
-from mapet_ds.training.engine import gather_state
+from mapet_ds.errors import ConfigError
 from mapet_ds.launch import init_distributed
-from mapet_ds.objectives import build_objective
+from mapet_ds.methods import build_objective
 from mapet_ds.run import Run
+from mapet_ds.training.engine import gather_state
 
 
 @contextlib.contextmanager

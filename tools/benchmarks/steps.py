@@ -17,9 +17,10 @@ from benchmarks.measuring import Figures, ceiling, circumstances, device_of, rat
 from benchmarks.roofline import Parts, breakdown, flops_by_part, show
 from torch import Tensor, nn
 
-from mapet_ds.config.sections import REPOSITORY, Config, ConfigError
+from mapet_ds.config.sections import REPOSITORY, Config
 from mapet_ds.cost import student, target_dim
-from mapet_ds.objectives import build_objective
+from mapet_ds.errors import ConfigError
+from mapet_ds.methods import build_objective
 
 
 def check_twin(arguments: argparse.Namespace, config: Config) -> None:

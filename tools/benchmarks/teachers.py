@@ -11,14 +11,25 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from benchmarks.measuring import Figures, ceiling, circumstances, counted_flops, device_of, ratio, settings, summary, timed
+from benchmarks.measuring import (
+    Figures,
+    ceiling,
+    circumstances,
+    counted_flops,
+    device_of,
+    ratio,
+    settings,
+    summary,
+    timed,
+)
 
-from mapet_ds.config.sections import ConfigError
-from mapet_ds.data.loader import Loader, View
+from mapet_ds.data.batch import View
 from mapet_ds.data.index import open_index
+from mapet_ds.data.loader import Loader
+from mapet_ds.errors import ConfigError
 from mapet_ds.launch import init_distributed
+from mapet_ds.targets.codebook import Codebook
 from mapet_ds.targets.teacher import build_teacher, teacher_mean_std
-from mapet_ds.targets.tokenizer import Codebook
 
 
 def measure_teacher(arguments: argparse.Namespace) -> Figures | None:

@@ -1,0 +1,56 @@
+"""open_clip's image towers as its own JSON files describe them: neither open_clip nor torch is imported."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from mapet_ds.config.sections import TeacherConfig
+from mapet_ds.errors import ConfigError
+
+
+def teacher_model_config(name: str) -> dict[str, Any]:
+    """open_clip's own description of a model, read from its JSON without importing it.
+
+    Raises:
+        ConfigError: no such model, or no open_clip_config.json in the folder.
+    """
+    if name.startswith("local-dir:"):
+        path = Path(name.removeprefix("local-dir:")) / "open_clip_config.json"
+        if not path.is_file():
+            raise ConfigError(f"teacher.name = {name}: there is no {path}. tools/make_demo.py writes such a folder.")
+        try:
+            model = json.loads(path.read_text())["model_cfg"]
+            return {**model, "vision_cfg": dict(model["vision_cfg"])}
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{path} does not describe an open_clip model: {type(error).__name__} {error}.") from error
+    folder = Path(importlib.util.find_spec("open_clip").submodule_search_locations[0]) / "model_configs"
+    path = folder / f"{name}.json"
+    if not path.is_file():
+        close = difflib.get_close_matches(name, [p.stem for p in folder.glob("*.json")], n=3)
+        raise ConfigError(f"teacher.name = {name} is not an open_clip model; close: {', '.join(close) or 'none'}.")
+    return json.loads(path.read_text())
+
+
+def teacher_layers(teacher: TeacherConfig) -> int | None:
+    """How many layers teacher.layer chooses from; None where only building the tower can tell."""
+    layers = teacher_model_config(teacher.name)["vision_cfg"].get("layers", 12)
+    if teacher_model_config(teacher.name)["vision_cfg"].get("timm_model_name"):
+        return None
+    return 5 if isinstance(layers, list) else layers  # a ModifiedResNet: stem, layer1 .. layer4
+
+
+def teacher_grid(teacher: TeacherConfig) -> int | None:
+    """Patches along one side of the teacher's feature map; None where only building it can tell."""
+    vision = teacher_model_config(teacher.name)["vision_cfg"]
+    if isinstance(vision.get("layers"), list):  # ModifiedResNet: stem 4, then 1, 2, 4, 8
+        stage = teacher.layer % 5  # stem, layer1 .. layer4
+        return teacher.img_size // (4 * 2 ** max(stage - 1, 0))
+    if patch := vision.get("patch_size"):
+        return teacher.img_size // patch
+    match = re.search(r"patch(\d+)", vision.get("timm_model_name") or "")
+    return teacher.img_size // int(match[1]) if match else None

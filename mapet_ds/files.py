@@ -1,0 +1,90 @@
+"""Files and folders that are there whole or not at all, and their checksums.
+
+What is written takes its name last, after every byte is on the disk. Loader workers import this module, so it knows no torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def checksum(path: Path) -> str:
+    """sha256 of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.partial")
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Gives a path to write; the file takes the name `path` when the block ends without an error."""
+    beside = _beside(path)
+    try:
+        yield beside
+        flush(beside)
+        os.replace(beside, path)
+        flush(path.parent)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Gives a new folder to write in; it replaces `path` when the block ends without an error."""
+    beside = _beside(path)
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    try:
+        yield beside
+        for file in beside.rglob("*"):
+            flush(file)
+        flush(beside)
+        shutil.rmtree(path, ignore_errors=True)
+        beside.rename(path)
+        flush(path.parent)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def staged(out: Path) -> Iterator[Path]:
+    """Gives a folder to write in; its files replace those of `out` when the block ends without an error.
+
+    It lies in `out` where that is there, which may be a mount or all that one may write to; else beside it. What else `out`
+    holds stays.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out if out.is_dir() else out.parent, prefix=f".{out.name}.") as folder:
+        yield Path(folder)
+        out.mkdir(exist_ok=True)
+        for file in sorted(Path(folder).iterdir(), reverse=True):  # weights before their description
+            flush(file)
+            os.replace(file, out / file.name)
+        flush(out)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file that is there whole or not at all."""
+    with whole_file(path) as beside:
+        beside.write_text(text)

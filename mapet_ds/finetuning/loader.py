@@ -1,0 +1,159 @@
+"""Labelled images for fine-tuning, augmented by timm, in the exact order and by the exact draws of a run.
+
+timm's transforms draw from Python's, NumPy's and torch's generators. These are seeded anew from (seed, step, slot) before each
+image, so that ranks, micro-batches and workers change nothing.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable, Collection
+from typing import Any, NamedTuple
+
+import numpy as np
+import timm
+import torch
+from PIL import Image
+from timm.data.mixup import mixup_target
+from torch import Tensor
+
+from mapet_ds.config.finetune import FinetuneConfig, LabelledDataConfig
+from mapet_ds.data.batch import Draw, DrawsAhead
+from mapet_ds.data.formats import BadImage
+from mapet_ds.data.index import Index
+from mapet_ds.data.labelled import Bad, Batches, decode, served
+from mapet_ds.data.samples import allowed_bad, candidates, too_many_bad
+from mapet_ds.draws import Place, Purpose, SampleOrder, generator_seeds
+from mapet_ds.launch import Ranks
+
+
+class LabelledBatch(NamedTuple):
+    """One micro-batch of a rank."""
+
+    images: Tensor
+    """float32 [B, 3, S, S], normalised, mixed."""
+    target: Tensor
+    """float32 [B, classes], each row sums to 1."""
+    index: Tensor
+    """long [B]: place in the index."""
+    bad: Bad
+    """What was passed over on the way."""
+    place: Place
+    draw: Draw | None = None
+    """None until the loader adds it."""
+
+    def to(self, device: torch.device) -> LabelledBatch:
+        """The same with images, target and draw on a device."""
+        images, target = (x.to(device, non_blocking=True) for x in (self.images, self.target))
+        return self._replace(images=images, target=target, draw=self.draw and self.draw.to(device))
+
+
+def train_transform(data: LabelledDataConfig, model_data: dict[str, Any]) -> Callable[[Image.Image], Tensor]:
+    """timm's training transform: crop, flip, RandAugment, normalisation, erasing.
+
+    model_data: what timm.data.resolve_model_data_config gives for the model.
+    """
+    return timm.data.create_transform(
+        model_data["input_size"], is_training=True, scale=data.crop_scale, hflip=data.flip, color_jitter=None,
+        auto_augment=data.rand_augment, interpolation="bicubic", mean=model_data["mean"], std=model_data["std"],
+        re_prob=data.erasing, re_mode="pixel",
+    )  # fmt: skip
+
+
+def _seed_generators(seed: int, purpose: Purpose, step: int, slot: int) -> None:
+    python, numpy, own = generator_seeds(seed, purpose, step, slot)
+    random.seed(python)
+    np.random.seed(numpy)
+    torch.default_generator.manual_seed(own)
+
+
+class TrainBatches(Batches):
+    """A rank's micro-batches by their number, counted from the start of the run over all steps.
+
+    Slots 2k and 2k + 1 are mixed with each other. Departure: one weight a pair, timm's "pair" mode with the neighbour as
+    partner; released programs draw one a micro-batch, which then would depend on the number of ranks.
+    """
+
+    def __init__(
+        self, config: FinetuneConfig, index: Index, transform: Callable[[Image.Image], Tensor], rank: int, world_size: int,
+        bad: Collection[int],
+    ) -> None:  # fmt: skip
+        self.config, self.index, self.transform, self.bad = config, index, transform, frozenset(bad)
+        self.rank, self.world_size = rank, world_size
+        self.order = SampleOrder(len(index), config.seed)
+        data = config.data
+        self.mixup = timm.data.Mixup(
+            data.mixup, data.cutmix, label_smoothing=data.label_smoothing, num_classes=len(index.classes)
+        )  # fmt: skip
+
+    def batch(self, micro_step: int) -> LabelledBatch:
+        place = step, first = self.config.place(micro_step, self.rank, self.world_size)
+        slots = range(first, first + self.config.train.micro_batch_size)
+        bad: Bad = []
+        images, indices = zip(*(self._sample(step, slot, bad) for slot in slots), strict=True)
+        images, labels = torch.stack(images), torch.tensor([self.index.label(i) for i in indices])
+        return LabelledBatch(images, self._mix(step, first, images, labels), torch.tensor(indices), bad, place)
+
+    def _sample(self, step: int, slot: int, bad: Bad) -> tuple[Tensor, int]:
+        n = step * self.config.train.global_batch_size + slot
+        for index in candidates(self.config, self.index, self.order, n, self.order(n)):
+            if index not in self.bad:
+                try:
+                    image = decode(self.index.read(index))
+                    break
+                except BadImage as reason:
+                    bad.append((index, str(reason)))
+        _seed_generators(self.config.seed, Purpose.AUGMENT, step, slot)
+        return self.transform(image), index
+
+    def _mix(self, step: int, first: int, images: Tensor, labels: Tensor) -> Tensor:
+        """Mix the images of the slots from `first` on in place; their target [B, classes]."""
+        data = self.config.data
+        if not data.mixup and not data.cutmix:
+            return mixup_target(labels, len(self.index.classes), smoothing=data.label_smoothing)
+        target = []
+        for i in range(0, len(images), 2):
+            _seed_generators(self.config.seed, Purpose.MIX, step, first + i)
+            target.append(self.mixup(images[i : i + 2], labels[i : i + 2])[1])
+        return torch.cat(target)
+
+
+class TrainLoader:
+    """An endless iterator of micro-batches from a step on; an unreadable image is replaced, remembered and reported."""
+
+    def __init__(
+        self, config: FinetuneConfig, index: Index, transform: Callable[[Image.Image], Tensor], ranks: Ranks,
+        first_step: int, bad: Collection[int], draw: Callable[[int, int, int], Draw],
+    ) -> None:  # fmt: skip
+        self._config, self._index = config, index
+        self._bad, self._new_bad = set(bad), Bad()
+        dataset = TrainBatches(config, index, transform, ranks.rank, ranks.world_size, bad)
+        first = first_step * config.grad_accum_steps(ranks.world_size)
+        self._batches = served(dataset, itertools.count(first), config.data.workers, ranks)
+        places = (config.place(micro_step, ranks.rank, ranks.world_size) for micro_step in itertools.count(first))
+        self._draws = DrawsAhead(draw, places, config.train.micro_batch_size, ahead=1)
+
+    def __next__(self) -> LabelledBatch:
+        """
+        Raises:
+            DataError: the storage fails, or more than data.max_bad_share of the data set is unreadable.
+        """
+        batch = next(self._batches)
+        new = {index: reason for index, reason in batch.bad if index not in self._bad}
+        self._bad |= new.keys()
+        self._new_bad += new.items()
+        if new and len(self._bad) > allowed_bad(self._config, self._index):
+            raise too_many_bad(self._config, self._index, [*new, *self._bad])
+        return batch._replace(draw=next(self._draws))
+
+    def new_bad(self) -> Bad:
+        """What this rank found unreadable since it was last asked."""
+        found, self._new_bad = self._new_bad, []
+        return found
+
+    def close(self) -> None:
+        """End the workers."""
+        self._batches.close()
+        self._draws.close()
+        self._index.close()

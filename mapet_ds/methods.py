@@ -1,0 +1,43 @@
+"""Each pre-training method by name: the objective that predicts, and the target that is predicted.
+
+docs/extending.md adds one: its file in objectives/, a line here, its section in config/, a recipe.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from mapet_ds.config.sections import Config
+from mapet_ds.objectives.beit import BEiT
+from mapet_ds.objectives.conmim import ConMIM
+from mapet_ds.objectives.mapet import MaPeT
+from mapet_ds.objectives.mvp import MVP
+from mapet_ds.objectives.objective import Objective, seed_weights
+from mapet_ds.objectives.saim import SAIM
+from mapet_ds.targets.features import TeacherFeatures, pixels_or_features
+from mapet_ds.targets.momentum import MomentumTeacher
+from mapet_ds.targets.target import Target
+from mapet_ds.targets.token_ids import token_ids
+
+METHODS = {
+    # name: (objective, target)
+    "mapet": (MaPeT, token_ids),
+    "beit": (BEiT, token_ids),
+    "mvp": (MVP, TeacherFeatures),
+    "saim": (SAIM, pixels_or_features),
+    "conmim": (ConMIM, MomentumTeacher),
+}
+
+
+def build_objective(config: Config, target_dim: int) -> Objective:
+    """The configured objective, initialised from the run's seed: equal on every rank.
+
+    target_dim: what its target has for each patch, a number of token ids or the width of a vector.
+    """
+    seed_weights(config.seed)
+    return METHODS[config.objective][0](config, target_dim)
+
+
+def build_target(config: Config, device: torch.device) -> Target:
+    """The target of the configured objective. Every rank must call it."""
+    return METHODS[config.objective][1](config, device)

@@ -1,0 +1,83 @@
+"""What an objective is, and what several of them share: initial weights, means, the loss of token ids."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mapet_ds.config.sections import LOGITS
+from mapet_ds.data.batch import Draw
+from mapet_ds.draws import Purpose, uniforms
+
+
+class Loss(NamedTuple):
+    """What a forward gives: a mean per image first, then over images, so that no split of a batch changes it."""
+
+    loss: Tensor
+    """Scalar with gradient."""
+    metrics: dict[str, Tensor]
+    """Detached device scalars; reading them makes the host wait."""
+    prediction: Tensor | None = None
+    """For token targets: predicted ids, long [B, L] in raster order, -1 where nothing is predicted; for classes: float [B,
+    classes], logits."""
+
+
+class Objective(nn.Module):
+    """A module that owns the student, hides patches from it and returns the loss of what it predicts for them."""
+
+    vit: VisionTransformer
+
+    def draw(self, step: int, first_slot: int, slots: int) -> Draw:
+        """The draw of consecutive slots of a step, on the CPU. A thread calls it ahead of the step."""
+        raise NotImplementedError
+
+    def forward(self, images: Tensor, target: Tensor, draw: Draw) -> Loss:
+        """images [B, 3, S, S]; target [B, L] or [B, L, C] in raster order; the draw of these images."""
+        raise NotImplementedError
+
+
+def seed_weights(seed: int) -> None:
+    """Set torch's generator for the initial weights of a run."""
+    torch.manual_seed(int(uniforms(seed, Purpose.INITIALISATION, 0, 0, 1, 1)[0, 0] * 2**53))
+
+
+def depth_uniforms(seed: int, step: int, first_slot: int, slots: int, depth: int) -> Tensor:
+    """float32 [slots, 2 * depth] for Draw.keep."""
+    return torch.from_numpy(uniforms(seed, Purpose.DEPTH, step, first_slot, slots, 2 * depth)).float()
+
+
+def mean_of(values: Tensor, valid: Tensor) -> Tensor:
+    """Mean over the valid rows of each image [B, n], then over images."""
+    return ((values * valid).sum(dim=1) / valid.sum(dim=1)).mean()
+
+
+def rank_quarters(losses: Tensor) -> dict[str, Tensor]:
+    """Mean of each quarter of losses [B, n] in rank order, as loss_rank_quarter_1 (least context) .. 4."""
+    quarters = losses.detach().tensor_split(4, dim=1)
+    return {f"loss_rank_quarter_{i}": quarter.mean() for i, quarter in enumerate(quarters, start=1)}
+
+
+def token_losses(head: nn.Module, x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy [B, n] of the head's logits of rows x [B, n, D] at ids [B, n], fp32 or wider; and the likeliest ids.
+
+    Never more than LOGITS logits are held: beyond that, images are taken in groups whose logits the backward pass makes
+    anew, one more product with the head.
+    """
+
+    def score(x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        logits = head(x)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # bf16 can't tell 8192 logits apart
+        losses = F.cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="none").view(ids.shape)
+        return losses, logits.detach().argmax(dim=-1)
+
+    images = max(1, LOGITS // (ids.shape[1] * head.out_features))
+    if images >= len(x):
+        return score(x, ids)
+    parts = [checkpoint(score, *part, use_reentrant=False) for part in zip(x.split(images), ids.split(images), strict=True)]
+    losses, predicted = (torch.cat(part) for part in zip(*parts, strict=True))
+    return losses, predicted

@@ -1,0 +1,61 @@
+"""Vectors as targets: the frozen CLIP's features, or the student's own blurred pixels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mapet_ds.config.sections import Config
+from mapet_ds.data.batch import Batch, View
+from mapet_ds.targets.target import Constant, Target
+from mapet_ds.targets.teacher import build_teacher, teacher_mean_std
+
+
+class TeacherFeatures(Constant):
+    """The frozen CLIP's own patch features [B, L, C], in its precision, of the same crop as the student's view."""
+
+    def __init__(self, config: Config, device: torch.device) -> None:
+        self.teacher = build_teacher(config.teacher, device, config.train.compile)
+        self.teacher.check_grid(config.grid)
+        self.dim, self.ahead = self.teacher.embed_dim, config.teacher.ahead
+        self.teacher_view = View(config.teacher.img_size, *teacher_mean_std(config.teacher))
+        self.identity = {"teacher": self.teacher.identity, "dtype": str(self.teacher.dtype)}
+
+    def __call__(self, batch: Batch) -> Tensor:
+        return self.teacher(batch.teacher_images)
+
+
+class Pixels(Constant):
+    """The student's own view, blurred, in patches of mean 0 and variance 1: float32 [B, L, 3 * patch_size ** 2].
+
+    The blur is a 9 x 9 Gaussian with a sigma of one pixel on the normalised image, which is zero beyond its border. Values
+    of a patch run over rows, columns, channels.
+
+    Source: SAIM, arXiv 2212.01610, released settings.
+    """
+
+    teacher_view = None
+
+    def __init__(self, config: Config, device: torch.device) -> None:
+        self.patch = config.model.patch_size
+        self.dim = 3 * self.patch**2
+        self.identity: dict[str, Any] = {}
+        line = torch.exp(-torch.arange(-4.0, 5.0, device=device).square() / 2)
+        kernel = torch.outer(line, line)
+        self.kernel = (kernel / kernel.sum()).expand(3, 1, 9, 9)
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch) -> Tensor:
+        image = F.conv2d(batch.images, self.kernel, padding=4, groups=3)
+        patches = F.pixel_unshuffle(image, self.patch).unflatten(1, (3, -1)).flatten(3)  # [B, 3, rows and columns, L]
+        patches = patches.permute(0, 3, 2, 1).flatten(2)
+        variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
+        return (patches - mean) * (variance + 1e-6).rsqrt()
+
+
+def pixels_or_features(config: Config, device: torch.device) -> Target:
+    """SAIM's target, as saim.target says."""
+    return (Pixels if config.saim.target == "pixels" else TeacherFeatures)(config, device)

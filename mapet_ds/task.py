@@ -1,0 +1,121 @@
+"""What a run trains: a Task says it, and the loop of run.py asks. Pre-training is here, fine-tuning in finetuning/task.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from mapet_ds.config.sections import Config
+from mapet_ds.data.batch import Batch
+from mapet_ds.data.index import Index, open_index
+from mapet_ds.data.loader import Loader
+from mapet_ds.launch import Ranks
+from mapet_ds.methods import build_objective, build_target
+from mapet_ds.objectives.objective import Loss, Objective
+from mapet_ds.results.init_from import begin_from
+from mapet_ds.results.online_probe import OnlineProbe
+from mapet_ds.targets.target import Target
+from mapet_ds.training.engine import student_weights
+from mapet_ds.training.metrics import token_picture
+from mapet_ds.training.optim import parameter_groups
+
+
+class BatchLoader(Protocol):
+    """An endless iterator of this rank's micro-batches, each with its place and its draw."""
+
+    def __next__(self) -> Any: ...
+
+    def new_bad(self) -> list[tuple[int, str]]:
+        """(index, reason) of the images that this rank found unreadable since it was last asked."""
+
+    def close(self) -> None:
+        """End the workers."""
+
+
+class Task(Protocol):
+    """Data, target and objective of a run, and what comes of it. Every rank must build one and call its methods alike."""
+
+    index: Index
+    """The images that the run learns from."""
+    target: Target
+    objective: Objective
+    """With its first weights, on the CPU."""
+    evaluate_every_epochs: float | None
+    """Epochs from one evaluation to the next; None: there is none."""
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """AdamW's groups of the objective's parameters; a group may have an `lr_scale`."""
+
+    def begin(self) -> str | None:
+        """Put the weights that a new run begins from into objective and target; gives the sha256 of their file."""
+
+    def loader(self, step: int, bad: Collection[int]) -> BatchLoader:
+        """This rank's micro-batches from a step on, without the images that are known to be bad."""
+
+    def evaluate(self, engine: Any, doing: Callable[[str], None]) -> dict[str, float]:
+        """Figures of the present weights; `doing` is told what goes on. The host waits for the GPU."""
+
+    def picture(self, step: int, batch: Any, target: Tensor, loss: Loss) -> Tensor | None:
+        """[3, H, W] in [0, 1] of a micro-batch of the step before `step`, on rank 0 where one is due; else None."""
+
+    def hand_over(self, last_step: int) -> str:
+        """What rank 0 writes when all steps are done and saved, and the sentence about it."""
+
+
+class Pretraining:
+    """A Task: an objective predicts a target of images without labels.
+
+    Raises:
+        UserError: images, teacher, tokenizer or sizes that the user can correct.
+    """
+
+    def __init__(self, config: Config, ranks: Ranks) -> None:
+        self.config, self.ranks, self.folder = config, ranks, Path(config.run_dir)
+        self.index = ranks.first_then_all(lambda: open_index(config.data.train, self.folder / "index"))
+        self.probe, self.evaluate_every_epochs = None, None
+        if config.evaluate.train:
+            self.probe = OnlineProbe(config, self.index, self.folder, ranks)
+            self.evaluate_every_epochs = config.evaluate.every_epochs
+        self.target = build_target(config, ranks.device)
+        self.objective = build_objective(config, self.target.dim)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        return parameter_groups(self.objective, self.config.optim.weight_decay)
+
+    def begin(self) -> str | None:
+        """See Task. A momentum teacher begins from the same weights."""
+        if self.config.model.init_from is None:
+            return None
+        sha256, notes = begin_from(self.objective.vit, self.config)
+        if self.target.state_dict():
+            self.target.load_state_dict(self.objective.state_dict())
+        if self.ranks.rank == 0:
+            says = [f"Beginning from {self.config.model.init_from}, sha256 {sha256[:12]}", *notes]
+            print("; ".join(says) + ".", flush=True)
+        return sha256
+
+    def loader(self, step: int, bad: Collection[int]) -> Loader:
+        return Loader(
+            self.config, self.index, student=True, teacher=self.target.teacher_view, rank=self.ranks.rank,
+            world_size=self.ranks.world_size, local_rank=self.ranks.local_rank, first_step=step, bad=bad,
+            draw=self.objective.draw,
+        )  # fmt: skip
+
+    def evaluate(self, engine: Any, doing: Callable[[str], None]) -> dict[str, float]:
+        """See Task. The ViT that an export would take is judged: a momentum teacher's, else the student's."""
+        assert self.probe is not None
+        averaged = {name: tensor for name, tensor in self.target.state_dict().items() if name.startswith("vit.")}
+        return self.probe(averaged.items() or student_weights(engine), doing)
+
+    def picture(self, step: int, batch: Batch, target: Tensor, loss: Loss) -> Tensor | None:
+        """See Task. Views stand beside their token maps and the predicted ones."""
+        every = self.config.log.images_every_steps
+        if self.ranks.rank != 0 or not every or step % every:
+            return None
+        return token_picture(self.config, batch.images, target, loss.prediction)
+
+    def hand_over(self, last_step: int) -> str:
+        return f"To timm: python tools/export_timm.py {self.folder} OUT"

@@ -1,0 +1,129 @@
+"""The command line of a training program: settings and DeepSpeed JSON, checked before torch is imported."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+from mapet_ds.config.engine import load_deepspeed_config
+from mapet_ds.config.finetune import FinetuneConfig
+from mapet_ds.config.knobs import describe, known_keys
+from mapet_ds.config.recipe import load_config
+from mapet_ds.config.rules import check, check_finetune, refuse_broken
+from mapet_ds.config.sections import Config, RunConfig, TokenizerConfig
+from mapet_ds.data.stored_ids import StoredIds, check_storable
+from mapet_ds.errors import ConfigError
+from mapet_ds.launchers import ancestors, check_hostfile
+
+
+def check_tokenizer_file(tokenizer: TokenizerConfig) -> None:
+    """Refuse a tokenizer whose file isn't there.
+
+    Raises:
+        ConfigError: no file at tokenizer.path.
+    """
+    writes = {"kclip": "tools/fit_codebook.py writes it", "vqkd": "BEiT v2 publishes it"}.get(tokenizer.name)
+    if writes and not Path(tokenizer.path).is_file():
+        found = "is empty" if not tokenizer.path else f"= {tokenizer.path} is not a file"
+        raise ConfigError(f"tokenizer.path {found}: name the file that the {tokenizer.name} tokenizer reads; {writes}.")
+
+
+def check_run_dir(config: RunConfig) -> None:
+    """Refuse a run whose folder can't be used, as far as a look at the path tells. Every rank may call it.
+
+    Raises:
+        ConfigError: run_dir can't be made or written.
+    """
+    folder = Path(os.path.abspath(config.run_dir))
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        why = "may not be written" if there.is_dir() else "is not a folder"
+        raise ConfigError(f"run_dir = {config.run_dir} can't be used: {there} {why}.")
+
+
+def check_files(config: Config) -> None:
+    """Refuse a run whose codebook, ids, first weights or folder can't be used, as far as a look at the paths tells.
+
+    Weights to begin from matter only where the run starts. Every rank may call it.
+
+    Raises:
+        ConfigError: no file at tokenizer.path, no ids of this recipe at tokenizer.ids, no weights at model.init_from, or
+            a run_dir that can't be made or written.
+    """
+    if not any((Path(config.run_dir) / "checkpoints").glob("step_*")):
+        refuse_broken(config.model.init_rules())
+    if config.method.predicts_ids and config.tokenizer.ids:
+        check_storable(config)
+        StoredIds(config.tokenizer.ids).check(config)
+    elif config.method.predicts_ids:
+        check_tokenizer_file(config.tokenizer)
+    check_run_dir(config)
+
+
+class Command(NamedTuple):
+    """The settings that a training program takes, and what it refuses before torch is imported."""
+
+    settings: type[RunConfig]
+    check: Callable[[Any, int], None]
+    """Of settings against each other and the number of ranks."""
+    check_files: Callable[[Any], None]
+
+
+PRETRAINING = Command(Config, check, check_files)
+FINETUNING = Command(FinetuneConfig, check_finetune, check_run_dir)
+
+
+class _ShowKnobs(argparse.Action):
+    """--knobs [SECTION]: print the knobs and end."""
+
+    def __init__(self, *args: Any, settings: type[RunConfig], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.settings = settings
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> NoReturn:
+        text = describe(self.settings, values)
+        if not text:
+            sections = ", ".join(dict.fromkeys(key.partition(".")[0] for key in known_keys(self.settings)))
+            parser.exit(2, f"--knobs {values}: there is no such section or knob; there are {sections}.\n")
+        print(text)
+        parser.exit(0)
+
+
+def parse_command_line(argv: list[str], description: str | None, command: Command) -> tuple[Any, dict[str, Any]]:
+    """Settings and DeepSpeed JSON of a training command; a mistake ends the program with code 2 and a sentence.
+
+    Takes what the launchers pass: `--local_rank` from deepspeed, the world size from the environment.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, metavar="YAML", help="a recipe, e.g. mapet_ds/recipes/mapet_vitb16.yaml")
+    parser.add_argument("--deepspeed_config", required=True, metavar="JSON", help="engine knobs, e.g. ds_configs/zero2.json")
+    parser.add_argument("--check", action="store_true", help="check settings, files and folders, say so and end")
+    parser.add_argument(
+        "--knobs", nargs="?", const="", action=_ShowKnobs, settings=command.settings, metavar="SECTION",
+        help="list the knobs, or those of a section, and end",
+    )  # fmt: skip
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="settings that replace the recipe's")
+    arguments = parser.parse_intermixed_args(argv)
+    try:
+        check_hostfile(ancestors())
+        config = load_config(arguments.config, arguments.overrides, command.settings)
+        # A check without a launcher takes the number of ranks from the recipe, where it has one.
+        alone = config.train.world_size if arguments.check else None
+        world_size = int(os.environ.get("WORLD_SIZE") or alone or 1)
+        command.check(config, world_size)
+        engine_config = load_deepspeed_config(arguments.deepspeed_config)
+        command.check_files(config)
+    except ConfigError as error:
+        refuse(parser, error)
+    if arguments.check:
+        parser.exit(0, f"Settings, files and folders are sound for {world_size} ranks. Nothing was started.\n")
+    return config, engine_config
+
+
+def refuse(parser: argparse.ArgumentParser, error: ConfigError) -> NoReturn:
+    """End the program with code 2 and the sentence, which one rank of each host says."""
+    parser.exit(2, f"{error}\n" if os.environ.get("LOCAL_RANK", "0") == "0" else None)

@@ -1,0 +1,43 @@
+"""What a run writes about itself at its start: its settings, and what ran them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from importlib.metadata import distributions
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mapet_ds.config.sections import REPOSITORY, RunConfig
+from mapet_ds.files import write_whole
+
+PACKAGES = ("torch", "deepspeed", "timm", "open_clip_torch", "nvidia-dali-cuda130", "faiss-gpu", "numpy", "pillow")
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of what results depend on."""
+    return {d.name: d.version for d in distributions() if d.name in PACKAGES}
+
+
+def _git(*arguments: str) -> str | None:
+    """What git says of the repository; None where there is no git."""
+    try:
+        return subprocess.run(["git", *arguments], cwd=REPOSITORY, capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:
+        return None
+
+
+def write_record(config: RunConfig, engine_config: dict[str, Any], folder: Path) -> None:
+    """Write the resolved settings (config.yaml) and what ran them (environment.json)."""
+    write_whole(folder / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
+    environment = {
+        "command": sys.argv,
+        "deepspeed_config": engine_config,
+        "git": {"commit": _git("rev-parse", "HEAD"), "changed": (_git("status", "--porcelain") or "").splitlines()},
+        "python": sys.version,
+        "versions": versions(),
+    }
+    write_whole(folder / "environment.json", json.dumps(environment, indent=1))
