@@ -13,6 +13,8 @@ from mapet_ds.config.recipe import known_keys, load_config
 from mapet_ds.config.sections import REPOSITORY, Config
 
 DOCUMENTS = [*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md")]
+SHOWN = ("README.md", "docs/results.md", "docs/data.md", "docs/cluster.md", "docs/faq.md", "docs/tutorial.md")
+"""Documents whose commands are tried."""
 
 
 def commands(name):
@@ -24,7 +26,7 @@ def commands(name):
     return [shlex.split(line, comments=True) for line in lines if program.match(line)]
 
 
-COMMANDS = [words for name in ("README.md", "docs/cluster.md", "docs/faq.md", "docs/tutorial.md") for words in commands(name)]
+COMMANDS = [words for name in SHOWN for words in commands(name)]
 
 
 def test_there_are_commands():
@@ -48,13 +50,13 @@ PROGRAMS = sorted({word for words in COMMANDS for word in words if word.startswi
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_programs_know_the_options_that_the_documents_give_them(program):
-    done = subprocess.run([sys.executable, program, "--help"], cwd=REPOSITORY, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    known = done.stdout
-    if program == "tools/evaluate.py":
-        known += subprocess.run([sys.executable, program, "knn", "--help"], cwd=REPOSITORY, capture_output=True, text=True).stdout
-    given = {w for words in COMMANDS if program in words for w in words[words.index(program) :] if w.startswith("--")}
-    assert {option for option in given if option not in known} == set()
+    uses = [words[words.index(program) + 1 :] for words in COMMANDS if program in words]
+    for probe in {words[0] for words in uses} if program == "tools/evaluate.py" else {""}:
+        arguments = [program, probe, "--help"] if probe else [program, "--help"]
+        done = subprocess.run([sys.executable, *arguments], cwd=REPOSITORY, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        given = {word for words in uses if probe in ("", words[0]) for word in words if word.startswith("--")}
+        assert {option for option in given if option not in done.stdout} == set()
 
 
 @pytest.mark.parametrize("target", sorted({words[1] for words in COMMANDS if words[0] == "make"}))
