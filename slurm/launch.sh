@@ -1,13 +1,20 @@
 #!/bin/bash
-# The body of the SLURM scripts: hostfile from the allocation, codebook and ids if there are none, training, and what follows.
-# Needs RECIPE, DATA and RUN_DIR in the environment; CODEBOOK and ENGINE have defaults. Arguments are overrides, a.b=value.
+# This is the body of the SLURM scripts. It writes the hostfile from the allocation, makes codebook
+# and ids if there are none, trains, and requeues the job where it must.
 #
-# Training stops in order when SLURM warns of the time limit (USR1) or takes the nodes away (TERM): RUN_DIR/STOP makes the
-# ranks save and leave, and the job is queued again unless SLURM is ending it already. RUN_DIR/DONE, written by the trainer
-# after its last step, is the proof of success; the launcher's exit code is not, since deepspeed returns 0 for some failures.
+# It needs RECIPE, DATA and RUN_DIR in the environment; CODEBOOK and ENGINE have defaults. Arguments
+# are overrides, a.b=value.
+#
+# Training stops in order when SLURM warns of the time limit (USR1) or takes the nodes away (TERM).
+# RUN_DIR/STOP makes the ranks save and leave, and the job is queued again unless SLURM is ending it
+# already.
+#
+# The trainer writes RUN_DIR/DONE after its last step: that is the proof of success. The launcher's
+# exit code proves nothing, since deepspeed returns 0 for some failures.
 set -euo pipefail
 
-# Bash reads a script as it goes: in a function, one that is edited while the job runs stays what it was.
+# Bash reads a script as it goes. In a function, a script that is edited while the job runs stays
+# what it was.
 main() {
     : "${RECIPE:?is set by slurm/pretrain_*.sh}"
     : "${DATA:?name the folder of images or shards: DATA=/data/imagenet/train sbatch ...}"
@@ -17,7 +24,7 @@ main() {
     mkdir -p "$RUN_DIR"
     rm -f "$RUN_DIR/DONE" "$RUN_DIR/STOP"
 
-    # Hosts.
+    # The hosts, and how the launcher reaches them.
     gpus=${SLURM_GPUS_ON_NODE:?no GPUs are allocated: the script needs --gpus-per-node}
     hostfile=$RUN_DIR/hostfile
     scontrol show hostnames "$SLURM_JOB_NODELIST" | sed "s/\$/ slots=$gpus/" >"$hostfile"
@@ -31,7 +38,7 @@ main() {
         exit 2
     fi
 
-    # The site's variables: here, and on every host through the file that deepspeed reads.
+    # The site's variables are set here, and on every host through the file that deepspeed reads.
     # shellcheck source=slurm/cluster.env.sh
     source slurm/cluster.env.sh
     export DS_ENV_FILE
@@ -39,7 +46,8 @@ main() {
     sed -n 's/^export \([A-Za-z_][A-Za-z0-9_]*\)=.*/\1/p' slurm/cluster.env.sh |
         while read -r name; do echo "$name=${!name}"; done >"$DS_ENV_FILE"
 
-    # Stop and requeue. STOP is touched again and again, because ranks that are still starting remove an old one.
+    # Stop and requeue. STOP is touched again and again, because ranks that are still starting
+    # remove an old one.
     child='' stopping='' preparing=''
     # shellcheck disable=SC2317 # called by a trap
     ask_to_stop() {
@@ -56,13 +64,14 @@ main() {
     trap ask_to_stop USR1 TERM
     trap leave EXIT
 
-    # A preemption sends TERM to every process of the job, and deepspeed would die of it, or kill the ranks, while they save.
+    # A preemption sends TERM to every process of the job. deepspeed would die of it, or kill the
+    # ranks, while they save.
     without_term='
 import os, signal, sys
 signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
 os.execvp(sys.argv[1], sys.argv[1:])'
 
-    # Runs a command in the background, since bash takes signals only while it waits.
+    # Run a command in the background, since bash takes signals only while it waits.
     code=0
     launch() {
         "$@" &

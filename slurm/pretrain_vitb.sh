@@ -1,12 +1,17 @@
 #!/bin/bash
-# MaPeT, ViT-B/16, on SLURM. Submit from the repository's root, with the environment active in which `deepspeed` runs:
+# MaPeT, ViT-B/16, on SLURM. Submit it from the repository's root, with the environment active in
+# which `deepspeed` runs:
 #
 #   DATA=/data/imagenet/train RUN_DIR=/runs/vitb16 sbatch slurm/pretrain_vitb.sh [a.b=value ...]
 #
-# RUN_DIR is on a disk that all nodes share. CODEBOOK names a codebook to use; without one it is fitted first and kept in
-# RUN_DIR. ENGINE names another DeepSpeed JSON than ds_configs/zero2.json. The job queues itself again until it is done.
+# RUN_DIR is on a disk that all nodes share. CODEBOOK names a codebook to use; without it, the job
+# fits one first and keeps it in RUN_DIR. ENGINE names another DeepSpeed JSON than
+# ds_configs/zero2.json.
+#
+# The job queues itself again until it is done.
 # Nodes x GPUs x train.micro_batch_size (128 here) must divide the batch of 2048.
-# Proven on a SLURM of one machine (docs/reliability.md), not yet on a real cluster.
+#
+# This is proven on a SLURM of one machine (docs/reliability.md), not yet on a real cluster.
 #SBATCH --job-name=mapet_vitb
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
