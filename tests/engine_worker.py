@@ -21,6 +21,7 @@ from mapet_ds.config.sections import OptimConfig, TrainConfig
 from mapet_ds.draws import first_slot
 from mapet_ds.methods import build_objective
 from mapet_ds.training.engine import build_engine, gather_state, scatter_state, set_learning_rate
+from mapet_ds.training.optim import parameter_groups
 
 GLOBAL_BATCH = 8
 objectives.LOGITS = 1  # one image at a time: the head is called several times, and once more each in the backward pass
@@ -54,7 +55,9 @@ class Trainer:
         config = tiny_config(train=train, optim=OptimConfig(lr=5e-3, adamw=adamw, clip_grad=1.0))
         self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if "cuda" in case else torch.device("cpu")
         objective = build_objective(config, config.tokenizer.vocab_size)
-        self.engine = build_engine(objective, config, engine_config(case), world, self.device)
+        self.engine = build_engine(
+            objective, parameter_groups(objective, 0.05), config, engine_config(case), world, self.device
+        )
 
     def train(self, first, last):
         losses = []

@@ -19,16 +19,16 @@ from mapet_ds.config.finetune import ClassifierConfig, FinetuneConfig
 from mapet_ds.config.recipe import load_config
 from mapet_ds.config.rules import check_finetune
 from mapet_ds.config.sections import REPOSITORY
+from mapet_ds.data.batch import Draw
 from mapet_ds.data.index import open_index
 from mapet_ds.data.labelled import check_classes, served
-from mapet_ds.draws import first_slot
 from mapet_ds.errors import ConfigError, DataError
 from mapet_ds.finetuning.classifier import AveragedLabels, Classifier, build_model
 from mapet_ds.finetuning.loader import TrainBatches, TrainLoader, train_transform
 from mapet_ds.launch import Ranks
 from mapet_ds.results.export import export_timm
 from mapet_ds.training.engine import set_learning_rate
-from mapet_ds.training.optim import parameter_groups
+from mapet_ds.training.optim import layerwise_groups
 
 DATA = {"input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3}
 RANKS = Ranks(0, 0, 1, torch.device("cpu"), None)
@@ -59,6 +59,10 @@ def config(folder, tmp_path):
     return build
 
 
+def nothing_drawn(step, first_slot, slots):
+    return Draw(mask=None, order=None, keep=torch.zeros(slots, 0))
+
+
 def global_batch(config, index, step, world_size):
     """Images, targets and indices of a step by slot, whatever ranks and micro-batches they fall to."""
     slots = {}
@@ -67,7 +71,8 @@ def global_batch(config, index, step, world_size):
         accum = config.grad_accum_steps(world_size)
         for micro in reversed(range(accum)):  # in another order than a run
             batch = dataset[step * accum + micro]
-            first = first_slot(micro, rank, world_size, config.train.micro_batch_size)
+            assert batch.place == config.place(step * accum + micro, rank, world_size)
+            first = batch.place.first_slot
             for i, sample in enumerate(zip(batch.images, batch.target, batch.index)):
                 slots[first + i] = sample
     return [torch.stack(column) for column in zip(*(slots[slot] for slot in range(config.train.global_batch_size)))]
@@ -99,7 +104,7 @@ def test_too_many_unreadable_images_stop_the_run(config, tmp_path):
     for path in sorted((tmp_path / "spoilt").rglob("*.png"))[:2]:
         path.write_bytes(path.read_bytes()[:-30])
     index = open_index(tmp_path / "spoilt", tmp_path / "index")
-    loader = TrainLoader(config(), index, train_transform(config().data, DATA), RANKS, 0, ())
+    loader = TrainLoader(config(), index, train_transform(config().data, DATA), RANKS, 0, (), nothing_drawn)
     with pytest.raises(DataError, match="^Unreadable images: at least 2 of 6"):
         next(loader)
 
@@ -109,7 +114,7 @@ def test_an_unreadable_image_is_reported_once(config, folder, tmp_path):
     path = tmp_path / "spoilt/b/001.png"
     path.write_bytes(path.read_bytes()[:-30])
     index = open_index(tmp_path / "spoilt", tmp_path / "index")
-    loader = TrainLoader(config(), index, train_transform(config().data, DATA), RANKS, 0, ())
+    loader = TrainLoader(config(), index, train_transform(config().data, DATA), RANKS, 0, (), nothing_drawn)
     served_indices = [int(i) for _ in range(6) for i in next(loader).index]  # four epochs
     (bad,) = loader.new_bad()
     assert index.path(bad[0]) == str(path) and bad[1] == "cut off"
@@ -169,7 +174,7 @@ def test_layers_learn_at_the_rates_of_a_table(config):
     given = config("optim.layer_decay=0.7", "optim.weight_decay=0.05")
     classifier = Classifier(given, 3)
     names = {parameter: name for name, parameter in classifier.vit.named_parameters()}
-    groups = parameter_groups(classifier, given.optim)
+    groups = layerwise_groups(classifier.vit, 0.05, given.optim.layer_decay)
     set_learning_rate(SimpleNamespace(optimizer=SimpleNamespace(param_groups=groups)), 2.0)
     found = {names[p]: (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
     assert len(found) == len(names)
@@ -233,7 +238,7 @@ def test_another_architecture_of_timm_learns_as_well(config, tmp_path):
     images, target, draw = torch.randn(4, 3, 32, 32), torch.full((4, 3), 1 / 3), classifier.draw(0, 0, 4)
     assert draw.keep.shape == (4, 2), "the first block drops nothing"
     classifier(images, target, draw).loss.backward()
-    scales = {group["lr_scale"] for group in parameter_groups(classifier, given.optim)}
+    scales = {group["lr_scale"] for group in layerwise_groups(classifier.vit, 0.05, given.optim.layer_decay)}
     assert scales == {1, 0.5, 0.25, 0.125}
 
 
@@ -250,7 +255,7 @@ def test_a_head_for_as_many_classes_is_kept(folder, tmp_path):
     ("model", "says"),
     [
         ({"path": "{}/timm/model.safetensors", "name": "vit_tiny_patch16_224"}, "is of another architecture than vit_tiny"),
-        ({"path": "{}/timm/config.json"}, "config.json holds no weights that can be read"),
+        ({"path": "{}/timm/config.json"}, "config.json can't be read as plain tensors"),
         ({"path": "{}/train"}, "timm can't build local-dir:.*train"),
         ({"name": "vit_tinny", "untrained": True}, "timm can't build vit_tinny"),
         ({"name": "resnet18", "untrained": True}, "ResNet has a state beside its parameters"),

@@ -15,7 +15,7 @@ from mapet_ds.config.sections import REPOSITORY, TeacherConfig
 from mapet_ds.cost import SIZES, student, target, target_dim, tower, vit_of
 from mapet_ds.data.batch import Draw
 from mapet_ds.errors import ConfigError
-from mapet_ds.methods import OBJECTIVES, build_objective
+from mapet_ds.methods import METHODS, build_objective
 from mapet_ds.targets.teacher import Teacher, _build_tower, teacher_model_config
 
 RECIPES = sorted(path.stem for path in (REPOSITORY / "mapet_ds/recipes").glob("[!f]*_vitb16.yaml"))  # not fine-tuning's
@@ -95,7 +95,7 @@ def test_parameters_and_flops_are_those_of_the_modules(name):
 
 
 def test_every_objective_has_a_recipe():
-    assert {recipe(name).objective for name in RECIPES} == set(OBJECTIVES)
+    assert {recipe(name).objective for name in RECIPES} == set(METHODS)
 
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])

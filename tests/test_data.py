@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import images
@@ -23,7 +24,7 @@ from mapet_ds.config.sections import (
     StrongViewConfig,
     TrainConfig,
 )
-from mapet_ds.data.batch import Batch, View
+from mapet_ds.data.batch import Batch, Draw, View
 from mapet_ds.data.index import Index, open_index
 from mapet_ds.data.loader import ALONE_LIMIT, Loader
 from mapet_ds.data.samples import (
@@ -67,14 +68,20 @@ def global_batches(config: Config, index: Index, steps: int, world_size: int, **
     ranks = [load(config, index, steps, rank, world_size, **options) for rank in range(world_size)]
     micro = [batch for batches in zip(*ranks, strict=True) for batch in batches]
     parts = config.grad_accum_steps(world_size) * world_size
-    return [Batch(*map(torch.cat, zip(*micro[i : i + parts], strict=True))) for i in range(0, len(micro), parts)]
+    return [joined(micro[i : i + parts]) for i in range(0, len(micro), parts)]
+
+
+def joined(parts: list[Batch]) -> Batch:
+    columns = zip(*((part.images, part.teacher_images, part.index) for part in parts), strict=True)
+    return Batch(*map(torch.cat, columns), place=parts[0].place)
 
 
 def assert_same(first: list[Batch], second: list[Batch]) -> None:
     assert len(first) == len(second)
     for one, other in zip(first, second, strict=True):
-        for name, a, b in zip(Batch._fields, one, other, strict=True):
-            assert torch.equal(a, b), name
+        assert one.place == other.place
+        for name in ("images", "teacher_images", "index"):
+            assert torch.equal(getattr(one, name), getattr(other, name)), name
 
 
 def make_index(folder: Path, files: dict[str, bytes]) -> Index:
@@ -102,17 +109,34 @@ def test_no_split_changes_a_batch(photos, micro, world_size, workers):
     assert_same(split, whole)
 
 
-def test_each_image_comes_once_an_epoch_with_its_label(photos):
+def test_each_image_comes_once_an_epoch(photos):
     batches = load(settings(10), photos, 7, teacher=None)
     order = torch.cat([batch.index for batch in batches])
     for epoch in range(3):
         assert sorted(order[23 * epoch : 23 * (epoch + 1)].tolist()) == list(range(23))
     assert order[:23].tolist() != order[23:46].tolist()
-    labels = torch.cat([batch.label for batch in batches]).tolist()
-    assert labels == [photos.label(i) for i in order.tolist()]
-    assert order.dtype == torch.long and batches[0].label.dtype == torch.long
+    assert order.dtype == torch.long
     other_seed = dataclasses.replace(settings(10), seed=1)
     assert load(other_seed, photos, 1, teacher=None)[0].index.tolist() != order[:10].tolist()
+
+
+def test_a_batch_brings_its_place_and_its_draw(photos):
+    """Drawn ahead by a thread, whatever the step it begins at; the main thread draws nothing."""
+    threads = set()
+
+    def draw(step: int, first_slot: int, slots: int) -> Draw:
+        threads.add(threading.current_thread().name)
+        keep = torch.full((slots, 1), float(100 * step + first_slot))
+        return Draw(mask=None, order=None, keep=keep)
+
+    config = settings(12, 3)
+    for first_step in (0, 3):
+        batches = load(config, photos, 2, rank=1, world_size=2, first_step=first_step, draw=draw)
+        places = [(first_step, 3), (first_step, 9), (first_step + 1, 3), (first_step + 1, 9)]
+        assert [batch.place for batch in batches] == places
+        assert [batch.draw.keep.tolist() for batch in batches] == [[[100.0 * step + slot]] * 3 for step, slot in places]
+    assert len(threads) == 1 and threading.main_thread().name not in threads
+    assert load(config, photos, 1)[0].draw is None
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -178,7 +202,7 @@ def test_batches_kept_are_not_overwritten(photos):
     config = settings(8, **RANDOM)
     loader = Loader(config, photos, student=True, teacher=TEACHER, rank=0, world_size=1, local_rank=0)
     kept = [next(loader) for _ in range(8)]
-    copies = [Batch(*(part.clone() for part in batch)) for batch in kept]
+    copies = [joined([batch]) for batch in kept]
     for _ in range(8):
         next(loader)
     loader.close()

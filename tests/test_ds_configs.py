@@ -46,6 +46,7 @@ import torch, torch.distributed as dist
 from mapet_ds.config.engine import load_deepspeed_config
 from mapet_ds.config.recipe import load_config
 from mapet_ds.training.engine import build_engine
+from mapet_ds.training.optim import parameter_groups
 from mapet_ds.launch import init_distributed
 from mapet_ds.methods import build_objective
 
@@ -55,7 +56,9 @@ facts = {}
 for path in sys.argv[2:]:
     torch.manual_seed(0)
     objective = build_objective(config, config.tokenizer.vocab_size)
-    engine = build_engine(objective, config, load_deepspeed_config(path), 1, torch.device("cpu"))
+    engine = build_engine(
+        objective, parameter_groups(objective, 0.05), config, load_deepspeed_config(path), 1, torch.device("cpu")
+    )
     dtype, accumulate = engine.get_data_types()
     ids = torch.arange(4 * config.num_patches).view(4, -1) % config.tokenizer.vocab_size
     losses = []

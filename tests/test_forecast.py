@@ -23,6 +23,7 @@ warnings.filterwarnings("ignore")
 import torch, torch.distributed as dist
 from mapet_ds.config.engine import load_deepspeed_config
 from mapet_ds.training.engine import build_engine
+from mapet_ds.training.optim import parameter_groups
 from mapet_ds.launch import init_distributed
 from mapet_ds.methods import build_objective
 from mapet_ds.config.recipe import load_config
@@ -53,7 +54,9 @@ for path in sys.argv[2:]:
     others = set(live(objective)) - set(storages(*objective.parameters()))
     engine_config = load_deepspeed_config(path)
     engine_config["zero_optimization"]["reduce_bucket_size"] = BUCKET
-    engine = build_engine(objective, config, engine_config, ranks.world_size, torch.device("cpu"))
+    engine = build_engine(
+        objective, parameter_groups(objective, 0.05), config, engine_config, ranks.world_size, torch.device("cpu")
+    )
     dtype, _ = engine.get_data_types()
     ids, noted = torch.zeros(2, config.num_patches, dtype=torch.long), []
     for micro_step in range(4):

@@ -151,7 +151,7 @@ def test_a_file_is_refused_whole(tmp_path):
         ({"blocks.1.attn.proj.weight": torch.ones(32, 31)}, "blocks.1.attn.proj.weight is (32, 31), the model's (32, 32)"),
         ({"mystery": torch.ones(1)}, "mystery is not in the model"),
         ({"blocks.2.norm1.weight": torch.ones(32)}, "blocks 3"),
-        ({"pos_embed": torch.ones(1, 12, 32)}, "holds no weights that can be read"),
+        ({"pos_embed": torch.ones(1, 12, 32)}, "timm can't fit its tensors to the model"),
     ):
         save_file({name: tensor for name, tensor in (state | wrong).items() if tensor is not None}, file)
         assert says in refused(file)
@@ -159,9 +159,9 @@ def test_a_file_is_refused_whole(tmp_path):
     save_file({f"vit.{name}": tensor for name, tensor in state.items()}, file)
     assert "A run's own checkpoint goes through tools/export_timm.py" in refused(file)
     file.write_bytes(b"not tensors")
-    assert "holds no weights that can be read" in refused(file)
+    assert "can't be read as plain tensors" in refused(file)
     (tmp_path / "source/model.safetensors").write_bytes(b"not tensors")
-    assert "holds no weights that can be read" in refused(tmp_path / "source")
+    assert "can't be read as plain tensors" in refused(tmp_path / "source")
 
 
 def test_a_tag_of_timm(tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ import torch
 from line import losses, make_line, pretrain
 from safetensors.torch import load_file
 
-from mapet_ds.methods import OBJECTIVES, build_objective
+from mapet_ds.methods import METHODS, build_objective
 from mapet_ds.results.export import export_timm, read_vit
 from mapet_ds.training.checkpoint import newest
 from mapet_ds.vit import build_vit
@@ -34,7 +34,7 @@ def recipe(tmp_path_factory):
     return make_line(tmp_path_factory.mktemp("methods"))
 
 
-@pytest.fixture(scope="module", params=OBJECTIVES)
+@pytest.fixture(scope="module", params=METHODS)
 def run(request, recipe):
     """Name and folder of a run that was stopped after 9 of its 20 steps and started again."""
     name = request.param

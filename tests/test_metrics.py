@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from mapet_ds.config.sections import REPOSITORY, Config, DataConfig, LogConfig, ModelConfig, TrainConfig
 from mapet_ds.launch import Ranks
-from mapet_ds.training.metrics import IMAGES_SHOWN, Metrics, token_colours
+from mapet_ds.training.metrics import IMAGES_SHOWN, Metrics, token_colours, token_picture
 
 
 @pytest.fixture
@@ -147,14 +147,15 @@ def test_tensorboard_scalars(tmp_path, ranks):
 
 @pytest.mark.parametrize("predicted", [True, False])
 def test_tensorboard_images(tmp_path, ranks, predicted):
-    metrics = Metrics(make_config(tmp_path), ranks, total_steps=6, steps_per_epoch=2)
+    config = make_config(tmp_path)
+    metrics = Metrics(config, ranks, total_steps=6, steps_per_epoch=2)
     images = IMAGES_SHOWN + 3
     views = torch.zeros(images, 3, 8, 8)
     views[1, :, :, 4:] = 1.0
     target = torch.arange(4 * images).unflatten(0, (images, 4))
     prediction = target + 1000
     prediction[:, 2] = -1
-    metrics.images(5, views, target, prediction if predicted else None)
+    metrics.show(5, token_picture(config, views, target, prediction if predicted else None))
     metrics.close()
     (event,) = read_tensorboard(tmp_path).Images("view_tokens_predicted")
     assert event.step == 5
@@ -216,7 +217,7 @@ SCRIPT = """
     for micro_step in range(2):
         metrics.add({"loss": torch.tensor(10.0 * rank + micro_step), "accuracy": float(rank)})
     metrics.data_wait(float(rank))
-    metrics.images(1, torch.zeros(4, 3, 224, 224), torch.zeros(4, 196, dtype=torch.long))
+    metrics.show(1, torch.zeros(3, 8, 8))
     record = metrics.log(1, {"lr": 0.5})
     metrics.close()
     with open(f"{sys.argv[1]}/rank{rank}.json", "w") as file:

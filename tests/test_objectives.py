@@ -7,11 +7,9 @@ import reference
 import torch
 import torch.nn.functional as F
 
-from mapet_ds import objectives
 from mapet_ds.config.sections import (
     BEiTConfig,
     Config,
-    ConfigError,
     ConMIMConfig,
     MaPeTConfig,
     ModelConfig,
@@ -20,7 +18,9 @@ from mapet_ds.config.sections import (
     TokenizerConfig,
 )  # fmt: skip
 from mapet_ds.draws import block_masks, cell_masks
-from mapet_ds.methods import OBJECTIVES, build_objective
+from mapet_ds.errors import ConfigError
+from mapet_ds.methods import METHODS, build_objective
+from mapet_ds.objectives import objective as objective_module
 from mapet_ds.vit import build_vit, compile_blocks
 
 VOCAB = 11
@@ -61,7 +61,7 @@ def far_from_init(model):
     return model
 
 
-@pytest.fixture(params=OBJECTIVES)
+@pytest.fixture(params=METHODS)
 def any_model(request):
     return far_from_init(build_objective(tiny_config(request.param), DIMS[request.param]).double())
 
@@ -123,7 +123,7 @@ def test_logits_in_groups_of_images_change_nothing(name, monkeypatch):
     model.head.register_forward_hook(lambda head, rows, logits: held.append(logits.numel()))
     found = []
     for most in (2**26, max(1, 3 * model.head.out_features)):
-        monkeypatch.setattr(objectives, "LOGITS", most)
+        monkeypatch.setattr(objective_module, "LOGITS", most)
         model.zero_grad()
         held.clear()
         loss = model(images, target, draw)
@@ -164,7 +164,7 @@ def test_compiled_blocks_change_nothing(any_model, monkeypatch):
     assert all((a - p.grad).abs().max() < 1e-12 for a, p in zip(kept, trained, strict=True))
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", METHODS)
 def test_the_same_seed_gives_the_same_weights_and_another_does_not(name):
     a, b, c = (build_objective(tiny_config(name, seed=seed), DIMS[name]) for seed in (1, 1, 2))
     assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))

@@ -78,7 +78,7 @@ def test_links_lead_somewhere(path):
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_settings_are_knobs(path):
-    known = set(known_keys()) | set(known_keys(FinetuneConfig))
+    known = set(known_keys(Config)) | set(known_keys(FinetuneConfig))
     groups = {key.rpartition(".")[0] for key in known} - {""}
     words = [word for span in re.findall(r"`([^`\n]+)`", path.read_text()) for word in span.split()]
     named = {found[1] for word in words if (found := re.fullmatch(r"([a-z_]+\.[a-z_.]+)(=.*)?", word))}

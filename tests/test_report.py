@@ -20,7 +20,7 @@ from mapet_ds.config.finetune import FinetuneConfig
 from mapet_ds.config.recipe import load_config
 from mapet_ds.data.index import open_index
 from mapet_ds.data.loader import Loader
-from mapet_ds.methods import OBJECTIVES, build_objective, build_target
+from mapet_ds.methods import METHODS, build_objective, build_target
 from mapet_ds.results import report
 from mapet_ds.targets.codebook import Codebook
 from mapet_ds.training import checkpoint
@@ -174,7 +174,7 @@ def test_the_page_stands_alone_and_is_the_same_again(run, make_page):
     assert make_page(run)[1] == text
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", METHODS)
 def test_the_sample_is_what_the_objective_says_of_it(recipe, name):
     folder, config, target, objective = untrained(recipe, name)
     whole = report.take_sample(report.open_trained(folder), IMAGES)

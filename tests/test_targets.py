@@ -13,8 +13,9 @@ from towers import write_tower
 from mapet_ds.config.objectives import SAIMConfig
 from mapet_ds.config.sections import TeacherConfig, TokenizerConfig
 from mapet_ds.data.batch import Batch, View
+from mapet_ds.draws import Place
 from mapet_ds.errors import ConfigError
-from mapet_ds.methods import OBJECTIVES, build_objective, build_target
+from mapet_ds.methods import METHODS, build_objective, build_target
 from mapet_ds.targets.features import Pixels, TeacherFeatures
 from mapet_ds.targets.momentum import MomentumTeacher
 from mapet_ds.targets.target import begin
@@ -25,7 +26,7 @@ CPU = torch.device("cpu")
 def batch(size=16, teacher=16, slots=4):
     generator = torch.Generator().manual_seed(0)
     views = [torch.randn(slots, 3, side, side, generator=generator) for side in (size, teacher)]
-    return Batch(*views, torch.arange(slots), torch.arange(slots))
+    return Batch(*views, torch.arange(slots), Place(0, 0))
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +94,7 @@ def test_saim_may_take_features(tower):
     assert 1 < loss < 3, "two random directions: about 2"
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("objective", METHODS)
 def test_only_what_the_student_does_not_change_is_begun_ahead(tower, objective):
     teacher = TeacherConfig(name=f"local-dir:{tower}", img_size=64, ahead=True)
     config = tiny_config(objective, teacher=teacher, tokenizer=TokenizerConfig(name=f"{__name__}:Zeros", vocab_size=11))

@@ -211,7 +211,7 @@ def write_wrong(path, kind, towers):
         ("torchscript", ".pt", "TorchScript archive.*Name the tag"),
         ("pickle", ".pt", "can't be read as plain tensors"),
         ("torch pickle", ".pt", "can't be read as plain tensors"),
-        ("list", ".pt", "can't be read as plain tensors"),
+        ("list", ".pt", "holds no tensors by name"),
         ("html", ".pt", "can't be read as plain tensors"),
         ("html", ".safetensors", "can't be read as plain tensors"),
         ("truncated", ".safetensors", "can't be read as plain tensors"),

@@ -18,6 +18,7 @@ from mapet_ds.data.batch import Batch
 from mapet_ds.data.index import open_index
 from mapet_ds.data.loader import Loader
 from mapet_ds.data.stored_ids import CHUNKS, NO_ID, IdsWriter, StoredIds, settings_of
+from mapet_ds.draws import Place
 from mapet_ds.errors import ConfigError, DataError
 from mapet_ds.methods import build_target
 from mapet_ds.training.command_line import check_files
@@ -220,7 +221,7 @@ def test_ids_of_other_images_are_refused(recipe, written, tmp_path):
 def test_an_image_without_ids_that_has_become_readable_is_a_sentence(recipe, written):
     target = build_target(settings(recipe, written[0]), CPU)
     assert target.teacher_view is None
-    batch = Batch(None, None, torch.tensor([5, 7]), torch.tensor([0, 0]))
+    batch = Batch(None, None, torch.tensor([5, 7]), Place(0, 0))
     ids = target(batch)
     assert ids.dtype == torch.long and ids.tolist() == StoredIds(written[0]).rows[[5, 7]].tolist()
     target.note(ids)
@@ -286,7 +287,7 @@ def test_mistakes_are_sentences(recipe, arguments, says):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="only a GPU can be waited for")
 def test_looking_ids_up_does_not_make_the_host_wait(recipe, written):
     target = build_target(settings(recipe, written[0]), torch.device("cuda"))
-    batch = Batch(None, None, torch.tensor([5, 7]), torch.tensor([0, 0]))
+    batch = Batch(None, None, torch.tensor([5, 7]), Place(0, 0))
     target(batch)
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -169,7 +169,7 @@ def test_an_interrupted_save_leaves_the_old_file(codebook, tmp_path, monkeypatch
         file.write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mapet_ds.targets.tokenizer.save_file", half)
+    monkeypatch.setattr("mapet_ds.targets.codebook.save_file", half)
     with pytest.raises(KeyboardInterrupt):
         fit(overlapping_features(), SETTINGS, seed=9).save(path)
     assert Codebook.load(path).sha256 == codebook.sha256

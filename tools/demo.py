@@ -16,12 +16,13 @@ import sys
 import time
 from pathlib import Path
 
+from mapet_ds.config.sections import Config
+
 MIN_GAIN = {"mapet": 15, "beit": 15, "mvp": 10, "saim": 10}
 """Points of k-NN accuracy below which something must be broken. ConMIM's teacher has hardly moved in so few steps (docs/log.md)."""
 MIN_FALL = 0.05
 """Share of its first value by which a loss must have fallen."""
 REPOSITORY = Path(__file__).resolve().parent.parent
-OBJECTIVES = sorted(path.stem for path in (REPOSITORY / "mapet_ds/objectives").glob("[!_]*.py"))
 
 
 def run(says: str, *command: object) -> str:
@@ -58,7 +59,7 @@ def free_port() -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="where the demo writes, e.g. runs/demo; run again, it continues")
-    parser.add_argument("objective", nargs="?", default="mapet", choices=OBJECTIVES)
+    parser.add_argument("objective", nargs="?", default="mapet", choices=Config().objectives)
     arguments = parser.parse_args()
     folder, objective = arguments.folder.resolve(), arguments.objective
     began = time.monotonic()

@@ -5,12 +5,11 @@ Like config.py this imports neither torch nor open_clip: a mistake is answered i
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from pathlib import Path
 
 from mapet_ds.config.finetune import FinetuneConfig
-from mapet_ds.config.objectives import ObjectiveConfig, Rules
+from mapet_ds.config.objectives import Rules
 from mapet_ds.config.sections import Config, RunConfig
 from mapet_ds.config.towers import teacher_grid, teacher_layers, teacher_model_config
 from mapet_ds.errors import ConfigError
@@ -171,10 +170,8 @@ def check_method(config: Config) -> None:
 
 
 def _method_rules(config: Config) -> Rules:
-    sections = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-    objectives = [name for name, section in sections.items() if isinstance(section, ObjectiveConfig)]
-    if config.objective not in objectives:
-        raise ConfigError(f"objective = {config.objective} is not known; there are: {', '.join(objectives)}.")
+    if config.objective not in config.objectives:
+        raise ConfigError(f"objective = {config.objective} is not known; there are: {', '.join(config.objectives)}.")
     teacher = _teacher_rules(config) if config.method.uses_teacher(config) else []
     return teacher + _tokenizer_rules(config) + config.method.rules(config)
 

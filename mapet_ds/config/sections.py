@@ -314,10 +314,14 @@ class Config(RunConfig):
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
 
     @property
+    def objectives(self) -> list[str]:
+        """The objectives that there are: each has a section of its name."""
+        return [f.name for f in dataclasses.fields(self) if isinstance(getattr(self, f.name), ObjectiveConfig)]
+
+    @property
     def idle_sections(self) -> set[str]:
         """The sections of other objectives."""
-        sections = {f.name for f in dataclasses.fields(self) if isinstance(getattr(self, f.name), ObjectiveConfig)}
-        return sections - {self.objective}
+        return {*self.objectives} - {self.objective}
 
     @property
     def method(self) -> ObjectiveConfig:
