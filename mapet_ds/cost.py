@@ -62,7 +62,9 @@ class Block(NamedTuple):
     def saved(self, size: int, layer_scale: bool) -> int:
         """Bytes that eager mode keeps for the backward pass, which makes the MLP's activation anew; size: bytes of a number."""
         width, mlp, copied = self.vit.width, self.vit.mlp, self.keys if self.keys < self.inputs else 0
-        per_row = 5 + self.banded + 2 * layer_scale  # norm1, q, output (joined), residual, norm2; inputs of both LayerScales
+        per_row = (
+            5 + self.banded + 2 * layer_scale
+        )  # norm1, q, output (joined), residual, norm2; inputs of both LayerScales
         numbers = (self.inputs + copied + 2 * self.keys + per_row * self.rows) * width + self.rows * mlp
         return size * numbers + FP32 * self.rows * self.vit.heads
 
@@ -100,7 +102,12 @@ class Student(NamedTuple):
 
     @property
     def forward(self) -> int:
-        return self.embedding + sum(block.flops(block.pairs) for block in self.blocks) + self._heads + self.matching
+        return (
+            self.embedding
+            + sum(block.flops(block.pairs) for block in self.blocks)
+            + self._heads
+            + self.matching
+        )
 
     @property
     def parts(self) -> dict[str, int]:
@@ -135,7 +142,11 @@ class Student(NamedTuple):
 
         The peak is where the loss's gradient is made, or where a block's is, recomputed or not.
         """
-        recompute, scale, size = config.train.grad_checkpointing, config.model.layer_scale is not None, self.size
+        recompute, scale, size = (
+            config.train.grad_checkpointing,
+            config.model.layer_scale is not None,
+            self.size,
+        )
         whole = [block.saved(size, scale) for block in self.blocks]
         kept = [size * block.inputs * block.vit.width for block in self.blocks] if recompute else whole
         held = self.embedding_saved + sum(kept) + self.head_saved + self.head_peak
@@ -160,7 +171,13 @@ def vit_of(model: ModelConfig) -> Vit:
     width, depth, heads, ratio = SIZES[match[1]]
     width = model.args.get("embed_dim", width)
     mlp = int(width * model.args.get("mlp_ratio", ratio))
-    return Vit(width, model.args.get("depth", depth), model.args.get("num_heads", heads), mlp, 1 + model.args.get("reg_tokens", 0))
+    return Vit(
+        width,
+        model.args.get("depth", depth),
+        model.args.get("num_heads", heads),
+        mlp,
+        1 + model.args.get("reg_tokens", 0),
+    )
 
 
 def _block_parameters(vit: Vit, layer_scale: bool) -> int:
@@ -174,7 +191,9 @@ def _plain(vit: Vit, rows: int) -> list[Block]:
 
 def _mapet_blocks(vit: Vit, patches: int, hidden: int) -> list[Block]:
     """Bands of objectives/mapet.py: [positions, prefix and visible | hidden patches, queries]; the last block's queries alone."""
-    seen = vit.prefix + patches - hidden  # and every hidden patch or its position: each row attends to as many
+    seen = (
+        vit.prefix + patches - hidden
+    )  # and every hidden patch or its position: each row attends to as many
     keys, each = seen + 2 * hidden, seen + hidden
     rows = seen + 3 * hidden
     block = Block(vit, rows, rows, keys, each**2 + 2 * hidden * keys, each**2 + 2 * hidden * each)
@@ -197,7 +216,13 @@ def student(config: Config, size: int = 2) -> Student:
     vit, patches, hidden = vit_of(config.model), config.num_patches, config.method.num_hidden(config)
     width, rows, pixels = vit.width, vit.prefix + patches, 3 * config.model.patch_size**2
     scale = config.model.layer_scale is not None
-    own = (pixels + 1) * width + vit.prefix * width + rows * width + vit.depth * _block_parameters(vit, scale) + 2 * width
+    own = (
+        (pixels + 1) * width
+        + vit.prefix * width
+        + rows * width
+        + vit.depth * _block_parameters(vit, scale)
+        + 2 * width
+    )
     constants, matching, dim = 0, 0, target_dim(config)
     blocks = _plain(vit, rows)[1:] + [Block(vit, rows, hidden, rows, hidden * rows, hidden * rows)]
     head = [Linear(hidden, width, dim)]
@@ -206,7 +231,9 @@ def student(config: Config, size: int = 2) -> Student:
     if config.objective == "mapet":
         blocks = _mapet_blocks(vit, patches, hidden)
     if config.objective in ("mapet", "beit"):
-        held = max(1, LOGITS // (hidden * dim)) / config.train.micro_batch_size  # share whose logits are there at once
+        held = (
+            max(1, LOGITS // (hidden * dim)) / config.train.micro_batch_size
+        )  # share whose logits are there at once
         head_peak = round(3 * FP32 * hidden * dim * min(1, held))  # log-softmax; two gradients
     elif config.objective == "mvp":
         head_saved, head_peak = head_saved + 2 * FP32 * hidden * dim, 2 * FP32 * hidden * dim
@@ -227,11 +254,15 @@ def student(config: Config, size: int = 2) -> Student:
         head_saved = rows * (2 * size * width + inner * 2 * (3 * FP32 + size) + 5 * FP32 * dim)
         head_peak = 2 * FP32 * rows * inner
     else:
-        raise ConfigError(f"The costs of objective = {config.objective} can't be counted: its terms are not in mapet_ds/cost.py.")
+        raise ConfigError(
+            f"The costs of objective = {config.objective} can't be counted: its terms are not in mapet_ds/cost.py."
+        )
     embedding_saved = size * (pixels + width) * patches
     own += extra
     embedding = 2 * patches * pixels * width
-    return Student(own, constants, embedding, blocks, head, matching, head_saved, head_peak, embedding_saved, size)
+    return Student(
+        own, constants, embedding, blocks, head, matching, head_saved, head_peak, embedding_saved, size
+    )
 
 
 class Tower(NamedTuple):
@@ -259,7 +290,15 @@ def tower(teacher: TeacherConfig, size: int = 2) -> Tower:
     vision = {key: value for key, value in model["vision_cfg"].items() if value is not None}
     if isinstance(vision.get("layers"), list):
         return _resnet(vision, teacher, size)
-    known = {"image_size", "layers", "width", "patch_size", "head_width", "mlp_ratio", "timm_model_pretrained"}
+    known = {
+        "image_size",
+        "layers",
+        "width",
+        "patch_size",
+        "head_width",
+        "mlp_ratio",
+        "timm_model_pretrained",
+    }
     if unknown := sorted(vision.keys() - known):
         raise ConfigError(
             f"The costs of teacher.name = {teacher.name} can't be counted, only those of open_clip's ResNets and plain ViTs: "
@@ -270,7 +309,11 @@ def tower(teacher: TeacherConfig, size: int = 2) -> Tower:
 
 def _resnet(vision: dict[str, Any], teacher: TeacherConfig, size: int) -> Tower:
     """open_clip's ModifiedResNet: three convolutions and a pooling, then bottlenecks that pool before they stride."""
-    width, side, last = vision.get("width", 64), teacher.img_size // 2, teacher.layer % teacher_layers(teacher)
+    width, side, last = (
+        vision.get("width", 64),
+        teacher.img_size // 2,
+        teacher.layer % teacher_layers(teacher),
+    )
     convolutions = [(3, width // 2, 3, side), (width // 2, width // 2, 3, side), (width // 2, width, 3, side)]
     stages, inputs, side = [convolutions], width, side // 2
     for number, depth in enumerate(vision["layers"]):
@@ -279,7 +322,11 @@ def _resnet(vision: dict[str, Any], teacher: TeacherConfig, size: int) -> Tower:
             inner = side  # the pooling comes after the 3 x 3 convolution
             if turn == 0 and number:
                 side //= 2
-            convolutions += [(inputs, planes, 1, inner), (planes, planes, 3, inner), (planes, 4 * planes, 1, side)]
+            convolutions += [
+                (inputs, planes, 1, inner),
+                (planes, planes, 3, inner),
+                (planes, 4 * planes, 1, side),
+            ]
             if turn == 0:
                 convolutions.append((inputs, 4 * planes, 1, side))
             inputs = 4 * planes
@@ -291,12 +338,16 @@ def _resnet(vision: dict[str, Any], teacher: TeacherConfig, size: int) -> Tower:
     flops = sum(2 * i * o * kernel**2 * at**2 for i, o, kernel, at in run)
     largest = max(o * at**2 for _, o, _, at in run)
     working = size * (3 * teacher.img_size**2 + 7 * largest // 2)
-    return Tower(weights + 2 * channels, size * weights + 4 * FP32 * channels, flops, working, stages[last][-1][1])
+    return Tower(
+        weights + 2 * channels, size * weights + 4 * FP32 * channels, flops, working, stages[last][-1][1]
+    )
 
 
 def _clip_vit(vision: dict[str, Any], teacher: TeacherConfig, embed_dim: int, size: int) -> Tower:
     width, depth, patch = vision["width"], vision["layers"], vision["patch_size"]
-    vit = Vit(width, depth, width // vision.get("head_width", 64), int(width * vision.get("mlp_ratio", 4.0)), 1)
+    vit = Vit(
+        width, depth, width // vision.get("head_width", 64), int(width * vision.get("mlp_ratio", 4.0)), 1
+    )
     patches = (teacher.img_size // patch) ** 2
     rows, projected = 1 + patches, teacher.features == "projected"
     matrices = 3 * patch**2 * width + width * (1 + rows) + width * embed_dim
@@ -355,7 +406,9 @@ def target(config: Config, size: int = 2) -> Target:
         encoder += 2 * patches * (768 * 768 + 768 * 32 + 768 * 768)
         weights = FP32 * (12 * _block_parameters(vit, False) + 3 * 16**2 * 768 + 2 * (1 + patches) * 768)
         working = FP32 * (1 + patches) * (4 * vit.width + 3 * vit.mlp)
-        return Target(0, encoder + 2 * patches * codes * 32, 0, weights + FP32 * codes * 32, working, 8 * patches)
+        return Target(
+            0, encoder + 2 * patches * codes * 32, 0, weights + FP32 * codes * 32, working, 8 * patches
+        )
     if config.method.uses_teacher(config):
         clip = tower(config.teacher, size)
         features = size * patches * clip.dim
@@ -363,7 +416,9 @@ def target(config: Config, size: int = 2) -> Target:
             return Target(clip.flops, 0, clip.weights, 0, clip.working + features, features)
         assign = 2 * patches * codes * clip.dim
         split = size == 2  # Codebook.assign
-        book = FP32 * codes * clip.dim * (1 + 2 * split) + 2**28 + FP32 * 2**26 // codes * clip.dim  # and a chunk's scores and rows
+        book = (
+            FP32 * codes * clip.dim * (1 + 2 * split) + 2**28 + FP32 * 2**26 // codes * clip.dim
+        )  # and a chunk's scores and rows
         costs = clip.flops, 0 if split else assign, clip.weights, book, clip.working + features, 8 * patches
         return Target(*costs, tf32_flops=2 * assign * split)
     if config.objective == "conmim":
@@ -373,4 +428,12 @@ def target(config: Config, size: int = 2) -> Target:
         whole = FP32 * model.parameters + size * model.parameters  # and autocast's copies
         return Target(model.forward - model.matching, 0, 0, whole, working, FP32 * patches * 256)
     pixels = FP32 * patches * target_dim(config)
-    return Target(0, 0, 0, 0, 3 * pixels if config.objective == "saim" else 0, pixels, counted=config.objective == "saim")
+    return Target(
+        0,
+        0,
+        0,
+        0,
+        3 * pixels if config.objective == "saim" else 0,
+        pixels,
+        counted=config.objective == "saim",
+    )

@@ -32,7 +32,9 @@ class Purpose(IntEnum):
     MIX = 10
 
 
-def uniforms(seed: int, purpose: Purpose, step: int, first_slot: int, slots: int, width: int) -> NDArray[np.float64]:
+def uniforms(
+    seed: int, purpose: Purpose, step: int, first_slot: int, slots: int, width: int
+) -> NDArray[np.float64]:
     """[slots, width] numbers in [0, 1) for consecutive slots of a step.
 
     Each slot owns ceil(width / 4) blocks of four 64-bit numbers of the stream keyed (seed, purpose) at this step, so a row
@@ -86,7 +88,10 @@ def block_masks(
             break
         area = min_block + (np.maximum(room, 0) - min_block) * tries[:, t, 0]
         aspect = 0.3 ** (1 - 2 * tries[:, t, 1])
-        height, width = np.rint(np.sqrt(area * aspect)).astype(int), np.rint(np.sqrt(area / aspect)).astype(int)
+        height, width = (
+            np.rint(np.sqrt(area * aspect)).astype(int),
+            np.rint(np.sqrt(area / aspect)).astype(int),
+        )
         top = (tries[:, t, 2] * (grid - height + 1)).astype(int)[:, None]
         left = (tries[:, t, 3] * (grid - width + 1)).astype(int)[:, None]
         rows = (place >= top) & (place < top + height[:, None])
@@ -100,7 +105,9 @@ def block_masks(
     empty = ~masks.any(axis=1)
     masks[empty, fill[empty].argmin(axis=1)] = True  # a loss needs one patch at least
     if exact:
-        rank = np.argsort(np.argsort(np.where(masks, -1.0, fill), axis=1, kind="stable"), axis=1, kind="stable")
+        rank = np.argsort(
+            np.argsort(np.where(masks, -1.0, fill), axis=1, kind="stable"), axis=1, kind="stable"
+        )
         masks = rank < num_hidden
     return masks
 

@@ -75,7 +75,9 @@ def staged(out: Path) -> Iterator[Path]:
     holds stays.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out if out.is_dir() else out.parent, prefix=f".{out.name}.") as folder:
+    with tempfile.TemporaryDirectory(
+        dir=out if out.is_dir() else out.parent, prefix=f".{out.name}."
+    ) as folder:
         yield Path(folder)
         out.mkdir(exist_ok=True)
         for file in sorted(Path(folder).iterdir(), reverse=True):  # weights before their description

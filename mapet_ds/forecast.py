@@ -64,7 +64,17 @@ def engine_costs(engine_config: dict[str, Any], parameters: int, ranks: int, acc
         gathers = 1 if parameters <= zero.get("stage3_max_reuse_distance", 10**9) else 2
         live = min(parameters, zero.get("stage3_max_live_parameters", 10**9))
         weights = size * (part + live)
-        return Engine(weights, master, FP32 * part, FP32 * bucket, sent * parameters, True, True, gathers * size * parameters, 0)
+        return Engine(
+            weights,
+            master,
+            FP32 * part,
+            FP32 * bucket,
+            sent * parameters,
+            True,
+            True,
+            gathers * size * parameters,
+            0,
+        )
     if stage == 1:
         kept = FP32 * parameters + (size * parameters if bf16 and accumulate else 0)
         return Engine(weights, master, kept, 0, sent * parameters, False, False, 0, weights)
@@ -180,7 +190,8 @@ def memory(request: Request, model: Student, goal: Target) -> dict[str, float]:
         "gradients": engine.gradients,
         "reduction buckets": engine.buffers,
         "teacher": goal.sharded / group + gathered + goal.whole,
-        "activations": micro * (sum if ahead else max)((model.activations(config) + goal.output, goal.working)),
+        "activations": micro
+        * (sum if ahead else max)((model.activations(config) + goal.output, goal.working)),
         "images": DECODER + (config.data.prefetch + 1 + ahead) * micro * sum(12 * view**2 for view in views),
         "context": CONTEXT,
     }
@@ -207,7 +218,9 @@ def step_seconds(request: Request, model: Student, goal: Target) -> dict[str, fl
     reduce += cluster.seconds(engine.gathered_per_step, ranks, 1)
     update = 40 * model.parameters / ranks  # bytes that AdamW, clipping and the cast read and write
     if config.objective == "conmim":
-        reduce += cluster.seconds(4 * model.parameters, ranks, 2)  # the momentum teacher follows the master weights
+        reduce += cluster.seconds(
+            4 * model.parameters, ranks, 2
+        )  # the momentum teacher follows the master weights
         update += 12 * model.parameters
     seconds = {
         "student": accum * learn, "teacher": accum * (teach + weights), "assignment": accum * assign,
@@ -216,7 +229,9 @@ def step_seconds(request: Request, model: Student, goal: Target) -> dict[str, fl
     seconds["launch"] = max(0.0, accum * LAUNCH_SECONDS - sum(seconds.values()))
     images = accum * micro
     stored = images * cluster.gpus_per_node * cluster.image_kbyte * 1e3 / (1e9 * cluster.storage_gbyte_s)
-    seconds["input"] = max(0.0, stored - sum(seconds.values()), images / speeds.images_per_second - sum(seconds.values()))
+    seconds["input"] = max(
+        0.0, stored - sum(seconds.values()), images / speeds.images_per_second - sum(seconds.values())
+    )
     return seconds
 
 
@@ -253,7 +268,9 @@ def choose_micro(request: Request, model: Student, goal: Target) -> tuple[Reques
         needs = sum(memory(request.with_micro(asked), model, goal).values()) / GIB
         cures = [f"train.micro_batch_size={fitting[0]}"] if fitting else []
         cures += [] if config.train.grad_checkpointing else ["train.grad_checkpointing=true"]
-        cures += [] if request.engine["zero_optimization"]["stage"] == 3 else ["--engine ds_configs/zero3.json"]
+        cures += (
+            [] if request.engine["zero_optimization"]["stage"] == 3 else ["--engine ds_configs/zero3.json"]
+        )
         raise ConfigError(
             f"A micro-batch of {asked} needs {needs:.1f} GiB a GPU, of which {room / GIB:.1f} can be used; "
             f"try {' or '.join([*cures, 'a GPU with more memory'])}."
@@ -310,8 +327,18 @@ def scaling(request: Request) -> list[dict[str, Any]]:
             curve.append({"gpus": ranks, "refused": str(error)})
             continue
         one = one or found["images_per_second"] / ranks
-        kept = ("gpus", "micro_batch_size", "grad_accum_steps", "images_per_second", "hours", "gpu_hours", "binds")
-        curve.append({name: found[name] for name in kept} | {"efficiency": found["images_per_second"] / ranks / one})
+        kept = (
+            "gpus",
+            "micro_batch_size",
+            "grad_accum_steps",
+            "images_per_second",
+            "hours",
+            "gpu_hours",
+            "binds",
+        )
+        curve.append(
+            {name: found[name] for name in kept} | {"efficiency": found["images_per_second"] / ranks / one}
+        )
     return curve
 
 
@@ -323,7 +350,8 @@ def assumptions(request: Request) -> list[str]:
         f"{gpu.name}: {gpu.bf16_tflops:g} bf16 and {gpu.fp32_tflops:g} fp32 TFLOP/s, {gpu.memory_gbyte_s:g} GB/s memory, "
         f"{gpu.nvlink_gbyte_s:g} GB/s NVLink each way (NVIDIA's data sheet, SXM, dense), {gpu.gib:g} GiB",
         f"attained: student {speeds.student:.2f}, teacher {speeds.teacher:.2f} of that, fp32 {speeds.fp32:.2f}, TF32, half as "
-        f"fast as bf16, {speeds.tf32:.2f}; " + (known if speeds.measured else "ASSUMED, not yet measured (--calibrate)"),
+        f"fast as bf16, {speeds.tf32:.2f}; "
+        + (known if speeds.measured else "ASSUMED, not yet measured (--calibrate)"),
         f"links at {LINK_SHARE:g} and memory at {MEMORY_SHARE:g} of their data sheet; rings, whose slowest link is "
         f"{cluster.link_gbit:g} Gbit/s of a node; {1e6 * HOP_SECONDS:g} us a hop",
         "gradients are summed behind the backward pass where overlap_comm is on (stages 2, 3), weights gathered in the open",
@@ -335,7 +363,11 @@ def assumptions(request: Request) -> list[str]:
         "as in eager mode (torch.compile keeps up to an eighth less)",
     ]
     if config.teacher.ahead:
-        lines.append("teacher.ahead: the memory of teacher and student at once; what time it may save is not known and not counted")
+        lines.append(
+            "teacher.ahead: the memory of teacher and student at once; what time it may save is not known and not counted"
+        )
     if not target(config).counted:
-        lines.append(f"tokenizer.name = {config.tokenizer.name}: its costs are not known and counted as nothing")
+        lines.append(
+            f"tokenizer.name = {config.tokenizer.name}: its costs are not known and counted as nothing"
+        )
     return lines

@@ -28,7 +28,9 @@ from mapet_ds.launchers import has_ended, launchers
 T = TypeVar("T")
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 STEP_TIMEOUT = timedelta(minutes=30)
-CONTROL_TIMEOUT = timedelta(hours=6)  # ranks wait here while the first one lists a large data set; a dead one is seen at once
+CONTROL_TIMEOUT = timedelta(
+    hours=6
+)  # ranks wait here while the first one lists a large data set; a dead one is seen at once
 
 
 class Ranks(NamedTuple):
@@ -112,7 +114,13 @@ def init_distributed(join_seconds: float = 600) -> Ranks:
         ConfigError: the launcher's variables are incomplete, ranks don't come, or there are
             more of them on this host than GPUs.
     """
-    single = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    single = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "0",
+    }
     if os.environ.get("WORLD_SIZE", "1") == "1":
         for name, value in single.items():
             os.environ.setdefault(name, value)
@@ -136,7 +144,9 @@ def init_distributed(join_seconds: float = 600) -> Ranks:
     dist.init_process_group(
         backend, store=store, rank=rank, world_size=world_size, timeout=STEP_TIMEOUT, device_id=device_id
     )  # fmt: skip
-    return Ranks(rank, local_rank, world_size, device, dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT))
+    return Ranks(
+        rank, local_rank, world_size, device, dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
+    )
 
 
 def claim(run_dir: Path, seconds: float = 60) -> IO[bytes]:
@@ -157,7 +167,9 @@ def claim(run_dir: Path, seconds: float = 60) -> IO[bytes]:
             file.seek(0)
             says = f"run_dir = {run_dir} is in use by {file.read().decode(errors='replace') or 'another run'}"
             if time.monotonic() >= deadline:
-                raise ConfigError(f"{says}: end that run (touch {run_dir}/STOP), or name another run_dir.") from None
+                raise ConfigError(
+                    f"{says}: end that run (touch {run_dir}/STOP), or name another run_dir."
+                ) from None
             if not told:
                 print(f"{says}; its end is waited for, up to {seconds:.0f} s.", file=sys.stderr, flush=True)
             told = True
@@ -192,7 +204,9 @@ class StopRequest:
 
     def agreed(self) -> bool:
         """True as soon as one rank has been asked. Every rank must call it at each step boundary; no GPU waits."""
-        asked = self.asked or any(map(has_ended, self.launchers)) or (self.ranks.rank == 0 and self.file.exists())
+        asked = (
+            self.asked or any(map(has_ended, self.launchers)) or (self.ranks.rank == 0 and self.file.exists())
+        )
         flag = torch.tensor(float(asked))
         dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.ranks.control)
         return bool(flag)
@@ -214,7 +228,9 @@ def once_per_node(work: Callable[[], str]) -> tuple[str, list[str]]:
     outcomes = [outcome]
     if dist.is_initialized():
         outcomes = [outcome] * dist.get_world_size()
-        patient = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)  # a download may take longer than a step
+        patient = dist.new_group(
+            backend="gloo", timeout=CONTROL_TIMEOUT
+        )  # a download may take longer than a step
         dist.all_gather_object(outcomes, outcome, group=patient)
     if failed := [error for _, error in outcomes if error]:
         raise ConfigError(failed[0])

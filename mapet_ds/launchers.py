@@ -31,7 +31,9 @@ def runs_one_of(words: list[str], programs: set[str]) -> bool:
 
 def launchers() -> list[psutil.Process]:
     """The ancestors that started this rank: torchrun, or deepspeed's runner and the launch under it; none for plain python."""
-    return list(takewhile(lambda p: runs_one_of(command_line(p), DEEPSPEED | TORCHRUN), psutil.Process().parents()))
+    return list(
+        takewhile(lambda p: runs_one_of(command_line(p), DEEPSPEED | TORCHRUN), psutil.Process().parents())
+    )
 
 
 def has_ended(process: psutil.Process) -> bool:

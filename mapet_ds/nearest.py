@@ -23,7 +23,12 @@ class Clusters(NamedTuple):
 
 
 def kmeans(
-    points: NDArray[np.float32], clusters: int, iterations: int, redo: int, points_per_centroid: int, seed: int
+    points: NDArray[np.float32],
+    clusters: int,
+    iterations: int,
+    redo: int,
+    points_per_centroid: int,
+    seed: int,
 ) -> Clusters:
     """Euclidean k-means of [n, C] points. The same points in the same order give the same bits on a CPU."""
     gpus = faiss.get_num_gpus()

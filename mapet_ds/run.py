@@ -70,14 +70,20 @@ class Run:
     """
 
     def __init__(
-        self, build_task: Callable[[Any, Ranks], Task], config: RunConfig, engine_config: dict[str, Any], ranks: Ranks
+        self,
+        build_task: Callable[[Any, Ranks], Task],
+        config: RunConfig,
+        engine_config: dict[str, Any],
+        ranks: Ranks,
     ) -> None:
         check_engine_config(engine_config)
         self.config, self.ranks, self.folder = config, ranks, Path(config.run_dir)
         self._open_folder()
         self.stop = StopRequest(self.folder, ranks)
         if config.train.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for to be deterministic
+            os.environ.setdefault(
+                "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+            )  # what cuBLAS asks for to be deterministic
         torch.use_deterministic_algorithms(config.train.deterministic)
 
         # What is trained.
@@ -118,7 +124,9 @@ class Run:
             try:
                 used = any((self.folder / "checkpoints").glob("step_*"))
                 if used and self.config.resume == "never":
-                    raise ConfigError(f"run_dir = {self.folder} holds a run and resume is never; name a new run_dir.")
+                    raise ConfigError(
+                        f"run_dir = {self.folder} holds a run and resume is never; name a new run_dir."
+                    )
                 self.folder.mkdir(parents=True, exist_ok=True)
                 (self.folder / ".writable").touch()
                 (self.folder / ".writable").unlink()
@@ -136,7 +144,9 @@ class Run:
         config, objective = self.config, self.task.objective
         objective.vit.set_grad_checkpointing(config.train.grad_checkpointing)
         groups = self.task.parameter_groups()
-        self.engine = build_engine(objective, groups, config, engine_config, self.ranks.world_size, self.ranks.device)
+        self.engine = build_engine(
+            objective, groups, config, engine_config, self.ranks.world_size, self.ranks.device
+        )
         if not config.train.compile:
             return
         if self.engine.zero_optimization_stage() < 3:
@@ -152,7 +162,9 @@ class Run:
         checkpoint.check_identity(newest, self.identity, flatten(type(self.config)().to_dict()))
         self.step, self.skipped = newest.run["step"], newest.run["skipped"]
         self.saved = self.step
-        scatter_state(self.engine, newest.load("model"), newest.load("optimizer"), self.step - len(self.skipped))
+        scatter_state(
+            self.engine, newest.load("model"), newest.load("optimizer"), self.step - len(self.skipped)
+        )
         if state := newest.load("target"):
             self.target.load_state_dict(state)
         if self.ranks.rank == 0:
@@ -276,7 +288,9 @@ class Run:
         """The task's figures where an evaluation is due; its time does not count as training's. Every rank must call it."""
         epochs = self.task.evaluate_every_epochs
         steps = (epochs or 0) * self.steps_per_epoch
-        if not steps or (self.step // steps == self.metrics.logged_step // steps and self.step < self.total_steps):
+        if not steps or (
+            self.step // steps == self.metrics.logged_step // steps and self.step < self.total_steps
+        ):
             return {}
         began = time.perf_counter()
         figures = self.task.evaluate(self.engine, self.watchdog.doing)
@@ -315,9 +329,15 @@ class Run:
         says = f"The loss jumped to {jump.loss:.4g} (usually {jump.usual:.4g}) before step {jump.last}"
         passed = f"passes over steps {jump.first} to {jump.last - 1}"
         if self.step == 0:
-            raise RunError(f"{says}, and no checkpoint is from before. The same command begins anew and {passed}.")
+            raise RunError(
+                f"{says}, and no checkpoint is from before. The same command begins anew and {passed}."
+            )
         if self.ranks.rank == 0:
-            print(f"{says}. The run {passed}, from the checkpoint of step {self.step} on.", file=sys.stderr, flush=True)
+            print(
+                f"{says}. The run {passed}, from the checkpoint of step {self.step} on.",
+                file=sys.stderr,
+                flush=True,
+            )
         self._open_at_step()
 
     def save(self) -> None:
@@ -348,7 +368,11 @@ class Run:
         try:
             checkpoint.save(self.folder, state, files, self.config.checkpoint.keep)
         except (OSError, SafetensorError) as error:
-            print(f"NO CHECKPOINT of step {state['step']} could be written: {error}.", file=sys.stderr, flush=True)
+            print(
+                f"NO CHECKPOINT of step {state['step']} could be written: {error}.",
+                file=sys.stderr,
+                flush=True,
+            )
             return self.saved
         return state["step"]
 

@@ -107,7 +107,9 @@ class Pretraining:
     def evaluate(self, engine: Any, doing: Callable[[str], None]) -> dict[str, float]:
         """See Task. The ViT that an export would take is judged: a momentum teacher's, else the student's."""
         assert self.probe is not None
-        averaged = {name: tensor for name, tensor in self.target.state_dict().items() if name.startswith("vit.")}
+        averaged = {
+            name: tensor for name, tensor in self.target.state_dict().items() if name.startswith("vit.")
+        }
         return self.probe(averaged.items() or student_weights(engine), doing)
 
     def picture(self, step: int, batch: Batch, target: Tensor, loss: Loss) -> Tensor | None:

@@ -86,7 +86,9 @@ class SparingMlp(Mlp):
     def forward(self, x: Tensor) -> Tensor:
         """[B, N, D] -> [B, N, D]."""
         x = self.fc1(x)
-        return self.drop2(checkpoint(self._second, x, use_reentrant=False) if torch.is_grad_enabled() else self._second(x))
+        return self.drop2(
+            checkpoint(self._second, x, use_reentrant=False) if torch.is_grad_enabled() else self._second(x)
+        )
 
     def _second(self, x: Tensor) -> Tensor:
         return self.fc2(self.norm(self.drop1(self.act(x))))
@@ -100,7 +102,11 @@ class StreamBlock(Block):
         super().__init__(*args, **kwargs)
 
     def forward(
-        self, x: Tensor, bands: Sequence[Band] | None = None, keep: Tensor | None = None, **timm_arguments: Any
+        self,
+        x: Tensor,
+        bands: Sequence[Band] | None = None,
+        keep: Tensor | None = None,
+        **timm_arguments: Any,
     ) -> Tensor:
         """[B, N, D] -> [B, rows of the bands, D].
 
@@ -141,13 +147,16 @@ def build_vit(config: ModelConfig) -> VisionTransformer:
             img_size=config.img_size,
             patch_size=config.patch_size,
             drop_path_rate=config.drop_path,
-            init_values=config.layer_scale or 0.0,  # timm drops a None, and with it a model's own default wins
+            init_values=config.layer_scale
+            or 0.0,  # timm drops a None, and with it a model's own default wins
             block_fn=StreamBlock,
             **config.args,
         )
     except RuntimeError as error:  # timm's own: no such model
         close = difflib.get_close_matches(config.name, timm.list_models("vit_*"), n=3)
-        raise ConfigError(f"model.name = {config.name}: {error}; close: {', '.join(close) or 'none'}.") from error
+        raise ConfigError(
+            f"model.name = {config.name}: {error}; close: {', '.join(close) or 'none'}."
+        ) from error
     except (TypeError, ValueError, AssertionError, AttributeError, ZeroDivisionError) as error:
         # timm checks what it is given here and there: an assertion, a division, an attribute that isn't there
         raise ConfigError(
@@ -178,7 +187,9 @@ def embed(
     return x[:, : vit.num_prefix_tokens], x[:, vit.num_prefix_tokens :], vit.pos_embed[:, -num_patches:]
 
 
-def run_block(block: StreamBlock, x: Tensor, bands: Sequence[Band] | None, keep: Tensor | None, recompute: bool) -> Tensor:
+def run_block(
+    block: StreamBlock, x: Tensor, bands: Sequence[Band] | None, keep: Tensor | None, recompute: bool
+) -> Tensor:
     """One block on rows [B, N, D]. keep: [B, 2] or None; recompute: drop its activations until the backward pass."""
     if recompute and torch.is_grad_enabled():
         return checkpoint(block, x, bands, keep, use_reentrant=False)
@@ -186,7 +197,10 @@ def run_block(block: StreamBlock, x: Tensor, bands: Sequence[Band] | None, keep:
 
 
 def run_blocks(
-    vit: VisionTransformer, x: Tensor, bands: Sequence[Sequence[Band] | None] | None, keep: Tensor | None = None
+    vit: VisionTransformer,
+    x: Tensor,
+    bands: Sequence[Sequence[Band] | None] | None,
+    keep: Tensor | None = None,
 ) -> Tensor:
     """Rows [B, N, D] through all blocks and the final norm. bands: one entry a block, or None; a None is a block, or all,
     whose rows attend to all; keep: [B, 2 * depth] or None."""

@@ -55,11 +55,15 @@ def read_tensors(path: Path, source: str, *, ema: bool | None = False, slices: b
 
     # Take off the dictionaries, then check what is in them, then take off the prefixes.
     nests = NESTS if ema is False else AVERAGES + NESTS
-    while isinstance(held, dict) and (nest := next((n for n in nests if isinstance(held.get(n), dict)), None)):
+    while isinstance(held, dict) and (
+        nest := next((n for n in nests if isinstance(held.get(n), dict)), None)
+    ):
         held = held[nest]
     if not isinstance(held, dict) or not held or not all(map(_is_named_tensor, held.items())):
         raise ConfigError(_no_tensors(held, source))
-    while prefix := next((prefix for prefix in PREFIXES if all(name.startswith(prefix) for name in held)), None):
+    while prefix := next(
+        (prefix for prefix in PREFIXES if all(name.startswith(prefix) for name in held)), None
+    ):
         held = {name.removeprefix(prefix): tensor for name, tensor in held.items()}
     return held
 
@@ -72,15 +76,21 @@ def _read(path: Path, source: str, slices: bool) -> Any:
                 return load_file(path)
             handle = safetensors.safe_open(path, "pt")
             return {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118, it is no dictionary
-        if zipfile.is_zipfile(path) and any(n.endswith("/constants.pkl") for n in zipfile.ZipFile(path).namelist()):
+        if zipfile.is_zipfile(path) and any(
+            n.endswith("/constants.pkl") for n in zipfile.ZipFile(path).namelist()
+        ):
             raise ConfigError(
                 f"{source} is a TorchScript archive, which is a program (OpenAI's originals are such). Name the tag "
                 "instead, teacher.weights=openai, or convert it once to safetensors."
             )
-        with torch.serialization.safe_globals([argparse.Namespace]):  # training keeps its options beside the weights
+        with torch.serialization.safe_globals(
+            [argparse.Namespace]
+        ):  # training keeps its options beside the weights
             return torch.load(path, map_location="cpu", weights_only=True)
     except UNREADABLE as error:
-        program = re.search(r"GLOBAL (\S+)", str(error))  # PyTorch's reader goes on to advise reading it all the same
+        program = re.search(
+            r"GLOBAL (\S+)", str(error)
+        )  # PyTorch's reader goes on to advise reading it all the same
         reason = f"it holds {program[1]}" if program else str(error).partition(". ")[0].partition("\n")[0]
         raise ConfigError(
             f"{source} can't be read as plain tensors by name: {reason}. An archive must be unpacked first; a file that "
@@ -116,7 +126,9 @@ def timm_weights(path: Path, model: nn.Module, source: str) -> dict[str, Tensor]
     try:
         return convert(state, model) if convert else state
     except UNREADABLE as error:
-        raise ConfigError(f"{source}: timm can't fit its tensors to the model: {type(error).__name__} {error}.") from error
+        raise ConfigError(
+            f"{source}: timm can't fit its tensors to the model: {type(error).__name__} {error}."
+        ) from error
 
 
 def shapes(tensors: Tensors) -> dict[str, tuple[int, ...]]:
@@ -129,7 +141,9 @@ def mismatches(wanted: dict[str, tuple[int, ...]], given: dict[str, tuple[int, .
     wrong = [f"{name} is missing" for name in wanted.keys() - given.keys()]
     wrong += [f"{name} is not in the model" for name in given.keys() - wanted.keys()]
     both = wanted.keys() & given.keys()
-    wrong += [f"{name} is {given[name]}, the model's {wanted[name]}" for name in both if given[name] != wanted[name]]
+    wrong += [
+        f"{name} is {given[name]}, the model's {wanted[name]}" for name in both if given[name] != wanted[name]
+    ]
     return sorted(wrong)
 
 

@@ -16,7 +16,13 @@ from pathlib import Path
 
 from line import ENVIRONMENT, free_port
 
-PROGRAMS = {"sshd": "openssh-server", "ssh": "openssh-client", "pdsh": "pdsh", "slurmctld": "slurm-wlm", "munged": "munge"}
+PROGRAMS = {
+    "sshd": "openssh-server",
+    "ssh": "openssh-client",
+    "pdsh": "pdsh",
+    "slurmctld": "slurm-wlm",
+    "munged": "munge",
+}
 HOSTS = Path("/etc/hosts")
 MARK = "# two hosts of a test"
 
@@ -80,7 +86,9 @@ def missing() -> str:
 
 
 def _daemon(*command: object, **options: object) -> subprocess.Popen:
-    return subprocess.Popen([str(word) for word in command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **options)
+    return subprocess.Popen(
+        [str(word) for word in command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **options
+    )
 
 
 def _end(daemons: list[subprocess.Popen]) -> None:
@@ -141,8 +149,15 @@ def slurm(folder: Path, environment: dict[str, str]) -> Iterator[dict[str, str]]
     try:
         wait_for(lambda: (folder / "munge.socket").exists())
         daemons.append(_daemon(shutil.which("slurmctld"), "-D", env=environment))
-        daemons += [_daemon(shutil.which("slurmd"), "-D", "-N", name, env=environment) for name in ("n1", "n2")]
-        wait_for(lambda: ask(environment, "sinfo", "--noheader", "--partition=low", "--format=%T %D").split() == ["idle", "2"])
+        daemons += [
+            _daemon(shutil.which("slurmd"), "-D", "-N", name, env=environment) for name in ("n1", "n2")
+        ]
+        wait_for(
+            lambda: (
+                ask(environment, "sinfo", "--noheader", "--partition=low", "--format=%T %D").split()
+                == ["idle", "2"]
+            )
+        )
         yield environment
     finally:
         subprocess.run(["scancel", "--user=root"], env=environment, stderr=subprocess.DEVNULL)

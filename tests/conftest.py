@@ -6,7 +6,14 @@ import torch.distributed as dist
 
 from mapet_ds.launch import Ranks
 
-LONGEST = ["test_methods.py", "test_pretrain.py", "test_faults.py", "test_tutorial.py", "test_finetune.py", "test_benchmark.py"]
+LONGEST = [
+    "test_methods.py",
+    "test_pretrain.py",
+    "test_faults.py",
+    "test_tutorial.py",
+    "test_finetune.py",
+    "test_benchmark.py",
+]
 
 
 def pytest_collection_modifyitems(items):

@@ -24,7 +24,9 @@ from mapet_ds.training.engine import build_engine, gather_state, scatter_state, 
 from mapet_ds.training.optim import parameter_groups
 
 GLOBAL_BATCH = 8
-objectives.LOGITS = 1  # one image at a time: the head is called several times, and once more each in the backward pass
+objectives.LOGITS = (
+    1  # one image at a time: the head is called several times, and once more each in the backward pass
+)
 
 
 def batch(step, slot, slots):
@@ -42,7 +44,11 @@ def engine_config(case):
         zero["stage3_param_persistence_threshold"] = 0
     config = {"zero_optimization": zero}
     if "bf16" in case:
-        config |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
+        config |= {
+            "bf16": {"enabled": True},
+            "data_types": {"grad_accum_dtype": "fp32"},
+            "communication_data_type": "fp32",
+        }
     return config
 
 
@@ -53,7 +59,9 @@ class Trainer:
         train = TrainConfig(global_batch_size=GLOBAL_BATCH, micro_batch_size=self.micro)
         adamw = "deepspeed" if "fused" in case else "torch"
         config = tiny_config(train=train, optim=OptimConfig(lr=5e-3, adamw=adamw, clip_grad=1.0))
-        self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if "cuda" in case else torch.device("cpu")
+        self.device = (
+            torch.device("cuda", int(os.environ["LOCAL_RANK"])) if "cuda" in case else torch.device("cpu")
+        )
         objective = build_objective(config, config.tokenizer.vocab_size)
         self.engine = build_engine(
             objective, parameter_groups(objective, 0.05), config, engine_config(case), world, self.device

@@ -35,7 +35,12 @@ def png16(values: np.ndarray, colour_type: int) -> bytes:
     height, width = values.shape[:2]
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
     header = struct.pack(">IIBBBBB", width, height, 16, colour_type, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IEND", b"")
+    )
 
 
 def rotated() -> Image.Exif:
@@ -92,7 +97,9 @@ def good_images() -> dict[str, bytes]:
 
 def as_rgb(data: bytes) -> Image.Image:
     """What a sample must look like: Pillow's RGB, 16-bit values over 257, orientation ignored."""
-    if data.startswith(b"\x89PNG") and data[24:26] == b"\x10\x02":  # Pillow would cut 16-bit colour to its high bytes
+    if (
+        data.startswith(b"\x89PNG") and data[24:26] == b"\x10\x02"
+    ):  # Pillow would cut 16-bit colour to its high bytes
         width, height = struct.unpack_from(">II", data, 16)
         raw = np.frombuffer(zlib.decompress(data[41:-16]), np.uint8).reshape(height, 1 + 6 * width)[:, 1:]
         wide = np.ascontiguousarray(raw).view(">u2").reshape(height, width, 3)
@@ -121,7 +128,9 @@ def bad_by_structure() -> dict[str, bytes]:
         "most.jpg": jpeg[: len(jpeg) * 9 // 10],
         "no_end.jpg": jpeg[:-2],
         "thumbnail_half.jpg": exif_thumbnail(jpeg)[: -len(jpeg) // 3],
-        "progressive_half.jpg": (lambda data: data[: len(data) // 2])(encode(picture(), "JPEG", progressive=True)),
+        "progressive_half.jpg": (lambda data: data[: len(data) // 2])(
+            encode(picture(), "JPEG", progressive=True)
+        ),
         "header.jpg": jpeg[: frame + 8],
         "no_height.jpg": _patched(jpeg, frame + 5, b"\0\0"),
         "bits12.jpg": _patched(jpeg, frame + 4, b"\x0c"),
@@ -160,6 +169,8 @@ def write(folder: Path, files: dict[str, bytes]) -> Path:
 def photos(number: int, classes: int = 3) -> dict[str, bytes]:
     """Labelled JPEGs of various sizes, as `class_0/image_000.jpg` and so on."""
     return {
-        f"class_{i % classes}/image_{i:03d}.jpg": encode(picture(90 + 7 * (i % 11), 80 + 9 * (i % 7), seed=i), "JPEG")
+        f"class_{i % classes}/image_{i:03d}.jpg": encode(
+            picture(90 + 7 * (i % 11), 80 + 9 * (i % 7), seed=i), "JPEG"
+        )
         for i in range(number)
     }

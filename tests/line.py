@@ -48,7 +48,9 @@ def make_line(folder: Path, **data: object) -> Path:
     return path
 
 
-def write_classes(folder: Path, number: int, seed: int, classes: str = "abc", noise: int = 120, tint: int = 120) -> None:
+def write_classes(
+    folder: Path, number: int, seed: int, classes: str = "abc", noise: int = 120, tint: int = 120
+) -> None:
     """Noise, up to so bright, with a tint of a class: one folder each."""
     generator = np.random.default_rng(seed)
     for i in range(number):
@@ -71,14 +73,22 @@ def free_port() -> int:
 
 def start(*command: object, **options: object) -> subprocess.CompletedProcess:
     words = [str(word) for word in command]
-    return subprocess.run(words, cwd=REPOSITORY, env=ENVIRONMENT, capture_output=True, text=True, timeout=400, **options)
+    return subprocess.run(
+        words, cwd=REPOSITORY, env=ENVIRONMENT, capture_output=True, text=True, timeout=400, **options
+    )
 
 
 def command(
-    recipe: Path, ranks: int, *overrides: str, engine: str = "ds_configs/zero2_cpu.json", program: str = "mapet_ds/pretrain.py"
+    recipe: Path,
+    ranks: int,
+    *overrides: str,
+    engine: str = "ds_configs/zero2_cpu.json",
+    program: str = "mapet_ds/pretrain.py",
 ) -> list[str]:
     """The user's own, under torchrun; plain python for one rank."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+    )
     words = [sys.executable, *launcher, program, "--config", str(recipe), "--deepspeed_config", engine]
     return [*words, *overrides]
 
@@ -86,7 +96,14 @@ def command(
 def by_deepspeed(recipe: Path, *overrides: str) -> list[str]:
     """The user's own on two ranks under the deepspeed launcher."""
     program = str(Path(sys.executable).parent / "deepspeed")
-    return [program, "--num_gpus", "2", "--master_port", str(free_port()), *command(recipe, 1, *overrides)[1:]]
+    return [
+        program,
+        "--num_gpus",
+        "2",
+        "--master_port",
+        str(free_port()),
+        *command(recipe, 1, *overrides)[1:],
+    ]
 
 
 def pretrain(recipe: Path, ranks: int, *overrides: str, **options: str) -> subprocess.CompletedProcess:

@@ -21,10 +21,14 @@ def mapet_visible_keys(order: Tensor, num_visible: int) -> dict[tuple[str, int],
     visible: dict[tuple[str, int], list[tuple[str, int]]] = {}
     for p in [-1, *range(num_patches)]:
         bound = max(rank[p], border - 1)
-        visible["x", p] = [("x", q) for q in rank if rank[q] <= bound] + [("m", q) for q in hidden if rank[q] > bound]
+        visible["x", p] = [("x", q) for q in rank if rank[q] <= bound] + [
+            ("m", q) for q in hidden if rank[q] > bound
+        ]
     for p in hidden:
         visible["m", p] = [("x", q) for q in rank if rank[q] < border] + [("m", q) for q in hidden]
-        visible["g", p] = [("x", q) for q in rank if rank[q] < rank[p]] + [("m", q) for q in hidden if rank[q] >= rank[p]]
+        visible["g", p] = [("x", q) for q in rank if rank[q] < rank[p]] + [
+            ("m", q) for q in hidden if rank[q] >= rank[p]
+        ]
     return visible
 
 
@@ -48,7 +52,9 @@ def _kept(drop_path: nn.Module, uniform: Tensor) -> Tensor | float:
     return (uniform >= probability).to(uniform.dtype) / (1 - probability)
 
 
-def mapet_loss(model: nn.Module, images: Tensor, ids: Tensor, order: Tensor, num_visible: int, keep: Tensor) -> Tensor:
+def mapet_loss(
+    model: nn.Module, images: Tensor, ids: Tensor, order: Tensor, num_visible: int, keep: Tensor
+) -> Tensor:
     """The MaPeT loss, image by image, row by row."""
     losses = []
     for image, image_ids, image_order, image_keep in zip(images, ids, order, keep):
@@ -56,7 +62,9 @@ def mapet_loss(model: nn.Module, images: Tensor, ids: Tensor, order: Tensor, num
     return torch.stack(losses).mean()
 
 
-def _mapet_image_loss(model: nn.Module, image: Tensor, ids: Tensor, order: Tensor, num_visible: int, keep: Tensor) -> Tensor:
+def _mapet_image_loss(
+    model: nn.Module, image: Tensor, ids: Tensor, order: Tensor, num_visible: int, keep: Tensor
+) -> Tensor:
     vit = model.vit
     patches = vit.patch_embed(image[None])[0]
     position = vit.pos_embed[0]
@@ -99,7 +107,9 @@ def masked_rows(model: nn.Module, image: Tensor, mask: Tensor, keep: Tensor | No
     vit = model.vit
     patches, position = vit.patch_embed(image[None])[0], vit.pos_embed[0]
     shown = [model.mask_token[0, 0] if hidden else patch for patch, hidden in zip(patches, mask)]
-    rows = torch.stack([vit.cls_token[0, 0] + position[0]] + [row + position[1 + p] for p, row in enumerate(shown)])
+    rows = torch.stack(
+        [vit.cls_token[0, 0] + position[0]] + [row + position[1 + p] for p, row in enumerate(shown)]
+    )
     for i, block in enumerate(vit.blocks):
         uniforms = torch.ones(2, dtype=rows.dtype) if keep is None else keep[2 * i : 2 * i + 2]
         if keep is None:
@@ -112,7 +122,9 @@ def beit_loss(model: nn.Module, images: Tensor, ids: Tensor, draw: tuple[Tensor,
     losses = []
     for image, image_ids, mask, keep in zip(images, ids, draw.mask, draw.keep.double()):
         logits = model.head(masked_rows(model, image, mask, keep)[1:])
-        losses.append(torch.stack([-torch.log_softmax(logits[p], 0)[image_ids[p]] for p in mask.nonzero()[:, 0]]).mean())
+        losses.append(
+            torch.stack([-torch.log_softmax(logits[p], 0)[image_ids[p]] for p in mask.nonzero()[:, 0]]).mean()
+        )
     return torch.stack(losses).mean()
 
 
@@ -148,7 +160,9 @@ def projected(model: nn.Module, rows: list[Tensor], group: int) -> list[Tensor]:
     return [row / row.norm(dim=1, keepdim=True) for row in rows]
 
 
-def conmim_loss(model: nn.Module, images: Tensor, keys: Tensor, draw: tuple[Tensor, ...], group: int, tau: float) -> Tensor:
+def conmim_loss(
+    model: nn.Module, images: Tensor, keys: Tensor, draw: tuple[Tensor, ...], group: int, tau: float
+) -> Tensor:
     rows = [masked_rows(model, *image) for image in zip(images, draw.mask, draw.keep.double())]
     losses = []
     for queries, image_keys, mask in zip(projected(model, rows, group), keys, draw.mask):
@@ -163,7 +177,9 @@ def conmim_loss(model: nn.Module, images: Tensor, keys: Tensor, draw: tuple[Tens
 def saim_loss(model: nn.Module, images: Tensor, pixels: Tensor, draw: tuple[Tensor, ...]) -> Tensor:
     """Both streams in raster order, each row with the keys that the paper's table gives it."""
     vit, losses = model.vit, []
-    for image, wanted, order, keep in zip(images, pixels, draw.order, draw.keep.double().unflatten(1, (-1, 2))):
+    for image, wanted, order, keep in zip(
+        images, pixels, draw.order, draw.keep.double().unflatten(1, (-1, 2))
+    ):
         position, rank = vit.pos_embed[0], order.tolist()
         h = torch.cat([vit.cls_token[0] + position[:1], vit.patch_embed(image[None])[0] + position[1:]])
         g = position[1:]

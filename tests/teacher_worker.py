@@ -1,6 +1,6 @@
 """Features of sharded teachers on made-up images; started by test_teacher.py under torchrun.
 
-    teacher_worker.py TOWERS OUT DEVICE     TOWERS holds the folders vit, resnet, ...; rank r writes OUT/r.pt
+teacher_worker.py TOWERS OUT DEVICE     TOWERS holds the folders vit, resnet, ...; rank r writes OUT/r.pt
 """
 
 import dataclasses
@@ -63,7 +63,11 @@ def settings(towers, case):
     """TeacherConfig of a case: a folder, or <kind>.pt, the same weights as a pickled file under the model's name."""
     name, precision, shard = case
     kind = name.removesuffix(".pt")
-    named = {"name": kind, "weights": f"{towers}/{name}"} if name != kind else {"name": f"local-dir:{towers}/{kind}"}
+    named = (
+        {"name": kind, "weights": f"{towers}/{name}"}
+        if name != kind
+        else {"name": f"local-dir:{towers}/{kind}"}
+    )
     return TeacherConfig(**named, img_size=SIZE[kind], precision=precision, shard=shard)
 
 
@@ -93,7 +97,9 @@ def download_results(towers, out, device):
 def compiled_features(towers, device):
     """What blocks give that were traced beneath the hooks which gather their weights, twice, and the graphs that there are."""
     compiler, results = torch.compile, {}
-    torch.compile = lambda forward, dynamic, options: compiler(forward, dynamic=dynamic, backend="aot_eager")  # no C++ compiler
+    torch.compile = lambda forward, dynamic, options: compiler(
+        forward, dynamic=dynamic, backend="aot_eager"
+    )  # no C++ compiler
     for case in CASES[0], CASES[2]:
         torch.compiler.reset()
         counters.clear()
@@ -121,7 +127,9 @@ def main(towers, out, device):
         teacher = module.build_teacher(settings(towers, case), device)
         allocated = torch.cuda.memory_allocated(device) - before if device.type == "cuda" else 0
         read = CountingFile.last.read if CountingFile.last else None
-        features = [teacher(images(kind).to(device)) for _ in range(2)]  # the second after the first gave its memory back
+        features = [
+            teacher(images(kind).to(device)) for _ in range(2)
+        ]  # the second after the first gave its memory back
         results[case] = [f.cpu() for f in features], teacher.identity, teacher.local_bytes, read, allocated
     results["compiled"] = compiled_features(towers, device)
     results["download"] = download_results(towers, out, device)

@@ -14,14 +14,22 @@ DEFAULTS = flatten(Config().to_dict())
 
 
 def write(run_dir, step, keep=3, skipped=()):
-    files = {"model": {"w": torch.full((3,), float(step))}, "optimizer": {"exp_avg.w": torch.ones(3)}, "target": {}}
-    return checkpoint.save(run_dir, {"step": step, "skipped": list(skipped), "identity": {"seed": 0}}, files, keep)
+    files = {
+        "model": {"w": torch.full((3,), float(step))},
+        "optimizer": {"exp_avg.w": torch.ones(3)},
+        "target": {},
+    }
+    return checkpoint.save(
+        run_dir, {"step": step, "skipped": list(skipped), "identity": {"seed": 0}}, files, keep
+    )
 
 
 def test_round_trip_and_retention(tmp_path):
     for step in (1, 2, 3, 4):
         write(tmp_path, step)
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [f"step_{s:08d}" for s in (2, 3, 4)]
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [
+        f"step_{s:08d}" for s in (2, 3, 4)
+    ]
     newest = checkpoint.newest(tmp_path)
     assert newest.run["step"] == 4
     assert torch.equal(newest.load("model")["w"], torch.full((3,), 4.0))
@@ -62,7 +70,9 @@ def test_a_checkpoint_that_has_learnt_from_what_is_passed_over_is_not_taken(tmp_
     """One whose run had passed over it already is."""
     said = []
     write(tmp_path, 2)
-    with pytest.raises(ResumeError, match="whole and free of the steps that rollbacks.json passes over; remove them"):
+    with pytest.raises(
+        ResumeError, match="whole and free of the steps that rollbacks.json passes over; remove them"
+    ):
         checkpoint.newest(tmp_path, {1, 2}, said.append)
     says = "it has learnt from step 1, which rollbacks.json passes over."
     assert said == [f"Passing over {tmp_path}/checkpoints/step_00000002: {says}"]
@@ -81,7 +91,10 @@ def test_what_has_learnt_from_what_is_passed_over_is_dropped_and_takes_no_place(
     assert [path.name for path in checkpoint.checkpoint_folders(tmp_path)] == ["step_00000300"]
     write(tmp_path, 400, keep=2, skipped=range(310, 330))
     checkpoint.drop(tmp_path, range(310, 330))
-    assert [path.name for path in checkpoint.checkpoint_folders(tmp_path)] == ["step_00000400", "step_00000300"]
+    assert [path.name for path in checkpoint.checkpoint_folders(tmp_path)] == [
+        "step_00000400",
+        "step_00000300",
+    ]
 
 
 def test_only_damaged_checkpoints_stop_the_run(tmp_path):
@@ -127,7 +140,9 @@ def test_a_pickle_in_place_of_weights_executes_nothing(tmp_path):
 def identity(**changes):
     knobs = {k: v for k, v in changes.items() if k in ("seed", "objective", "run_dir")}
     config = Config(**knobs, data=DataConfig(shuffle_window=changes.get("shuffle_window", 0)))
-    return checkpoint.identity(config, changes.get("data", "abc"), {"codebook": changes.get("codebook", "123")})
+    return checkpoint.identity(
+        config, changes.get("data", "abc"), {"codebook": changes.get("codebook", "123")}
+    )
 
 
 def test_a_knob_that_is_newer_than_the_checkpoint_had_its_default(tmp_path):
@@ -142,12 +157,17 @@ def test_a_knob_that_is_newer_than_the_checkpoint_had_its_default(tmp_path):
 @pytest.mark.parametrize(
     ("change", "key"),
     [
-        ({"seed": 1}, "seed"), ({"objective": "beit"}, "objective"), ({"data": "x"}, "data.fingerprint"),
-        ({"codebook": "9"}, "target.codebook"), ({"shuffle_window": 65_536}, "data.shuffle_window"),
+        ({"seed": 1}, "seed"),
+        ({"objective": "beit"}, "objective"),
+        ({"data": "x"}, "data.fingerprint"),
+        ({"codebook": "9"}, "target.codebook"),
+        ({"shuffle_window": 65_536}, "data.shuffle_window"),
     ],
 )
 def test_another_run_is_refused_naming_both_values(tmp_path, change, key):
-    checkpoint.save(tmp_path, {"step": 1, "skipped": [], "identity": identity()}, {"model": {"w": torch.ones(1)}}, 2)
+    checkpoint.save(
+        tmp_path, {"step": 1, "skipped": [], "identity": identity()}, {"model": {"w": torch.ones(1)}}, 2
+    )
     found = checkpoint.newest(tmp_path)
     checkpoint.check_identity(found, identity(run_dir="elsewhere"), DEFAULTS)
     with pytest.raises(ResumeError, match=rf"{key}.*: .* in the checkpoint, .* now"):

@@ -52,7 +52,9 @@ def folder(tmp_path_factory):
 def config(folder, tmp_path):
     def build(*overrides, **given):
         recipe = tmp_path / "recipe.yaml"
-        recipe.write_text(f"model: {{path: {folder}/timm}}\ndata: {{train: {folder}/train, val: {folder}/val}}\n")
+        recipe.write_text(
+            f"model: {{path: {folder}/timm}}\ndata: {{train: {folder}/train, val: {folder}/val}}\n"
+        )
         shared = ["train.global_batch_size=8", "train.micro_batch_size=4", f"run_dir={tmp_path}/run"]
         return load_config(recipe, [*shared, *overrides], FinetuneConfig)
 
@@ -75,7 +77,10 @@ def global_batch(config, index, step, world_size):
             first = batch.place.first_slot
             for i, sample in enumerate(zip(batch.images, batch.target, batch.index)):
                 slots[first + i] = sample
-    return [torch.stack(column) for column in zip(*(slots[slot] for slot in range(config.train.global_batch_size)))]
+    return [
+        torch.stack(column)
+        for column in zip(*(slots[slot] for slot in range(config.train.global_batch_size)))
+    ]
 
 
 def test_a_batch_is_the_same_however_it_is_split(config, folder, tmp_path):
@@ -229,11 +234,16 @@ def test_pre_trained_weights_are_all_in_the_model(folder):
 
 def test_another_architecture_of_timm_learns_as_well(config, tmp_path):
     """BEiT's own: relative positions in each block, LayerScale, no position table."""
-    beit = timm.create_model("beit_base_patch16_224", embed_dim=32, depth=2, num_heads=2, img_size=32, patch_size=8, num_classes=9)
+    beit = timm.create_model(
+        "beit_base_patch16_224", embed_dim=32, depth=2, num_heads=2, img_size=32, patch_size=8, num_classes=9
+    )
     timm.models.save_for_hf(beit, tmp_path / "beit", safe_serialization=True)
     given = config(f"model.path={tmp_path}/beit", "model.drop_path=0.2", "optim.layer_decay=0.5")
     classifier = Classifier(given, 3).train()
-    assert torch.equal(classifier.vit.blocks[1].attn.relative_position_bias_table, beit.blocks[1].attn.relative_position_bias_table)
+    assert torch.equal(
+        classifier.vit.blocks[1].attn.relative_position_bias_table,
+        beit.blocks[1].attn.relative_position_bias_table,
+    )
     assert set(classifier.fresh) == {"head.weight", "head.bias"}
     images, target, draw = torch.randn(4, 3, 32, 32), torch.full((4, 3), 1 / 3), classifier.draw(0, 0, 4)
     assert draw.keep.shape == (4, 2), "the first block drops nothing"
@@ -281,7 +291,9 @@ def test_weights_that_do_not_fit_are_refused(folder, model, says):
 def test_classes_that_do_not_fit_are_refused(config, tmp_path, train, val, number, says):
     for name, classes in (("train", train), ("val", val)):
         write_classes(tmp_path / name, 2 * len(classes), 0, classes) if classes else [
-            (tmp_path / name).mkdir(exist_ok=True) or Image.new("RGB", (9, 9)).save(tmp_path / name / f"{i}.png") for i in range(3)
+            (tmp_path / name).mkdir(exist_ok=True)
+            or Image.new("RGB", (9, 9)).save(tmp_path / name / f"{i}.png")
+            for i in range(3)
         ]
     if "class d" in says:
         (tmp_path / "train/d").mkdir()
@@ -315,12 +327,19 @@ def test_settings_are_refused_before_anything_starts(config, folder, override, s
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_shipped_recipes_are_complete(path, folder, tmp_path):
-    folders = [f"data.train={folder}/train", f"data.val={folder}/val", f"run_dir={tmp_path}/run", f"model.path={folder}/timm"]
+    folders = [
+        f"data.train={folder}/train",
+        f"data.val={folder}/val",
+        f"run_dir={tmp_path}/run",
+        f"model.path={folder}/timm",
+    ]
     config = load_config(path, folders, FinetuneConfig)
     check_finetune(config, 4 if config.data.num_classes else 1)
     train_transform(config.data, DATA)
     head = path.read_text().split("model:\n")[0].replace("\\\n", "")
-    assert f"tools/finetune.py --config mapet_ds/recipes/{path.name} " in head, "its command stands at its head"
+    assert f"tools/finetune.py --config mapet_ds/recipes/{path.name} " in head, (
+        "its command stands at its head"
+    )
 
 
 def test_published_settings():

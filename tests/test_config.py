@@ -21,7 +21,9 @@ from mapet_ds.config.towers import teacher_grid
 from mapet_ds.errors import ConfigError
 from mapet_ds.training.command_line import check_files
 
-RECIPES = [p for p in sorted((REPOSITORY / "mapet_ds/recipes").glob("*.yaml")) if not p.stem.startswith("finetune_")]
+RECIPES = [
+    p for p in sorted((REPOSITORY / "mapet_ds/recipes").glob("*.yaml")) if not p.stem.startswith("finetune_")
+]
 
 
 @pytest.fixture
@@ -46,14 +48,24 @@ def test_shipped_recipe_is_complete(path, tmp_path):
         config = load_config(path, [*folders, f"teacher.name=local-dir:{tmp_path}"])
     check(config, world_size=2)
     head = path.read_text().split("objective:")[0]
-    assert "pretrain.py --config mapet_ds/recipes/" + path.name in head.replace("\\\n", ""), "its command stands at its head"
+    assert "pretrain.py --config mapet_ds/recipes/" + path.name in head.replace("\\\n", ""), (
+        "its command stands at its head"
+    )
 
 
 def test_published_settings():
     config = load_config(REPOSITORY / "mapet_ds/recipes/mapet_vitb16.yaml")
     assert (config.optim.lr, config.optim.weight_decay, config.optim.clip_grad) == (1.5e-3, 0.05, 3.0)
-    assert (config.train.epochs, config.train.global_batch_size, config.optim.warmup_epochs) == (300, 2048, 10)
-    assert (config.tokenizer.vocab_size, config.tokenizer.points_per_centroid, config.tokenizer.redo) == (8192, 512, 5)
+    assert (config.train.epochs, config.train.global_batch_size, config.optim.warmup_epochs) == (
+        300,
+        2048,
+        10,
+    )
+    assert (config.tokenizer.vocab_size, config.tokenizer.points_per_centroid, config.tokenizer.redo) == (
+        8192,
+        512,
+        5,
+    )
     assert config.num_patches == 196
     assert teacher_grid(config.teacher) == 14
     assert total_steps(config, 1_281_167) == 187_671
@@ -66,7 +78,10 @@ def test_published_settings():
         (["objective=beit", "beit.hidden_share=0"], r"beit\.hidden_share = 0\.0 hides 0 of 196"),
         (["objective=mvp", "mvp.loss=mse"], r"mvp\.loss"),
         (["objective=conmim", "conmim.cell=4"], r"conmim\.cell = 4 does not divide the student's grid of 14"),
-        (["objective=conmim", "train.micro_batch_size=32"], r"bn_group = 64 does not divide.*conmim\.bn_group=32"),
+        (
+            ["objective=conmim", "train.micro_batch_size=32"],
+            r"bn_group = 64 does not divide.*conmim\.bn_group=32",
+        ),
         (["data.strong.blur_sigma=[2, 1]"], "blur_sigma = .* must be positive and rising"),
         (["data.strong.jitter=[0.4, 0.4, 0.2, 0.6]"], "hue at most 0.5"),
         (["objective=mvp", "teacher.img_size=224"], "teacher's grid is 7"),
@@ -76,7 +91,12 @@ def test_published_settings():
 )
 def test_each_objective_knows_its_contradictions(overrides, says, tmp_path):
     with pytest.raises(ConfigError, match=says):
-        check(load_config(RECIPES_BY_NAME["mapet_vitb16"], [f"data.train={tmp_path}", f"run_dir={tmp_path}", *overrides]), 1)
+        check(
+            load_config(
+                RECIPES_BY_NAME["mapet_vitb16"], [f"data.train={tmp_path}", f"run_dir={tmp_path}", *overrides]
+            ),
+            1,
+        )
 
 
 def test_objectives_without_a_teacher_do_not_mind_its_grid(tmp_path):
@@ -143,7 +163,9 @@ def test_a_size_that_fits_no_patch_is_the_only_complaint(recipe):
 
 
 def test_a_mapping_on_the_command_line_adds_its_keys(recipe):
-    recipe.write_text(recipe.read_text() + "model: {name: vit_small_patch16_224, args: {depth: 3, qkv_bias: false}}\n")
+    recipe.write_text(
+        recipe.read_text() + "model: {name: vit_small_patch16_224, args: {depth: 3, qkv_bias: false}}\n"
+    )
     config = load_config(recipe, ["model={args: {depth: 4}, img_size: 32}", "model.args={num_heads: 2}"])
     assert config.model.args == {"depth": 4, "qkv_bias": False, "num_heads": 2}
     assert (config.model.name, config.model.img_size) == ("vit_small_patch16_224", 32)
@@ -158,7 +180,10 @@ def test_a_key_given_twice_is_refused(recipe):
 @pytest.mark.parametrize(
     ("override", "says"),
     [
-        ("tokenizer.path=", "tokenizer.path is empty: .* the kclip tokenizer reads; tools/fit_codebook.py writes it"),
+        (
+            "tokenizer.path=",
+            "tokenizer.path is empty: .* the kclip tokenizer reads; tools/fit_codebook.py writes it",
+        ),
         ("tokenizer.path={}", "tokenizer.path = .* is not a file"),
         ("run_dir={}/a_file/run", "run_dir = .* can't be used: .*a_file is not a folder"),
         ("run_dir={}/images/run", "run_dir = .* lies inside data.train"),
@@ -175,10 +200,19 @@ def test_paths_are_looked_at_before_anything_starts(recipe, tmp_path, override, 
 
 
 def test_a_mistake_is_said_once_a_host(recipe):
-    command = [sys.executable, "mapet_ds/pretrain.py", "--config", str(recipe), "--deepspeed_config", "ds_configs/zero2_cpu.json"]
+    command = [
+        sys.executable,
+        "mapet_ds/pretrain.py",
+        "--config",
+        str(recipe),
+        "--deepspeed_config",
+        "ds_configs/zero2_cpu.json",
+    ]
     for rank, lines in (("0", 1), ("1", 0)):
         environment = {**os.environ, "LOCAL_RANK": rank}
-        done = subprocess.run([*command, "seed=-1"], cwd=REPOSITORY, capture_output=True, text=True, env=environment)
+        done = subprocess.run(
+            [*command, "seed=-1"], cwd=REPOSITORY, capture_output=True, text=True, env=environment
+        )
         assert (done.returncode, done.stderr.count("\n")) == (2, lines)
 
 
@@ -202,7 +236,14 @@ def test_inputs_can_be_checked_alone(recipe):
 
 
 def test_a_mistake_stops_the_program_within_a_second(recipe):
-    command = [sys.executable, "mapet_ds/pretrain.py", "--config", str(recipe), "--deepspeed_config", "ds_configs/zero2_cpu.json"]
+    command = [
+        sys.executable,
+        "mapet_ds/pretrain.py",
+        "--config",
+        str(recipe),
+        "--deepspeed_config",
+        "ds_configs/zero2_cpu.json",
+    ]
     times = []
     for _ in range(3):  # the machine may be busy: the best of three
         began = time.perf_counter()
@@ -250,14 +291,18 @@ def test_every_knob_round_trips_through_the_written_config(recipe, tmp_path):
     assert isinstance(config, Config)
 
 
-WORDS = st.sampled_from(sorted({*known_keys(Config), *(key.split(".")[0] for key in known_keys(Config))})) | st.text(max_size=12)
+WORDS = st.sampled_from(
+    sorted({*known_keys(Config), *(key.split(".")[0] for key in known_keys(Config))})
+) | st.text(max_size=12)
 NUMBERS = st.integers(1, 64) | st.floats(0.01, 1)
 SCALARS = (
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=12) | WORDS
     | st.sampled_from(["center", "random", "projected", "pixels", "features", "mapet", "beit", "mvp", "saim", "conmim", "RN50x64"])
 )  # fmt: skip
 VALUES = st.recursive(
-    SCALARS, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=3), max_leaves=6
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
 )
 
 
@@ -265,7 +310,9 @@ def test_whatever_it_says_a_recipe_gives_a_run_or_a_sentence(recipe):
     outcomes = []
 
     @settings(max_examples=400, deadline=None, derandomize=True)
-    @given(st.lists(st.tuples(WORDS, NUMBERS | VALUES), max_size=2), st.sampled_from([1, 2, 3, 8]), st.booleans())
+    @given(
+        st.lists(st.tuples(WORDS, NUMBERS | VALUES), max_size=2), st.sampled_from([1, 2, 3, 8]), st.booleans()
+    )
     def any_recipe(keys, world_size, in_the_file):
         path, overrides = recipe, [f"{key}={json.dumps(value)}" for key, value in keys]
         try:

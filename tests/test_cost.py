@@ -18,7 +18,9 @@ from mapet_ds.errors import ConfigError
 from mapet_ds.methods import METHODS, build_objective
 from mapet_ds.targets.teacher import Teacher, _build_tower, teacher_model_config
 
-RECIPES = sorted(path.stem for path in (REPOSITORY / "mapet_ds/recipes").glob("[!f]*_vitb16.yaml"))  # not fine-tuning's
+RECIPES = sorted(
+    path.stem for path in (REPOSITORY / "mapet_ds/recipes").glob("[!f]*_vitb16.yaml")
+)  # not fine-tuning's
 HALF = "model.args={depth: 6}"
 BYTES = {torch.bfloat16: 2, torch.float32: 4}
 
@@ -42,7 +44,10 @@ class PeakBytes(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage())._cdata not in self.known:
+            if (
+                isinstance(tensor, torch.Tensor)
+                and (storage := tensor.untyped_storage())._cdata not in self.known
+            ):
                 self.known.add(storage._cdata)
                 self.live += storage.nbytes()
                 weakref.finalize(storage, self.freed, storage._cdata, storage.nbytes())
@@ -62,7 +67,10 @@ def batch_of(config, model, batch):
     """A batch of zeros: what it holds changes no count."""
     patches = config.num_patches
     blocks = len(model.vit.blocks) + len(getattr(model, "decoder", []))
-    images, mask = torch.zeros(batch, 3, *[config.model.img_size] * 2), torch.zeros(batch, patches, dtype=torch.bool)
+    images, mask = (
+        torch.zeros(batch, 3, *[config.model.img_size] * 2),
+        torch.zeros(batch, patches, dtype=torch.bool),
+    )
     order = torch.arange(patches).expand(batch, -1).contiguous()
     ids = torch.zeros(batch, patches, dtype=torch.long)
     goal = ids if config.method.predicts_ids else torch.zeros(batch, patches, target_dim(config))
@@ -100,11 +108,15 @@ def test_every_objective_has_a_recipe():
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
 @pytest.mark.parametrize(
-    ("name", "dtype"), [*((name, torch.bfloat16) for name in RECIPES), ("mapet_vitb16", torch.float32)], ids=str
+    ("name", "dtype"),
+    [*((name, torch.bfloat16) for name in RECIPES), ("mapet_vitb16", torch.float32)],
+    ids=str,
 )
 def test_the_peak_of_activations(name, dtype, recompute):
     batch = 64
-    config = recipe(name, f"train.grad_checkpointing={str(recompute).lower()}", f"train.micro_batch_size={batch}", HALF)
+    config = recipe(
+        name, f"train.grad_checkpointing={str(recompute).lower()}", f"train.micro_batch_size={batch}", HALF
+    )
     model = shapes_only(config, dtype)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
@@ -115,7 +127,11 @@ def test_the_peak_of_activations(name, dtype, recompute):
 
 
 def test_the_peak_of_activations_of_a_real_step():
-    small = ["model.args={depth: 3, embed_dim: 192, num_heads: 3}", "tokenizer.vocab_size=512", "train.micro_batch_size=4"]
+    small = [
+        "model.args={depth: 3, embed_dim: 192, num_heads: 3}",
+        "tokenizer.vocab_size=512",
+        "train.micro_batch_size=4",
+    ]
     config = recipe("mapet_vitb16", *small)
     model = build_objective(config, 512)
     images, goal, draw = batch_of(config, model, 4)
@@ -181,16 +197,23 @@ def test_sizes_are_timms(size):
     model, sizes = shapes_only(config), vit_of(config.model)
     assert student(config).parameters == sum(parameter.numel() for parameter in model.parameters())
     attention = model.vit.blocks[0].attn
-    assert (sizes.depth, sizes.width, sizes.heads) == (len(model.vit.blocks), model.vit.embed_dim, attention.num_heads)
+    assert (sizes.depth, sizes.width, sizes.heads) == (
+        len(model.vit.blocks),
+        model.vit.embed_dim,
+        attention.num_heads,
+    )
 
 
 def test_register_tokens():
     config = recipe("beit_vitb16", "model.args={reg_tokens: 4, depth: 2}")
-    assert student(config).parameters == sum(parameter.numel() for parameter in shapes_only(config).parameters())
+    assert student(config).parameters == sum(
+        parameter.numel() for parameter in shapes_only(config).parameters()
+    )
 
 
 @pytest.mark.parametrize(
-    "words", ["model.name=deit_small_patch16_224", "model.args={qk_norm: true}", "teacher.name=ViT-B-16-SigLIP"]
+    "words",
+    ["model.name=deit_small_patch16_224", "model.args={qk_norm: true}", "teacher.name=ViT-B-16-SigLIP"],
 )
 def test_what_can_not_be_counted_is_said(words):
     with pytest.raises(ConfigError, match="can't be counted"):

@@ -54,7 +54,9 @@ def settings(batch: int, micro: int | None = None, side: int = 48, **data: objec
     )
 
 
-def load(config: Config, index: Index, steps: int, rank: int = 0, world_size: int = 1, **options: object) -> list[Batch]:
+def load(
+    config: Config, index: Index, steps: int, rank: int = 0, world_size: int = 1, **options: object
+) -> list[Batch]:
     """All micro-batches of a rank in so many steps."""
     options = {"student": True, "teacher": TEACHER, **options}
     loader = Loader(config, index, rank=rank, world_size=world_size, local_rank=0, **options)
@@ -63,7 +65,9 @@ def load(config: Config, index: Index, steps: int, rank: int = 0, world_size: in
     return batches
 
 
-def global_batches(config: Config, index: Index, steps: int, world_size: int, **options: object) -> list[Batch]:
+def global_batches(
+    config: Config, index: Index, steps: int, world_size: int, **options: object
+) -> list[Batch]:
     """The batches of all ranks put together in the order of their slots, one per step."""
     ranks = [load(config, index, steps, rank, world_size, **options) for rank in range(world_size)]
     micro = [batch for batches in zip(*ranks, strict=True) for batch in batches]
@@ -134,7 +138,9 @@ def test_a_batch_brings_its_place_and_its_draw(photos):
         batches = load(config, photos, 2, rank=1, world_size=2, first_step=first_step, draw=draw)
         places = [(first_step, 3), (first_step, 9), (first_step + 1, 3), (first_step + 1, 9)]
         assert [batch.place for batch in batches] == places
-        assert [batch.draw.keep.tolist() for batch in batches] == [[[100.0 * step + slot]] * 3 for step, slot in places]
+        assert [batch.draw.keep.tolist() for batch in batches] == [
+            [[100.0 * step + slot]] * 3 for step, slot in places
+        ]
     assert len(threads) == 1 and threading.main_thread().name not in threads
     assert load(config, photos, 1)[0].draw is None
 
@@ -179,7 +185,9 @@ def test_no_split_changes_a_windowed_order(many):
 
 def test_a_bad_image_of_a_windowed_order_is_replaced_by_the_next_of_it(many):
     source = SampleSource(settings(60, shuffle_window=256), many, 0, 1)
-    bad = {source.order(n) for n in (5, 6, 255, 699)}  # two in a row, the last of a window, the last of the epoch
+    bad = {
+        source.order(n) for n in (5, 6, 255, 699)
+    }  # two in a row, the last of a window, the last of the epoch
     replacing = SampleSource(source.config, many, 0, 1, bad=bad)
     for n, tries in ((5, 2), (6, 1), (255, 1), (699, 1)):
         due = 0 if n == 699 else n + tries
@@ -224,7 +232,11 @@ def reference(image: Image.Image, crop: tuple, side: int) -> np.ndarray:
 
 
 def pixels(view: torch.Tensor, mean: tuple, std: tuple) -> np.ndarray:
-    return ((view * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]) * 255).permute(1, 2, 0).numpy()
+    return (
+        ((view * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]) * 255)
+        .permute(1, 2, 0)
+        .numpy()
+    )
 
 
 @pytest.mark.parametrize("crop", ["center", "random"])
@@ -250,7 +262,10 @@ def test_every_format_gives_pillows_pixels(tmp_path, crop):
 
 
 def test_orientation_is_ignored(tmp_path):
-    plain, turned = images.encode(images.picture(), "JPEG"), images.encode(images.picture(), "JPEG", exif=images.rotated())
+    plain, turned = (
+        images.encode(images.picture(), "JPEG"),
+        images.encode(images.picture(), "JPEG", exif=images.rotated()),
+    )
     assert plain != turned
     batch = load(settings(2, color_jitter=0.0), make_index(tmp_path, {"a.jpg": plain, "b.jpg": turned}), 1)[0]
     assert torch.equal(batch.images[0], batch.images[1])
@@ -335,10 +350,14 @@ def test_random_crop_falls_back_inside_the_image(width, height):
 PLAIN = {"jitter_share": 0.0, "grey_share": 0.0, "blur_share": 0.0, "solarize_share": 0.0}
 
 
-def strong_and_plain(index: Index, number: int = 16, **strong: object) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+def strong_and_plain(
+    index: Index, number: int = 16, **strong: object
+) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Of each image the strong view's pixels, the plain view's, and the six values that were drawn."""
     config = settings(number, strong=StrongViewConfig(**PLAIN | strong), **RANDOM)
-    changed, plain = (load(config, index, 1, teacher=teacher)[0].teacher_images for teacher in (STRONG, TEACHER))
+    changed, plain = (
+        load(config, index, 1, teacher=teacher)[0].teacher_images for teacher in (STRONG, TEACHER)
+    )
     source = SampleSource(config, index, 0, 1, strong=True)
     shown = ([pixels(image, *TEACHER[1:3]) for image in images] for images in (changed, plain))
     return [(*both, source.sample(0, place).strong) for place, both in enumerate(zip(*shown, strict=True))]
@@ -362,7 +381,9 @@ def test_strong_jitter_is_a_turn_and_three_factors(photos):
     for strong, plain, values in strong_and_plain(photos, jitter_share=1.0):
         assert np.all(np.abs(values[:3] - 1) <= (0.4, 0.4, 0.2)) and abs(values[3]) <= 36
         assert values[4:].tolist() == [np.float32(UNBLURRED), NEVER]
-        assert np.abs(strong - twist(plain, *values[:4])).mean() < 0.5, "rounding, and constants of three digits"
+        assert np.abs(strong - twist(plain, *values[:4])).mean() < 0.5, (
+            "rounding, and constants of three digits"
+        )
         assert np.abs(strong - plain).mean() > 2
 
 
@@ -384,10 +405,14 @@ def test_strong_blur_is_a_gaussian_and_nearly_pillows(photos):
         window = np.exp(-0.5 * (np.arange(-radius, radius + 1) / values[4]) ** 2)
         expected = plain
         for axis in (0, 1):  # what lies beyond the border is mirrored, the border's own pixel not repeated
-            padded = np.pad(expected, [(radius, radius) if k == axis else (0, 0) for k in range(3)], "reflect")
+            padded = np.pad(
+                expected, [(radius, radius) if k == axis else (0, 0) for k in range(3)], "reflect"
+            )
             expected = np.apply_along_axis(np.convolve, axis, padded, window / window.sum(), "valid")
         assert np.abs(strong - expected).mean() < 0.5, "rounding"
-        pillows = Image.fromarray(plain.round().astype(np.uint8)).filter(ImageFilter.GaussianBlur(float(values[4])))
+        pillows = Image.fromarray(plain.round().astype(np.uint8)).filter(
+            ImageFilter.GaussianBlur(float(values[4]))
+        )
         assert np.abs(strong - np.asarray(pillows, float)).mean() < 1.5
     assert 0.1 <= min(sigmas) < 0.5 and 1.6 < max(sigmas) <= 2
 
@@ -402,7 +427,9 @@ def test_strong_solarize_is_pillows(photos):
 def test_strong_blur_comes_between_jitter_and_solarize(photos):
     every = {"jitter_share": 1.0, "blur_share": 1.0, "solarize_share": 1.0}
     for solarized, (blurred, _, _) in zip(
-        strong_and_plain(photos, **every), strong_and_plain(photos, **every | {"solarize_share": 0.0}), strict=True
+        strong_and_plain(photos, **every),
+        strong_and_plain(photos, **every | {"solarize_share": 0.0}),
+        strict=True,
     ):
         expected = ImageOps.solarize(Image.fromarray(blurred.round().astype(np.uint8)))
         np.testing.assert_allclose(solarized[0], np.asarray(expected, float), atol=1e-3)
@@ -414,16 +441,24 @@ def test_published_shares_of_the_strong_view():
     jittered, grey = values[:, 0] != 1, values[:, 2] == 0
     blurred, solarized = values[:, 4] != np.float32(UNBLURRED), values[:, 5] == SOLARIZE_FROM
     events = np.stack([jittered, grey, blurred, solarized])
-    np.testing.assert_allclose(events.mean(axis=1), (0.8, 0.2, 0.1, 0.2), atol=0.014, err_msg="five standard deviations")
+    np.testing.assert_allclose(
+        events.mean(axis=1), (0.8, 0.2, 0.1, 0.2), atol=0.014, err_msg="five standard deviations"
+    )
     assert np.abs(np.corrcoef(events) - np.eye(4)).max() < 0.035
-    assert not values[grey, 3].any() and (values[~jittered, :2] == 1).all() and (values[~solarized, 5] == NEVER).all()
+    assert (
+        not values[grey, 3].any()
+        and (values[~jittered, :2] == 1).all()
+        and (values[~solarized, 5] == NEVER).all()
+    )
     for column, low, high, rows in (
         (0, 0.6, 1.4, jittered), (1, 0.6, 1.4, jittered), (2, 0.8, 1.2, jittered & ~grey), (3, -36, 36, jittered & ~grey),
         (4, 0.1, 2.0, blurred),
     ):  # fmt: skip
         counts = np.histogram(values[rows, column], bins=10, range=(low, high))[0]
         assert counts.sum() == rows.sum(), "all within the range"
-        assert ((counts - rows.sum() / 10) ** 2 / (rows.sum() / 10)).sum() < 40, "9 degrees of freedom: p = 8e-6"
+        assert ((counts - rows.sum() / 10) ** 2 / (rows.sum() / 10)).sum() < 40, (
+            "9 degrees of freedom: p = 8e-6"
+        )
 
 
 @pytest.mark.parametrize(("micro", "world_size", "workers"), [(3, 2, 0), (2, 3, 0), (6, 1, 2)])
@@ -436,7 +471,9 @@ def test_no_split_changes_a_strong_batch(photos, micro, world_size, workers):
 
 def test_a_resumed_strong_view_continues_exactly(photos):
     config = settings(12, 6, **RANDOM)
-    assert_same(load(config, photos, 1, teacher=STRONG, first_step=1), load(config, photos, 2, teacher=STRONG)[2:])
+    assert_same(
+        load(config, photos, 1, teacher=STRONG, first_step=1), load(config, photos, 2, teacher=STRONG)[2:]
+    )
 
 
 @pytest.mark.parametrize("color_jitter", [0.0, 0.4])
@@ -447,7 +484,10 @@ def test_a_strong_view_leaves_the_students_alone(photos, color_jitter):
         assert torch.equal(one.images, other.images) and torch.equal(one.index, other.index)
         assert not torch.equal(one.teacher_images, other.teacher_images)
     alone = load(config, photos, 2, teacher=STRONG, student=False)
-    assert all(torch.equal(one.teacher_images, other.teacher_images) for one, other in zip(strong, alone, strict=True))
+    assert all(
+        torch.equal(one.teacher_images, other.teacher_images)
+        for one, other in zip(strong, alone, strict=True)
+    )
 
 
 def test_a_strong_view_shows_the_students_crop_and_flip(photos):
@@ -470,7 +510,10 @@ def test_a_strong_view_shows_the_students_crop_and_flip(photos):
 @pytest.fixture(scope="module")
 def damaged(tmp_path_factory) -> tuple[Index, Index, set[str]]:
     """A data set of which many are bad, the same with good images in their places, and the names of the bad."""
-    bad = {f"class_1/{name}": data for name, data in {**images.bad_by_structure(), **images.bad_by_decoding()}.items()}
+    bad = {
+        f"class_1/{name}": data
+        for name, data in {**images.bad_by_structure(), **images.bad_by_decoding()}.items()
+    }
     good = images.photos(60)
     replaced = {name: images.encode(images.picture(seed=77), "JPEG") for name in bad}
     folder = tmp_path_factory.mktemp("damaged")
@@ -506,17 +549,26 @@ def test_bad_images_cost_nothing_but_themselves(damaged):
         else:
             assert got == due
             assert torch.equal(batches[step].images[slot], reference_batches[step].images[slot])
-            assert torch.equal(batches[step].teacher_images[slot], reference_batches[step].teacher_images[slot])
+            assert torch.equal(
+                batches[step].teacher_images[slot], reference_batches[step].teacher_images[slot]
+            )
     assert replaced >= 10
     assert_same(load(config, index, steps, bad=bad), batches)
-    assert_same(global_batches(settings(16, 4, **RANDOM), index, 2, 2), load(settings(16, **RANDOM), index, 2))
+    assert_same(
+        global_batches(settings(16, 4, **RANDOM), index, 2, 2), load(settings(16, **RANDOM), index, 2)
+    )
 
 
 def test_bad_images_found_by_a_worker_are_reported(tmp_path):
     index = make_index(tmp_path, images.photos(6) | {"class_0/a.jpg": b"<html>", **images.bad_by_decoding()})
-    loader = Loader(settings(10, workers=1), index, student=True, teacher=None, rank=0, world_size=1, local_rank=0)
+    loader = Loader(
+        settings(10, workers=1), index, student=True, teacher=None, rank=0, world_size=1, local_rank=0
+    )
     next(loader)
-    assert sorted(Path(index.path(i)).name for i, _ in loader.new_bad()) == ["a.jpg", *sorted(images.bad_by_decoding())]
+    assert sorted(Path(index.path(i)).name for i, _ in loader.new_bad()) == [
+        "a.jpg",
+        *sorted(images.bad_by_decoding()),
+    ]
     loader.close()
 
 
@@ -525,7 +577,9 @@ def test_known_bad_images_are_not_read(damaged, monkeypatch):
     bad = {i for i in range(len(index)) if os.path.relpath(index.path(i), index.root) in bad_names}
     read, real = [], Index.read
     monkeypatch.setattr(Index, "read", lambda self, i: read.append(i) or real(self, i))
-    loader = Loader(settings(len(index)), index, student=True, teacher=None, rank=0, world_size=1, local_rank=0, bad=bad)
+    loader = Loader(
+        settings(len(index)), index, student=True, teacher=None, rank=0, world_size=1, local_rank=0, bad=bad
+    )
     next(loader)
     assert loader.new_bad() == []
     loader.close()
@@ -535,8 +589,12 @@ def test_known_bad_images_are_not_read(damaged, monkeypatch):
 @pytest.mark.parametrize("kind", ["structure", "decoding"])
 def test_too_many_bad_images_stop_the_run(tmp_path, kind):
     files = images.bad_by_structure() if kind == "structure" else images.bad_by_decoding()
-    index = make_index(tmp_path, images.photos(10) | {f"class_0/{name}": files[name] for name in list(files)[:3]})
-    with pytest.raises(DataError, match=r"at least 3 of 13, more than the 2 .*max_bad_share = 0\.15.*class_0/") as caught:
+    index = make_index(
+        tmp_path, images.photos(10) | {f"class_0/{name}": files[name] for name in list(files)[:3]}
+    )
+    with pytest.raises(
+        DataError, match=r"at least 3 of 13, more than the 2 .*max_bad_share = 0\.15.*class_0/"
+    ) as caught:
         load(settings(13, max_bad_share=0.15), index, 2)
     assert "\n" not in str(caught.value)
     load(settings(13, max_bad_share=0.25), index, 2)
@@ -559,7 +617,9 @@ def test_one_too_many_in_a_large_batch_is_a_sentence_not_a_crash(tmp_path):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_storage_fault_stops_the_run(tmp_path, workers):
     index = make_index(tmp_path, images.photos(8))
-    loader = Loader(settings(4, workers=workers), index, student=True, teacher=None, rank=0, world_size=1, local_rank=0)
+    loader = Loader(
+        settings(4, workers=workers), index, student=True, teacher=None, rank=0, world_size=1, local_rank=0
+    )
     next(loader)
     shutil.move(index.root, tmp_path / "elsewhere")
     with pytest.raises(DataError, match="gone or no longer mounted"):
@@ -590,11 +650,17 @@ def test_a_decoder_that_never_works_stops_the_run(photos, monkeypatch):
             raise RuntimeError("no decoder")
 
     real = Loader._pipeline_of  # the one that prefetches nothing is the CPU's, which steps in
-    monkeypatch.setattr(Loader, "_pipeline_of", lambda self, *a, **k: real(self, *a, **k) if k.get("prefetch") == 1 else Broken())
+    monkeypatch.setattr(
+        Loader,
+        "_pipeline_of",
+        lambda self, *a, **k: real(self, *a, **k) if k.get("prefetch") == 1 else Broken(),
+    )
     loader = Loader(settings(4), photos, student=True, teacher=None, rank=0, world_size=1, local_rank=0)
     batches = list(itertools.islice(loader, ALONE_LIMIT))
     assert len(batches) == ALONE_LIMIT
-    with pytest.raises(DataError, match=f"{ALONE_LIMIT + 1} micro-batches in a row.*no decoder.*data.device=cpu"):
+    with pytest.raises(
+        DataError, match=f"{ALONE_LIMIT + 1} micro-batches in a row.*no decoder.*data.device=cpu"
+    ):
         next(loader)
     loader.close()
 
@@ -615,7 +681,9 @@ def test_shards_are_the_folder(photos, tmp_path):
     assert f"{out}: images 23, classes 3, shards 4." in made.stdout
     shards = open_index(str(out), tmp_path / "unused")
     assert not (tmp_path / "unused").exists() and shards.classes == photos.classes
-    assert [(shards.read(i), shards.label(i)) for i in range(23)] == [(photos.read(i), photos.label(i)) for i in range(23)]
+    assert [(shards.read(i), shards.label(i)) for i in range(23)] == [
+        (photos.read(i), photos.label(i)) for i in range(23)
+    ]
     config = settings(12, 6, **RANDOM)
     assert_same(load(config, shards, 4), load(config, photos, 4))
     shutil.rmtree(out / "index")
@@ -631,7 +699,12 @@ def test_shards_are_the_folder(photos, tmp_path):
 
 
 def test_shards_in_random_order_hold_the_same_images(photos, tmp_path):
-    assert run_tool("make_shards.py", photos.root, tmp_path / "out", "--shuffle_seed", 3, "--shard_images", 7).returncode == 0
+    assert (
+        run_tool(
+            "make_shards.py", photos.root, tmp_path / "out", "--shuffle_seed", 3, "--shard_images", 7
+        ).returncode
+        == 0
+    )
     shards = open_index(str(tmp_path / "out"), tmp_path / "unused")
     packed, listed = ([(index.read(i), index.label(i)) for i in range(23)] for index in (shards, photos))
     assert packed != listed and sorted(packed) == sorted(listed) and shards.classes == photos.classes
@@ -648,12 +721,19 @@ def test_shards_overwrite_nothing(photos, tmp_path):
         assert refused.returncode == 2 and words in refused.stderr and "Traceback" not in refused.stderr
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "precious"]
     nowhere = run_tool("make_shards.py", photos.root, tmp_path / "out/precious/shards")
-    assert nowhere.returncode == 2 and "can't be written as a folder" in nowhere.stderr and "Traceback" not in nowhere.stderr
+    assert (
+        nowhere.returncode == 2
+        and "can't be written as a folder" in nowhere.stderr
+        and "Traceback" not in nowhere.stderr
+    )
 
 
 def test_shards_stay_below_their_size(photos, tmp_path):
     size = max(len(photos.read(i)) for i in range(23)) * 3
-    assert run_tool("make_shards.py", photos.root, tmp_path / "out", "--shard_size_mib", size / 2**20).returncode == 0
+    assert (
+        run_tool("make_shards.py", photos.root, tmp_path / "out", "--shard_size_mib", size / 2**20).returncode
+        == 0
+    )
     shards = list((tmp_path / "out").glob("*.tar"))
     assert 23 / 3 / 2 < len(shards) < 23
     assert max(path.stat().st_size for path in shards) < size + 3 * 2048 + 20 * 512 + 10240
@@ -666,8 +746,12 @@ def test_check_images_lists_the_bad(damaged, decode):
     assert checked.returncode == 1, checked.stderr
     rows = [line.split("\t") for line in checked.stdout.splitlines()]
     only_decoding = {f"class_1/{name}" for name in images.bad_by_decoding()}
-    expected = bad_names - {"class_0/image_000.jpg"}  # deleted since, so not in the index that the program makes
-    assert {os.path.relpath(path, index.root) for path, _ in rows} == expected - (set() if decode else only_decoding)
+    expected = bad_names - {
+        "class_0/image_000.jpg"
+    }  # deleted since, so not in the index that the program makes
+    assert {os.path.relpath(path, index.root) for path, _ in rows} == expected - (
+        set() if decode else only_decoding
+    )
     assert all(reason for _, reason in rows) and "100%" in checked.stderr
 
 
@@ -675,7 +759,9 @@ def test_check_images_ends_well_or_with_a_sentence(photos, tmp_path):
     good = run_tool("check_images.py", photos.root, "--jobs", 2)
     assert (good.returncode, good.stdout) == (0, "") and "0 of 23" in good.stderr
     nothing = run_tool("check_images.py", tmp_path)
-    assert nothing.returncode == 2 and "holds no image" in nothing.stderr and "Traceback" not in nothing.stderr
+    assert (
+        nothing.returncode == 2 and "holds no image" in nothing.stderr and "Traceback" not in nothing.stderr
+    )
 
 
 # ---- on a GPU
@@ -699,13 +785,20 @@ def test_gpu_decoding_gives_the_cpus_pixels(tmp_path):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="compares the GPU's strong view with the CPU's")
 def test_gpu_gives_the_cpus_strong_view(photos):
     strong = StrongViewConfig(blur_share=0.5, solarize_share=0.0)
-    cpu, gpu = (load(settings(16, strong=strong, **RANDOM, device=at), photos, 3, teacher=STRONG) for at in ("cpu", "gpu"))
+    cpu, gpu = (
+        load(settings(16, strong=strong, **RANDOM, device=at), photos, 3, teacher=STRONG)
+        for at in ("cpu", "gpu")
+    )
     for one, other in zip(cpu, gpu, strict=True):
         assert other.teacher_images.is_cuda
         difference = (one.teacher_images - other.teacher_images.cpu()).abs().mean(dim=(1, 2, 3)) * 255 * 0.27
         assert difference.max() < 3.0
-    inverted = settings(16, strong=StrongViewConfig(**PLAIN | {"solarize_share": 1.0}), **RANDOM, device="gpu")
-    solarized, plain = (load(inverted, photos, 1, teacher=teacher)[0].teacher_images.cpu() for teacher in (STRONG, TEACHER))
+    inverted = settings(
+        16, strong=StrongViewConfig(**PLAIN | {"solarize_share": 1.0}), **RANDOM, device="gpu"
+    )
+    solarized, plain = (
+        load(inverted, photos, 1, teacher=teacher)[0].teacher_images.cpu() for teacher in (STRONG, TEACHER)
+    )
     for one, other in zip(solarized, plain, strict=True):
         expected = ImageOps.solarize(Image.fromarray(pixels(other, *TEACHER[1:3]).round().astype(np.uint8)))
         np.testing.assert_allclose(pixels(one, *TEACHER[1:3]), np.asarray(expected, float), atol=1e-3)

@@ -62,18 +62,27 @@ def test_the_order_reaches_far():
 
 def test_the_order_without_a_window_is_what_it_always_was():
     order = SampleOrder(20_000_000, seed=7, window=0)
-    assert order.epoch_places(3, np.array([0, 1, 12_345, 19_999_999])).tolist() == [17342306, 4575712, 10817436, 2875385]
+    assert order.epoch_places(3, np.array([0, 1, 12_345, 19_999_999])).tolist() == [
+        17342306,
+        4575712,
+        10817436,
+        2875385,
+    ]
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 5000), st.integers(1, 6000), st.integers(0, 2**63 - 1), st.integers(0, 10**6), st.randoms())
+@given(
+    st.integers(1, 5000), st.integers(1, 6000), st.integers(0, 2**63 - 1), st.integers(0, 10**6), st.randoms()
+)
 def test_a_windowed_epoch_is_a_permutation_of_few_stretches_a_window(n, window, seed, epoch, random):
     order, window = SampleOrder(n, seed, window), -(-window // CHUNK) * CHUNK
     places = np.arange(n)
     indices = order.epoch_places(epoch, places)
     assert np.array_equal(np.sort(indices), places)
     some = np.array(random.choices(range(n), k=9))
-    assert np.array_equal(SampleOrder(n, seed, window).epoch_places(epoch, some), indices[some]), "no place needs another"
+    assert np.array_equal(SampleOrder(n, seed, window).epoch_places(epoch, some), indices[some]), (
+        "no place needs another"
+    )
     for start in range(0, n, window):
         stretches = 1 + np.count_nonzero(np.diff(np.sort(indices[start : start + window])) > 1)
         assert stretches <= window // CHUNK + 1
@@ -82,7 +91,9 @@ def test_a_windowed_epoch_is_a_permutation_of_few_stretches_a_window(n, window, 
 def test_windows_reach_far_and_go_round_epochs():
     order = SampleOrder(20_000_000_000, seed=2**62, window=65_536)
     n = 10**15
-    assert [order(k) for k in range(n, n + 3)] == [SampleOrder(20_000_000_000, 2**62, 65_536)(k) for k in range(n, n + 3)]
+    assert [order(k) for k in range(n, n + 3)] == [
+        SampleOrder(20_000_000_000, 2**62, 65_536)(k) for k in range(n, n + 3)
+    ]
     order = SampleOrder(1000, seed=3, window=256)
     for epoch in (0, 1, 7):
         substitutes = [order.after(1000 * epoch + 999, tries) for tries in range(1, 1000)]
@@ -113,7 +124,10 @@ def test_within_a_window_neighbours_are_unrelated_and_epochs_differ():
 def test_keys_of_a_windowed_order_are_all_different():
     """Windows that shared a key would be shuffled alike."""
     order = SampleOrder(4096, seed=0, window=256)
-    windows = [np.argsort(np.argsort(order.epoch_places(e, np.arange(4096)).reshape(16, 256), axis=1)) for e in range(3)]
+    windows = [
+        np.argsort(np.argsort(order.epoch_places(e, np.arange(4096)).reshape(16, 256), axis=1))
+        for e in range(3)
+    ]
     assert len({tuple(row) for epoch in windows for row in epoch.tolist()}) == 48
 
 
@@ -122,7 +136,9 @@ def test_a_row_depends_on_its_slot_alone(width):
     whole = draws.uniforms(9, Purpose.CROP, 7, 0, 12, width)
     assert whole.shape == (12, width)
     for first, slots in ((0, 1), (5, 3), (11, 1)):
-        assert np.array_equal(draws.uniforms(9, Purpose.CROP, 7, first, slots, width), whole[first : first + slots])
+        assert np.array_equal(
+            draws.uniforms(9, Purpose.CROP, 7, first, slots, width), whole[first : first + slots]
+        )
 
 
 def test_streams_differ_by_seed_purpose_step_and_slot():

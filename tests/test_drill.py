@@ -24,7 +24,12 @@ pytestmark = pytest.mark.drill
 EPOCHS = 125
 STEPS = -(-EPOCHS * IMAGES // 8)
 EVERY = 20
-SETTINGS = [f"train.epochs={EPOCHS}", f"checkpoint.every_steps={EVERY}", "log.images_every_steps=0", "data.workers=1"]
+SETTINGS = [
+    f"train.epochs={EPOCHS}",
+    f"checkpoint.every_steps={EVERY}",
+    "log.images_every_steps=0",
+    "data.workers=1",
+]
 KILLS = [
     "rank", "torchrun", "deepspeed", "deepspeed.launcher.launch", "while starting", "while saving",
     "SIGTERM to torchrun", "SIGUSR1 to torchrun", "SIGINT to torchrun", "SIGTERM to deepspeed", "SIGUSR1 to a rank",
@@ -58,10 +63,17 @@ def wait_until_due(kind, chance, run_dir, process):
     if kind == "while starting":
         time.sleep(chance.uniform(0, 8))
         return
-    target = steps(run_dir) + chance.randrange(1, 2 * EVERY) if steps(run_dir) else chance.randrange(1, 2 * EVERY)
+    target = (
+        steps(run_dir) + chance.randrange(1, 2 * EVERY) if steps(run_dir) else chance.randrange(1, 2 * EVERY)
+    )
     folder, first = run_dir / "checkpoints", time.monotonic()
     while process.poll() is None and time.monotonic() - first < 120:
-        if kind == "while saving" and folder.exists() and any(folder.glob(".step_*.partial")) and steps(run_dir) >= target:
+        if (
+            kind == "while saving"
+            and folder.exists()
+            and any(folder.glob(".step_*.partial"))
+            and steps(run_dir) >= target
+        ):
             return
         if kind != "while saving" and steps(run_dir) >= target:
             return
@@ -72,7 +84,9 @@ def wait_until_due(kind, chance, run_dir, process):
 def strike(kind, process, family):
     """Send the signal to whom it is meant for."""
     number = getattr(signal, kind.split()[0]) if kind.startswith("SIG") else signal.SIGKILL
-    ranks = [each for each in family if "mapet_ds/pretrain.py" in (words := each.cmdline()) and "--config" in words]
+    ranks = [
+        each for each in family if "mapet_ds/pretrain.py" in (words := each.cmdline()) and "--config" in words
+    ]
     if "rank" in kind or kind.startswith("while"):
         ranks = [each for each in ranks if each.environ().get("RANK") == "1"] or [psutil.Process(process.pid)]
         ranks[-1].send_signal(number)
@@ -111,7 +125,9 @@ def test_killed_again_and_again_it_is_the_same_run(recipe, straight):
     assert list(losses(run_dir)) == list(range(1, STEPS + 1))
     assert losses(run_dir) == losses(straight)
     for name in ("model", "optimizer"):
-        found, expected = (load_file(newest(each).path / f"{name}.safetensors") for each in (run_dir, straight))
+        found, expected = (
+            load_file(newest(each).path / f"{name}.safetensors") for each in (run_dir, straight)
+        )
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[key], expected[key]) for key in expected)
 
@@ -176,7 +192,12 @@ def test_bad_images_at_five_percent(recipe, straight, tmp_path):
     for workers, pauses in ((0, [None]), (2, [40, None])):
         run_dir = tmp_path / f"run{workers}"
         for pause in pauses:
-            more = ["train.epochs=1.5", f"data.workers={workers}", "data.max_bad_share=0.06", "data.threads=2"]
+            more = [
+                "train.epochs=1.5",
+                f"data.workers={workers}",
+                "data.max_bad_share=0.06",
+                "data.threads=2",
+            ]
             more += [f"train.stop_at_step={pause}"] if pause else []
             done = pretrain(recipe, 2, f"run_dir={run_dir}", f"data.train={data}", *more)
             assert done.returncode == 0, done.stderr[-3000:]
@@ -190,7 +211,13 @@ def test_bad_images_at_five_percent(recipe, straight, tmp_path):
 def test_soak(recipe):
     """3,000 steps and more: memory is flat, no descriptor is lost, nothing is left behind."""
     run_dir = recipe.parent / "soak"
-    words = ["train.epochs=600", "checkpoint.every_steps=500", "log.every_steps=20", "data.workers=1", "data.prefetch=4"]
+    words = [
+        "train.epochs=600",
+        "checkpoint.every_steps=500",
+        "log.every_steps=20",
+        "data.workers=1",
+        "data.prefetch=4",
+    ]
     process = subprocess.Popen(
         command(recipe, 2, f"run_dir={run_dir}", *words), cwd=REPOSITORY, env=ENVIRONMENT, stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -225,7 +252,9 @@ def test_soak(recipe):
 def test_two_runs_of_one_command_are_the_same(recipe, straight):
     done = pretrain(recipe, 2, f"run_dir={recipe.parent}/again", *SETTINGS, "train.stop_at_step=60")
     assert done.returncode == 0, done.stderr[-3000:]
-    assert losses(recipe.parent / "again") == {step: loss for step, loss in losses(straight).items() if step <= 60}
+    assert losses(recipe.parent / "again") == {
+        step: loss for step, loss in losses(straight).items() if step <= 60
+    }
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to mount a file system")

@@ -45,7 +45,17 @@ def by_hostfile(two_hosts, tmp_path):
         hostfile, environment = tmp_path / "hosts", tmp_path / "environment"
         environment.write_text("SEEN=yes\nOMP_NUM_THREADS=1\n")
         hostfile.write_text("".join(f"{name} slots=1\n" for name in names))
-        words = ["deepspeed", "--hostfile", hostfile, "--master_addr", "n1", "--master_port", free_port(), program, *arguments]
+        words = [
+            "deepspeed",
+            "--hostfile",
+            hostfile,
+            "--master_addr",
+            "n1",
+            "--master_port",
+            free_port(),
+            program,
+            *arguments,
+        ]
         words[0] = os.path.join(os.path.dirname(sys.executable), "deepspeed")
         return subprocess.Popen(
             [str(word) for word in words], cwd=REPOSITORY, env={**two_hosts, "DS_ENV_FILE": str(environment)}, text=True,
@@ -61,12 +71,18 @@ def training(recipe, run_dir, *more):
 
 def ranks(run_dir):
     """Processes of this run's ranks and launchers, and the ssh that lead to them."""
-    found = [each for each in psutil.process_iter(["cmdline"]) if str(run_dir) in " ".join(each.info["cmdline"] or [])]
+    found = [
+        each
+        for each in psutil.process_iter(["cmdline"])
+        if str(run_dir) in " ".join(each.info["cmdline"] or [])
+    ]
     return [each for each in found if each.pid != os.getpid()]
 
 
 def test_the_launchers_environment_file_reaches_every_host(by_hostfile, tmp_path):
-    (tmp_path / "program.py").write_text("import os\nprint('rank', os.environ['RANK'], os.environ.get('SEEN'))\n")
+    (tmp_path / "program.py").write_text(
+        "import os\nprint('rank', os.environ['RANK'], os.environ.get('SEEN'))\n"
+    )
     said, _ = by_hostfile(["n1", "n2"], tmp_path / "program.py").communicate(timeout=120)
     assert {"rank 0 yes", "rank 1 yes"} <= {line.partition(": ")[2] for line in said.splitlines()}
 
@@ -80,7 +96,9 @@ def test_two_hosts_by_ssh_are_the_same_run(by_hostfile, recipe, straight, tmp_pa
     assert (run_dir / "DONE").exists()
 
 
-def test_a_host_that_dies_ends_the_run_and_the_same_command_continues(by_hostfile, recipe, straight, tmp_path):
+def test_a_host_that_dies_ends_the_run_and_the_same_command_continues(
+    by_hostfile, recipe, straight, tmp_path
+):
     run_dir = tmp_path / "run"
     process = by_hostfile(["n1", "n2"], *training(recipe, run_dir))
     cluster.wait_for(lambda: steps(run_dir) > 120, 120)
@@ -120,7 +138,14 @@ def submit(slurm, recipe, tmp_path):
             **slurm, "DATA": str(recipe.parent / "train"), "RUN_DIR": str(tmp_path / "run"), "RECIPE": str(recipe),
             "CODEBOOK": str(recipe.parent / "codebook.safetensors"), "ENGINE": "ds_configs/zero2_cpu.json",
         }  # fmt: skip
-        words = ["sbatch", "--parsable", "--partition=low", "--nodes=2", "--gpus-per-node=1", f"--output={tmp_path}/job.out"]
+        words = [
+            "sbatch",
+            "--parsable",
+            "--partition=low",
+            "--nodes=2",
+            "--gpus-per-node=1",
+            f"--output={tmp_path}/job.out",
+        ]
         words += [*options, "slurm/pretrain_vitl.sh", *SETTINGS]
         done = subprocess.run(words, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr

@@ -85,7 +85,12 @@ def test_each_builds_an_engine_that_learns(tmp_path):
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
     (tmp_path / "worker.py").write_text(WORKER)
     command = [sys.executable, str(tmp_path / "worker.py"), str(tmp_path / "recipe.yaml"), *map(str, FILES)]
-    environment = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    environment = {
+        "DS_ACCELERATOR": "cpu",
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(REPOSITORY),
+    }
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
     assert done.returncode == 0, done.stderr
     facts = json.loads(done.stdout.split("FACTS")[1])

@@ -21,9 +21,18 @@ CASES = [f"zero{stage}{precision}" for stage in STAGES for precision in ("", "_b
 
 def torchrun(ranks, *arguments):
     """A test program under torchrun, as a user's cluster would start ours."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={ranks}",
+        *arguments,
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{REPOSITORY}:{HERE}"}
-    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=400)
+    done = subprocess.run(
+        list(map(str, command)), env=environment, capture_output=True, text=True, timeout=400
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
@@ -50,13 +59,17 @@ def test_resume_is_bit_equal_at_the_same_ranks(results, case):
 @pytest.mark.parametrize("stage", STAGES)
 def test_two_ranks_continue_on_one(results, stage):
     _, losses = results
-    assert losses[f"zero{stage}.1"]["rest"] == pytest.approx(losses[f"zero{stage}.2"]["straight"][3:], rel=1e-5)
+    assert losses[f"zero{stage}.1"]["rest"] == pytest.approx(
+        losses[f"zero{stage}.2"]["straight"][3:], rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("stage", [1, 3])
 def test_another_stage_continues_zero2(results, stage):
     _, losses = results
-    assert losses[f"zero{stage}@zero2.2"]["rest"] == pytest.approx(losses["zero2.2"]["straight"][3:], rel=1e-6)
+    assert losses[f"zero{stage}@zero2.2"]["rest"] == pytest.approx(
+        losses["zero2.2"]["straight"][3:], rel=1e-6
+    )
 
 
 @pytest.mark.parametrize("case", CASES)

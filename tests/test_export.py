@@ -77,7 +77,11 @@ def test_timm_loads_the_runs_vit(tmp_path, monkeypatch, name, layer_scale):
     monkeypatch.setattr(torch, "load", lambda *args, **kwargs: pytest.fail("a pickle was read"))
     exported = export_timm(tmp_path / "run", tmp_path / "deep" / "out", layer_scale)
     assert exported.difference <= 1e-5
-    assert sorted(p.name for p in exported.folder.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    assert sorted(p.name for p in exported.folder.iterdir()) == [
+        "README.md",
+        "config.json",
+        "model.safetensors",
+    ]
 
     from_folder = timm.create_model(f"local-dir:{exported.folder}", pretrained=True)
     assert_same_features(vit, from_folder, model.img_size)
@@ -137,7 +141,9 @@ def test_an_export_into_a_folder_touches_nothing_beside_it(tmp_path):
     """It may be a mount, or in a folder that one may not write to."""
     (tmp_path / "new").mkdir()
     with staged(tmp_path / "new") as folder:
-        assert [path.name for path in tmp_path.iterdir()] == ["new"] and folder.is_relative_to(tmp_path / "new")
+        assert [path.name for path in tmp_path.iterdir()] == ["new"] and folder.is_relative_to(
+            tmp_path / "new"
+        )
         (folder / "a").touch()
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["a"]
 

@@ -32,10 +32,20 @@ def run_graph(path, images):
 
 @pytest.mark.parametrize(
     ("name", "classes", "fp16"),
-    [("vit_tiny_patch16_224", 0, False), ("vit_tiny_patch16_224", 5, True), ("beit_base_patch16_224", 5, False)],
+    [
+        ("vit_tiny_patch16_224", 0, False),
+        ("vit_tiny_patch16_224", 5, True),
+        ("beit_base_patch16_224", 5, False),
+    ],
 )
 def test_the_graph_is_the_model(tmp_path, tool, name, classes, fp16):
-    write_source(tmp_path / "timm", name=name, num_classes=classes, init_values=0.5, global_pool="avg" if classes else "token")
+    write_source(
+        tmp_path / "timm",
+        name=name,
+        num_classes=classes,
+        init_values=0.5,
+        global_pool="avg" if classes else "token",
+    )
     found = tool["export_onnx"](tmp_path / "timm", tmp_path / "deep" / "vit.onnx", fp16)
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["vit.onnx"]
     model = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True).eval()
@@ -59,7 +69,9 @@ def test_a_graph_that_computes_something_else_is_not_written(tmp_path, tool, mon
         return forward(self, features, pre_logits) * (1.001 if torch.compiler.is_exporting() else 1.0)
 
     monkeypatch.setattr(timm.models.VisionTransformer, "forward_head", traced)
-    with pytest.raises(ConfigError, match=r"Nothing was written: onnxruntime's outputs differ .* embedding 0\.00"):
+    with pytest.raises(
+        ConfigError, match=r"Nothing was written: onnxruntime's outputs differ .* embedding 0\.00"
+    ):
         tool["export_onnx"](tmp_path / "timm", tmp_path / "out" / "vit.onnx", False)
     assert [path.name for path in tmp_path.iterdir()] == ["timm"]
 
@@ -68,7 +80,10 @@ def test_a_graph_that_computes_something_else_is_not_written(tmp_path, tool, mon
     ("absent", "says"),
     [
         ("onnxscript", "ONNX needs onnxscript, not installed here: python -m pip install -e '.[onnx]'"),
-        (None, "empty is no timm model: it lacks config.json and model.safetensors. tools/export_timm.py RUN OUT writes one."),
+        (
+            None,
+            "empty is no timm model: it lacks config.json and model.safetensors. tools/export_timm.py RUN OUT writes one.",
+        ),
     ],
 )
 def test_mistakes_are_sentences(tmp_path, monkeypatch, capsys, absent, says):

@@ -34,7 +34,9 @@ def run(root, recipe, *words):
     python, program, *rest = command(recipe, 1, f"run_dir={root}/run", "train.stop_at_step=3", *words)
     path = f"{root}{os.pathsep}{REPOSITORY}"
     words = [python, root / program if (root / program).exists() else program, *rest]
-    done = subprocess.run(words, cwd=REPOSITORY, env={**ENVIRONMENT, "PYTHONPATH": path}, capture_output=True, text=True)
+    done = subprocess.run(
+        words, cwd=REPOSITORY, env={**ENVIRONMENT, "PYTHONPATH": path}, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert len(losses(root / "run")) == 3
     return newest(root / "run")
@@ -44,7 +46,9 @@ def apply(diff, root):
     """Each hunk begins with the name of its file; its text before must be there once."""
     for hunk in diff.split("--- ")[1:]:
         name, *lines = hunk.splitlines()
-        before, after = ("".join(f"{line[1:]}\n" for line in lines if line[0] in kinds) for kinds in (" -", " +"))
+        before, after = (
+            "".join(f"{line[1:]}\n" for line in lines if line[0] in kinds) for kinds in (" -", " +")
+        )
         text = (root / name).read_text()
         assert text.count(before) == 1, f"{name}: {before}"
         (root / name).write_text(text.replace(before, after))
@@ -59,7 +63,9 @@ def test_an_objective_is_a_file_and_three_lines(recipe, tmp_path):
     assert end.load("model")["head.weight"].shape == (3 * 8**2, 32)
     assert load_file(end.path / "optimizer.safetensors")["exp_avg.mask_token"].abs().sum() > 0, "it learns"
     plan = [sys.executable, "tools/plan.py", "--gpu", "h100", "--config", recipe, "objective=pixels"]
-    done = subprocess.run(plan, cwd=REPOSITORY, env={**ENVIRONMENT, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
+    done = subprocess.run(
+        plan, cwd=REPOSITORY, env={**ENVIRONMENT, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True
+    )
     assert done.returncode == 2 and "objective = pixels can't be counted" in done.stderr
 
 
@@ -70,7 +76,10 @@ def test_a_tokenizer_of_ones_own(recipe, tmp_path):
 
 
 def test_there_are_teachers_and_students():
-    assert sum(row.startswith("teacher") for row in ROWS) > 4 and sum(row.startswith("model") for row in ROWS) > 3
+    assert (
+        sum(row.startswith("teacher") for row in ROWS) > 4
+        and sum(row.startswith("model") for row in ROWS) > 3
+    )
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if "local-dir" not in row])
@@ -81,4 +90,6 @@ def test_teachers_fit_the_grid_and_students_can_be_built(row):
     if row.startswith("model"):
         build_vit(config.model)
     else:
-        assert open_clip.get_pretrained_cfg(config.teacher.name, config.teacher.weights), "a tag of this model"
+        assert open_clip.get_pretrained_cfg(config.teacher.name, config.teacher.weights), (
+            "a tag of this model"
+        )

@@ -50,7 +50,9 @@ def test_a_jump_of_the_loss_is_undone_and_its_samples_passed_over(recipe):
     jumped, told = recipe.parent / "jumped", recipe.parent / "told"
     done = start(*faulty(recipe, jumped, "jump", 1, 9, 9))
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "before step 10. The run passes over steps 8 to 9, from the checkpoint of step 6 on." in done.stderr
+    assert (
+        "before step 10. The run passes over steps 8 to 9, from the checkpoint of step 6 on." in done.stderr
+    )
     (rollback,) = json.loads((jumped / "rollbacks.json").read_text())
     assert (rollback["first"], rollback["last"]) == (8, 10)
     assert rollback["loss"] > 10 * rollback["usual"]
@@ -59,7 +61,9 @@ def test_a_jump_of_the_loss_is_undone_and_its_samples_passed_over(recipe):
     done = pretrain(recipe, 2, f"run_dir={told}", "teacher.ahead=true")
     assert done.returncode == 0, done.stderr[-3000:]
     assert newest(jumped).run["skipped"] == newest(told).run["skipped"] == [8, 9]
-    found, expected = ([(line["step"], line.get("loss")) for line in lines(run_dir)] for run_dir in (jumped, told))
+    found, expected = (
+        [(line["step"], line.get("loss")) for line in lines(run_dir)] for run_dir in (jumped, told)
+    )
     assert found == expected
     assert [step for step, loss in found if loss is None] == [9, 10]
     weights = [load_file(newest(run_dir).path / "model.safetensors") for run_dir in (jumped, told)]
@@ -80,7 +84,10 @@ def test_a_jump_before_the_first_checkpoint_is_passed_over_by_the_next_start(rec
     words = faulty(recipe, recipe.parent / "early", "jump", 0, 7, 7, "checkpoint.every_steps=1000", ranks=1)
     done = start(*words)
     assert done.returncode == 2
-    assert "no checkpoint is from before. The same command begins anew and passes over steps 6 to 7." in done.stderr
+    assert (
+        "no checkpoint is from before. The same command begins anew and passes over steps 6 to 7."
+        in done.stderr
+    )
     done = start(*words)
     assert done.returncode == 0, done.stderr[-3000:]
     assert newest(recipe.parent / "early").run["skipped"] == [6, 7]
@@ -93,19 +100,28 @@ def test_windows_of_several_steps_are_passed_over_whole(recipe, pause, first):
     run_dir = recipe.parent / f"windows_{pause}"
     more = ["log.every_steps=2", "checkpoint.every_steps=4", "train.epochs=8"]
     if pause:
-        done = start(*faulty(recipe, run_dir, "jump", 0, 13, 13, *more, f"train.stop_at_step={pause}", ranks=1))
+        done = start(
+            *faulty(recipe, run_dir, "jump", 0, 13, 13, *more, f"train.stop_at_step={pause}", ranks=1)
+        )
         assert done.returncode == 0, done.stderr[-3000:]
     done = start(*faulty(recipe, run_dir, "jump", 0, 13, 13, *more, ranks=1))
     assert done.returncode == 0, done.stderr[-3000:]
-    assert f"The run passes over steps {first} to 13, from the checkpoint of step {pause or 8} on." in done.stderr
+    assert (
+        f"The run passes over steps {first} to 13, from the checkpoint of step {pause or 8} on."
+        in done.stderr
+    )
     assert newest(run_dir).run["skipped"] == list(range(first, 14))
 
 
 def test_a_slow_save_holds_up_neither_training_nor_the_watchdog(recipe):
     """The disk takes ten seconds for the checkpoint of step 6; the next, of step 12, waits for it."""
     run_dir = recipe.parent / "slow"
-    words = faulty(recipe, run_dir, "slow", 0, 6, 6, "train.hang_seconds=4", "checkpoint.every_steps=6", "train.epochs=3")
-    process = subprocess.Popen(words, cwd=REPOSITORY, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    words = faulty(
+        recipe, run_dir, "slow", 0, 6, 6, "train.hang_seconds=4", "checkpoint.every_steps=6", "train.epochs=3"
+    )
+    process = subprocess.Popen(
+        words, cwd=REPOSITORY, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
     while not (run_dir / "checkpoints/step_00000006").exists():
         assert process.poll() is None, process.stderr.read()[-3000:]
         before = steps(run_dir)
@@ -126,14 +142,22 @@ def test_a_save_that_fails_is_said_and_the_run_goes_on(recipe):
 
 def hang(words, run_dir, then=lambda process: None, rank="1"):
     """Start, wait for step 4, do `then` to a rank; gives the exit code, standard error and the ranks' process ids."""
-    process = subprocess.Popen(words, cwd=REPOSITORY, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        words, cwd=REPOSITORY, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
     deadline = time.monotonic() + 200
     while steps(run_dir) < 4:
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.02)
     family = psutil.Process(process.pid).children(recursive=True)
-    then(next(each for each in family if each.environ().get("RANK") == rank and "pretrain" in " ".join(each.cmdline())))
+    then(
+        next(
+            each
+            for each in family
+            if each.environ().get("RANK") == rank and "pretrain" in " ".join(each.cmdline())
+        )
+    )
     _, stderr = process.communicate(timeout=120)
     gone, alive = psutil.wait_procs(family, timeout=30)
     assert not alive
@@ -158,14 +182,18 @@ def test_a_stopped_rank_is_named(recipe, launcher, rank):
     code, stderr, _ = hang(words, run_dir, stop, str(rank))
     assert code != 0
     one = f"rank {rank} (process {stopped[0]} on {socket.gethostname()}) does not answer"
-    assert (one if rank else "rank 0 or the launcher, one of which keeps the launch's store, does not answer") in stderr
+    assert (
+        one if rank else "rank 0 or the launcher, one of which keeps the launch's store, does not answer"
+    ) in stderr
     assert "the same command continues from it" in stderr
 
 
 @pytest.mark.drill
 def test_a_killed_loader_worker_costs_a_micro_batch_done_again(recipe):
     def kill_worker(rank):
-        next(child for child in rank.children(recursive=True) if "spawn_main" in " ".join(child.cmdline())).kill()
+        next(
+            child for child in rank.children(recursive=True) if "spawn_main" in " ".join(child.cmdline())
+        ).kill()
 
     found = []
     for name, then in (("undisturbed", lambda rank: None), ("worker", kill_worker)):
@@ -183,13 +211,19 @@ def test_ranks_without_launcher_end_while_one_stands_still(recipe, readable):
     """torchrun's agent keeps the store: with it gone, nobody can be asked, nor perhaps be told."""
     run_dir = recipe.parent / f"orphans_{readable}"
     words = command(recipe, 2, f"run_dir={run_dir}", "train.epochs=200")
-    process = subprocess.Popen(words, cwd=REPOSITORY, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        words, cwd=REPOSITORY, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
     deadline = time.monotonic() + 200
     while steps(run_dir) < 4:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
     family = psutil.Process(process.pid).children(recursive=True)
-    still = next(each for each in family if each.environ().get("RANK") == "1" and "pretrain" in " ".join(each.cmdline()))
+    still = next(
+        each
+        for each in family
+        if each.environ().get("RANK") == "1" and "pretrain" in " ".join(each.cmdline())
+    )
     still.send_signal(signal.SIGSTOP)
     if not readable:
         process.stderr.close()

@@ -68,7 +68,9 @@ def test_it_learns_and_evaluates_after_each_epoch(straight):
     assert (straight / "DONE").read_text() == "16 steps\n"
     evaluated = [line for line in records(straight) if "val_top1" in line]
     assert [line["step"] for line in evaluated] == [6, 12, 16], "an epoch is 5.6 steps"
-    assert all(line["val_images"] == 25 for line in evaluated), "each once but the unreadable one, though 26 don't divide evenly"
+    assert all(line["val_images"] == 25 for line in evaluated), (
+        "each once but the unreadable one, though 26 don't divide evenly"
+    )
     assert evaluated[-1]["val_loss"] < evaluated[0]["val_loss"]
     results = json.loads((straight / "results.json").read_text())
     assert results["val_top1"] == evaluated[-1]["val_top1"]
@@ -80,7 +82,10 @@ def test_unreadable_images_cost_only_themselves(recipe, straight):
     listed = (straight / "quarantine.tsv").read_text().splitlines()[1:]
     assert [line.split("\t")[1] for line in listed] == [str(recipe.parent / BAD_TRAIN)]
     assert records(straight)[-1]["quarantined"] == 1
-    assert f"left out of the evaluation: 1 of 26, e.g. {recipe.parent / BAD_VAL}: " in (straight / "said").read_text()
+    assert (
+        f"left out of the evaluation: 1 of 26, e.g. {recipe.parent / BAD_VAL}: "
+        in (straight / "said").read_text()
+    )
 
 
 def assert_timm_finds_the_same(recipe, run_dir):
@@ -123,7 +128,9 @@ def killed(recipe):
     """A run on two ranks that was killed after a checkpoint."""
     run_dir = recipe.parent / "killed"
     words = command(recipe, 2, f"run_dir={run_dir}", program="tools/finetune.py")
-    process = psutil.Popen(words, cwd=REPOSITORY, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = psutil.Popen(
+        words, cwd=REPOSITORY, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     deadline = time.monotonic() + 200
     while steps(run_dir) < 6:
         assert process.poll() is None
@@ -153,7 +160,9 @@ def test_killed_and_started_again_is_the_same_run(recipe, straight, killed):
 def test_another_number_of_ranks_and_stage_goes_on_with_the_same_run(recipe, straight, killed):
     run_dir = recipe.parent / "elastic"
     shutil.copytree(killed, run_dir)
-    done = finetune(recipe, 1, f"run_dir={run_dir}", "train.micro_batch_size=8", engine="ds_configs/zero3_cpu.json")
+    done = finetune(
+        recipe, 1, f"run_dir={run_dir}", "train.micro_batch_size=8", engine="ds_configs/zero3_cpu.json"
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Continuing" in done.stdout
     assert losses(run_dir) == pytest.approx(losses(straight), rel=1e-4)

@@ -31,7 +31,9 @@ def recipe(tmp_path_factory):
     for number in range(29):
         width, height = generator.integers(40, 120, 2)
         blocks = generator.integers(0, 255, (height // 8, width // 8, 3), dtype=np.uint8)
-        Image.fromarray(blocks).resize((width, height), Image.Resampling.BICUBIC).save(folder / "train" / f"{number}.jpg")
+        Image.fromarray(blocks).resize((width, height), Image.Resampling.BICUBIC).save(
+            folder / "train" / f"{number}.jpg"
+        )
     write_tower(folder / "vit", "vit")
     path = folder / "recipe.yaml"
     path.write_text(f"""
@@ -45,7 +47,11 @@ train: {{micro_batch_size: 4}}
 
 
 def fit_codebook(recipe, *arguments, launcher=(sys.executable,)):
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+    }
     command = [*launcher, PROGRAM, "--config", str(recipe), *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
@@ -68,12 +74,17 @@ def mebibytes(done):
 def test_the_codebook_is_of_this_recipe(recipe, alone):
     path, done = alone
     codebook = Codebook.load(path)
-    teacher = build_teacher(TeacherConfig(name=f"local-dir:{recipe.parent}/vit", img_size=64), torch.device("cpu"))
+    teacher = build_teacher(
+        TeacherConfig(name=f"local-dir:{recipe.parent}/vit", img_size=64), torch.device("cpu")
+    )
     codebook.check(teacher.identity, load_config(recipe).data, 16)
     assert codebook.centroids.shape == (16, teacher.embed_dim)
     told = codebook.provenance
     assert told["points"] == "320"
-    assert f"16 codes, {told['dead_codes']} dead, perplexity {float(told['perplexity']):.1f}, inertia" in done.stdout
+    assert (
+        f"16 codes, {told['dead_codes']} dead, perplexity {float(told['perplexity']):.1f}, inertia"
+        in done.stdout
+    )
     assert "320 of 464 patch features of 29 images, 64 wide" in done.stdout
     assert "8/8" in done.stderr  # the bar: 29 images in batches of 4
     assert "Traceback" not in done.stderr
@@ -84,7 +95,9 @@ def test_two_ranks_fit_the_same_codebook_with_a_sharded_teacher(recipe, alone):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         launcher = (*DEEPSPEED, f"--master_port={free.getsockname()[1]}")
-    done = fit_codebook(recipe, f"tokenizer.path={path}", "teacher.shard=node", "log.progress=false", launcher=launcher)
+    done = fit_codebook(
+        recipe, f"tokenizer.path={path}", "teacher.shard=node", "log.progress=false", launcher=launcher
+    )
     assert done.returncode == 0, done.stderr
     two, one = Codebook.load(path), Codebook.load(alone[0])
     assert two.sha256 == one.sha256
@@ -98,7 +111,9 @@ def test_a_codebook_is_not_replaced_unasked(recipe, alone):
     path, before = alone[0], alone[0].read_bytes()
     done = fit_codebook(recipe, f"tokenizer.path={path}")
     assert done.returncode == 2
-    assert done.stderr.startswith(f"tokenizer.path = {path} exists") and done.stderr.endswith("say --overwrite.\n")
+    assert done.stderr.startswith(f"tokenizer.path = {path} exists") and done.stderr.endswith(
+        "say --overwrite.\n"
+    )
     assert done.stderr.count("\n") == 1
     assert path.read_bytes() == before
 
@@ -111,7 +126,10 @@ def test_a_codebook_is_not_replaced_unasked(recipe, alone):
         (["tokenizer.path=x", "tokenizer.vocabsize=5"], "is not a knob; did you mean tokenizer.vocab_size?"),
         (["tokenizer.path=x", "data.train=/nowhere"], "data.train = /nowhere is not a folder"),
         (["tokenizer.path=x", "teacher.img_size=128"], "The teacher's grid is 8 x 8"),
-        (["tokenizer.path=x", "teacher.name=local-dir:/nowhere"], "there is no /nowhere/open_clip_config.json"),
+        (
+            ["tokenizer.path=x", "teacher.name=local-dir:/nowhere"],
+            "there is no /nowhere/open_clip_config.json",
+        ),
     ],
 )
 def test_mistakes_are_sentences(recipe, arguments, sentence):
@@ -125,6 +143,9 @@ def test_a_mistake_found_later_is_a_sentence_too(recipe, tmp_path):
     path = tmp_path / "codebook.safetensors"
     done = fit_codebook(recipe, f"tokenizer.path={path}", "tokenizer.vocab_size=465")
     assert done.returncode == 2
-    assert "tokenizer.vocab_size = 465, but 29 images have only 464 patches: use more images or set" in done.stderr
+    assert (
+        "tokenizer.vocab_size = 465, but 29 images have only 464 patches: use more images or set"
+        in done.stderr
+    )
     assert "Traceback" not in done.stderr
     assert not path.exists()

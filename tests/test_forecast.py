@@ -92,7 +92,9 @@ def measured(tmp_path_factory):
     done = start(*launcher, folder / "worker.py", folder / "recipe.yaml", *files)
     assert done.returncode == 0, done.stderr
     parameters = student(load_config(folder / "recipe.yaml")).parameters
-    facts = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("FACTS")).removeprefix("FACTS"))
+    facts = json.loads(
+        next(line for line in done.stdout.splitlines() if line.startswith("FACTS")).removeprefix("FACTS")
+    )
     return parameters, {name: facts[str(path)] for name, path in zip(ENGINES, files)}
 
 
@@ -119,8 +121,12 @@ def test_what_a_rank_sends(measured, name):
     parameters, facts = measured
     engine, (_, inner, _), (_, last, update) = costs(name, parameters), facts[name][2], facts[name][3]
     summed = "reduce_scatter_tensor" if engine.scattered else "all_reduce"
-    whole = engine.reduced / 2 if engine.scattered else engine.reduced  # of a scatter, each rank's part is seen
-    assert inner.get(summed, 0) == pytest.approx(whole if engine.reduced_each_micro_step else 0, rel=0.1, abs=1000)
+    whole = (
+        engine.reduced / 2 if engine.scattered else engine.reduced
+    )  # of a scatter, each rank's part is seen
+    assert inner.get(summed, 0) == pytest.approx(
+        whole if engine.reduced_each_micro_step else 0, rel=0.1, abs=1000
+    )
     assert last.get(summed, 0) == pytest.approx(whole, rel=0.1)
     gathered = inner.get("all_gather_into_tensor", 0)
     assert gathered == pytest.approx(engine.gathered_per_micro_step, rel=0.1, abs=1000)
@@ -128,7 +134,16 @@ def test_what_a_rank_sends(measured, name):
         assert update["all_gather_into_tensor"] == pytest.approx(engine.gathered_per_step, rel=0.1)
 
 
-def request(recipe="mapet_vitb16", gpu="h100", engine="zero2", nodes=1, fixed=False, overrides=(), link=400.0, storage=2.0):
+def request(
+    recipe="mapet_vitb16",
+    gpu="h100",
+    engine="zero2",
+    nodes=1,
+    fixed=False,
+    overrides=(),
+    link=400.0,
+    storage=2.0,
+):
     config = load_config(REPOSITORY / f"mapet_ds/recipes/{recipe}.yaml", list(overrides))
     cluster = Cluster(GPUS[gpu], nodes, 8, link, storage, 110)
     json_ = load_deepspeed_config(REPOSITORY / f"ds_configs/{engine}.json")
@@ -148,7 +163,9 @@ def test_a_step_is_the_sum_of_its_parts_and_a_run_of_its_steps():
     assert seconds["student"] + seconds["teacher"] == pytest.approx(compute, rel=0.001)
 
 
-@pytest.mark.parametrize("path", sorted((REPOSITORY / "mapet_ds/recipes").glob("[!f]*_vit*16.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted((REPOSITORY / "mapet_ds/recipes").glob("[!f]*_vit*16.yaml")), ids=lambda path: path.stem
+)
 def test_every_shipped_recipe_fits_a_node_of_the_smallest_gpus(path):
     found, asked = predict(request(path.stem, "a100-40")), load_config(path).train.micro_batch_size
     assert found["micro_batch_size"] == asked <= found["largest_micro_batch_size"]
@@ -168,7 +185,11 @@ def test_zero_stages_spread_what_they_say():
     assert one["gradients"] > 15 * two["gradients"]
     assert one["optimizer"] == two["optimizer"] == three["optimizer"]
     sharded = predict(request(nodes=2, overrides=["teacher.shard=world"]))["memory_gib"]["teacher"]
-    assert sharded < two["teacher"] < predict(request(nodes=2, overrides=["teacher.shard=none"]))["memory_gib"]["teacher"]
+    assert (
+        sharded
+        < two["teacher"]
+        < predict(request(nodes=2, overrides=["teacher.shard=none"]))["memory_gib"]["teacher"]
+    )
     ahead = predict(request(nodes=2, overrides=["teacher.ahead=true"]))["memory_gib"]
     assert ahead["activations"] > two["activations"] and ahead["teacher"] == two["teacher"]
 

@@ -26,7 +26,9 @@ HOMES = {
 def imports(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module:
-            yield from ([f"mapet_ds.{a.name}" for a in node.names] if node.module == "mapet_ds" else [node.module])
+            yield from (
+                [f"mapet_ds.{a.name}" for a in node.names] if node.module == "mapet_ds" else [node.module]
+            )
         elif isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
 
@@ -69,8 +71,14 @@ def test_each_heavy_library_has_one_home(library):
 
 def test_shipped_commands_name_files_that_exist():
     """Every path of the repository that a document or recipe names is there."""
-    documents = [*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").glob("*.md"), *(REPOSITORY / "mapet_ds/recipes").glob("*.yaml")]
-    pattern = re.compile(r"(?<![\w/.])(?:mapet_ds|tools|ds_configs|slurm|tests|docs)/[\w./-]+\.(?:py|yaml|json|sh|md)\b")
+    documents = [
+        *REPOSITORY.glob("*.md"),
+        *(REPOSITORY / "docs").glob("*.md"),
+        *(REPOSITORY / "mapet_ds/recipes").glob("*.yaml"),
+    ]
+    pattern = re.compile(
+        r"(?<![\w/.])(?:mapet_ds|tools|ds_configs|slurm|tests|docs)/[\w./-]+\.(?:py|yaml|json|sh|md)\b"
+    )
     named = {match for path in documents for match in pattern.findall(path.read_text())}
     assert len(named) > 20
     missing = [name for name in sorted(named) if not (REPOSITORY / name).exists()]

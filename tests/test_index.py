@@ -40,7 +40,14 @@ FILES = {
     "b/deep/er/2.PNG": b"two", "b/1.jpeg": b"one", "a/ü.webp": b"u", "b/notes.txt": b"no", "root.bmp": b"r", "a.jpg": b"a",
     "c/x.gif": b"g", "empty_class/readme.md": b"",
 }  # fmt: skip
-LISTED = [("a/ü.webp", 0), ("a.jpg", -1), ("b/1.jpeg", 1), ("b/deep/er/2.PNG", 1), ("c/x.gif", 2), ("root.bmp", -1)]
+LISTED = [
+    ("a/ü.webp", 0),
+    ("a.jpg", -1),
+    ("b/1.jpeg", 1),
+    ("b/deep/er/2.PNG", 1),
+    ("c/x.gif", 2),
+    ("root.bmp", -1),
+]
 
 
 def test_folder_order_labels_and_bytes(tmp_path):
@@ -81,7 +88,9 @@ def test_cache_is_kept_for_its_folder_only(tmp_path):
 def test_a_failed_build_leaves_the_old_index(tmp_path, monkeypatch):
     data = images.write(tmp_path / "data", FILES)
     open_index(str(data), tmp_path / "cache")
-    monkeypatch.setattr(np, "save", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
+    monkeypatch.setattr(
+        np, "save", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device"))
+    )
     with pytest.raises(OSError, match="No space left"):
         build_index(data, tmp_path / "cache")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "data"]
@@ -131,7 +140,9 @@ def test_damaged_cache_is_a_sentence(tmp_path):
 
 
 def test_odd_files_are_listed_and_bad_alone(tmp_path):
-    data = images.write(tmp_path / "data", {"c/good.jpg": b"good", "c/short.jpg": b"long enough", "c/gone.jpg": b"x"})
+    data = images.write(
+        tmp_path / "data", {"c/good.jpg": b"good", "c/short.jpg": b"long enough", "c/gone.jpg": b"x"}
+    )
     os.symlink("nowhere", data / "c" / "broken.jpg")
     os.symlink("loop.jpg", data / "c" / "loop.jpg")
     os.symlink("..", data / "c" / "up")  # a folder that contains itself
@@ -148,7 +159,9 @@ def test_odd_files_are_listed_and_bad_alone(tmp_path):
         except BadImage as reason:
             reasons[Path(index.path(i)).name] = str(reason)
     names = [Path(index.path(i)).name for i in range(len(index))]
-    assert sorted(names) == sorted(f"{n}.jpg" for n in ("broken", "gone", "good", "link", "loop", "pipe", "short"))
+    assert sorted(names) == sorted(
+        f"{n}.jpg" for n in ("broken", "gone", "good", "link", "loop", "pipe", "short")
+    )
     assert "5 bytes where the index recorded 11" in reasons["short.jpg"]
     assert "No such file" in reasons["gone.jpg"] and "No such file" in reasons["broken.jpg"]
     assert "symbolic links" in reasons["loop.jpg"] and "pipe.jpg" in reasons
@@ -180,7 +193,11 @@ def test_links_and_other_members_of_a_shard_are_no_samples(tmp_path):
     data = tmp_path / "data"
     data.mkdir()
     with tarfile.open(data / "a.tar", "w") as shard:
-        for name, kind in (("link.jpg", tarfile.SYMTYPE), ("hard.jpg", tarfile.LNKTYPE), ("dev.jpg", tarfile.CHRTYPE)):
+        for name, kind in (
+            ("link.jpg", tarfile.SYMTYPE),
+            ("hard.jpg", tarfile.LNKTYPE),
+            ("dev.jpg", tarfile.CHRTYPE),
+        ):
             header = tarfile.TarInfo(name)
             header.type, header.linkname = kind, "/etc/passwd"
             shard.addfile(header)
@@ -269,7 +286,9 @@ def test_an_index_is_written_without_being_held_in_memory(tmp_path):
     assert peak < 160_000, "bytes: a column of 32-bit numbers would be as many"
     index = Index(tmp_path / "cache", tmp_path)
     assert len(index) == count and index.classes == ["0", "1", "2", "3"]
-    assert [(index.path(i), index.label(i)) for i in (0, count - 1)] == [(f"{tmp_path}/{i}.jpg", i % 5 - 1) for i in (0, count - 1)]
+    assert [(index.path(i), index.label(i)) for i in (0, count - 1)] == [
+        (f"{tmp_path}/{i}.jpg", i % 5 - 1) for i in (0, count - 1)
+    ]
 
 
 def test_twenty_million_entries_open_at_once(tmp_path):
@@ -305,7 +324,9 @@ def test_inspect_survives_anything():
     refused = 0
     for data in images.good_images().values():
         for _ in range(60):
-            damaged = bytearray(data[: generator.integers(0, len(data) + 1)] if generator.random() < 0.4 else data)
+            damaged = bytearray(
+                data[: generator.integers(0, len(data) + 1)] if generator.random() < 0.4 else data
+            )
             for _ in range(generator.integers(0, 6)):
                 if damaged:
                     damaged[generator.integers(0, min(len(damaged), 200))] = generator.integers(0, 256)

@@ -31,7 +31,9 @@ MEANS = DataConfig(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 def write_source(folder, seed=1, name=TINY, **arguments):
     """A timm model of random weights, gammas included, as a folder that timm loads."""
     torch.manual_seed(seed)
-    model = timm.create_model(name, **{"img_size": 32, "patch_size": 8, "num_classes": 3, **SMALL, **arguments}).eval()
+    model = timm.create_model(
+        name, **{"img_size": 32, "patch_size": 8, "num_classes": 3, **SMALL, **arguments}
+    ).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -71,7 +73,9 @@ def test_the_function_at_the_start_is_the_sources(tmp_path, kind, scaled, layer_
         path = path / "model.safetensors"
     elif kind == "pth":
         path = tmp_path / "weights.pth"
-        torch.save({"state_dict": {f"module.{name}": tensor for name, tensor in source.state_dict().items()}}, path)
+        torch.save(
+            {"state_dict": {f"module.{name}": tensor for name, tensor in source.state_dict().items()}}, path
+        )
     vit, notes = begin(path, dataclasses.replace(RUN, layer_scale=layer_scale))
     assert notes == says
     assert_same_function(vit, source)
@@ -88,8 +92,13 @@ def test_registers_and_other_sizes_go_through_timms_resampling(tmp_path):
     assert notes[1] == "data.mean = [0.485, 0.456, 0.406], but it has learnt with [0.5, 0.5, 0.5]"
     source.set_input_size(48, 12)
     assert_same_function(vit, source, 48)
-    wide, _ = begin(tmp_path / "source", dataclasses.replace(RUN, img_size=64, args=SMALL | {"reg_tokens": 2}))
-    file, _ = begin(tmp_path / "source/model.safetensors", dataclasses.replace(RUN, img_size=64, args=SMALL | {"reg_tokens": 2}))
+    wide, _ = begin(
+        tmp_path / "source", dataclasses.replace(RUN, img_size=64, args=SMALL | {"reg_tokens": 2})
+    )
+    file, _ = begin(
+        tmp_path / "source/model.safetensors",
+        dataclasses.replace(RUN, img_size=64, args=SMALL | {"reg_tokens": 2}),
+    )
     assert wide.pos_embed.shape == (1, 3 + 64, 32)
     assert all(torch.equal(tensor, file.state_dict()[name]) for name, tensor in wide.state_dict().items())
 
@@ -129,7 +138,10 @@ def refused(source, model=RUN):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ({"embed_dim": 48, "depth": 3}, f"width 48, blocks 3; model.name = {TINY} has here width 32, blocks 2."),
+        (
+            {"embed_dim": 48, "depth": 3},
+            f"width 48, blocks 3; model.name = {TINY} has here width 32, blocks 2.",
+        ),
         ({"num_heads": 4}, f"heads 4; model.name = {TINY} has here heads 2."),
         ({"act_layer": "quick_gelu"}, "activation QuickGELU"),
         ({"reg_tokens": 2}, "reg_token is not in the model"),
@@ -148,7 +160,10 @@ def test_a_file_is_refused_whole(tmp_path):
     state = source.state_dict()
     for wrong, says in (
         ({"blocks.1.mlp.fc2.weight": None}, "blocks.1.mlp.fc2.weight is missing"),
-        ({"blocks.1.attn.proj.weight": torch.ones(32, 31)}, "blocks.1.attn.proj.weight is (32, 31), the model's (32, 32)"),
+        (
+            {"blocks.1.attn.proj.weight": torch.ones(32, 31)},
+            "blocks.1.attn.proj.weight is (32, 31), the model's (32, 32)",
+        ),
         ({"mystery": torch.ones(1)}, "mystery is not in the model"),
         ({"blocks.2.norm1.weight": torch.ones(32)}, "blocks 3"),
         ({"pos_embed": torch.ones(1, 12, 32)}, "timm can't fit its tensors to the model"),
@@ -166,9 +181,21 @@ def test_a_file_is_refused_whole(tmp_path):
 
 def test_a_tag_of_timm(tmp_path, monkeypatch):
     tag = f"{TINY}.augreg_in21k"
-    source = write_source(tmp_path / "source", depth=12, embed_dim=192, num_heads=3, num_classes=21843, img_size=224, patch_size=16)
+    source = write_source(
+        tmp_path / "source",
+        depth=12,
+        embed_dim=192,
+        num_heads=3,
+        num_classes=21843,
+        img_size=224,
+        patch_size=16,
+    )
     asked = []
-    monkeypatch.setattr(init_from, "hf_hub_download", lambda *words: asked.append(words) or tmp_path / "source/model.safetensors")
+    monkeypatch.setattr(
+        init_from,
+        "hf_hub_download",
+        lambda *words: asked.append(words) or tmp_path / "source/model.safetensors",
+    )
     vit, _ = begin(f"timm:{tag}", ModelConfig(name=TINY, img_size=64))
     assert asked == [(f"timm/{tag}", "model.safetensors")]
     source.set_input_size(64)
@@ -202,7 +229,9 @@ def test_a_mistaken_path_is_answered_before_torch(tmp_path):
 
 def test_saims_fixed_positions_become_the_sources(tmp_path):
     source = write_source(tmp_path / "source")
-    config = Config(objective="saim", model=dataclasses.replace(RUN, init_from=str(tmp_path / "source")), data=MEANS)
+    config = Config(
+        objective="saim", model=dataclasses.replace(RUN, init_from=str(tmp_path / "source")), data=MEANS
+    )
     objective = build_objective(config, 192)
     decoder = [tensor.clone() for tensor in objective.decoder.parameters()]
     begin_from(objective.vit, config)
@@ -223,9 +252,17 @@ def test_a_run_begins_from_it_and_resumes_without_it(tmp_path):
     assert f"Beginning from {folder}, sha256 {sha256[:12]}; data.mean = " in done.stdout
     first = newest(tmp_path / "run")
     files = [first.load(file) for file in ("model", "target")]
-    assert files[0].keys() == files[1].keys() and all(torch.equal(files[0][name], files[1][name]) for name in files[0])
-    assert {name for name in files[0] if name.startswith("vit.")} == {f"vit.{n}" for n in source if not n.startswith("head.")}
-    assert all(torch.equal(files[0][f"vit.{name}"], tensor) for name, tensor in source.items() if not name.startswith("head."))
+    assert files[0].keys() == files[1].keys() and all(
+        torch.equal(files[0][name], files[1][name]) for name in files[0]
+    )
+    assert {name for name in files[0] if name.startswith("vit.")} == {
+        f"vit.{n}" for n in source if not n.startswith("head.")
+    }
+    assert all(
+        torch.equal(files[0][f"vit.{name}"], tensor)
+        for name, tensor in source.items()
+        if not name.startswith("head.")
+    )
     shutil.rmtree(folder)
     done = pretrain(recipe, 1, *words, "train.stop_at_step=3")
     assert done.returncode == 0, done.stderr[-3000:]

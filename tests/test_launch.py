@@ -85,7 +85,13 @@ def test_a_missing_hostfile_ends_the_real_command_with_a_sentence(tmp_path):
 
 @pytest.mark.parametrize("missing", ["RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"])
 def test_an_incomplete_environment_is_named(monkeypatch, missing):
-    complete = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    complete = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "1",
+    }
     for name, value in complete.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv(missing)
@@ -166,7 +172,9 @@ def test_ranks_whose_launcher_was_killed_stop_by_themselves(tmp_path, step_on):
 
 def hold(folder, seconds):
     words = [sys.executable, "-c", HOLD, str(folder), str(seconds)]
-    process = subprocess.Popen(words, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen(
+        words, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
     while (line := process.stdout.readline()) != "held\n":
         assert line, "it ended before it held the lock"
     return process
@@ -174,7 +182,9 @@ def hold(folder, seconds):
 
 def test_a_folder_that_another_run_uses_is_waited_for_and_then_refused(tmp_path, capsys):
     with hold(tmp_path, 1000) as other:
-        with pytest.raises(ConfigError, match=rf"in use by process {other.pid} on .*: end that run \(touch .*STOP"):
+        with pytest.raises(
+            ConfigError, match=rf"in use by process {other.pid} on .*: end that run \(touch .*STOP"
+        ):
             claim(tmp_path, 0)
         other.kill()
     claim(tmp_path, 0).close()

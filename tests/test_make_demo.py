@@ -33,7 +33,11 @@ def run(monkeypatch):
 
 
 def files(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def test_images_captions_and_teacher(run, tmp_path, capsys):
@@ -65,7 +69,9 @@ def test_a_teacher_of_ones_own_images(run, tmp_path, capsys):
     assert "24 images of 8 classes" in capsys.readouterr().out
     assert not (tmp_path / "own/train").exists()
     captions = make_demo.photo_captions(tmp_path / "rendered/train")
-    assert len(captions) == 16 and set(captions.values()) == {f"a photo of a {name}" for name in make_demo.PATTERNS}
+    assert len(captions) == 16 and set(captions.values()) == {
+        f"a photo of a {name}" for name in make_demo.PATTERNS
+    }
     open_clip.create_model(f"local-dir:{tmp_path}/own/teacher", require_pretrained=True)
 
 
@@ -98,7 +104,9 @@ def test_the_same_again_and_never_over_something_else(run, tmp_path, capsys):
 def test_mean_colours_do_not_tell_the_class(pattern):
     """A picture's mean is a mixture of two colours drawn at random: it varies more within a class than between classes."""
     means = {
-        name: np.array([np.asarray(make_demo.render(np.random.default_rng(i), name)[0]).mean((0, 1)) for i in range(60)])
+        name: np.array(
+            [np.asarray(make_demo.render(np.random.default_rng(i), name)[0]).mean((0, 1)) for i in range(60)]
+        )
         for name in (pattern, *make_demo.PATTERNS)
     }
     centre = np.mean([mean.mean(0) for mean in means.values()], axis=0)
@@ -113,7 +121,9 @@ def test_an_interrupted_command_has_its_last_word():
     )
     demo = f"import sys; sys.path.insert(0, 'tools'); import demo; demo.run('A command', sys.executable, '-c', {saves!r})"
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen([sys.executable, "-c", demo], cwd=REPOSITORY, start_new_session=True, **pipes) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", demo], cwd=REPOSITORY, start_new_session=True, **pipes
+    ) as process:
         while process.stdout.readline() != "ready\n":
             assert process.poll() is None
         os.killpg(process.pid, signal.SIGINT)

@@ -26,7 +26,14 @@ CPU are 1 % apart after 20 steps, at this one 1e-5 (docs/log.md)."""
 
 
 def words(name, run_dir, *more):
-    return [f"run_dir={run_dir}", f"objective={name}", "train.epochs=3.5", "checkpoint.every_steps=7", *SETTINGS[name], *more]
+    return [
+        f"run_dir={run_dir}",
+        f"objective={name}",
+        "train.epochs=3.5",
+        "checkpoint.every_steps=7",
+        *SETTINGS[name],
+        *more,
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +114,9 @@ def test_a_momentum_teacher_of_bf16_students_resumes_exactly(recipe):
     """It follows the fp32 master weights, not the rounded ones that forwards use."""
     folders = [recipe.parent / f"bf16_{name}" for name in ("straight", "resumed")]
     for run_dir, last in ((folders[0], 4), (folders[1], 2), (folders[1], 4)):
-        more = words("conmim", run_dir, f"train.stop_at_step={last}", "checkpoint.every_steps=1", "checkpoint.keep=9")
+        more = words(
+            "conmim", run_dir, f"train.stop_at_step={last}", "checkpoint.every_steps=1", "checkpoint.keep=9"
+        )
         done = pretrain(recipe, 1, *more, engine="ds_configs/zero2.json")
         assert done.returncode == 0, done.stderr[-3000:]
     assert losses(folders[0]) == losses(folders[1])

@@ -68,7 +68,9 @@ def test_means_over_micro_steps_keep_all_digits(tmp_path, ranks):
     assert "gpu_memory_gib" not in record
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's own writer
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnhandledThreadExceptionWarning"
+)  # TensorBoard's own writer
 def test_lines_that_find_no_room_wait_for_the_next(tmp_path, ranks, capsys):
     metrics = Metrics(make_config(tmp_path), ranks, total_steps=6, steps_per_epoch=2)
     train(metrics, 0, 1)
@@ -186,7 +188,7 @@ def test_colours_tell_ids_apart_and_only_the_unpredicted_is_grey():
     spread = (colours.amax(1) - colours.amin(1)).tolist()
     assert spread[0] == 0 and min(spread[1:]) > 100
     assert len({tuple(colour) for colour in colours.tolist()}) > 7500
-    assert ((0 <= colours) & (colours <= 255)).all()
+    assert ((colours >= 0) & (colours <= 255)).all()
 
 
 def test_progress_bar(tmp_path, ranks, capsys):

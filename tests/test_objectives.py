@@ -156,7 +156,9 @@ def test_compiled_blocks_change_nothing(any_model, monkeypatch):
     any_model.zero_grad()
     torch.compiler.reset()  # it compiles one function no more than eight times, whichever objective's
     whole = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: whole(self, backend="aot_eager", fullgraph=True))
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self: whole(self, backend="aot_eager", fullgraph=True)
+    )
     compile_blocks(any_model)
     compiled = any_model(images, target, draw).loss
     compiled.backward()
@@ -213,7 +215,9 @@ def test_mapet_masks_and_counts_at_the_published_size():
     draw = model.draw(step=3, first_slot=0, slots=2)
     assert draw.mask.sum(1).tolist() == [147, 147]
     assert model.num_visible == 49
-    assert (model.attn_mask.sum(1) == 197).all(), "every row sees each position once, as patch or as position token"
+    assert (model.attn_mask.sum(1) == 197).all(), (
+        "every row sees each position once, as patch or as position token"
+    )
     visible = reference.mapet_visible_keys(draw.order[0], 49)
     assert {len(keys) for keys in visible.values()} == {197}
     assert all(len({patch for _, patch in keys}) == 197 for keys in visible.values())
@@ -229,7 +233,11 @@ def test_mapet_masks_agree_with_the_table_bit_for_bit(model):
     table = reference.mapet_visible_keys(draw.order[0], model.num_visible)
     for band in model._bands()[0]:
         for i, row in enumerate(rows[band.rows]):
-            keys = rows[band.keys] if band.mask is None else [k for k, on in zip(rows[band.keys], band.mask[i]) if on]
+            keys = (
+                rows[band.keys]
+                if band.mask is None
+                else [k for k, on in zip(rows[band.keys], band.mask[i]) if on]
+            )
             assert sorted(keys) == sorted(table[row]), row
 
 
@@ -251,7 +259,11 @@ def test_mapet_does_not_leak(model):
 
 @pytest.mark.parametrize(
     ("name", "parameters"),
-    [("vit_tiny_patch16_224", 7_110_272), ("vit_small_patch16_224", 24_829_184), ("vit_base_patch16_224", 92_117_504)],
+    [
+        ("vit_tiny_patch16_224", 7_110_272),
+        ("vit_small_patch16_224", 24_829_184),
+        ("vit_base_patch16_224", 92_117_504),
+    ],
 )
 def test_mapet_has_the_published_number_of_parameters(name, parameters):
     model = build_objective(Config(model=ModelConfig(name=name)), 8192)
@@ -329,7 +341,9 @@ def test_block_masks_are_within_the_published_bounds():
     grids = masks.reshape(-1, 14, 14)
     same = (grids[:, :, 1:] == grids[:, :, :-1]).mean()
     assert same > 0.8, "neighbours hide together"
-    assert block_masks(0, 0, 0, 500, 14, 6, 16, exact=False).any(axis=1).all(), "where no rectangle fits, one patch"
+    assert block_masks(0, 0, 0, 500, 14, 6, 16, exact=False).any(axis=1).all(), (
+        "where no rectangle fits, one patch"
+    )
     exact = block_masks(0, 0, 0, 500, 14, 75, 16, exact=True)
     assert (exact.sum(axis=1) == 75).all() and (exact | ~masks).all(), "the same blocks, filled up"
 
@@ -361,7 +375,9 @@ def test_conmim_loss_at_initialisation_is_near_ln_196(conmim_at_start):
         keys, queries = teacher.project(images), student.project(images)
         loss = student(images, keys, student.draw(0, 0, 16)).loss
     assert torch.equal(queries, keys), "student and teacher start as one"
-    assert (queries @ keys.transpose(1, 2)).argmax(-1).eq(torch.arange(196)).all(), "where all is seen, all is found"
+    assert (queries @ keys.transpose(1, 2)).argmax(-1).eq(torch.arange(196)).all(), (
+        "where all is seen, all is found"
+    )
     assert abs(loss - math.log(196)) < 0.4
 
 
@@ -401,8 +417,14 @@ def test_saim_changes_exactly_the_predictions_of_higher_rank():
 
 def test_saim_is_the_published_size_and_its_positions_stay():
     model = build_objective(Config(objective="saim", model=ModelConfig(drop_path=0.0, layer_scale=None)), 768)
-    parts = {name: sum(p.numel() for p in getattr(model, name).parameters()) for name in ("vit", "decoder", "head")}
-    assert {name: round(n / 1e6, 1) for name, n in parts.items()} == {"vit": 85.8, "decoder": 85.1, "head": 4.7}
+    parts = {
+        name: sum(p.numel() for p in getattr(model, name).parameters()) for name in ("vit", "decoder", "head")
+    }
+    assert {name: round(n / 1e6, 1) for name, n in parts.items()} == {
+        "vit": 85.8,
+        "decoder": 85.1,
+        "head": 4.7,
+    }
     assert not model.vit.pos_embed.requires_grad
     assert (model.vit.pos_embed[0, 0] == 0).all() and model.vit.pos_embed[0, 1:].std() > 0.5
 
@@ -415,16 +437,25 @@ def test_saim_refuses_what_can_not_be(changes, says):
 
 @pytest.mark.parametrize("loss", ["l1", "cosine"])
 def test_saim_and_mvp_have_other_losses(loss):
-    model = far_from_init(build_objective(tiny_config("saim", saim=SAIMConfig(loss=loss)), 48).double()).eval()
+    model = far_from_init(
+        build_objective(tiny_config("saim", saim=SAIMConfig(loss=loss)), 48).double()
+    ).eval()
     images, target, draw = tiny_batch(model)
     g, by_rank = model.streams(images, draw)
     found = model.head(model.vit.norm(g))
     wanted = torch.stack([t[r] for t, r in zip(target, by_rank)])
     expected = (found - wanted).abs().mean()
     if loss == "cosine":
-        expected = (found / found.norm(dim=-1, keepdim=True) - wanted / wanted.norm(dim=-1, keepdim=True)).square().sum(-1).mean()
+        expected = (
+            (found / found.norm(dim=-1, keepdim=True) - wanted / wanted.norm(dim=-1, keepdim=True))
+            .square()
+            .sum(-1)
+            .mean()
+        )
     assert abs(model(images, target, draw).loss - expected) < 1e-9
-    model = far_from_init(build_objective(tiny_config("mvp", mvp=MVPConfig(hidden_share=0.5, loss="smooth_l1")), 10).double())
+    model = far_from_init(
+        build_objective(tiny_config("mvp", mvp=MVPConfig(hidden_share=0.5, loss="smooth_l1")), 10).double()
+    )
     images, target, draw = tiny_batch(model)
     scaled = model(images, 3 * target + 1, draw).loss
     assert abs(scaled - model(images, target, draw).loss) < 1e-4, "the target's own scale is gone"

@@ -51,7 +51,9 @@ def recipe(tmp_path_factory):
 
 def pretrain(recipe, ranks, name, *overrides, stage=3):
     run_dir = recipe.parent / name
-    done = start(*command(recipe, ranks, f"run_dir={run_dir}", *overrides, engine=f"ds_configs/zero{stage}_cpu.json"))
+    done = start(
+        *command(recipe, ranks, f"run_dir={run_dir}", *overrides, engine=f"ds_configs/zero{stage}_cpu.json")
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return run_dir, done
 
@@ -59,7 +61,9 @@ def pretrain(recipe, ranks, name, *overrides, stage=3):
 def evaluations(run_dir):
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     found = {line["step"]: line for line in lines if "knn_accuracy_percent" in line}
-    return {step: (line["knn_accuracy_percent"], line["linear_accuracy_percent"]) for step, line in found.items()}
+    return {
+        step: (line["knn_accuracy_percent"], line["linear_accuracy_percent"]) for step, line in found.items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +93,9 @@ def test_evaluations_move_no_loss_and_a_resumed_run_has_the_same_lines(straight,
 
 
 @pytest.mark.parametrize("run", ["straight", "resumed"])
-def test_one_rank_finds_again_what_one_or_two_found_and_no_generator_moves(recipe, run, request, alone, tmp_path):
+def test_one_rank_finds_again_what_one_or_two_found_and_no_generator_moves(
+    recipe, run, request, alone, tmp_path
+):
     run_dir, config = request.getfixturevalue(run), load_config(recipe)
     before, said = torch.get_rng_state(), []
     probe = OnlineProbe(config, open_index(config.data.train, tmp_path / "index"), tmp_path, alone)
@@ -122,7 +128,9 @@ def test_it_is_the_exported_momentum_teacher_that_is_evaluated(recipe, tmp_path)
     run_dir, _ = pretrain(recipe, 1, "conmim", "objective=conmim", "evaluate.every_epochs=99", stage=1)
     ((step, found),) = evaluations(run_dir).items()
     assert step == 12
-    assert found == pytest.approx(figures_of(export_timm(run_dir, tmp_path / "timm").folder, recipe, tmp_path / "a"))
+    assert found == pytest.approx(
+        figures_of(export_timm(run_dir, tmp_path / "timm").folder, recipe, tmp_path / "a")
+    )
     student = export_timm(run_dir, tmp_path / "student", student=True).folder
     assert found != pytest.approx(figures_of(student, recipe, tmp_path / "b"))
 
@@ -138,7 +146,10 @@ def test_selections_are_even_and_whole_where_they_can_be(recipe, tmp_path):
 @pytest.mark.parametrize(
     ("override", "says"),
     [
-        ("evaluate.val=", "evaluate.val is empty: name the folder of images, evaluate.val=/data/imagenet/val."),
+        (
+            "evaluate.val=",
+            "evaluate.val is empty: name the folder of images, evaluate.val=/data/imagenet/val.",
+        ),
         ("evaluate.train=/nowhere", "evaluate.train = /nowhere is not a folder that this host can see."),
         ("evaluate.every_epochs=0", "evaluate.every_epochs = 0"),
         ("run_dir={}/val/run", "lies inside evaluate.val"),
@@ -154,7 +165,12 @@ def test_settings_that_do_not_fit_are_refused(recipe, override, says):
     [
         ("abd", "", 48, "must have the same classes; only in one of them: c, d."),
         ("ab", "c", 48, "evaluate.val = .*: class c has no image"),
-        ("abc", "", 39, "39 images of evaluate.train = .* are too few for 20 neighbours and 3 classes: .* at least 40"),
+        (
+            "abc",
+            "",
+            39,
+            "39 images of evaluate.train = .* are too few for 20 neighbours and 3 classes: .* at least 40",
+        ),
     ],
 )
 def test_images_that_do_not_fit_are_refused(recipe, alone, tmp_path, classes, empty, limit, says):

@@ -11,7 +11,9 @@ from mapet_ds.config.sections import REPOSITORY
 
 
 def plan(*words, recipe="mapet_vitb16"):
-    return start(sys.executable, "tools/plan.py", "--config", REPOSITORY / f"mapet_ds/recipes/{recipe}.yaml", *words)
+    return start(
+        sys.executable, "tools/plan.py", "--config", REPOSITORY / f"mapet_ds/recipes/{recipe}.yaml", *words
+    )
 
 
 def as_json(*words, **options):
@@ -32,17 +34,28 @@ def test_the_report_says_what_binds_what_helps_and_what_it_rests_on():
 
 
 def test_advice_is_better_than_what_it_replaces():
-    for words in (["--gpu", "h100"], ["--gpu", "a100-80", "--storage_gbyte_s", "0.05"], ["--gpu", "h100", "--nodes", "64"]):
+    for words in (
+        ["--gpu", "h100"],
+        ["--gpu", "a100-80", "--storage_gbyte_s", "0.05"],
+        ["--gpu", "h100", "--nodes", "64"],
+    ):
         found = as_json(*words)
         assert found["changes"]
         assert min(found["changes"].values()) > found["predicted"]["images_per_second"]
 
 
-LINE = {"hardware": {"gpu": "NVIDIA H100 80GB HBM3"}, "settings": {"model": "vit_base_patch16_224", "teacher": "RN50x64"}}
+LINE = {
+    "hardware": {"gpu": "NVIDIA H100 80GB HBM3"},
+    "settings": {"model": "vit_base_patch16_224", "teacher": "RN50x64"},
+}
 
 
 def line(kind, **entries):
-    return json.dumps(LINE | {"settings": LINE["settings"] | {"benchmark": kind, "batch_size": 128, "dtype": "bf16"}} | entries)
+    return json.dumps(
+        LINE
+        | {"settings": LINE["settings"] | {"benchmark": kind, "batch_size": 128, "dtype": "bf16"}}
+        | entries
+    )
 
 
 def test_calibration_replaces_what_is_assumed(tmp_path):
@@ -68,7 +81,12 @@ def test_a_plan_says_what_it_leaves_out():
 
 def test_a_measured_run_sets_the_speed_of_the_whole_step(tmp_path):
     path = tmp_path / "train.json"
-    measured = {"ranks": 2, "objective": "mapet", "dtype": "torch.bfloat16", "images_per_second": {"train": {"median": 600.0}}}
+    measured = {
+        "ranks": 2,
+        "objective": "mapet",
+        "dtype": "torch.bfloat16",
+        "images_per_second": {"train": {"median": 600.0}},
+    }
     path.write_text(line("train", **measured))
     found = as_json("--gpu", "h100", "--nodes", "1", "--gpus_per_node", "1", "--calibrate", path)
     assert found["predicted"]["images_per_second"] == pytest.approx(300, rel=0.001)
@@ -101,7 +119,10 @@ def refused(done, says):
         (["--gpu", "v100"], "--gpu v100 is not known; there are: a100-40"),
         (["--gpu", "h100", "--nodes", "0"], "invalid positive int value: '0'"),
         (["--gpu", "h100", "--link_gbit", "nan"], "invalid positive float"),
-        (["--gpu", "h100", "--gpus_per_node", "7"], "train.global_batch_size = 2048 can't be divided among 7 GPUs"),
+        (
+            ["--gpu", "h100", "--gpus_per_node", "7"],
+            "train.global_batch_size = 2048 can't be divided among 7 GPUs",
+        ),
         (["--gpu", "h100", "--engine", "absent.json"], "absent.json can't be read"),
         (["--gpu", "h100", "teacher.img_size=224"], "grid is 7 x 7"),
         (["--gpu", "h100", "objective=mae"], "objective = mae is not known"),

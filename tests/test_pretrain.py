@@ -50,7 +50,14 @@ def test_a_run_leaves_everything_in_its_folder(recipe, straight):
     assert len(environment["git"]["commit"]) in (0, 40)
     assert len(list((straight / "checkpoints").iterdir())) == 2
     last = json.loads((straight / "metrics.jsonl").read_text().splitlines()[-1])
-    assert last.keys() >= {"loss", "token_accuracy", "grad_norm", "lr", "codebook_perplexity", "images_per_second"}
+    assert last.keys() >= {
+        "loss",
+        "token_accuracy",
+        "grad_norm",
+        "lr",
+        "codebook_perplexity",
+        "images_per_second",
+    }
     assert last["epoch"] == pytest.approx(12 * 8 / IMAGES)
 
 
@@ -59,7 +66,12 @@ def test_killed_and_started_again_is_the_same_run(recipe, straight):
     run_dir = recipe.parent / "killed"
     words = command(recipe, 2, f"run_dir={run_dir}")
     process = subprocess.Popen(
-        words, cwd=REPOSITORY, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        words,
+        cwd=REPOSITORY,
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
     )
     metrics, deadline = run_dir / "metrics.jsonl", time.monotonic() + 200
     while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 5):
@@ -73,14 +85,19 @@ def test_killed_and_started_again_is_the_same_run(recipe, straight):
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Continuing" in done.stdout
     assert losses(run_dir) == losses(straight)
-    told = [[json.loads(line)["codebook_perplexity"] for line in (run / "metrics.jsonl").open()] for run in (run_dir, straight)]
+    told = [
+        [json.loads(line)["codebook_perplexity"] for line in (run / "metrics.jsonl").open()]
+        for run in (run_dir, straight)
+    ]
     assert told[0] == told[1]
     assert_same_weights(run_dir, straight)
 
 
 def test_other_numbers_of_ranks_see_the_same_samples(recipe, straight, monkeypatch):
     """2 -> 1 -> 4 ranks, ZeRO-2 -> 3 -> 1, other micro-batches, past an epoch's end (step 5.6); the drill has longer ways."""
-    monkeypatch.setitem(ENVIRONMENT, "TORCH_COMPILE_DISABLE", "1")  # what would be compiled is said all the same
+    monkeypatch.setitem(
+        ENVIRONMENT, "TORCH_COMPILE_DISABLE", "1"
+    )  # what would be compiled is said all the same
     run_dir = recipe.parent / "elastic"
     for ranks, micro, stage, last in ((2, 4, 2, 3), (1, 4, 3, 8), (4, 1, 1, 12)):
         done = pretrain(
@@ -97,7 +114,9 @@ def test_other_numbers_of_ranks_see_the_same_samples(recipe, straight, monkeypat
 def test_an_orderly_stop_saves_where_it_is(recipe, straight, ask):
     run_dir = recipe.parent / f"asked_{ask}"
     words = command(recipe, 2, f"run_dir={run_dir}", "checkpoint.every_steps=1000")
-    process = subprocess.Popen(words, cwd=REPOSITORY, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen(
+        words, cwd=REPOSITORY, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
     metrics, deadline = run_dir / "metrics.jsonl", time.monotonic() + 200
     while not (metrics.exists() and metrics.read_text()):
         assert process.poll() is None
@@ -111,7 +130,10 @@ def test_an_orderly_stop_saves_where_it_is(recipe, straight, ask):
     (checkpoint,) = (run_dir / "checkpoints").iterdir()
     stopped = json.loads((checkpoint / "run.json").read_text())["step"]
     assert 1 <= stopped <= 12
-    assert f"Stopped and saved at step {stopped} of 12: the same command continues {run_dir}." in says or stopped == 12
+    assert (
+        f"Stopped and saved at step {stopped} of 12: the same command continues {run_dir}." in says
+        or stopped == 12
+    )
     assert losses(run_dir) == {step: loss for step, loss in losses(straight).items() if step <= stopped}
     if ask == "STOP":
         done = pretrain(recipe, 2, f"run_dir={run_dir}")
@@ -121,7 +143,14 @@ def test_an_orderly_stop_saves_where_it_is(recipe, straight, ask):
 
 def test_a_plain_process_is_a_launch_of_one(recipe, straight):
     run_dir = recipe.parent / "plain"
-    done = pretrain(recipe, 1, f"run_dir={run_dir}", "train.stop_at_step=4", "data.workers=1", "train.grad_checkpointing=true")
+    done = pretrain(
+        recipe,
+        1,
+        f"run_dir={run_dir}",
+        "train.stop_at_step=4",
+        "data.workers=1",
+        "train.grad_checkpointing=true",
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     expected = {step: loss for step, loss in losses(straight).items() if step <= 4}
     assert losses(run_dir) == pytest.approx(expected, rel=1e-4)
@@ -170,8 +199,12 @@ def test_bad_images_cost_only_themselves(recipe):
     assert done.returncode == 0, done.stderr[-3000:]
     listed = [line.split("\t")[1] for line in (run_dir / "quarantine.tsv").read_text().splitlines()[1:]]
     assert f"2 in all, listed in {run_dir}/quarantine.tsv" in done.stdout
-    assert sorted(listed) == sorted(str(p) for p in (folder / "spoilt").rglob("*.jpg") if b"\xff\xd9" not in p.read_bytes()[-2:])
-    done = pretrain(recipe, 1, f"run_dir={folder}/too_bad", f"data.train={folder}/spoilt", "data.max_bad_share=0.02")
+    assert sorted(listed) == sorted(
+        str(p) for p in (folder / "spoilt").rglob("*.jpg") if b"\xff\xd9" not in p.read_bytes()[-2:]
+    )
+    done = pretrain(
+        recipe, 1, f"run_dir={folder}/too_bad", f"data.train={folder}/spoilt", "data.max_bad_share=0.02"
+    )
     assert done.returncode == 2
     assert "Unreadable images: at least 2 of 45, more than the 1" in done.stderr
 

@@ -85,7 +85,9 @@ def test_the_linear_probe_finds_what_a_line_can_tell_and_no_scale_matters():
     nearest = ((points[300:, None] - 2.0 * np.eye(3, 8)[None]) ** 2).sum(-1).argmin(1)  # the best there is
     assert abs(accuracy - 100 * (nearest == labels[300:]).mean()) < 6
     scale = np.float32(1000) ** generator.uniform(-1, 1, 8).astype(np.float32)
-    assert linear(points[:300] * scale + 5, labels[:300], points[300:] * scale + 5, labels[300:]) == pytest.approx(accuracy, abs=1)
+    assert linear(
+        points[:300] * scale + 5, labels[:300], points[300:] * scale + 5, labels[300:]
+    ) == pytest.approx(accuracy, abs=1)
     separable = np.eye(3, 8, dtype=np.float32)[labels] * 9 + points
     assert linear(separable[:300], labels[:300], separable[300:], labels[300:]) == 100
     assert linear(points[:300], generator.permutation(labels[:300]), points[300:], labels[300:]) < 50
@@ -95,7 +97,9 @@ def tinted_points(seed=0, number=400):
     """Features and labels of two sets, which a line can mostly tell apart, with some far from the origin and of other scales."""
     generator = np.random.default_rng(seed)
     labels = generator.integers(0, 3, number)
-    points = generator.normal(size=(number, 8)).astype(np.float32) + 2.0 * np.eye(3, 8, dtype=np.float32)[labels]
+    points = (
+        generator.normal(size=(number, 8)).astype(np.float32) + 2.0 * np.eye(3, 8, dtype=np.float32)[labels]
+    )
     return points[:300], labels[:300], points[300:], labels[300:]
 
 
@@ -103,14 +107,25 @@ def tinted_points(seed=0, number=400):
 def test_heads_side_by_side_are_each_what_torch_trains_alone(batch_norm):
     """The slow twin: nn.Linear, and the rate in the solver."""
     x, y, *_ = map(torch.from_numpy, tinted_points())
-    rows, rates, epochs = torch.randperm(300, generator=torch.Generator().manual_seed(1))[:270], (0.05, 0.4), 3
+    rows, rates, epochs = (
+        torch.randperm(300, generator=torch.Generator().manual_seed(1))[:270],
+        (0.05, 0.4),
+        3,
+    )
     found = fit_heads(x, y, rows, rates, epochs, batch_norm, torch.Generator().manual_seed(7))
     for i, rate in enumerate(rates):
-        norm = torch.nn.BatchNorm1d(8, affine=False, eps=1e-6, momentum=None) if batch_norm else torch.nn.Identity()
+        norm = (
+            torch.nn.BatchNorm1d(8, affine=False, eps=1e-6, momentum=None)
+            if batch_norm
+            else torch.nn.Identity()
+        )
         head = torch.nn.Linear(8, 3)
         torch.nn.init.zeros_(head.weight)
         torch.nn.init.zeros_(head.bias)
-        solver, generator = torch.optim.SGD(head.parameters(), lr=rate, momentum=0.9), torch.Generator().manual_seed(7)
+        solver, generator = (
+            torch.optim.SGD(head.parameters(), lr=rate, momentum=0.9),
+            torch.Generator().manual_seed(7),
+        )
         for epoch in range(epochs):  # 270 rows are one batch of 256
             solver.param_groups[0]["lr"] = rate * (1 + math.cos(math.pi * epoch / epochs)) / 2
             batch = rows[torch.randperm(270, generator=generator)][:256]
@@ -175,7 +190,9 @@ def test_features_are_means_of_the_patch_tokens_or_class_tokens():
         np.testing.assert_allclose(found[i], mean, atol=1e-6)
         np.testing.assert_allclose(unit_length(found)[i], mean / math.sqrt(sum(mean**2)), atol=1e-6)
     assert found_labels.tolist() == labels.tolist()
-    np.testing.assert_allclose(features(model, loader, torch.device("cpu"), "token")[0], tokens[:, 0], atol=1e-6)
+    np.testing.assert_allclose(
+        features(model, loader, torch.device("cpu"), "token")[0], tokens[:, 0], atol=1e-6
+    )
 
 
 @pytest.fixture(scope="module")
@@ -253,7 +270,9 @@ def run_tool_with(monkeypatch, capsys):
     """The program in this process, without seconds of imports: exit code and what it prints."""
 
     def run(*arguments):
-        monkeypatch.setattr(sys, "argv", [str(a) for a in (EVALUATE, *arguments, "--device", "cpu", "--workers", "0")])
+        monkeypatch.setattr(
+            sys, "argv", [str(a) for a in (EVALUATE, *arguments, "--device", "cpu", "--workers", "0")]
+        )
         with pytest.raises(SystemExit) as exit:
             runpy.run_path(str(EVALUATE), run_name="__main__")
         return exit.value.code, capsys.readouterr()
@@ -353,7 +372,15 @@ def test_mistakes_are_sentences(run_tool, model_folder, image_folders, tmp_path)
 def test_the_teacher_itself_is_evaluated_by_the_same_tool(run_tool_with, image_folders, tmp_path):
     write_tower(tmp_path / "clip", "vit")
     (tmp_path / "recipe.yaml").write_text(f"teacher: {{name: 'local-dir:{tmp_path}/clip', img_size: 64}}\n")
-    words = ["--teacher", tmp_path / "recipe.yaml", "--train", image_folders / "train", "--val", image_folders / "val", "--json"]
+    words = [
+        "--teacher",
+        tmp_path / "recipe.yaml",
+        "--train",
+        image_folders / "train",
+        "--val",
+        image_folders / "val",
+        "--json",
+    ]
     code, printed = run_tool_with("linear", *words)
     assert code == 0, printed.err
     assert 0 <= json.loads(printed.out)["linear_accuracy_percent"] <= 100
@@ -377,17 +404,24 @@ def test_everything_from_one_pass(run_tool_with, model_folder, image_folders, tm
     for command in (["knn", "--k", "10"], ["linear", "--solver", "sgd", "--epochs", "5"]):
         code, printed = run_tool_with(*command, *words, "--json")
         assert json.loads(printed.out) == results[command[0]][0] | basis
-    code, printed = run_tool_with("all", *words, "--epochs", "1", "--pool", "token", "--learning_rates", "0.01", "0.1")
+    code, printed = run_tool_with(
+        "all", *words, "--epochs", "1", "--pool", "token", "--learning_rates", "0.01", "0.1"
+    )
     assert len(printed.out.splitlines()) == 5
     assert "chosen on a tenth of the training images (0.01: " in printed.out and ", 0.1: " in printed.out
 
 
 @pytest.mark.parametrize(
-    ("held_out", "end"), [((70, 60, 50), "lowest"), ((50, 60, 70), "highest"), ((60, 70, 60), None), ((70, 70, 60), None)]
+    ("held_out", "end"),
+    [((70, 60, 50), "lowest"), ((50, 60, 70), "highest"), ((60, 70, 60), None), ((70, 70, 60), None)],
 )
-def test_a_rate_at_an_end_of_those_tried_is_said(run_tool_with, model_folder, image_folders, monkeypatch, held_out, end):
+def test_a_rate_at_an_end_of_those_tried_is_said(
+    run_tool_with, model_folder, image_folders, monkeypatch, held_out, end
+):
     tried = dict(zip((0.01, 0.1, 1.0), held_out))
-    monkeypatch.setattr(probe, "linear_sgd", lambda *found, **settings: probe.SGDProbe(50.0, max(tried, key=tried.get), tried))
+    monkeypatch.setattr(
+        probe, "linear_sgd", lambda *found, **settings: probe.SGDProbe(50.0, max(tried, key=tried.get), tried)
+    )
     words = ["--model", model_folder, "--train", image_folders / "train", "--val", image_folders / "val"]
     code, printed = run_tool_with("linear", "--solver", "sgd", *words)
     assert code == 0, printed.err

@@ -37,13 +37,22 @@ def block_shapes(method, width, heads, grid, finetuned):
     }  # fmt: skip
     match method:
         case "mapet":
-            shapes |= {"attn.q.weight": (width, width), "attn.q.bias": (width,), "ls1.gamma": (width,), "ls2.gamma": (width,)}
+            shapes |= {
+                "attn.q.weight": (width, width),
+                "attn.q.bias": (width,),
+                "ls1.gamma": (width,),
+                "ls2.gamma": (width,),
+            }
             shapes |= {"attn.kv.weight": (2 * width, width), "attn.kv.bias": (2 * width,)}
         case "saim":
             shapes |= {f"attn.{layer}.weight": (width, width) for layer in "qkv"}
             shapes |= {f"attn.{layer}.bias": (width,) for layer in "qkv"}
         case "conmim":
-            shapes |= {"attn.qkv.weight": (3 * width, width), "attn.q_bias": (width,), "attn.v_bias": (width,)}
+            shapes |= {
+                "attn.qkv.weight": (3 * width, width),
+                "attn.q_bias": (width,),
+                "attn.v_bias": (width,),
+            }
             shapes |= {"gamma_1": (width,), "gamma_2": (width,)}
             if finetuned:
                 shapes["attn.relative_position_bias_table"] = ((2 * grid - 1) ** 2 + 3, heads)
@@ -55,15 +64,28 @@ def pretraining_shapes(method, width, patch, grid, blocks):
     """What pre-training has beside the ViT."""
     match method:
         case "mapet":
-            return {"mask_positional_token": (1, 1, width), "decoder.weight": (8192, width), "decoder.bias": (8192,)}
+            return {
+                "mask_positional_token": (1, 1, width),
+                "decoder.weight": (8192, width),
+                "decoder.bias": (8192,),
+            }
         case "saim":
             pixels, hidden = 3 * patch**2, 4 * width
-            shapes = {f"query_{name}": shape for name, shape in blocks.items()} | {"gaussian_blur.weight": (3, 1, 9, 9)}
+            shapes = {f"query_{name}": shape for name, shape in blocks.items()} | {
+                "gaussian_blur.weight": (3, 1, 9, 9)
+            }
             shapes |= {"prediction_head.fc1.weight": (hidden, width), "prediction_head.fc1.bias": (hidden,)}
-            return shapes | {"prediction_head.fc2.weight": (pixels, hidden), "prediction_head.fc2.bias": (pixels,)}
+            return shapes | {
+                "prediction_head.fc2.weight": (pixels, hidden),
+                "prediction_head.fc2.bias": (pixels,),
+            }
         case "conmim":
             shapes = {"mask_token": (1, 1, width), "lm_head.weight": (8192, width), "lm_head.bias": (8192,)}
-            shapes |= {"projectors.0.weight": (4096, width), "projectors.1.weight": (4096,), "projectors.1.running_mean": (4096,)}
+            shapes |= {
+                "projectors.0.weight": (4096, width),
+                "projectors.1.weight": (4096,),
+                "projectors.1.running_mean": (4096,),
+            }
             shapes |= {"projectors.1.num_batches_tracked": (), "projectors.6.weight": (256, 4096)}
             shapes["rel_pos_bias.relative_position_bias_table"] = ((2 * grid - 1) ** 2 + 3, width // 64)
             return shapes | {"rel_pos_bias.relative_position_index": (grid**2 + 1, grid**2 + 1)}
@@ -130,7 +152,9 @@ def twin(tensors, images):
             return linear(x, f"{attention}.q"), *linear(x, f"{attention}.kv").split(width, -1)
         if f"{attention}.k.weight" in t:  # SAIM
             return (linear(x, f"{attention}.{layer}") for layer in "qkv")
-        q, k, v = (x @ rows.T for rows in t[f"{attention}.qkv.weight"].split(width))  # ConMIM: keys have no bias
+        q, k, v = (
+            x @ rows.T for rows in t[f"{attention}.qkv.weight"].split(width)
+        )  # ConMIM: keys have no bias
         return q + t[f"{attention}.q_bias"], k, v + t[f"{attention}.v_bias"]
 
     pixels = functional.unfold(images, patch, stride=patch).transpose(1, 2)
@@ -162,10 +186,27 @@ def wrapped(method, finetuned, tensors):
     """A checkpoint as each method's training program saves it."""
     args = argparse.Namespace(model="some", epochs=100)
     if method == "mapet":
-        return {"epoch": 99, "arch": "vit", "state_dict": tensors, "optimizer": {"state": {}}, "args": args, "metric": 1.5}
+        return {
+            "epoch": 99,
+            "arch": "vit",
+            "state_dict": tensors,
+            "optimizer": {"state": {}},
+            "args": args,
+            "metric": 1.5,
+        }
     if method == "conmim" and finetuned:  # DeepSpeed
-        return {"module": {f"module.{name}": tensor for name, tensor in tensors.items()}, "epoch": 99, "ds_version": "0.4.0"}
-    return {"model": tensors, "optimizer": {"state": {}}, "epoch": 99, "scaler": {"scale": 65536.0}, "args": args}
+        return {
+            "module": {f"module.{name}": tensor for name, tensor in tensors.items()},
+            "epoch": 99,
+            "ds_version": "0.4.0",
+        }
+    return {
+        "model": tensors,
+        "optimizer": {"state": {}},
+        "epoch": 99,
+        "scaler": {"scale": 65536.0},
+        "args": args,
+    }
 
 
 @pytest.fixture
@@ -197,7 +238,14 @@ def test_timm_computes_what_the_published_model_does(tmp_path, method, finetuned
     model = timm.create_model(f"local-dir:{found.folder}", pretrained=True).double().eval()
     side = model.pretrained_cfg["input_size"][-1]
     assert side == (224 if size == "true" else 24)
-    images = torch.randn(1 if size == "true" else 3, 3, side, side, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    images = torch.randn(
+        1 if size == "true" else 3,
+        3,
+        side,
+        side,
+        dtype=torch.float64,
+        generator=torch.Generator().manual_seed(1),
+    )
     tokens, pooled, logits = twin(tensors, images)
     assert tokens.std() > 0.3
     close = {"rtol": 0, "atol": 1e-9 if layer_scale == "keep" else 1e-5}
@@ -218,10 +266,18 @@ def test_the_twin_uses_each_tensor_of_the_vit(method):
     images = torch.randn(2, 3, 24, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     expected = twin(tensors, images)[0]
     left_out = {"mapet": 3, "conmim": 9, "saim": 2 * 16 + 5}[method]
-    changes = {name: torch.linspace(0, 1, tensor.numel()).view(tensor.shape) for name, tensor in tensors.items()}
-    idle = [name for name in tensors if torch.equal(twin(tensors | {name: tensors[name] + changes[name]}, images)[0], expected)]
+    changes = {
+        name: torch.linspace(0, 1, tensor.numel()).view(tensor.shape) for name, tensor in tensors.items()
+    }
+    idle = [
+        name
+        for name in tensors
+        if torch.equal(twin(tensors | {name: tensors[name] + changes[name]}, images)[0], expected)
+    ]
     assert len(idle) == left_out
-    assert not any(name.startswith(("blocks.", "norm.", "patch_embed.", "cls_token", "pos_embed")) for name in idle)
+    assert not any(
+        name.startswith(("blocks.", "norm.", "patch_embed.", "cls_token", "pos_embed")) for name in idle
+    )
 
 
 SAVED = {
@@ -241,7 +297,13 @@ def test_kinds_of_files(tmp_path, kind):
     if kind == "safetensors":
         save_file(tensors, path)
     elif kind == "moving average":
-        torch.save({"state_dict": {}, "state_dict_ema": {f"module.{name}": tensor for name, tensor in tensors.items()}}, path)
+        torch.save(
+            {
+                "state_dict": {},
+                "state_dict_ema": {f"module.{name}": tensor for name, tensor in tensors.items()},
+            },
+            path,
+        )
     else:
         torch.save(SAVED[kind](tensors), path)
     import_weights("mapet", path, tmp_path / "out", "keep", ema=kind == "moving average")
@@ -259,14 +321,23 @@ def test_half_precision_is_written_as_fp32(tmp_path, write):
 
 @pytest.mark.parametrize(
     ("method", "size", "crop_pct"),
-    [("mapet", {}, 0.9), ("conmim", {}, 0.875), ("saim", {}, 0.875), ("conmim", {"depth": 1, "patch": 16, "grid": 24}, 1.0)],
+    [
+        ("mapet", {}, 0.9),
+        ("conmim", {}, 0.875),
+        ("saim", {}, 0.875),
+        ("conmim", {"depth": 1, "patch": 16, "grid": 24}, 1.0),
+    ],
 )
 def test_config_says_how_images_are_made(tmp_path, write, method, size, crop_pct):
     import_weights(method, write(method, **size), tmp_path / "out")
     found = timm.data.resolve_model_data_config(timm.create_model(f"local-dir:{tmp_path / 'out'}"))
     assert [*found["mean"], *found["std"]] == [0.485, 0.456, 0.406, 0.229, 0.224, 0.225]
     side = size["patch"] * size["grid"] if size else 24
-    assert (tuple(found["input_size"]), found["interpolation"], found["crop_pct"]) == ((3, side, side), "bicubic", crop_pct)
+    assert (tuple(found["input_size"]), found["interpolation"], found["crop_pct"]) == (
+        (3, side, side),
+        "bicubic",
+        crop_pct,
+    )
     cfg = json.loads((tmp_path / "out" / "config.json").read_text())["pretrained_cfg"]
     assert cfg["num_classes"] == 10
     assert cfg["tag"] == method
@@ -291,11 +362,15 @@ def test_timms_own_name_takes_the_weights(tmp_path, write, method, width, name, 
 @EVERY
 def test_fine_tuning_and_evaluation_take_it(tmp_path, write, method, finetuned):
     import_weights(method, write(method, finetuned), tmp_path / "out", "keep")
-    vit, fresh = build_model(ClassifierConfig(path=str(tmp_path / "out"), pool="token" if method == "saim" else "avg"), 10)
+    vit, fresh = build_model(
+        ClassifierConfig(path=str(tmp_path / "out"), pool="token" if method == "saim" else "avg"), 10
+    )
     norm = [] if method == "saim" else ["fc_norm.weight", "fc_norm.bias"]
     assert sorted(fresh) == ([] if finetuned else sorted([*norm, "head.weight", "head.bias"]))
     assert vit(torch.zeros(1, 3, 24, 24)).shape == (1, 10)
-    found, _ = features(load_timm(tmp_path / "out"), [(torch.randn(2, 3, 24, 24), torch.zeros(2))], torch.device("cpu"))
+    found, _ = features(
+        load_timm(tmp_path / "out"), [(torch.randn(2, 3, 24, 24), torch.zeros(2))], torch.device("cpu")
+    )
     assert found.shape == (2, WIDTH[method])
 
 
@@ -354,10 +429,16 @@ def test_what_does_not_fit_is_named(tmp_path, write, method, change, sentence):
 @EVERY
 def test_another_methods_checkpoint_is_told(tmp_path, write, method, finetuned):
     path = write(method, finetuned)
-    says = {"mapet": "attn.kv.weight is not in", "saim": "attn.k.weight is not in", "conmim": "pos_embed is missing"}[method]
+    says = {
+        "mapet": "attn.kv.weight is not in",
+        "saim": "attn.k.weight is not in",
+        "conmim": "pos_embed is missing",
+    }[method]
     for wrong in WIDTH.keys() - {method}:
         key = "relative_position_bias_table is missing" if wrong == "conmim" else says
-        with pytest.raises(ConfigError, match=rf"doesn't fit --method {wrong}: .*{key}.* those of --method {method}\."):
+        with pytest.raises(
+            ConfigError, match=rf"doesn't fit --method {wrong}: .*{key}.* those of --method {method}\."
+        ):
             import_weights(wrong, path, tmp_path / "out")
 
 
@@ -391,7 +472,9 @@ def test_a_file_without_tensors_is_told(tmp_path, kind):
 
 
 def test_a_moving_average_must_be_there(tmp_path, write):
-    with pytest.raises(ConfigError, match=r"holds no moving average \(state_dict_ema or model_ema\); leave --ema out"):
+    with pytest.raises(
+        ConfigError, match=r"holds no moving average \(state_dict_ema or model_ema\); leave --ema out"
+    ):
         import_weights("mapet", write(), tmp_path / "out", ema=True)
 
 
@@ -400,13 +483,17 @@ def test_a_damaged_file_is_refused_and_nothing_is_executed(tmp_path, write, kind
     path = write(name="a.safetensors" if kind == "safetensors" else "a.pth")
     match kind:
         case "program":
-            torch.save({"state_dict": checkpoint("mapet", True, **SMALL), "args": Touch(tmp_path / "executed")}, path)
+            torch.save(
+                {"state_dict": checkpoint("mapet", True, **SMALL), "args": Touch(tmp_path / "executed")}, path
+            )
         case "truncated":
             path.write_bytes(path.read_bytes()[:-1000])
         case "text" | "safetensors":
             path.write_text("not a checkpoint")
     reason = "it holds (_io|io).open" if kind == "program" else ""
-    with pytest.raises(ConfigError, match=f"{path} can't be read as plain tensors by name: {reason}") as error:
+    with pytest.raises(
+        ConfigError, match=f"{path} can't be read as plain tensors by name: {reason}"
+    ) as error:
         import_weights("mapet", path, tmp_path / "out")
     assert not (tmp_path / "executed").exists()
     assert "weights_only" not in str(error.value)
@@ -418,7 +505,10 @@ def test_the_command(tmp_path, write):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     printed = done.stdout.splitlines()
-    assert printed[0] == f"{tmp_path / 'out' / 'model.safetensors'}: beit_base_patch16_224, no classifier, of {path}"
+    assert (
+        printed[0]
+        == f"{tmp_path / 'out' / 'model.safetensors'}: beit_base_patch16_224, no classifier, of {path}"
+    )
     assert printed[1] == "left out: lm_head, mask_token, projectors, relative_position_index"
     scope = {}
     exec("\n".join(line.strip() for line in printed[3:]), scope)  # the three lines that it tells the user
@@ -433,7 +523,9 @@ def test_the_command_says_what_is_wrong(tmp_path, write, monkeypatch, capsys):
         ("mapet", "nowhere", "out", "is not a file"), ("saim", path.name, "out", "Its keys are those of --method mapet."),
         ("mapet", path.name, "a_file", "a_file can't be written"), ("mapet", path.name, "a_file/out", "can't be written"),
     ):  # fmt: skip
-        monkeypatch.setattr(sys, "argv", [str(TOOL), "--method", method, str(tmp_path / given), str(tmp_path / out)])
+        monkeypatch.setattr(
+            sys, "argv", [str(TOOL), "--method", method, str(tmp_path / given), str(tmp_path / out)]
+        )
         with pytest.raises(SystemExit) as exit:
             runpy.run_path(str(TOOL), run_name="__main__")  # in this process, without seconds of imports
         assert exit.value.code == 2

@@ -20,7 +20,11 @@ SHOWN = ("README.md", "docs/results.md", "docs/data.md", "docs/cluster.md", "doc
 def commands(name):
     """Each command of the shell blocks of a document, as words; test_tutorial.py runs the tutorial's `sh`."""
     text = (REPOSITORY / name).read_text()
-    blocks = [code for language, code in re.findall(r"^```([\w ]*)\n(.*?)^```", text, re.M | re.S) if language in ("", "sh gpu")]
+    blocks = [
+        code
+        for language, code in re.findall(r"^```([\w ]*)\n(.*?)^```", text, re.M | re.S)
+        if language in ("", "sh gpu")
+    ]
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     program = re.compile(r"(\w+=\S+ )*(make|python|deepspeed|torchrun|sbatch) ")
     return [shlex.split(line, comments=True) for line in lines if program.match(line)]
@@ -31,11 +35,18 @@ COMMANDS = [words for name in SHOWN for words in commands(name)]
 
 def test_there_are_commands():
     programs = {word for words in COMMANDS for word in words if word.endswith((".py", ".sh"))}
-    assert {"mapet_ds/pretrain.py", "tools/fit_codebook.py", "tools/export_timm.py", "tools/evaluate.py"} <= programs
+    assert {
+        "mapet_ds/pretrain.py",
+        "tools/fit_codebook.py",
+        "tools/export_timm.py",
+        "tools/evaluate.py",
+    } <= programs
     assert "slurm/pretrain_vitl.sh" in programs
 
 
-@pytest.mark.parametrize("words", [w for w in COMMANDS if "--config" in w], ids=lambda words: " ".join(words)[:60])
+@pytest.mark.parametrize(
+    "words", [w for w in COMMANDS if "--config" in w], ids=lambda words: " ".join(words)[:60]
+)
 def test_recipe_commands_load(words):
     settings = FinetuneConfig if "tools/finetune.py" in words else Config
     overrides = [w for w in words if re.match(r"[a-z_.]+=", w)]
@@ -45,7 +56,9 @@ def test_recipe_commands_load(words):
         load_deepspeed_config(REPOSITORY / words[words.index("--deepspeed_config") + 1])
 
 
-PROGRAMS = sorted({word for words in COMMANDS for word in words if word.startswith("tools/") and word.endswith(".py")})
+PROGRAMS = sorted(
+    {word for words in COMMANDS for word in words if word.startswith("tools/") and word.endswith(".py")}
+)
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
@@ -73,7 +86,9 @@ def test_links_lead_somewhere(path):
         assert "://" in target or file.exists(), target
         if anchor:
             headings = re.findall(r"^#+ (.+)$", file.read_text(), re.M)
-            assert anchor in {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}, target
+            assert anchor in {
+                re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings
+            }, target
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
@@ -82,5 +97,9 @@ def test_settings_are_knobs(path):
     groups = {key.rpartition(".")[0] for key in known} - {""}
     words = [word for span in re.findall(r"`([^`\n]+)`", path.read_text()) for word in span.split()]
     named = {found[1] for word in words if (found := re.fullmatch(r"([a-z_]+\.[a-z_.]+)(=.*)?", word))}
-    named = {name for name in named if name.partition(".")[0] in groups and not name.endswith((".safetensors", ".py"))}
+    named = {
+        name
+        for name in named
+        if name.partition(".")[0] in groups and not name.endswith((".safetensors", ".py"))
+    }
     assert named <= known | groups, named - known

@@ -82,7 +82,18 @@ def make_page(tmp_path, monkeypatch):
     """The program, in this process: the page of these runs, and its text."""
 
     def make(*runs, sample=IMAGES, out=tmp_path / "page.html"):
-        words = ["report.py", *map(str, runs), "--out", str(out), "--images", "3", "--sample", str(sample), "--patches", "4"]
+        words = [
+            "report.py",
+            *map(str, runs),
+            "--out",
+            str(out),
+            "--images",
+            "3",
+            "--sample",
+            str(sample),
+            "--patches",
+            "4",
+        ]
         monkeypatch.setattr(sys, "argv", words)
         assert program.main() == 0
         text = out.read_text()
@@ -154,13 +165,20 @@ def test_the_page_of_a_run_has_its_figures(recipe, run, make_page):
     last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     assert f"{last['loss']:.4g} at step 4" in text and f"{last['grad_norm']:.4g} at step 4" in text
     assert "not finished" in page.sections["summary"]
-    assert yaml.safe_load("".join(page.words["settings"])) == yaml.safe_load((run / "config.yaml").read_text())
+    assert yaml.safe_load("".join(page.words["settings"])) == yaml.safe_load(
+        (run / "config.yaml").read_text()
+    )
     assert "mapet_ds/pretrain.py" in page.sections["environment"]
 
 
 def test_the_page_stands_alone_and_is_the_same_again(run, make_page):
     page, text = make_page(run)
-    loads = [a[key] for _, a in page.elements for key in ("src", "href", "xlink:href", "srcset", "data", "action") if key in a]
+    loads = [
+        a[key]
+        for _, a in page.elements
+        for key in ("src", "href", "xlink:href", "srcset", "data", "action")
+        if key in a
+    ]
     assert loads and all(load.startswith(("data:image/png;base64,", "#")) for load in loads)
     assert not re.search(r"url\((?!#)|@import", text)
     tags = {tag for tag, _ in page.elements}
@@ -240,10 +258,15 @@ def test_attention_is_that_of_the_last_block(recipe):
         for block in vit.blocks[:-1]:
             rows = block(rows)
         last = vit.blocks[-1]
-        q, k, _ = (part.unflatten(2, (2, 16)).transpose(1, 2) for part in last.attn.qkv(last.norm1(rows)).chunk(3, dim=2))
+        q, k, _ = (
+            part.unflatten(2, (2, 16)).transpose(1, 2)
+            for part in last.attn.qkv(last.norm1(rows)).chunk(3, dim=2)
+        )
         weights = (q @ k.transpose(2, 3) / 4).softmax(dim=-1)
     assert torch.allclose(maps, weights[:, :, 1:, 1:].mean(dim=2), atol=1e-5)
-    assert not torch.allclose(maps, weights[:, :, 0, 1:], atol=1e-2)  # the class token's query would be something else
+    assert not torch.allclose(
+        maps, weights[:, :, 0, 1:], atol=1e-2
+    )  # the class token's query would be something else
     mean, std = (torch.tensor(values) for values in (config.data.mean, config.data.std))
     assert torch.allclose(views / 255, (images.movedim(1, 3) * std + mean).clamp(0, 1), atol=0.51 / 255)
 
@@ -251,12 +274,16 @@ def test_attention_is_that_of_the_last_block(recipe):
 def test_hostile_names_are_inert(run, make_page, tmp_path):
     folder = copy(run, tmp_path / "<i>run&")
     evil = "<script>alert(1)</script>"
-    (folder / "quarantine.tsv").write_text(f'# unreadable images\n3\t/data/{evil}.jpg\t"><img src=x onerror=alert(2)>\n')
+    (folder / "quarantine.tsv").write_text(
+        f'# unreadable images\n3\t/data/{evil}.jpg\t"><img src=x onerror=alert(2)>\n'
+    )
     with (folder / "metrics.jsonl").open("a") as lines:
         lines.write(json.dumps({"step": 5, f"{evil}_$x^{{2}}": 0.5}) + "\n")
     page, text = make_page(folder)
     assert "<script" not in text and "<i>" not in text and "<img src=x" not in text
-    assert f"/data/{evil}.jpg" in page.sections["unreadable"] and "1 met so far" in page.sections["unreadable"]
+    assert (
+        f"/data/{evil}.jpg" in page.sections["unreadable"] and "1 met so far" in page.sections["unreadable"]
+    )
     assert evil in page.sections["curves"]
     assert not any(key.startswith("on") for _, a in page.elements for key in a)
 
@@ -288,7 +315,10 @@ def test_runs_without_a_checkpoint_or_of_labels_give_their_curves(run, make_page
     tuned = tmp_path / "tuned"
     tuned.mkdir()
     (tuned / "config.yaml").write_text(yaml.safe_dump(FinetuneConfig().to_dict()))
-    lines = [{"step": step, "loss": 2.0 / step, "val_top1": 10.0 * step, "val_top5": 20.0 * step} for step in (1, 2)]
+    lines = [
+        {"step": step, "loss": 2.0 / step, "val_top1": 10.0 * step, "val_top5": 20.0 * step}
+        for step in (1, 2)
+    ]
     (tuned / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     page, text = make_page(early, tuned)
     assert page.sections["predictions"].count("no checkpoint yet") == 2
@@ -338,11 +368,25 @@ def test_mistakes_end_with_a_sentence(run, tmp_path, monkeypatch, capsys):
 def test_a_browser_shows_it_and_asks_for_nothing_else(run, make_page, tmp_path):
     _, text = make_page(run)
     wants = '<img src="http://example.com/a.png" alt="">'
-    for name, page, quiet in (("page", text, True), ("control", text.replace("<main>", f"<main>{wants}"), False)):
+    for name, page, quiet in (
+        ("page", text, True),
+        ("control", text.replace("<main>", f"<main>{wants}"), False),
+    ):
         path, shot = tmp_path / f"{name}.html", tmp_path / f"{name}.png"
         path.write_text(page)
-        words = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--host-resolver-rules=MAP * ~NOTFOUND"]
-        words += [f"--user-data-dir={tmp_path}/{name}", "--window-size=1300,2500", f"--screenshot={shot}", path.as_uri()]
+        words = [
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--enable-logging=stderr",
+            "--host-resolver-rules=MAP * ~NOTFOUND",
+        ]
+        words += [
+            f"--user-data-dir={tmp_path}/{name}",
+            "--window-size=1300,2500",
+            f"--screenshot={shot}",
+            path.as_uri(),
+        ]
         done = subprocess.run([BROWSER, *words], capture_output=True, text=True, timeout=200)
         assert ("CONSOLE" not in done.stderr) == quiet, done.stderr
     pixels = np.asarray(Image.open(tmp_path / "page.png").convert("RGB"))

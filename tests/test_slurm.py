@@ -173,7 +173,9 @@ def test_without_the_ids_that_are_asked_for_there_is_no_training(job, tmp_path):
 def test_the_sites_variables_reach_every_host(job):
     assert _finish(job())[0] == 0
     lines = (job.notes / "env").read_text().splitlines()
-    variables = dict(line.split("=", 1) for line in lines)  # as deepspeed reads it: a line without = would stop it
+    variables = dict(
+        line.split("=", 1) for line in lines
+    )  # as deepspeed reads it: a line without = would stop it
     assert variables["TORCH_EXTENSIONS_DIR"] == "/tmp/me/torch_extensions"
     exported = re.findall(r"^export (\w+)=", (REPOSITORY / "slurm/cluster.env.sh").read_text(), re.MULTILINE)
     assert list(variables) == exported

@@ -44,10 +44,14 @@ def test_pixels_equal_their_slow_twin():
     padded = F.pad(images.double(), (4, 4, 4, 4))
     offsets = range(-4, 5)
     weights = {(i, j): math.exp(-(i * i + j * j) / 2) for i in offsets for j in offsets}
-    blurred = sum(w * padded[:, :, 4 + i : 20 + i, 4 + j : 20 + j] for (i, j), w in weights.items()) / sum(weights.values())
+    blurred = sum(w * padded[:, :, 4 + i : 20 + i, 4 + j : 20 + j] for (i, j), w in weights.items()) / sum(
+        weights.values()
+    )
     for patch in range(16):
         row, column = divmod(patch, 4)
-        values = torch.stack([blurred[:, :, 4 * row + y, 4 * column + x] for y in range(4) for x in range(4)], dim=1)
+        values = torch.stack(
+            [blurred[:, :, 4 * row + y, 4 * column + x] for y in range(4) for x in range(4)], dim=1
+        )
         values = values.flatten(1)
         mean = values.mean(1, keepdim=True)
         variance = ((values - mean) ** 2).sum(1, keepdim=True) / 47
@@ -97,7 +101,9 @@ def test_saim_may_take_features(tower):
 @pytest.mark.parametrize("objective", METHODS)
 def test_only_what_the_student_does_not_change_is_begun_ahead(tower, objective):
     teacher = TeacherConfig(name=f"local-dir:{tower}", img_size=64, ahead=True)
-    config = tiny_config(objective, teacher=teacher, tokenizer=TokenizerConfig(name=f"{__name__}:Zeros", vocab_size=11))
+    config = tiny_config(
+        objective, teacher=teacher, tokenizer=TokenizerConfig(name=f"{__name__}:Zeros", vocab_size=11)
+    )
     target = build_target(config, CPU)
     assert target.ahead == (objective in ("mapet", "beit", "mvp"))
     images = batch(teacher=target.teacher_view.size if target.teacher_view else 16)
@@ -122,7 +128,11 @@ def test_on_a_stream_of_its_own_the_target_is_the_same(tower):
     """While the other stream is busy, and takes memory as soon as it is given back."""
     device = torch.device("cuda", 0)
     config = tiny_config("mvp", teacher=TeacherConfig(name=f"local-dir:{tower}", img_size=64, ahead=True))
-    target, stream, matrix = build_target(config, device), torch.cuda.Stream(), torch.randn(4096, 4096, device=device)
+    target, stream, matrix = (
+        build_target(config, device),
+        torch.cuda.Stream(),
+        torch.randn(4096, 4096, device=device),
+    )
     expected = target(batch(teacher=64).to(device))
     for _ in range(50):
         take = begin(target, batch(teacher=64).to(device), stream)

@@ -61,10 +61,16 @@ def test_a_resnet_computes_in_channels_last_throughout(towers):
     teacher, layouts = build(towers, "resnet"), {}
     for name, module in teacher.named_modules():
         if isinstance(module, torch.nn.Conv2d):
-            module.register_forward_hook(lambda module, inputs, output, name=name: layouts.update({name: (*inputs, output)}))
+            module.register_forward_hook(
+                lambda module, inputs, output, name=name: layouts.update({name: (*inputs, output)})
+            )
     teacher(images("resnet"))
     assert len(layouts) > 10
-    assert [n for n, both in layouts.items() if not all(x.is_contiguous(memory_format=torch.channels_last) for x in both)] == []
+    assert [
+        n
+        for n, both in layouts.items()
+        if not all(x.is_contiguous(memory_format=torch.channels_last) for x in both)
+    ] == []
 
 
 @pytest.mark.parametrize("kind", VISION)
@@ -138,7 +144,11 @@ def test_bf16_is_near_fp32_and_norms_stay_in_fp32(towers, kind):
     assert 0 < error < 0.03
     assert fast.local_bytes < 0.6 * exact.local_bytes
     assert fast.identity == exact.identity
-    norms = [m for m in fast.modules() if isinstance(m, (torch.nn.BatchNorm2d, open_clip.transformer.LayerNormFp32))]
+    norms = [
+        m
+        for m in fast.modules()
+        if isinstance(m, (torch.nn.BatchNorm2d, open_clip.transformer.LayerNormFp32))
+    ]
     assert bool(norms) == (kind in ("vit", "resnet"))
     assert all(norm.weight.dtype == torch.float32 for norm in norms)
 
@@ -146,15 +156,26 @@ def test_bf16_is_near_fp32_and_norms_stay_in_fp32(towers, kind):
 def test_every_kind_of_file_is_the_same_teacher(towers, tmp_path):
     state = load_file(towers / "vit" / SAFETENSORS)
     torch.save(state, tmp_path / "plain.pt")
-    save_file({name: tensor for name, tensor in state.items() if name.startswith("visual.")}, tmp_path / "tower.safetensors")
+    save_file(
+        {name: tensor for name, tensor in state.items() if name.startswith("visual.")},
+        tmp_path / "tower.safetensors",
+    )
     expected = build(towers, "vit")
-    for path in (towers / "vit.pt", tmp_path / "plain.pt", tmp_path / "tower.safetensors", towers / "vit" / SAFETENSORS):
+    for path in (
+        towers / "vit.pt",
+        tmp_path / "plain.pt",
+        tmp_path / "tower.safetensors",
+        towers / "vit" / SAFETENSORS,
+    ):
         teacher = named(path)
         assert teacher.identity["sha256"] == expected.identity["sha256"]
         assert torch.equal(teacher(images("vit")), expected(images("vit")))
     assert expected.identity["name"] == "local-dir"
     moved = (towers / "vit").rename(towers / "elsewhere")
-    assert build_teacher(TeacherConfig(name=f"local-dir:{moved}", img_size=64), CPU).identity == expected.identity
+    assert (
+        build_teacher(TeacherConfig(name=f"local-dir:{moved}", img_size=64), CPU).identity
+        == expected.identity
+    )
     moved.rename(towers / "vit")
 
 
@@ -200,7 +221,9 @@ def write_wrong(path, kind, towers):
         case "wider":
             save_file(state | {"visual.proj": torch.zeros(64, 65)}, path)
         case "text only":
-            save_file({name: tensor for name, tensor in state.items() if not name.startswith("visual.")}, path)
+            save_file(
+                {name: tensor for name, tensor in state.items() if not name.startswith("visual.")}, path
+            )
         case "missing":
             save_file({name: tensor for name, tensor in state.items() if name != "visual.proj"}, path)
 
@@ -215,13 +238,19 @@ def write_wrong(path, kind, towers):
         ("html", ".pt", "can't be read as plain tensors"),
         ("html", ".safetensors", "can't be read as plain tensors"),
         ("truncated", ".safetensors", "can't be read as plain tensors"),
-        ("other model", ".safetensors", "does not fit teacher.name = vit at 64 px: .* differ, e.g. visual.* is not in"),
+        (
+            "other model",
+            ".safetensors",
+            "does not fit teacher.name = vit at 64 px: .* differ, e.g. visual.* is not in",
+        ),
         ("wider", ".safetensors", r"visual.proj is \(64, 65\), the model's \(64, 64\)"),
         ("text only", ".safetensors", "holds no image tower"),
         ("missing", ".safetensors", "1 tensors differ, e.g. visual.proj is missing"),
     ],
 )
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning", "ignore:Detected pickle protocol:UserWarning")
+@pytest.mark.filterwarnings(
+    "ignore:.*torch.jit.*:FutureWarning", "ignore:Detected pickle protocol:UserWarning"
+)
 def test_a_wrong_file_is_answered_by_a_sentence_and_never_run(towers, tmp_path, kind, suffix, sentence):
     path = tmp_path / f"weights{suffix}"
     write_wrong(path, kind, towers)
@@ -233,7 +262,9 @@ def test_a_wrong_file_is_answered_by_a_sentence_and_never_run(towers, tmp_path, 
 
 def test_random_weights_only_when_named(towers):
     for weights in ("", "openai", "/nowhere/weights.safetensors"):
-        with pytest.raises(ConfigError, match="neither a file nor a tag of vit .*`random` must be asked for by name"):
+        with pytest.raises(
+            ConfigError, match="neither a file nor a tag of vit .*`random` must be asked for by name"
+        ):
             named(weights)
     first, second = named("random"), named("random", precision="bf16")
     assert first.identity == second.identity
@@ -256,7 +287,9 @@ def test_another_image_size_is_what_open_clip_makes_of_it(towers, kind, size):
         expected = expected.flatten(2).transpose(1, 2)
     else:
         model = whole_model(towers / kind, force_image_size=size)
-        expected = model.visual.forward_intermediates(pixels, indices=1, output_fmt="NLC")["image_intermediates"][0]
+        expected = model.visual.forward_intermediates(pixels, indices=1, output_fmt="NLC")[
+            "image_intermediates"
+        ][0]
     assert teacher.grid == size // (32 if kind == "resnet" else 16)
     assert teacher.identity["img_size"] == size
     torch.testing.assert_close(teacher(pixels), expected.detach(), rtol=1e-5, atol=1e-5)
@@ -266,7 +299,9 @@ def test_quick_gelu_comes_from_the_tag_and_a_file_is_asked_about(towers, monkeyp
     tag = {"url": "there", "quick_gelu": True, "mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
     downloads = []
     monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "vit", {"openai": tag})
-    monkeypatch.setattr(open_clip, "download_pretrained", lambda cfg: downloads.append(cfg) or str(towers / "vit.pt"))
+    monkeypatch.setattr(
+        open_clip, "download_pretrained", lambda cfg: downloads.append(cfg) or str(towers / "vit.pt")
+    )
     monkeypatch.setattr(open_clip, "list_models", lambda: ["vit", "vit-quickgelu"])
     tagged = named("openai")
     assert downloads == [tag]
@@ -275,9 +310,13 @@ def test_quick_gelu_comes_from_the_tag_and_a_file_is_asked_about(towers, monkeyp
     assert "set teacher.name=vit-quickgelu" in caplog.text
     assert not torch.equal(tagged(images("vit")), file(images("vit")))
     assert tagged.identity["sha256"] != file.identity["sha256"]
-    model = open_clip.CLIP(**{k: v for k, v in model_config("vit").items() if k != "custom_text"}, quick_gelu=True)
+    model = open_clip.CLIP(
+        **{k: v for k, v in model_config("vit").items() if k != "custom_text"}, quick_gelu=True
+    )
     model.load_state_dict(load_file(towers / "vit" / SAFETENSORS))
-    expected = model.visual.forward_intermediates(images("vit"), indices=1, output_fmt="NLC")["image_intermediates"][0]
+    expected = model.visual.forward_intermediates(images("vit"), indices=1, output_fmt="NLC")[
+        "image_intermediates"
+    ][0]
     torch.testing.assert_close(tagged(images("vit")), expected.detach(), rtol=1e-5, atol=1e-5)
     assert teacher_mean_std(TeacherConfig(name="vit", weights="openai")) == (tag["mean"], tag["std"])
 
@@ -294,7 +333,10 @@ def test_a_failed_download_is_a_sentence(monkeypatch):
 def test_mean_and_std(towers):
     openai = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
     assert teacher_mean_std(TeacherConfig()) == openai
-    assert teacher_mean_std(TeacherConfig(name=f"local-dir:{towers}/vit")) == ((0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
+    assert teacher_mean_std(TeacherConfig(name=f"local-dir:{towers}/vit")) == (
+        (0.5, 0.4, 0.3),
+        (0.2, 0.25, 0.3),
+    )
     siglip = TeacherConfig(name="ViT-B-16-SigLIP", weights="my.safetensors")
     assert teacher_mean_std(siglip) == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     assert teacher_mean_std(TeacherConfig(name="ViT-B-16", weights="random")) == openai
@@ -310,7 +352,14 @@ def test_a_grid_that_is_not_the_students_is_refused(towers):
 def run_sharded(towers, out, device, ranks=2):
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     worker = Path(__file__).with_name("teacher_worker.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", str(worker)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={ranks}",
+        str(worker),
+    ]
     command += [str(towers), str(out), device]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -334,7 +383,9 @@ def test_a_sharded_teacher_gives_the_bits_of_the_whole_one(towers, sharded, case
         assert all(torch.equal(f, expected) for f in features)
         assert all(torch.equal(book.assign(f), book.assign(expected)) for f in features)
         assert identity == whole.identity
-        assert local_bytes <= (0.62 if case[2] != "none" else 1) * whole.local_bytes  # statistics and tables stay whole
+        assert (
+            local_bytes <= (0.62 if case[2] != "none" else 1) * whole.local_bytes
+        )  # statistics and tables stay whole
     assert sum(result[2] for result in results) >= whole.local_bytes
     read = results[1][3]  # by the second rank: the first reads all, for the checksum
     if case[2] != "none" and read is not None:

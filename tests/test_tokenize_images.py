@@ -24,7 +24,11 @@ from mapet_ds.methods import build_target
 from mapet_ds.training.command_line import check_files
 
 CPU = torch.device("cpu")
-BAD = (3, 4, 44)  # in the index's order: two in one micro-batch, and the last, for which the first one stands in
+BAD = (
+    3,
+    4,
+    44,
+)  # in the index's order: two in one micro-batch, and the last, for which the first one stands in
 DYING = """
 import os
 import signal
@@ -43,9 +47,20 @@ class Dying(KClip):
 
 
 def tokenize(recipe, *arguments, ranks=1, **environment):
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+    )
     variables = [f"{name}={value}" for name, value in environment.items()]
-    return start("env", *variables, sys.executable, *launcher, "tools/tokenize_images.py", "--config", recipe, *arguments)
+    return start(
+        "env",
+        *variables,
+        sys.executable,
+        *launcher,
+        "tools/tokenize_images.py",
+        "--config",
+        recipe,
+        *arguments,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -83,10 +98,14 @@ def test_every_image_has_its_ids_and_an_unreadable_one_none(recipe, written):
     assert stored.rows.shape == (IMAGES, 16) and (folder / "ids.bin").stat().st_size == 2 * 16 * IMAGES
     assert np.flatnonzero((stored.rows == NO_ID).all(axis=1)).tolist() == list(BAD)
     index = open_index(config.data.train, folder / "index")
-    assert stored.unreadable == {str(i): f"{index.path(i)}: JPEG cut off: no end marker after its scans" for i in BAD}
+    assert stored.unreadable == {
+        str(i): f"{index.path(i)}: JPEG cut off: no end marker after its scans" for i in BAD
+    }
     assert "3 images are unreadable and have no ids" in done.stdout
     target = build_target(config, CPU)
-    loader = Loader(config, index, student=True, teacher=target.teacher_view, rank=0, world_size=1, local_rank=0)
+    loader = Loader(
+        config, index, student=True, teacher=target.teacher_view, rank=0, world_size=1, local_rank=0
+    )
     seen = set()
     for _ in range(-(-IMAGES // 4)):
         batch = next(loader)
@@ -109,7 +128,9 @@ def test_killed_and_gone_on_with_by_two_ranks_gives_the_same_bytes(recipe, writt
     assert f"Going on with {tmp_path}/ids.partial at image 8 of 45." in done.stdout
     assert not (tmp_path / "ids.partial").exists()
     assert (tmp_path / "ids/ids.bin").read_bytes() == (written[0] / "ids.bin").read_bytes()
-    found, expected = (json.loads((folder / "ids.json").read_text()) for folder in (tmp_path / "ids", written[0]))
+    found, expected = (
+        json.loads((folder / "ids.json").read_text()) for folder in (tmp_path / "ids", written[0])
+    )
     assert found.pop("settings").pop("tokenizer.name") == "dying:Dying" and expected.pop("settings")
     assert found == expected
 
@@ -118,7 +139,11 @@ def test_a_run_from_ids_is_the_run_and_needs_neither_teacher_nor_codebook(recipe
     """Bit for bit, past an epoch's end (step 5.6), and gone on with on the fly."""
     folder = recipe.parent
     for name, overrides in (("fly", []), ("read", [f"tokenizer.ids={written[0]}", "train.stop_at_step=9"])):
-        hidden = [(folder / name, folder / f"away_{name}") for name in ("teacher", "codebook.safetensors") if overrides]
+        hidden = [
+            (folder / name, folder / f"away_{name}")
+            for name in ("teacher", "codebook.safetensors")
+            if overrides
+        ]
         for path, away in hidden:
             path.rename(away)
         done = pretrain(recipe, 1, f"run_dir={folder}/{name}", *overrides)
@@ -130,9 +155,18 @@ def test_a_run_from_ids_is_the_run_and_needs_neither_teacher_nor_codebook(recipe
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Continuing" in done.stdout
     found, expected = (
-        [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()] for name in ("read", "fly")
+        [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("read", "fly")
     )
-    for name in ("step", "loss", "token_accuracy", "grad_norm", "codebook_perplexity", "codebook_used", "quarantined"):
+    for name in (
+        "step",
+        "loss",
+        "token_accuracy",
+        "grad_norm",
+        "codebook_perplexity",
+        "codebook_used",
+        "quarantined",
+    ):
         assert [line[name] for line in found] == [line[name] for line in expected], name
 
 
@@ -157,7 +191,9 @@ def test_damaged_ids_are_refused(recipe, copy):
     data = bytearray((copy / "ids.bin").read_bytes())
     data[40 * 32] ^= 1
     (copy / "ids.bin").write_bytes(data)
-    with pytest.raises(ConfigError, match=f"{copy}/ids.bin is damaged: part 40 of 45 hasn't the checksum of ids.json"):
+    with pytest.raises(
+        ConfigError, match=f"{copy}/ids.bin is damaged: part 40 of 45 hasn't the checksum of ids.json"
+    ):
         build_target(settings(recipe, copy), CPU)
     assert StoredIds(copy).damaged(1, 2) is None, "the other half is whole"
 
@@ -165,10 +201,16 @@ def test_damaged_ids_are_refused(recipe, copy):
 @pytest.mark.parametrize(
     ("harm", "says"),
     [
-        (lambda folder: (folder / "ids.bin").write_bytes(bytes(99)), "is damaged: ids.bin has 99 bytes for 45 images of 16 ids"),
+        (
+            lambda folder: (folder / "ids.bin").write_bytes(bytes(99)),
+            "is damaged: ids.bin has 99 bytes for 45 images of 16 ids",
+        ),
         (lambda folder: (folder / "ids.json").write_text("{"), "can't be opened: JSONDecodeError"),
         (lambda folder: (folder / "ids.json").write_text("{}"), "can't be opened: KeyError"),
-        (lambda folder: (folder / "ids.bin").unlink(), "has no .*ids.bin: tools/tokenize_images.py writes it"),
+        (
+            lambda folder: (folder / "ids.bin").unlink(),
+            "has no .*ids.bin: tools/tokenize_images.py writes it",
+        ),
         (shutil.rmtree, "has no .*ids.json"),
     ],
 )
@@ -214,7 +256,9 @@ def test_ids_of_other_images_are_refused(recipe, written, tmp_path):
     assert build_target(moved, CPU).dim == 16
     next((tmp_path / "train/a").iterdir()).unlink()
     other = settings(recipe, written[0], f"data.train={tmp_path}/train", f"run_dir={tmp_path}/other")
-    with pytest.raises(ConfigError, match=f"was written for other images than data.train = {tmp_path}/train holds"):
+    with pytest.raises(
+        ConfigError, match=f"was written for other images than data.train = {tmp_path}/train holds"
+    ):
         build_target(other, CPU)
 
 
@@ -226,7 +270,9 @@ def test_an_image_without_ids_that_has_become_readable_is_a_sentence(recipe, wri
     assert ids.dtype == torch.long and ids.tolist() == StoredIds(written[0]).rows[[5, 7]].tolist()
     target.note(ids)
     assert target.counts.sum() == 32
-    with pytest.raises(DataError, match=r"has no ids of image 44 of the index.*written \(/.*jpg: JPEG cut off"):
+    with pytest.raises(
+        DataError, match=r"has no ids of image 44 of the index.*written \(/.*jpg: JPEG cut off"
+    ):
         target(batch._replace(index=torch.tensor([5, 44])))
 
 
@@ -235,13 +281,23 @@ def test_a_pass_of_another_recipe_is_not_gone_on_with(recipe, written, copy):
     stored = StoredIds(written[0])
     about = {"settings": stored.settings, "identity": stored.identity, "fingerprint": stored.fingerprint}
     for key, value, says in (
-        ("settings", settings_of(load_config(recipe, ["teacher.layer=1"])), "teacher.layer = -1, but this recipe has 1"),
-        ("identity", {**stored.identity, "dtype": "torch.bfloat16"}, "the tokenizer's dtype = torch.float32, but this"),
+        (
+            "settings",
+            settings_of(load_config(recipe, ["teacher.layer=1"])),
+            "teacher.layer = -1, but this recipe has 1",
+        ),
+        (
+            "identity",
+            {**stored.identity, "dtype": "torch.bfloat16"},
+            "the tokenizer's dtype = torch.float32, but this",
+        ),
         ("fingerprint", "0" * 64, "the index's fingerprint = [0-9a-f]+, but this recipe has 0000"),
     ):
         with pytest.raises(ConfigError, match=f"is the beginning of a pass with {says}"):
             IdsWriter(copy.with_name("ids"), {**about, key: value}, IMAGES, 16)
-    (copy.with_name("ids.partial") / "ids.bin").write_bytes((written[0] / "ids.bin").read_bytes()[: 33 * 32 - 1])
+    (copy.with_name("ids.partial") / "ids.bin").write_bytes(
+        (written[0] / "ids.bin").read_bytes()[: 33 * 32 - 1]
+    )
     assert IdsWriter(copy.with_name("ids"), about, IMAGES, 16).done == 32, "what is damaged is written anew"
 
 

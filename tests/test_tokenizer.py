@@ -34,7 +34,9 @@ def overlapping_features(points=4000, width=48, mean=0.0):
     """Gaussian features with a decaying spectrum around a common mean: no clusters, many near ties."""
     generator = np.random.default_rng(0)
     scale = np.linspace(1, 0.1, width)
-    return (scale * (generator.normal(size=(points, width)) + mean * generator.normal(size=width))).astype(np.float32)
+    return (scale * (generator.normal(size=(points, width)) + mean * generator.normal(size=width))).astype(
+        np.float32
+    )
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +76,9 @@ def test_parts_in_tf32_give_the_ids_of_fp32(monkeypatch):
     features = torch.from_numpy(overlapping_features(mean=3.0)).bfloat16()
     kept = ((lower.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
     assert not torch.equal(kept, lower)
-    scores = codebook.centroids.double().square().sum(dim=1) - 2 * features.double() @ (upper.double() + kept).T
+    scores = (
+        codebook.centroids.double().square().sum(dim=1) - 2 * features.double() @ (upper.double() + kept).T
+    )
     nearest, second = scores.topk(2, largest=False).values.T
     tie = second - nearest < 1e-6 * features.double().square().sum(dim=1)
     expected = codebook.assign(features)
@@ -108,7 +112,9 @@ def test_assign_in_chunks_is_assign_at_once(codebook, monkeypatch):
     largest = []
     argmin = torch.argmin
     monkeypatch.setattr("mapet_ds.targets.codebook.SCORES", 64 * 100)
-    monkeypatch.setattr(torch, "argmin", lambda scores, **k: largest.append(scores.numel()) or argmin(scores, **k))
+    monkeypatch.setattr(
+        torch, "argmin", lambda scores, **k: largest.append(scores.numel()) or argmin(scores, **k)
+    )
     assert torch.equal(codebook.assign(features), expected)
     assert max(largest) == 64 * 100
     assert codebook.assign(features[:0]).shape == (0,)
@@ -124,8 +130,12 @@ def test_fit_is_faiss_kmeans_and_says_what_became_of_the_points(codebook):
     ids = codebook.assign(torch.from_numpy(features)).numpy()
     share = np.bincount(ids, minlength=64) / len(ids)
     told = codebook.provenance
-    assert float(told["inertia"]) == pytest.approx(exact_scores(features, codebook.centroids.numpy()).min(1).sum(), rel=1e-4)
-    assert float(told["perplexity"]) == pytest.approx(np.exp(-(share[share > 0] * np.log(share[share > 0])).sum()), rel=1e-6)
+    assert float(told["inertia"]) == pytest.approx(
+        exact_scores(features, codebook.centroids.numpy()).min(1).sum(), rel=1e-4
+    )
+    assert float(told["perplexity"]) == pytest.approx(
+        np.exp(-(share[share > 0] * np.log(share[share > 0])).sum()), rel=1e-6
+    )
     assert int(told["dead_codes"]) == (share == 0).sum()
     assert {key: told[key] for key in ("seed", "points", "tokenizer.redo", "tokenizer.iterations")} == {
         "seed": "3", "points": "4000", "tokenizer.redo": "2", "tokenizer.iterations": "6",
@@ -231,7 +241,12 @@ def test_a_codebook_knows_its_teacher(codebook):
     codebook.check(IDENTITY, data, 64)
     codebook.check(IDENTITY | {"name": "ViT-B-16-quickgelu"}, data, 64)  # an alias: the checksum decides
     for change, crops, vocab_size, sentence in [
-        ({"sha256": "b" * 64, "name": "RN50"}, data, 64, r"sha256 = aaa.*\(teacher ViT-B-16\).* bbb.*\(teacher RN50\)"),
+        (
+            {"sha256": "b" * 64, "name": "RN50"},
+            data,
+            64,
+            r"sha256 = aaa.*\(teacher ViT-B-16\).* bbb.*\(teacher RN50\)",
+        ),
         ({"layer": 10}, data, 64, r"layer = 11 .* run has 10"),
         ({"img_size": 448}, data, 64, r"img_size = 224 .* run has 448"),
         ({}, DataConfig(crop="random"), 64, r"data.crop = center, .* run has random"),
@@ -269,11 +284,17 @@ def test_kclip_is_the_codebook_on_the_teachers_features(tmp_path):
     assert ids.shape == (3, 16)
     assert torch.equal(ids.flatten()[5:25], torch.arange(20))
     assert tokenizer.vocab_size == 20
-    compiled = build_tokenizer(dataclasses.replace(config, train=TrainConfig(compile=True)), torch.device("cpu")).teacher
+    compiled = build_tokenizer(
+        dataclasses.replace(config, train=TrainConfig(compile=True)), torch.device("cpu")
+    ).teacher
     for tower, own in (tokenizer.teacher, False), (compiled, True):
         assert all(("forward" in vars(block)) == own for block in tower.visual.transformer.resblocks)
     assert tokenizer.view == View(64, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
-    assert tokenizer.identity == {"teacher": teacher.identity, "codebook": book.sha256, "dtype": "torch.float32"}
+    assert tokenizer.identity == {
+        "teacher": teacher.identity,
+        "codebook": book.sha256,
+        "dtype": "torch.float32",
+    }
     for change, sentence in [
         ({"path": ""}, "is not a file: tools/fit_codebook.py writes it"),
         ({"vocab_size": 21}, "vocab_size = 20, .* run has 21"),
@@ -290,7 +311,9 @@ def sampled(config, images, micro):
     points = {}
     for first in range(0, images, micro):
         start, image, patch = chosen_patches(config, images, first, micro)
-        points |= {start + i: (first + int(a), int(b)) for i, (a, b) in enumerate(zip(image, patch, strict=True))}
+        points |= {
+            start + i: (first + int(a), int(b)) for i, (a, b) in enumerate(zip(image, patch, strict=True))
+        }
     assert sorted(points) == list(range(len(points)))
     return [points[place] for place in sorted(points)]
 
@@ -309,7 +332,9 @@ def test_the_sample_covers_the_set_evenly_without_repetition(vocab_size, per_cen
     patches = np.bincount([patch for _, patch in points], minlength=16)
     assert patches.max() < 2 * max(patches.mean(), 4)
     if wanted < images * 16:
-        assert points != sampled(Config(tokenizer=tokenizer, model=ModelConfig(img_size=64), seed=6), images, micro=8)
+        assert points != sampled(
+            Config(tokenizer=tokenizer, model=ModelConfig(img_size=64), seed=6), images, micro=8
+        )
 
 
 def test_too_few_images_are_refused_before_any_work():

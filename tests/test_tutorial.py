@@ -43,7 +43,15 @@ def reader_of(folder):
 
 def start(text, folder, environment):
     words = ["bash", "-c", text]
-    return subprocess.run(words, cwd=folder, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=999)
+    return subprocess.run(
+        words,
+        cwd=folder,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=999,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +59,10 @@ def session(tmp_path_factory):
     """The folder after all blocks for a CPU, and what they printed."""
     folder = tmp_path_factory.mktemp("tutorial")
     jpegs = photos(60)
-    write(folder / "photos", {**jpegs, "class_0/cut.jpg": jpegs["class_0/image_000.jpg"][:500], "class_1/.DS_Store": b"x"})
+    write(
+        folder / "photos",
+        {**jpegs, "class_0/cut.jpg": jpegs["class_0/image_000.jpg"][:500], "class_1/.DS_Store": b"x"},
+    )
     done = start(script("sh", "python"), folder, reader_of(folder))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     return folder, done.stdout + done.stderr
@@ -65,7 +76,10 @@ def test_what_the_tutorial_leaves(session):
     assert len(links) == 60 and sum("/val/" in str(path) for path in links) == 12
     assert (runs / "mapet/DONE").exists() and (runs / "classifier/DONE").exists()
     lines = [json.loads(line) for line in (runs / "mapet/metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [10, 11] and "Continuing runs/mine/mapet at step 10 of 11" in printed
+    assert [line["step"] for line in lines] == [
+        10,
+        11,
+    ] and "Continuing runs/mine/mapet at step 10 of 11" in printed
     assert json.loads((runs / "classifier/results.json").read_text())["val_images"] == 12
     assert "TensorBoard" in (runs / "tensorboard.log").read_text()
     assert len(re.findall(r"^ *\d+\.\d%  class_[012]$", printed, re.M)) == 3, "three classes and their shares"
@@ -119,7 +133,9 @@ def test_the_settings_for_a_gpu_are_accepted(gpu_commands, tmp_path, monkeypatch
     for words in (words for words in gpu_commands if "--config" in words):
         program = next(word for word in words if word.endswith(".py"))
         overrides = [word for word in words if re.match(r"[a-z_.]+=", word)]
-        settings, rules = (FinetuneConfig, check_finetune) if program == "tools/finetune.py" else (Config, check)
+        settings, rules = (
+            (FinetuneConfig, check_finetune) if program == "tools/finetune.py" else (Config, check)
+        )
         config = load_config(REPOSITORY / words[words.index("--config") + 1], overrides, settings)
         if "--deepspeed_config" in words:
             load_deepspeed_config(REPOSITORY / words[words.index("--deepspeed_config") + 1])

@@ -123,7 +123,13 @@ def tiny():
 @pytest.mark.parametrize("size", [TINY, PUBLISHED], ids=["tiny", "published"])
 def test_ids_are_the_twins(size, tmp_path):
     tensors = random_checkpoint(**size)
-    path = write(tmp_path / "vqkd.pth", tensors, epoch=99, args=argparse.Namespace(model="vqkd"), optimizer={"state": {}})
+    path = write(
+        tmp_path / "vqkd.pth",
+        tensors,
+        epoch=99,
+        args=argparse.Namespace(model="vqkd"),
+        optimizer={"state": {}},
+    )
     tokenizer = build_tokenizer(settings(path, size), CPU)
     side = size["grid"] * size["patch"]
     assert tokenizer.view == View(side, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -146,16 +152,26 @@ def test_codes_are_taken_as_stored_and_points_normalised(tiny, tmp_path):
     """A longer code wins where Euclid says so; the size of the points means nothing."""
     images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
     expected = build_tokenizer(settings(write(tmp_path / "a.pth", tiny), TINY), CPU)(images)
-    scaled = tiny | {name: 7 * tiny[name] for name in ("encode_task_layer.2.weight", "encode_task_layer.2.bias")}
-    assert torch.equal(build_tokenizer(settings(write(tmp_path / "b.pth", scaled), TINY), CPU)(images), expected)
-    longer = tiny | {"quantize.embedding.weight": tiny["quantize.embedding.weight"] * torch.linspace(0.5, 2, 50)[:, None]}
+    scaled = tiny | {
+        name: 7 * tiny[name] for name in ("encode_task_layer.2.weight", "encode_task_layer.2.bias")
+    }
+    assert torch.equal(
+        build_tokenizer(settings(write(tmp_path / "b.pth", scaled), TINY), CPU)(images), expected
+    )
+    longer = tiny | {
+        "quantize.embedding.weight": tiny["quantize.embedding.weight"] * torch.linspace(0.5, 2, 50)[:, None]
+    }
     ids = build_tokenizer(settings(write(tmp_path / "c.pth", longer), TINY), CPU)(images)
     assert torch.equal(ids, twin_distances(longer, images, TINY).argmin(-1))
     assert not torch.equal(ids, expected)
 
 
 def test_identity_is_of_the_used_weights(tiny, tmp_path):
-    used = {name: t for name, t in tiny.items() if not name.startswith(("decode", "teacher", "scaling", "quantize.cluster"))}
+    used = {
+        name: t
+        for name, t in tiny.items()
+        if not name.startswith(("decode", "teacher", "scaling", "quantize.cluster"))
+    }
     save_file(used, tmp_path / "small.safetensors")
     paths = [write(tmp_path / "all.pth", tiny), tmp_path / "small.safetensors"]
     torch.save({"state_dict": used}, tmp_path / "named.pth")
@@ -183,21 +199,44 @@ def without(name):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (without("encoder.blocks.1.attn.q_bias"), "1 tensors differ, e.g. encoder.blocks.1.attn.q_bias is missing"),
+        (
+            without("encoder.blocks.1.attn.q_bias"),
+            "1 tensors differ, e.g. encoder.blocks.1.attn.q_bias is missing",
+        ),
         (without("encoder.pos_embed"), "encoder.pos_embed is missing"),
         (without("quantize.embedding.weight"), "quantize.embedding.weight is missing"),
         (without("encode_task_layer.0.bias"), "encode_task_layer.0.bias is missing"),
-        (lambda t: t | {"encoder.fc_norm.bias": torch.zeros(3)}, r"fc_norm.bias is \(3,\), the model's \(128,\)"),
-        (lambda t: t | {"quantize.embedding.weight": torch.zeros(50, 9)}, r"task_layer.2.* is .8,.*, the model's .9,"),
-        (lambda t: t | {"quantize.embedding.weight": torch.zeros(50)}, r"quantize.embedding.weight is \(50,\), not 2-d"),
-        (lambda t: t | {"encoder.blocks.0.gamma_1": torch.zeros(128)}, "encoder.blocks.0.gamma_1 is not in the model"),
-        (lambda t: t | {"encoder.pos_embed": torch.zeros(1, 18, 128)}, r"pos_embed is \(1, 18, 128\), the model's \(1, 17,"),
-        (lambda t: {"encoder.norm": torch.zeros(3)}, "5 tensors differ, e.g. encode_task_layer.2.weight is missing"),
+        (
+            lambda t: t | {"encoder.fc_norm.bias": torch.zeros(3)},
+            r"fc_norm.bias is \(3,\), the model's \(128,\)",
+        ),
+        (
+            lambda t: t | {"quantize.embedding.weight": torch.zeros(50, 9)},
+            r"task_layer.2.* is .8,.*, the model's .9,",
+        ),
+        (
+            lambda t: t | {"quantize.embedding.weight": torch.zeros(50)},
+            r"quantize.embedding.weight is \(50,\), not 2-d",
+        ),
+        (
+            lambda t: t | {"encoder.blocks.0.gamma_1": torch.zeros(128)},
+            "encoder.blocks.0.gamma_1 is not in the model",
+        ),
+        (
+            lambda t: t | {"encoder.pos_embed": torch.zeros(1, 18, 128)},
+            r"pos_embed is \(1, 18, 128\), the model's \(1, 17,",
+        ),
+        (
+            lambda t: {"encoder.norm": torch.zeros(3)},
+            "5 tensors differ, e.g. encode_task_layer.2.weight is missing",
+        ),
     ],
 )
 def test_another_architecture_is_refused_by_name(tiny, tmp_path, change, sentence):
     path = write(tmp_path / "vqkd.pth", change(tiny))
-    with pytest.raises(ConfigError, match=f"tokenizer.path = {path} is not a checkpoint of VQ-KD.*{sentence}"):
+    with pytest.raises(
+        ConfigError, match=f"tokenizer.path = {path} is not a checkpoint of VQ-KD.*{sentence}"
+    ):
         build_tokenizer(settings(path, TINY), CPU)
 
 
@@ -209,9 +248,13 @@ def test_a_width_that_heads_do_not_divide_is_refused(tmp_path):
 
 def test_another_grid_or_number_of_ids_is_refused(tiny, tmp_path):
     path = write(tmp_path / "vqkd.pth", tiny)
-    with pytest.raises(ConfigError, match="gives 4 x 4 ids of an image of 32 px, but the student's patches are 8 x 8"):
+    with pytest.raises(
+        ConfigError, match="gives 4 x 4 ids of an image of 32 px, but the student's patches are 8 x 8"
+    ):
         build_tokenizer(settings(path, TINY, model=ModelConfig(img_size=64, patch_size=8)), CPU)
-    with pytest.raises(ConfigError, match="vqkd has 50 ids, tokenizer.vocab_size is 51. Set tokenizer.vocab_size=50"):
+    with pytest.raises(
+        ConfigError, match="vqkd has 50 ids, tokenizer.vocab_size is 51. Set tokenizer.vocab_size=50"
+    ):
         build_tokenizer(settings(path, TINY | {"codes": 51}), CPU)
 
 
@@ -239,7 +282,9 @@ def test_a_wrong_file_is_refused_and_never_run(tiny, tmp_path, kind):
             path.write_bytes(b"")
         case "list":
             torch.save([1, 2], path)
-    with pytest.raises(ConfigError, match=f"tokenizer.path = {path} (can't be read as plain|holds no) tensors"):
+    with pytest.raises(
+        ConfigError, match=f"tokenizer.path = {path} (can't be read as plain|holds no) tensors"
+    ):
         build_tokenizer(settings(path, TINY), CPU)
     assert not (tmp_path / "executed").exists()
 
@@ -277,7 +322,11 @@ def test_a_tokenizer_of_ones_own(plug_in):
     assert target.teacher_view.size == 4
     assert target.dim == 10
     assert target.identity == {"name": "bright"}
-    images = torch.arange(10.0)[[0, 0, 0, 0, 9, 9, 9, 9, 5, 5, 5, 5, 5, 5, 5, 5]].view(1, 1, 4, 4).expand(2, 3, 4, 4)
+    images = (
+        torch.arange(10.0)[[0, 0, 0, 0, 9, 9, 9, 9, 5, 5, 5, 5, 5, 5, 5, 5]]
+        .view(1, 1, 4, 4)
+        .expand(2, 3, 4, 4)
+    )
     ids = target(Batch(None, images, torch.zeros(2), Place(0, 0)))
     assert torch.equal(ids, images[:, 0].flatten(1).long())
     target.note(ids)
@@ -287,8 +336,14 @@ def test_a_tokenizer_of_ones_own(plug_in):
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
-        ("vq-kd", "tokenizer.name = vq-kd is not known; there are: kclip, vqkd, or name your own as package.module:factory"),
-        ("no_such_module:Bright", "no_such_module:Bright can't be resolved: No module named 'no_such_module'"),
+        (
+            "vq-kd",
+            "tokenizer.name = vq-kd is not known; there are: kclip, vqkd, or name your own as package.module:factory",
+        ),
+        (
+            "no_such_module:Bright",
+            "no_such_module:Bright can't be resolved: No module named 'no_such_module'",
+        ),
         ("brightness:Dark", "brightness:Dark can't be resolved: module 'brightness' has no attribute 'Dark'"),
         ("brightness:9", "brightness:9 can't be resolved"),
         ("brightness:number", r"brightness:number is a int, not a factory\(config, device\)"),

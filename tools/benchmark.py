@@ -44,32 +44,44 @@ def count(text: str) -> int:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="benchmark", required=True)
 
     def command(name: str, measure: Callable[..., Figures], batch_size: int, **options: Any) -> Any:
         made = commands.add_parser(name, **options)
         made.set_defaults(measure=measure)
         recipe = REPOSITORY / "mapet_ds/recipes/mapet_vitb16.yaml"
-        made.add_argument("--config", default=recipe, metavar="YAML", type=Path, help="a recipe; default: ViT-B/16's")
+        made.add_argument(
+            "--config", default=recipe, metavar="YAML", type=Path, help="a recipe; default: ViT-B/16's"
+        )
         made.add_argument("--batch_size", type=count, default=batch_size)
         made.add_argument("--threads", type=count, default=2, help="CPU threads; torchvision's workers")
         made.add_argument("--device", default="auto", help="cuda, cpu or auto")
-        made.add_argument("overrides", nargs="*", metavar="a.b=value", help="settings that replace the recipe's")
+        made.add_argument(
+            "overrides", nargs="*", metavar="a.b=value", help="settings that replace the recipe's"
+        )
         return made
 
     loader = command("loader", measure_loader, 32, help="images per second of three loaders")
     bad = command("bad", measure_bad, 32, help="images per second with 5 %% of unreadable images")
     for made in (loader, bad):
         made.add_argument("--data", required=True, help="folder of images")
-        made.add_argument("--batches", type=count, default=16, help="timed, a multiple of --threads: workers come in turns")
+        made.add_argument(
+            "--batches", type=count, default=16, help="timed, a multiple of --threads: workers come in turns"
+        )
         made.add_argument("--repeats", type=count, default=5)
     said = "default: dali and torchvision; _whole: cut out of the whole image; _hw, _preallocated: for a GPU's JPEG decoder"
     loader.add_argument("--against", action="append", choices=list(OTHERS), help=said)
     index = command("index", measure_index, 128, help="an index of many images: time, memory, order")
-    index.add_argument("--images", type=count, default=20_000_000, help="65 bytes each are written to $TMPDIR, and deleted")
+    index.add_argument(
+        "--images", type=count, default=20_000_000, help="65 bytes each are written to $TMPDIR, and deleted"
+    )
     index.add_argument("--repeats", type=count, default=20, help="of the order's figures")
-    step = command("step", measure_step, 8, help="one step of the recipe's objective, by part; MaPeT's as published, too")
+    step = command(
+        "step", measure_step, 8, help="one step of the recipe's objective, by part; MaPeT's as published, too"
+    )
     step.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"], help="bf16: autocast")
     attention = command("attention", measure_attention, 8, help="ways to compute MaPeT's attention, in turns")
     attention.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
@@ -77,7 +89,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     for made in (step, attention):
         made.add_argument("--model", default="vit_base_patch16_224", help="timm model name")
     step.add_argument("--repeats", type=count, default=3)
-    step.add_argument("--against", default="dense", choices=["dense", "none"], help="dense: MaPeT as published")
+    step.add_argument(
+        "--against", default="dense", choices=["dense", "none"], help="dense: MaPeT as published"
+    )
     assign = command("assign", measure_assign, 32, help="token ids that change in bf16")
     assign.add_argument("--teacher", required=True, help="open_clip model name, or local-dir:PATH")
     assign.add_argument("--data", required=True, help="folder of images")
@@ -85,9 +99,16 @@ def parse(argv: list[str]) -> argparse.Namespace:
     assign.add_argument("--images", type=count, default=256)
     teacher = command("teacher", measure_teacher, 32, help="images per second of the recipe's teacher")
     teacher.add_argument("--repeats", type=count, default=5)
-    teacher.add_argument("--against", choices=["eager", "unsharded"], help="not compiled; under torchrun: whole on every rank")
+    teacher.add_argument(
+        "--against", choices=["eager", "unsharded"], help="not compiled; under torchrun: whole on every rank"
+    )
     train = command("train", measure_train, 32, help="a whole training step and its parts")
-    train.add_argument("--against", default="none", choices=["dense", "none"], help="dense: MaPeT as published, from the loader on")
+    train.add_argument(
+        "--against",
+        default="none",
+        choices=["dense", "none"],
+        help="dense: MaPeT as published, from the loader on",
+    )
     scaling = command("scaling", measure_scaling, 32, help="`train` at 1, 2, 4 .. ranks of this host")
     scaling.add_argument("--ranks", type=count, default=2, help="the most")
     scaling.add_argument("--rounds", type=count, default=2)
@@ -96,7 +117,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
         made.add_argument("--plot", metavar="FILE.png", type=Path, help="the breakdown as a picture")
     for made in (train, scaling, checkpoint):
         made.add_argument("--data", required=True, help="folder of images")
-        made.add_argument("--deepspeed_config", default=REPOSITORY / "ds_configs/zero2.json", metavar="JSON", type=Path)
+        made.add_argument(
+            "--deepspeed_config", default=REPOSITORY / "ds_configs/zero2.json", metavar="JSON", type=Path
+        )
         made.add_argument("--repeats", type=count, default=5)
         made.add_argument("--steps", type=count, default=10, help="a repeat")
     return parser.parse_args(argv)

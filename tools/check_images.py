@@ -48,7 +48,9 @@ def check_all(index: Index, decode: bool, jobs: int) -> int:
         ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool,
         tqdm(total=len(index), unit=" images", file=sys.stderr) as bar,
     ):
-        for chunk, found in zip(chunks, pool.map(functools.partial(check, index, decode), chunks), strict=True):
+        for chunk, found in zip(
+            chunks, pool.map(functools.partial(check, index, decode), chunks), strict=True
+        ):
             for path, reason in found:
                 bar.write(f"{path.translate(ESCAPED)}\t{reason.translate(ESCAPED)}", file=sys.stdout)
             number += len(found)
@@ -57,10 +59,14 @@ def check_all(index: Index, decode: bool, jobs: int) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", help="images, or tar shards")
     parser.add_argument("--decode", action="store_true", help="decode every image too (slower)")
-    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: one per core)")
+    parser.add_argument(
+        "--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: one per core)"
+    )
     arguments = parser.parse_args()
     if arguments.jobs < 1:
         parser.error(f"--jobs {arguments.jobs}: at least one process is needed")

@@ -58,7 +58,9 @@ def free_port() -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path, help="where the demo writes, e.g. runs/demo; run again, it continues")
+    parser.add_argument(
+        "folder", type=Path, help="where the demo writes, e.g. runs/demo; run again, it continues"
+    )
     parser.add_argument("objective", nargs="?", default="mapet", choices=Config().objectives)
     arguments = parser.parse_args()
     folder, objective = arguments.folder.resolve(), arguments.objective
@@ -74,8 +76,18 @@ def main() -> None:
     ]  # fmt: skip
 
     print(f"\nFor each command: export DS_ACCELERATOR=cpu OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']}")
-    run("Render labelled JPEGs and train a small CLIP on them: the teacher", python, "tools/make_demo.py", data)
-    if subprocess.run([python, "tools/fit_codebook.py", "--is_needed", *recipe, *paths], cwd=REPOSITORY).returncode == 0:
+    run(
+        "Render labelled JPEGs and train a small CLIP on them: the teacher",
+        python,
+        "tools/make_demo.py",
+        data,
+    )
+    if (
+        subprocess.run(
+            [python, "tools/fit_codebook.py", "--is_needed", *recipe, *paths], cwd=REPOSITORY
+        ).returncode
+        == 0
+    ):
         run("Fit the k-CLIP codebook: k-means of the teacher's patch features",
             python, "tools/fit_codebook.py", "--overwrite", *recipe, *paths)  # fmt: skip
     run(f"Pre-train the ViT with {objective} on two CPU ranks; the targets are computed on the fly",
@@ -84,21 +96,37 @@ def main() -> None:
     if not (run_dir / "DONE").exists():
         sys.exit(f"The pre-training did not reach its end: {run_dir}/DONE is missing.")
     run("Export the ViT to timm, proven equal", python, "tools/export_timm.py", run_dir, export)
-    probe = ["tools/evaluate.py", "knn", "--json", "--model", export, "--train", data / "train", "--val", data / "val"]
-    before = json.loads(run("k-NN accuracy of the untrained ViT", python, *probe, "--untrained"))["knn_accuracy_percent"]
+    probe = [
+        "tools/evaluate.py",
+        "knn",
+        "--json",
+        "--model",
+        export,
+        "--train",
+        data / "train",
+        "--val",
+        data / "val",
+    ]
+    before = json.loads(run("k-NN accuracy of the untrained ViT", python, *probe, "--untrained"))[
+        "knn_accuracy_percent"
+    ]
     after = json.loads(run("k-NN accuracy of the pre-trained ViT", python, *probe))["knn_accuracy_percent"]
 
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
     print(f"\nloss              {losses[0]:.3f} at the start, {losses[-1]:.3f} at the end")
-    print(f"k-NN accuracy     {before:.1f} % untrained, {after:.1f} % pre-trained ({after - before:+.1f} points)")
+    print(
+        f"k-NN accuracy     {before:.1f} % untrained, {after:.1f} % pre-trained ({after - before:+.1f} points)"
+    )
     print(f"timm weights      {export / 'model.safetensors'}")
     print(f"TensorBoard       {Path(python).parent / 'tensorboard'} --logdir {run_dir}/tensorboard")
     print(f"time              {time.monotonic() - began:.0f} s")
     if losses[-1] > (1 - MIN_FALL) * losses[0]:
         sys.exit("The loss should have fallen and did not: something is broken.")
     if after - before < MIN_GAIN.get(objective, -100):
-        sys.exit(f"Pre-training should gain {MIN_GAIN[objective]} points of k-NN accuracy and did not: something is broken.")
+        sys.exit(
+            f"Pre-training should gain {MIN_GAIN[objective]} points of k-NN accuracy and did not: something is broken."
+        )
 
 
 if __name__ == "__main__":

@@ -50,7 +50,13 @@ class TeacherFeatures(torch.nn.Module):
         self.teacher = build_teacher(config, torch.device("cpu"))
         mean, std = teacher_mean_std(config)
         size = (3, config.img_size, config.img_size)
-        self.pretrained_cfg = {"input_size": size, "mean": mean, "std": std, "interpolation": "bicubic", "crop_pct": 1.0}
+        self.pretrained_cfg = {
+            "input_size": size,
+            "mean": mean,
+            "std": std,
+            "interpolation": "bicubic",
+            "crop_pct": 1.0,
+        }
 
     def forward_features(self, images: torch.Tensor) -> torch.Tensor:
         return self.teacher(images)
@@ -63,12 +69,17 @@ def extract(arguments: argparse.Namespace) -> tuple[list[Any], dict[str, Any]]:
     else:
         model = load_timm(arguments.model, arguments.arch, arguments.untrained, arguments.seed)
     if arguments.pool == "token" and not model.num_prefix_tokens:
-        raise ConfigError("--pool token: this model has no class token; leave it out, for the mean of the patch tokens.")
+        raise ConfigError(
+            "--pool token: this model has no class token; leave it out, for the mean of the patch tokens."
+        )
     train, val = labelled_folders(arguments.train, arguments.val, model)
     found: list[Any] = []
     for folder, name in ((train, "train"), (val, "val")):
         loader = DataLoader(
-            folder, arguments.batch_size, num_workers=arguments.workers, pin_memory=arguments.device.type == "cuda"
+            folder,
+            arguments.batch_size,
+            num_workers=arguments.workers,
+            pin_memory=arguments.device.type == "cuda",
         )
         batches = tqdm(loader, desc=name, unit="batch", disable=not sys.stderr.isatty())
         found += features(model, batches, arguments.device, arguments.pool)
@@ -112,7 +123,11 @@ def evaluate_linear(arguments: argparse.Namespace, found: list[Any]) -> Found:
     for end, name in ((min(probe.held_out), "lowest"), (max(probe.held_out), "highest")):
         if len(probe.held_out) > 1 and best == [end]:
             says += f"; a better one may lie beyond the {name} of them: --learning_rates takes others"
-    figures = {"linear_accuracy_percent": probe.accuracy, "solver": "sgd", "learning_rate": probe.learning_rate}
+    figures = {
+        "linear_accuracy_percent": probe.accuracy,
+        "solver": "sgd",
+        "learning_rate": probe.learning_rate,
+    }
     return [says], figures | {"held_out_accuracy_percent": probe.held_out} | settings
 
 
@@ -150,7 +165,9 @@ def device(text: str) -> torch.device:
         found = torch.device(text)
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError) as error:
-        raise argparse.ArgumentTypeError(f"{text} is no device of this host: {str(error).splitlines()[0]}") from error
+        raise argparse.ArgumentTypeError(
+            f"{text} is no device of this host: {str(error).splitlines()[0]}"
+        ) from error
     return found
 
 
@@ -166,19 +183,38 @@ def shared_options() -> argparse.ArgumentParser:
     shared = argparse.ArgumentParser(add_help=False)
     which = shared.add_mutually_exclusive_group(required=True)
     which.add_argument("--model", type=Path, help="folder of tools/export_timm.py, or a file of weights")
-    which.add_argument("--teacher", metavar="YAML", help="instead: the frozen teacher of this recipe, its dense features")
-    shared.add_argument("overrides", nargs="*", metavar="a.b=value", help="with --teacher: settings that replace the recipe's")
+    which.add_argument(
+        "--teacher", metavar="YAML", help="instead: the frozen teacher of this recipe, its dense features"
+    )
+    shared.add_argument(
+        "overrides", nargs="*", metavar="a.b=value", help="with --teacher: settings that replace the recipe's"
+    )
     shared.add_argument("--arch", help="timm model name, for a file of weights")
-    shared.add_argument("--untrained", action="store_true", help="the same architecture with fresh weights, to compare")
-    shared.add_argument("--seed", type=number(int, 0), default=0, help="of the fresh weights, and of the linear probe by SGD")
-    shared.add_argument("--train", type=Path, required=True, help="folder with a sub-folder of images per class")
+    shared.add_argument(
+        "--untrained", action="store_true", help="the same architecture with fresh weights, to compare"
+    )
+    shared.add_argument(
+        "--seed", type=number(int, 0), default=0, help="of the fresh weights, and of the linear probe by SGD"
+    )
+    shared.add_argument(
+        "--train", type=Path, required=True, help="folder with a sub-folder of images per class"
+    )
     shared.add_argument("--val", type=Path, required=True, help="the same classes, other images")
-    shared.add_argument("--pool", choices=("avg", "token"), default="avg", help="mean patch token, or class token")
+    shared.add_argument(
+        "--pool", choices=("avg", "token"), default="avg", help="mean patch token, or class token"
+    )
     shared.add_argument("--batch_size", type=number(int, 1), default=128)
     shared.add_argument("--workers", type=number(int, 0), default=2, help="processes that read and decode")
-    shared.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cuda:1, cpu")
+    shared.add_argument(
+        "--device",
+        type=device,
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cuda, cuda:1, cpu",
+    )
     shared.add_argument("--json", action="store_true", help="print one JSON object instead of sentences")
-    shared.add_argument("--out", type=output_file, metavar="FILE", help="write that JSON object to a file, too")
+    shared.add_argument(
+        "--out", type=output_file, metavar="FILE", help="write that JSON object to a file, too"
+    )
     return shared
 
 
@@ -188,21 +224,35 @@ def parse(argv: list[str]) -> argparse.Namespace:
     shared = shared_options()
     voting, fitting = argparse.ArgumentParser(add_help=False), argparse.ArgumentParser(add_help=False)
     voting.add_argument("--temperature", type=number(float, 0, above=True), default=0.07)
-    fitting.add_argument("--penalty", type=number(float, 0), default=1e-4, help="lbfgs: on the squared weights")
+    fitting.add_argument(
+        "--penalty", type=number(float, 0), default=1e-4, help="lbfgs: on the squared weights"
+    )
     rate = number(float, 0, above=True)
-    fitting.add_argument("--learning_rates", type=rate, nargs="+", default=LEARNING_RATES, help="sgd: all tried at once")
-    fitting.add_argument("--epochs", type=number(int, 1), default=EPOCHS, help="sgd: passes over the features")
-    neighbours = commands.add_parser("knn", parents=[shared, voting], help="weighted vote of the k nearest training images")
+    fitting.add_argument(
+        "--learning_rates", type=rate, nargs="+", default=LEARNING_RATES, help="sgd: all tried at once"
+    )
+    fitting.add_argument(
+        "--epochs", type=number(int, 1), default=EPOCHS, help="sgd: passes over the features"
+    )
+    neighbours = commands.add_parser(
+        "knn", parents=[shared, voting], help="weighted vote of the k nearest training images"
+    )
     neighbours.add_argument("--k", type=number(int, 1), default=K)
     neighbours.set_defaults(evaluate=evaluate_knn)
-    classifier = commands.add_parser("linear", parents=[shared, fitting], help="linear classifier on the frozen features")
+    classifier = commands.add_parser(
+        "linear", parents=[shared, fitting], help="linear classifier on the frozen features"
+    )
     classifier.add_argument(
         "--solver", choices=("lbfgs", "sgd"), default="lbfgs",
         help="lbfgs: logistic regression, solved whole on the CPU, for small sets; sgd: as papers train it, on --device",
     )  # fmt: skip
-    classifier.add_argument("--batch_norm", action="store_true", help="sgd: BatchNorm without weights before the head")
+    classifier.add_argument(
+        "--batch_norm", action="store_true", help="sgd: BatchNorm without weights before the head"
+    )
     classifier.set_defaults(evaluate=evaluate_linear)
-    everything = commands.add_parser("all", parents=[shared, voting, fitting], help="all of these, from one pass over the images")
+    everything = commands.add_parser(
+        "all", parents=[shared, voting, fitting], help="all of these, from one pass over the images"
+    )
     everything.set_defaults(evaluate=evaluate_all)
     return parser.parse_args(argv)
 
@@ -218,7 +268,11 @@ def main(argv: list[str]) -> int:
         return 2
     weights = "untrained" if basis["untrained"] else "trained"
     images = f"{basis['train_images']} training, {basis['val_images']} validation images, {basis['classes']} classes"
-    print(json.dumps(figures | basis) if arguments.json else "\n".join(f"{line} ({weights} weights; {images})" for line in says))
+    print(
+        json.dumps(figures | basis)
+        if arguments.json
+        else "\n".join(f"{line} ({weights} weights; {images})" for line in says)
+    )
     try:
         if arguments.out:
             arguments.out.write_text(json.dumps(figures | basis, indent=1) + "\n")

@@ -51,9 +51,13 @@ def read_model(folder: Path) -> nn.Module:
         ConfigError: a package or the folder is missing, or timm can't build it.
     """
     if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
-        raise ConfigError(f"ONNX needs {', '.join(missing)}, not installed here: python -m pip install -e '.[onnx]'")
+        raise ConfigError(
+            f"ONNX needs {', '.join(missing)}, not installed here: python -m pip install -e '.[onnx]'"
+        )
     if lacking := [name for name in ("config.json", "model.safetensors") if not (folder / name).is_file()]:
-        raise ConfigError(f"{folder} is no timm model: it lacks {' and '.join(lacking)}. tools/export_timm.py RUN OUT writes one.")
+        raise ConfigError(
+            f"{folder} is no timm model: it lacks {' and '.join(lacking)}. tools/export_timm.py RUN OUT writes one."
+        )
     try:
         # exportable: attention as its products, for torch 2.14's exporter fails at the fused one of a BEiT
         return timm.create_model(f"local-dir:{folder}", pretrained=True, exportable=True).eval()
@@ -108,7 +112,9 @@ def export_onnx(folder: Path, out: Path, fp16: bool) -> dict[str, float]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path, help="of config.json and model.safetensors")
     parser.add_argument("out", type=Path, metavar="OUT.onnx")
     parser.add_argument("--fp16", action="store_true", help="weights and computation in half precision")
@@ -120,7 +126,10 @@ def main() -> int:
         return 2
     except torch.onnx.OnnxExporterError as error:
         says = str(error.__cause__ or error).partition("\n")[0]
-        print(f"Nothing was written: PyTorch's exporter can't turn {arguments.folder} into ONNX: {says}", file=sys.stderr)
+        print(
+            f"Nothing was written: PyTorch's exporter can't turn {arguments.folder} into ONNX: {says}",
+            file=sys.stderr,
+        )
         return 2
     except OSError as error:
         print(f"Nothing was written: {arguments.out} can't be: {error}.", file=sys.stderr)

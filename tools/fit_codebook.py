@@ -23,12 +23,22 @@ from mapet_ds.training.command_line import refuse
 
 
 def parse(argv: list[str]) -> Config:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, metavar="YAML", help="a recipe, e.g. mapet_ds/recipes/mapet_vitb16.yaml")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--config", required=True, metavar="YAML", help="a recipe, e.g. mapet_ds/recipes/mapet_vitb16.yaml"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace the codebook at tokenizer.path")
-    parser.add_argument("--is_needed", action="store_true", help="fit nothing; exit with 0 if this recipe needs a codebook, else 1")
+    parser.add_argument(
+        "--is_needed",
+        action="store_true",
+        help="fit nothing; exit with 0 if this recipe needs a codebook, else 1",
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="settings that replace the recipe's")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="a.b=value", help="settings that replace the recipe's"
+    )
     arguments = parser.parse_intermixed_args(argv)
     try:
         config = load_config(arguments.config, arguments.overrides)
@@ -38,11 +48,17 @@ def parse(argv: list[str]) -> Config:
         check_hostfile(ancestors())
         check_inputs(config)
         if config.tokenizer.name != "kclip":
-            raise ConfigError(f"tokenizer.name = {config.tokenizer.name} has no codebook to fit; only kclip has.")
+            raise ConfigError(
+                f"tokenizer.name = {config.tokenizer.name} has no codebook to fit; only kclip has."
+            )
         if not config.tokenizer.path:
-            raise ConfigError("tokenizer.path is empty: name the file to write, tokenizer.path=/runs/codebook.safetensors.")
+            raise ConfigError(
+                "tokenizer.path is empty: name the file to write, tokenizer.path=/runs/codebook.safetensors."
+            )
         if Path(config.tokenizer.path).is_dir():
-            raise ConfigError(f"tokenizer.path = {config.tokenizer.path} is a folder; name a file in it, codebook.safetensors.")
+            raise ConfigError(
+                f"tokenizer.path = {config.tokenizer.path} is a folder; name a file in it, codebook.safetensors."
+            )
         if Path(config.tokenizer.path).exists() and not arguments.overwrite:
             raise ConfigError(
                 f"tokenizer.path = {config.tokenizer.path} exists, and runs may rest on it: name another file, or say "
@@ -64,7 +80,9 @@ def fit_codebook(config: Config) -> None:
     from mapet_ds.targets.teacher import build_teacher
 
     ranks = init_distributed()
-    index = ranks.first_then_all(lambda: open_index(config.data.train, Path(f"{config.tokenizer.path}.index")))
+    index = ranks.first_then_all(
+        lambda: open_index(config.data.train, Path(f"{config.tokenizer.path}.index"))
+    )
     points = num_points(len(index), config)
     teacher = build_teacher(config.teacher, ranks.device, config.train.compile)
     teacher.check_grid(config.grid)

@@ -11,8 +11,12 @@ from mapet_ds.results.published import METHODS, import_weights
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Turn a checkpoint published with MaPeT, ConMIM or SAIM into timm weights.")
-    parser.add_argument("checkpoint", type=Path, help="of pre-training or fine-tuned; a file of PyTorch's or safetensors")
+    parser = argparse.ArgumentParser(
+        description="Turn a checkpoint published with MaPeT, ConMIM or SAIM into timm weights."
+    )
+    parser.add_argument(
+        "checkpoint", type=Path, help="of pre-training or fine-tuned; a file of PyTorch's or safetensors"
+    )
     parser.add_argument("out", type=Path, help="folder for model.safetensors and config.json")
     parser.add_argument("--method", choices=METHODS, required=True)
     parser.add_argument(
@@ -21,10 +25,16 @@ def main() -> int:
         default="fold",
         help="fold it into the layers before it, or keep it, as published",
     )
-    parser.add_argument("--ema", action="store_true", help="the moving average, where the checkpoint has one beside the weights")
+    parser.add_argument(
+        "--ema",
+        action="store_true",
+        help="the moving average, where the checkpoint has one beside the weights",
+    )
     arguments = parser.parse_args()
     try:
-        found = import_weights(arguments.method, arguments.checkpoint, arguments.out, arguments.layer_scale, arguments.ema)
+        found = import_weights(
+            arguments.method, arguments.checkpoint, arguments.out, arguments.layer_scale, arguments.ema
+        )
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2

@@ -44,7 +44,13 @@ MODEL = {
     "vision_cfg": {"image_size": IMG_SIZE, "layers": [1, 2, 1, 1], "width": 16, "head_width": 64},
     "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 1},
 }
-SETTINGS = {"images": {"train": 1500, "val": 400}, "teacher_steps": 250, "batch_size": 64, "seed": 0, "model": MODEL}
+SETTINGS = {
+    "images": {"train": 1500, "val": 400},
+    "teacher_steps": 250,
+    "batch_size": 64,
+    "seed": 0,
+    "model": MODEL,
+}
 
 Field = NDArray[np.float64]
 
@@ -99,7 +105,9 @@ def photo_captions(folder: Path) -> dict[Path, str]:
     """A caption for each image of a folder with a sub-folder per class; other files are passed over."""
     paths = sorted(path for path in folder.glob("*/*") if os.fsencode(path.suffix[1:]).lower() in SUFFIXES)
     if not paths:
-        raise DataError(f"{folder} holds no sub-folders with images: --images wants DIR/train/<class>/ and DIR/val/<class>/.")
+        raise DataError(
+            f"{folder} holds no sub-folders with images: --images wants DIR/train/<class>/ and DIR/val/<class>/."
+        )
     return {path: f"a photo of a {path.parent.name}" for path in paths}
 
 
@@ -110,7 +118,9 @@ def load_views(paths: list[Path], size: int) -> Tensor:
         try:
             image = decode(path.read_bytes())
         except (OSError, BadImage) as reason:
-            raise DataError(f"{path} can't be read: {reason}. tools/check_images.py lists all such.") from reason
+            raise DataError(
+                f"{path} can't be read: {reason}. tools/check_images.py lists all such."
+            ) from reason
         side = min(image.size)
         left, top = (image.width - side) // 2, (image.height - side) // 2
         box = (left, top, left + side, top + side)
@@ -122,7 +132,9 @@ def normalise(views: Tensor) -> Tensor:
     return (views - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
 
 
-def training_batches(views: Tensor, tokens: Tensor, steps: int, batch: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+def training_batches(
+    views: Tensor, tokens: Tensor, steps: int, batch: int, seed: int
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Random batches, each moved by the same few pixels and flipped as one."""
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
@@ -141,14 +153,19 @@ def train_teacher(views: Tensor, captions: list[str]) -> torch.nn.Module:
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
     loss_fn, start = ClipLoss(), time.monotonic()
-    for step, (images, text) in enumerate(training_batches(views, tokens, steps, SETTINGS["batch_size"], seed), start=1):
+    for step, (images, text) in enumerate(
+        training_batches(views, tokens, steps, SETTINGS["batch_size"], seed), start=1
+    ):
         loss = loss_fn(*model(images, text))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
         if step == 1 or step % 25 == 0 or step == steps:
-            print(f"  step {step:4d} of {steps}  loss {loss.item():.3f}  {time.monotonic() - start:.0f} s", flush=True)
+            print(
+                f"  step {step:4d} of {steps}  loss {loss.item():.3f}  {time.monotonic() - start:.0f} s",
+                flush=True,
+            )
     return model.eval()
 
 
@@ -165,7 +182,10 @@ def zero_shot_accuracy(model: torch.nn.Module, views: Tensor, captions: list[str
 def save_teacher(model: torch.nn.Module, folder: Path) -> None:
     """A folder that open_clip loads by the name local-dir:FOLDER."""
     folder.mkdir(exist_ok=True)
-    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, folder / "open_clip_model.safetensors")
+    save_file(
+        {name: tensor.contiguous() for name, tensor in model.state_dict().items()},
+        folder / "open_clip_model.safetensors",
+    )
     config = {"model_cfg": MODEL, "preprocess_cfg": {"size": IMG_SIZE, "mean": MEAN, "std": STD}}
     (folder / "open_clip_config.json").write_text(json.dumps(config, indent=1))
 
@@ -180,13 +200,22 @@ def make(out: Path, images: Path | None) -> None:
         captions = {split: photo_captions(images / split) for split in ("train", "val")}
     else:
         captions = {
-            split: write_images(out / split, n, SETTINGS["seed"] + i) for i, (split, n) in enumerate(SETTINGS["images"].items())
+            split: write_images(out / split, n, SETTINGS["seed"] + i)
+            for i, (split, n) in enumerate(SETTINGS["images"].items())
         }
-        lines = [f"{path.relative_to(out)}\t{caption}\n" for split in captions.values() for path, caption in split.items()]
+        lines = [
+            f"{path.relative_to(out)}\t{caption}\n"
+            for split in captions.values()
+            for path, caption in split.items()
+        ]
         (out / "captions.tsv").write_text("".join(lines))
     number, classes = sum(map(len, captions.values())), len({path.parent.name for path in captions["train"]})
-    print(f"{number} images of {classes} classes; training a CLIP on the captions of train/ (it has seen labels)")
-    views = {split: load_views(list(paths), IMG_SIZE + 8 * (split == "train")) for split, paths in captions.items()}
+    print(
+        f"{number} images of {classes} classes; training a CLIP on the captions of train/ (it has seen labels)"
+    )
+    views = {
+        split: load_views(list(paths), IMG_SIZE + 8 * (split == "train")) for split, paths in captions.items()
+    }
     model = train_teacher(views["train"], list(captions["train"].values()))
     save_teacher(model, out / "teacher")
     val = list(captions["val"].values())
@@ -195,10 +224,16 @@ def make(out: Path, images: Path | None) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("out", type=Path)
-    parser.add_argument("--images", type=Path, metavar="DIR", help="labelled images to take instead of rendering some")
-    parser.add_argument("--teacher_steps", type=int, default=SETTINGS["teacher_steps"], help="batches the CLIP is trained on")
+    parser.add_argument(
+        "--images", type=Path, metavar="DIR", help="labelled images to take instead of rendering some"
+    )
+    parser.add_argument(
+        "--teacher_steps", type=int, default=SETTINGS["teacher_steps"], help="batches the CLIP is trained on"
+    )
     arguments = parser.parse_args()
     if arguments.teacher_steps < 1:
         parser.error(f"--teacher_steps {arguments.teacher_steps}: at least one is needed")
@@ -211,7 +246,10 @@ def main() -> int:
         print(f"{out} holds the demo set already.")
         return 0
     if out.exists() and any(out.iterdir()):
-        print(f"{out} is not empty and holds no demo set of these settings: remove it, or name another folder.", file=sys.stderr)
+        print(
+            f"{out} is not empty and holds no demo set of these settings: remove it, or name another folder.",
+            file=sys.stderr,
+        )
         return 2
     out.mkdir(parents=True, exist_ok=True)
     try:

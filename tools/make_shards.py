@@ -32,7 +32,9 @@ def members(index: Index, i: int) -> Iterator[tuple[str, bytes]]:
     try:
         yield f"{key}.{suffix.lower()}", index.read(i)
     except BadImage as reason:
-        raise DataError(f"{index.path(i)} {reason}; take it out of the folder, or give it back its bytes.") from reason
+        raise DataError(
+            f"{index.path(i)} {reason}; take it out of the folder, or give it back its bytes."
+        ) from reason
     if index.label(i) >= 0:
         yield f"{key}.cls", str(index.label(i)).encode()
 
@@ -67,7 +69,9 @@ def make_shards(source: str, out: Path, max_bytes: int, max_images: int, seed: i
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise DataError(f"{out} is there already and is not overwritten; name a new folder.")
     if out.is_relative_to(os.path.abspath(source)):
-        raise DataError(f"{out} lies inside {source}, which would then hold images and shards; name a folder outside.")
+        raise DataError(
+            f"{out} lies inside {source}, which would then hold images and shards; name a folder outside."
+        )
     with tempfile.TemporaryDirectory() as scratch, whole_folder(out) as written:
         index = open_index(source, Path(scratch) / "index")
         order = IndexOrder(len(index), 0) if seed is None else SampleOrder(len(index), seed)
@@ -80,18 +84,28 @@ def make_shards(source: str, out: Path, max_bytes: int, max_images: int, seed: i
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", help="images; labels are the names of the first sub-folders")
     parser.add_argument("out", type=Path, help="a new folder")
-    parser.add_argument("--shard_size_mib", type=float, default=1024, help="largest shard, MiB of images (default 1024)")
+    parser.add_argument(
+        "--shard_size_mib", type=float, default=1024, help="largest shard, MiB of images (default 1024)"
+    )
     parser.add_argument("--shard_images", type=int, default=1_000_000, help="most images in a shard")
-    parser.add_argument("--shuffle_seed", type=int, metavar="N", help="pack in random order N (docs/cluster.md says why)")
+    parser.add_argument(
+        "--shuffle_seed", type=int, metavar="N", help="pack in random order N (docs/cluster.md says why)"
+    )
     arguments = parser.parse_args()
     if arguments.shard_size_mib <= 0 or arguments.shard_images < 1 or (arguments.shuffle_seed or 0) < 0:
         parser.error("--shard_size_mib and --shard_images must be positive, --shuffle_seed at least 0")
     try:
         max_bytes = int(arguments.shard_size_mib * 2**20)
-        print(make_shards(arguments.folder, arguments.out, max_bytes, arguments.shard_images, arguments.shuffle_seed))
+        print(
+            make_shards(
+                arguments.folder, arguments.out, max_bytes, arguments.shard_images, arguments.shuffle_seed
+            )
+        )
     except DataError as error:
         print(error, file=sys.stderr)
         return 2

@@ -29,20 +29,31 @@ def changes(request: Request, found: dict[str, Any]) -> list[tuple[str, dict[str
     """What would help against what binds: words for the command line, and the plan with them."""
     config, grid, tried = request.config, request.config.grid, []
     train, binds = config.train, found["binds"]
-    if binds in ("teacher", "assignment") and config.method.uses_teacher(config) and config.teacher.name != "ViT-B-16-quickgelu":
+    if (
+        binds in ("teacher", "assignment")
+        and config.method.uses_teacher(config)
+        and config.teacher.name != "ViT-B-16-quickgelu"
+    ):
         cheap = dataclasses.replace(config.teacher, name="ViT-B-16-quickgelu", img_size=16 * grid, layer=-1)
         words = f"teacher.name=ViT-B-16-quickgelu teacher.img_size={16 * grid} (other targets; a codebook of its own)"
         tried.append((words, request._replace(config=dataclasses.replace(config, teacher=cheap))))
     if binds in ("teacher", "assignment") and config.method.predicts_ids and config.data.crop == "center":
         stored = dataclasses.replace(config, tokenizer=dataclasses.replace(config.tokenizer, ids="FOLDER"))
-        tried.append(("tokenizer.ids=FOLDER (written once by tools/tokenize_images.py)", request._replace(config=stored)))
+        tried.append(
+            (
+                "tokenizer.ids=FOLDER (written once by tools/tokenize_images.py)",
+                request._replace(config=stored),
+            )
+        )
     if train.grad_checkpointing and binds in ("student", "launch"):
         stored = dataclasses.replace(train, grad_checkpointing=False)
         words, config_ = "train.grad_checkpointing=false", dataclasses.replace(config, train=stored)
         tried.append((words, request._replace(config=config_, fixed=False)))
     if binds == "link" and request.engine["zero_optimization"]["stage"] > 1 and found["grad_accum_steps"] > 1:
         zero = request.engine | {"zero_optimization": request.engine["zero_optimization"] | {"stage": 1}}
-        tried.append(("--engine ds_configs/zero1.json (sums gradients once an update)", request._replace(engine=zero)))
+        tried.append(
+            ("--engine ds_configs/zero1.json (sums gradients once an update)", request._replace(engine=zero))
+        )
     if found["largest_micro_batch_size"] > found["micro_batch_size"] and binds in ("link", "launch"):
         words = f"train.micro_batch_size={found['largest_micro_batch_size']}"
         tried.append((words, request.with_micro(found["largest_micro_batch_size"])))
@@ -51,11 +62,23 @@ def changes(request: Request, found: dict[str, Any]) -> list[tuple[str, dict[str
         tried.append(("twice the link (--link_gbit)", request._replace(cluster=faster)))
     if binds == "input":
         faster = request.cluster._replace(storage_gbyte_s=2 * request.cluster.storage_gbyte_s)
-        tried.append(("twice the storage rate: local disks, or shards (tools/make_shards.py)", request._replace(cluster=faster)))
+        tried.append(
+            (
+                "twice the storage rate: local disks, or shards (tools/make_shards.py)",
+                request._replace(cluster=faster),
+            )
+        )
         prepared = request.speeds._replace(images_per_second=2 * request.speeds.images_per_second)
-        tried.append(("a loader twice as fast: data.workers, data.threads, smaller files", request._replace(speeds=prepared)))
+        tried.append(
+            (
+                "a loader twice as fast: data.workers, data.threads, smaller files",
+                request._replace(speeds=prepared),
+            )
+        )
     if binds == "student":
-        more = request._replace(cluster=request.cluster._replace(nodes=2 * request.cluster.nodes), fixed=False)
+        more = request._replace(
+            cluster=request.cluster._replace(nodes=2 * request.cluster.nodes), fixed=False
+        )
         tried.append((f"--nodes {2 * request.cluster.nodes}", more))
     if binds == "launch" and request.cluster.nodes % 2 == 0:
         fewer = request._replace(cluster=request.cluster.of(request.cluster.ranks // 2), fixed=False)
@@ -66,7 +89,11 @@ def changes(request: Request, found: dict[str, Any]) -> list[tuple[str, dict[str
             results.append((words, predict(other)))
         except ConfigError:
             continue  # not to be had here: no advice
-    return [(words, other) for words, other in results if other["images_per_second"] > 1.01 * found["images_per_second"]]
+    return [
+        (words, other)
+        for words, other in results
+        if other["images_per_second"] > 1.01 * found["images_per_second"]
+    ]
 
 
 def number(record: dict[str, Any], name: str) -> float:
@@ -105,7 +132,9 @@ def learn(record: dict[str, Any], request: Request) -> dict[str, float]:
     same_model, found = settings.get("model") == config.model.name, {}
     if kind == "step" and same_model and settings["dtype"] == "bf16":
         each = number(record["seconds"], "step") / settings["batch_size"]
-        found = {"student": student(dataclasses.replace(config, objective=record["objective"])).flops / each / peak}
+        found = {
+            "student": student(dataclasses.replace(config, objective=record["objective"])).flops / each / peak
+        }
     elif kind == "teacher" and goal.flops and record["teacher"] == config.teacher.name:
         found = {"teacher": goal.flops * number(record["bf16"], "images_per_second") / peak}
     elif kind == "assign" and goal.tf32_flops and settings["teacher"] == config.teacher.name:
@@ -116,9 +145,18 @@ def learn(record: dict[str, Any], request: Request) -> dict[str, float]:
     elif kind == "loader":
         views = record["two_views" if goal.sharded else "one_view"]
         found = {"images_per_second": number(views["images_per_second"], "ours")}
-    elif kind == "train" and same_model and record["objective"] == config.objective and record["dtype"] == "torch.bfloat16":
+    elif (
+        kind == "train"
+        and same_model
+        and record["objective"] == config.objective
+        and record["dtype"] == "torch.bfloat16"
+    ):
         alone = request._replace(cluster=request.cluster.of(1), fixed=False)
-        found = {"whole": number(record["images_per_second"], "train") / record["ranks"] / predict(alone)["images_per_second"]}
+        found = {
+            "whole": number(record["images_per_second"], "train")
+            / record["ranks"]
+            / predict(alone)["images_per_second"]
+        }
     return found
 
 
@@ -133,10 +171,14 @@ def calibrate(request: Request, paths: list[Path]) -> Request:
         try:
             found = learn(record, request)
         except (KeyError, TypeError, AttributeError) as error:
-            raise ConfigError(f"--calibrate: the line {name} lacks an entry: {type(error).__name__} {error}.") from error
+            raise ConfigError(
+                f"--calibrate: the line {name} lacks an entry: {type(error).__name__} {error}."
+            ) from error
         if found:
             said = f"{name} ({', '.join(f'{field} {value:.3g}' for field, value in found.items())})"
-            request = request._replace(speeds=request.speeds._replace(**found, measured=(*request.speeds.measured, said)))
+            request = request._replace(
+                speeds=request.speeds._replace(**found, measured=(*request.speeds.measured, said))
+            )
     if not request.speeds.measured:
         raise ConfigError(
             "--calibrate found no line about this recipe: step (bf16, this model), teacher or assign (this teacher), loader, "
@@ -145,9 +187,21 @@ def calibrate(request: Request, paths: list[Path]) -> Request:
     return request
 
 
-def report(request: Request, found: dict[str, Any], advice: list[tuple[str, dict[str, Any]]], curve: list[dict[str, Any]]) -> str:
-    cluster, config, gflop, step = request.cluster, request.config, found["gflop_per_image"], found["step_seconds"]
-    parts = ", ".join(f"{name} {1e3 * value:.1f}" for name, value in step.items() if name != "total" and value > 5e-5)
+def report(
+    request: Request,
+    found: dict[str, Any],
+    advice: list[tuple[str, dict[str, Any]]],
+    curve: list[dict[str, Any]],
+) -> str:
+    cluster, config, gflop, step = (
+        request.cluster,
+        request.config,
+        found["gflop_per_image"],
+        found["step_seconds"],
+    )
+    parts = ", ".join(
+        f"{name} {1e3 * value:.1f}" for name, value in step.items() if name != "total" and value > 5e-5
+    )
     speed = found["images_per_second"]
     held = [f"  {name:<20}{value:8.2f} GiB" for name, value in found["memory_gib"].items() if value >= 0.005]
     text = [
@@ -191,19 +245,31 @@ def positive(kind: type) -> Any:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", required=True, metavar="YAML", help="a recipe")
     parser.add_argument("--gpu", required=True, help=", ".join(GPUS))
     parser.add_argument("--nodes", type=positive(int), default=1)
     parser.add_argument("--gpus_per_node", type=positive(int), default=8)
-    parser.add_argument("--engine", default=REPOSITORY / "ds_configs/zero2.json", metavar="JSON", help="default: ZeRO-2")
-    parser.add_argument("--images", type=positive(int), default=1_281_167, help="in the data set; default: ImageNet-1k's")
+    parser.add_argument(
+        "--engine", default=REPOSITORY / "ds_configs/zero2.json", metavar="JSON", help="default: ZeRO-2"
+    )
+    parser.add_argument(
+        "--images", type=positive(int), default=1_281_167, help="in the data set; default: ImageNet-1k's"
+    )
     parser.add_argument("--image_kbyte", type=positive(float), default=110, help="mean size of a file")
-    parser.add_argument("--link_gbit", type=positive(float), default=400, help="Gbit/s of a node, all its adapters together")
+    parser.add_argument(
+        "--link_gbit", type=positive(float), default=400, help="Gbit/s of a node, all its adapters together"
+    )
     parser.add_argument("--storage_gbyte_s", type=positive(float), default=2, help="GB/s that a node reads")
-    parser.add_argument("--calibrate", nargs="+", type=Path, default=[], metavar="JSON", help="lines of tools/benchmark.py")
+    parser.add_argument(
+        "--calibrate", nargs="+", type=Path, default=[], metavar="JSON", help="lines of tools/benchmark.py"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON line")
-    parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="settings that replace the recipe's")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="a.b=value", help="settings that replace the recipe's"
+    )
     return parser.parse_intermixed_args(argv)
 
 
@@ -214,9 +280,17 @@ def main() -> int:
             raise ConfigError(f"--gpu {arguments.gpu} is not known; there are: {', '.join(GPUS)}.")
         config = load_config(arguments.config, arguments.overrides)
         check_method(config)
-        gpu, fixed = GPUS[arguments.gpu], any(word.startswith("train.micro_batch_size=") for word in arguments.overrides)
+        gpu, fixed = (
+            GPUS[arguments.gpu],
+            any(word.startswith("train.micro_batch_size=") for word in arguments.overrides),
+        )
         cluster = Cluster(
-            gpu, arguments.nodes, arguments.gpus_per_node, arguments.link_gbit, arguments.storage_gbyte_s, arguments.image_kbyte
+            gpu,
+            arguments.nodes,
+            arguments.gpus_per_node,
+            arguments.link_gbit,
+            arguments.storage_gbyte_s,
+            arguments.image_kbyte,
         )
         engine, speeds = load_deepspeed_config(arguments.engine), Speeds(gpu.share, gpu.share)
         request = Request(config, engine, cluster, arguments.images, speeds, fixed)

@@ -95,7 +95,9 @@ def curve_charts(records: list[Record]) -> list[dict[str, Any]]:
             steps, values = found[i][name][key]
             colour = SERIES[(i if len(records) > 1 else k) % COLOURS]
             marker = "o" if len(steps) <= 12 else None
-            chart.axes.plot(steps, values, color=colour, linestyle=DASHES[k % 4], marker=marker, markersize=2.5)
+            chart.axes.plot(
+                steps, values, color=colour, linestyle=DASHES[k % 4], marker=marker, markersize=2.5
+            )
             ends = f"{number(values[0])} at step {steps[0]}, {number(values[-1])} at step {steps[-1]}"
             says.append(f"run {i + 1}, {key.replace('_', ' ')}: {ends}")
         keys = dict.fromkeys(key[len(name) :].strip("_") for _, _, key in lines)
@@ -121,7 +123,9 @@ def map_of_ids(ids: Tensor) -> np.ndarray:
 def heat(values: Tensor, low: float, high: float) -> np.ndarray:
     """[L] as colours of the square grid: dark at `low`, bright at `high`, grey where there is none."""
     grid = values.reshape(-1, math.isqrt(len(values))).double().numpy()
-    colours = matplotlib.colormaps["viridis"](np.clip((grid - low) / max(high - low, 1e-12), 0, 1), bytes=True)[..., :3]
+    colours = matplotlib.colormaps["viridis"](
+        np.clip((grid - low) / max(high - low, 1e-12), 0, 1), bytes=True
+    )[..., :3]
     return np.where(np.isnan(grid)[..., None], np.uint8(NOT_PREDICTED), colours)
 
 
@@ -148,14 +152,19 @@ def token_maps(sample: Sample, trained: Trained, shown: int, colour: str) -> dic
     for i in range(min(shown, len(sample.views))):
         tiles = [("crop", sample.views[i].numpy())]
         if sample.prediction is not None:
-            tiles += [("true ids", map_of_ids(sample.ids[i])), ("predicted", map_of_ids(sample.prediction[i]))]
+            tiles += [
+                ("true ids", map_of_ids(sample.ids[i])),
+                ("predicted", map_of_ids(sample.prediction[i])),
+            ]
         if sample.hit is not None:
             tiles.append(("right or wrong", verdicts(sample, i)))
         if sample.distance is not None:
             tiles.append(("distance", heat(sample.distance[i], low, high)))
         note = ", ".join(f"{name} {score(name, by_image[name][i])}" for name in scores)
         tiles = [{"name": name, "source": picture(pixels)} for name, pixels in tiles]
-        images.append({"name": report.relative_name(trained.index, int(sample.index[i])), "tiles": tiles, "note": note})
+        images.append(
+            {"name": report.relative_name(trained.index, int(sample.index[i])), "tiles": tiles, "note": note}
+        )
     means = {name: score(name, float(values[sample.mask].double().mean())) for name, values in scores.items()}
     found = {
         "images": images, "means": means, "low": low, "high": high, "size": len(sample.views), "partly": not sample.mask.all(),
@@ -173,7 +182,10 @@ def rank_chart(sample: Sample, scores: dict[str, Tensor], colour: str) -> dict[s
     chart.axes.set_ylim(bottom=0)
     chart.axes.legend(ncols=len(scores))
     rows = [(rank, *(values[k] for values in columns.values())) for k, rank in enumerate(ranks)]
-    says = ", ".join(f"{name} {values[0]:.3f} at the first, {values[-1]:.3f} at the last" for name, values in columns.items())
+    says = ", ".join(
+        f"{name} {values[0]:.3f} at the first, {values[-1]:.3f} at the last"
+        for name, values in columns.items()
+    )
     return {"by_rank": rows, "rank_chart": chart.svg(f"Mean by predicted rank: {says}.")}
 
 
@@ -188,10 +200,15 @@ def codebook(sample: Sample, trained: Trained, patches: int, colour: str) -> dic
     codes = []
     for code in report.codes_to_show(counts, CODES_SHOWN):
         places = report.patches_of(sample, code, patches)
-        tiles = [report.surroundings(sample.views[i], patch, trained.config.model.patch_size) for i, patch in places]
+        tiles = [
+            report.surroundings(sample.views[i], patch, trained.config.model.patch_size)
+            for i, patch in places
+        ]
         key = picture(map_of_ids(sample.ids.new_tensor([code])))
         codes.append({"code": code, "count": int(counts[code]), "key": key, "tiles": map(picture, tiles)})
-    says = f"Use of {len(counts)} codes by {counts.sum()} patches: {counts.max()} at most, {dead} codes by none."
+    says = (
+        f"Use of {len(counts)} codes by {counts.sum()} patches: {counts.max()} at most, {dead} codes by none."
+    )
     return {
         "svg": chart.svg(says), "dead": dead, "vocab_size": len(counts), "patches": int(counts.sum()), "codes": codes,
         "nearest": sample.code_distance is not None,
@@ -202,7 +219,9 @@ def attention_maps(trained: Trained, shown: int) -> list[dict[str, Any]]:
     views, maps = report.attention(trained, shown)
     found = []
     for view, heads in zip(views, maps):
-        mean, *each = [picture(heat(head, head.min().item(), head.max().item())) for head in (heads.mean(dim=0), *heads)]
+        mean, *each = [
+            picture(heat(head, head.min().item(), head.max().item())) for head in (heads.mean(dim=0), *heads)
+        ]
         share = heads.mean(dim=0) / heads.mean()
         note = f"mean of heads: {share.min():.2f} to {share.max():.2f} times the average patch's"
         found.append({"view": picture(view.numpy()), "mean": mean, "heads": each, "note": note})
@@ -211,12 +230,22 @@ def attention_maps(trained: Trained, shown: int) -> list[dict[str, Any]]:
 
 def look_inside(record: Record, arguments: argparse.Namespace, colour: str) -> dict[str, Any]:
     """What is computed from the newest checkpoint; in the place of a part that can't be, the sentence that says why."""
-    found: dict[str, Any] = {"step": None, "tokens": None, "codebook": None, "attention": None, "why": "", "why_target": ""}
+    found: dict[str, Any] = {
+        "step": None,
+        "tokens": None,
+        "codebook": None,
+        "attention": None,
+        "why": "",
+        "why_target": "",
+    }
     try:
         trained = report.open_trained(record.folder)
         if trained is None:
             return found | {"why": "The run has no checkpoint yet."}
-        found |= {"step": trained.checkpoint.run["step"], "attention": attention_maps(trained, arguments.images)}
+        found |= {
+            "step": trained.checkpoint.run["step"],
+            "attention": attention_maps(trained, arguments.images),
+        }
     except MISTAKES as error:
         return found | {"why": str(error)}
     try:
@@ -241,8 +270,16 @@ def facts(record: Record) -> list[tuple[str, str]]:
         epochs = config.get("train", {}).get("epochs", "unknown")
         found.append(("step", f"{last['step']}, epoch {number(last.get('epoch'))} of {epochs}"))
     wanted = ("loss", "token_accuracy", "match_accuracy", "cosine", "val_top1")
-    for name in [*(name for name in wanted if name in last), *sorted(name for name in last if name.endswith("accuracy_percent"))]:
-        found.append((name.removesuffix("_percent").replace("_", " "), number(last[name]) + " %" * name.endswith("_percent")))
+    for name in [
+        *(name for name in wanted if name in last),
+        *sorted(name for name in last if name.endswith("accuracy_percent")),
+    ]:
+        found.append(
+            (
+                name.removesuffix("_percent").replace("_", " "),
+                number(last[name]) + " %" * name.endswith("_percent"),
+            )
+        )
     speeds = [line["images_per_second"] for line in lines if "images_per_second" in line]
     found += [("images per second", f"{number(statistics.median(speeds))} (median)")] if speeds else []
     found.append(("unreadable images", str(len(record.quarantined))))
@@ -267,7 +304,10 @@ def render(records: list[Record], arguments: argparse.Namespace) -> str:
             }
         )  # fmt: skip
     versions = [record.environment.get("versions", {}) for record in records]
-    packages = {name: [found.get(name, "") for found in versions] for name in sorted({n for found in versions for n in found})}
+    packages = {
+        name: [found.get(name, "") for found in versions]
+        for name in sorted({n for found in versions for n in found})
+    }
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
@@ -287,12 +327,24 @@ def positive(text: str) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the folder that a run writes to")
     parser.add_argument("--out", required=True, type=Path, metavar="HTML", help="the page to write")
-    parser.add_argument("--images", type=positive, default=8, metavar="N", help="images shown with their maps (default 8)")
-    parser.add_argument("--sample", type=positive, default=256, metavar="N", help="images that figures are of (default 256)")
-    parser.add_argument("--patches", type=positive, default=12, metavar="N", help="nearest patches shown of a code (default 12)")
+    parser.add_argument(
+        "--images", type=positive, default=8, metavar="N", help="images shown with their maps (default 8)"
+    )
+    parser.add_argument(
+        "--sample", type=positive, default=256, metavar="N", help="images that figures are of (default 256)"
+    )
+    parser.add_argument(
+        "--patches",
+        type=positive,
+        default=12,
+        metavar="N",
+        help="nearest patches shown of a code (default 12)",
+    )
     arguments = parser.parse_args()
     try:
         records = [report.read_record(folder) for folder in arguments.runs]

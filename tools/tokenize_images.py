@@ -39,11 +39,23 @@ NUMERIC = ("teacher.precision",)
 
 def parse(argv: list[str]) -> tuple[Config, int]:
     """The settings and N of --check, 0 without."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, metavar="YAML", help="a recipe, e.g. mapet_ds/recipes/mapet_vitb16.yaml")
-    parser.add_argument("--check", type=int, default=0, metavar="N", help="write nothing; compare N images of a finished folder")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--config", required=True, metavar="YAML", help="a recipe, e.g. mapet_ds/recipes/mapet_vitb16.yaml"
+    )
+    parser.add_argument(
+        "--check",
+        type=int,
+        default=0,
+        metavar="N",
+        help="write nothing; compare N images of a finished folder",
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="settings that replace the recipe's")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="a.b=value", help="settings that replace the recipe's"
+    )
     arguments = parser.parse_intermixed_args(argv)
     try:
         config = load_config(arguments.config, arguments.overrides)
@@ -59,7 +71,9 @@ def parse(argv: list[str]) -> tuple[Config, int]:
         if arguments.check or (folder / "ids.json").exists():
             StoredIds(folder).check(config, NUMERIC if arguments.check else ())
         elif folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-            raise ConfigError(f"tokenizer.ids = {folder} is something else, and not empty: name another folder.")
+            raise ConfigError(
+                f"tokenizer.ids = {folder} is something else, and not empty: name another folder."
+            )
         else:
             IdsWriter.make_folder(folder)
         return config, arguments.check
@@ -100,13 +114,18 @@ def tokenize(
     for step in tqdm(range(first // per_step, -(-last // per_step)), "ids", disable=silent, unit="batch"):
         batch = next(loader)
         ids = tokenizer(batch.teacher_images.to(ranks.device)).cpu().numpy()
-        if ids.shape[1] != config.num_patches or not 0 <= ids.min() <= ids.max() < config.tokenizer.vocab_size:
+        if (
+            ids.shape[1] != config.num_patches
+            or not 0 <= ids.min() <= ids.max() < config.tokenizer.vocab_size
+        ):
             raise ConfigError(
                 f"The tokenizer gives {ids.shape[1]} ids of {ids.min()} .. {ids.max()} for an image; {config.num_patches} of "
                 f"0 .. {config.tokenizer.vocab_size - 1} are wanted."
             )
         pieces: Any = [None] * ranks.world_size if ranks.rank == 0 else None
-        dist.gather_object((batch.index.numpy(), ids.astype("<u2"), dict(loader.new_bad())), pieces, group=ranks.control)
+        dist.gather_object(
+            (batch.index.numpy(), ids.astype("<u2"), dict(loader.new_bad())), pieces, group=ranks.control
+        )
         if pieces:
             indices, rows, found = zip(*pieces, strict=True)
             unreadable = {i: reason for bad in found for i, reason in bad.items()}
@@ -134,9 +153,15 @@ def write(config: Config, ranks: Ranks) -> None:
         if ranks.rank == 0:
             print(f"Nothing is left to do: {folder} is whole.")
         return
-    index = ranks.first_then_all(lambda: open_index(config.data.train, IdsWriter.make_folder(folder) / "index"))
+    index = ranks.first_then_all(
+        lambda: open_index(config.data.train, IdsWriter.make_folder(folder) / "index")
+    )
     tokenizer = build_tokenizer(config, ranks.device)
-    about = {"settings": settings_of(config), "identity": tokenizer.identity, "fingerprint": index.fingerprint}
+    about = {
+        "settings": settings_of(config),
+        "identity": tokenizer.identity,
+        "fingerprint": index.fingerprint,
+    }
     writer = IdsWriter(folder, about, len(index), config.num_patches) if ranks.rank == 0 else None
     place = [writer.done if writer else 0]
     dist.broadcast_object_list(place, src=0, group=ranks.control)
@@ -176,9 +201,15 @@ def compare(config: Config, ranks: Ranks, number: int) -> None:
     number, images, ids, differing = min(number, len(index)), 0, 0, 0
     for rows in tokenize(config, index, tokenizer, ranks, 0, number, in_order=False):
         changed = rows.ids[: number - rows.first] != stored.rows[rows.index[: number - rows.first]]
-        images, ids, differing = images + int(changed.any(axis=1).sum()), ids + changed.size, differing + int(changed.sum())
+        images, ids, differing = (
+            images + int(changed.any(axis=1).sum()),
+            ids + changed.size,
+            differing + int(changed.sum()),
+        )
     if ranks.rank == 0:
-        print(f"{differing} of {ids} ids differ ({100 * differing / ids:.3g} %), in {images} of {number} images.")
+        print(
+            f"{differing} of {ids} ids differ ({100 * differing / ids:.3g} %), in {images} of {number} images."
+        )
 
 
 def main() -> int:

@@ -38,11 +38,15 @@ def load_deepspeed_config(path: str | Path) -> dict[str, Any]:
             raise ConfigError(f"{path} sets {key}, which belongs to the recipe: use {OWNED_KEYS[key]} there.")
         if key not in ENGINE_KEYS:
             close = difflib.get_close_matches(key, ENGINE_KEYS, n=1)
-            raise ConfigError(f"{path} sets {key}, which is not an engine knob{f' (meant {close[0]}?)' if close else ''}.")
+            raise ConfigError(
+                f"{path} sets {key}, which is not an engine knob{f' (meant {close[0]}?)' if close else ''}."
+            )
     zero = engine.get("zero_optimization", {})
     if not isinstance(zero, dict) or zero.get("stage") not in (1, 2, 3):
         raise ConfigError(f"{path}: zero_optimization.stage must be 1, 2 or 3.")
     for key in ("offload_optimizer", "offload_param"):
         if key in zero:
-            raise ConfigError(f"{path} sets zero_optimization.{key}: offloading uses an Adam that can't resume exactly.")
+            raise ConfigError(
+                f"{path} sets zero_optimization.{key}: offloading uses an Adam that can't resume exactly."
+            )
     return engine

@@ -48,7 +48,9 @@ def _knobs_of(settings: type, prefix: str = "") -> dict[str, Knob]:
         owners = [each.__pydantic_fields__ for each in settings.__mro__ if dataclasses.is_dataclass(each)]
         texts = [fields[name].description for fields in owners if name in fields and fields[name].description]
         default = field.get_default(call_default_factory=True)
-        found[prefix + name] = Knob(_type(field.annotation, field.metadata), default, " ".join("".join(texts[:1]).split()))
+        found[prefix + name] = Knob(
+            _type(field.annotation, field.metadata), default, " ".join("".join(texts[:1]).split())
+        )
     return found
 
 

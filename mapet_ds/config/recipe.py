@@ -24,14 +24,14 @@ class RecipeLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value]
         if twice := [key for key in keys if keys.count(key) > 1]:
-            raise yaml.constructor.ConstructorError(None, None, f"the key {twice[0]} is there twice", node.start_mark)
+            raise yaml.constructor.ConstructorError(
+                None, None, f"the key {twice[0]} is there twice", node.start_mark
+            )
         return super().construct_mapping(node, deep)
 
 
 RecipeLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"),
-    list("-+0123456789"),
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
 )
 
 
@@ -47,12 +47,16 @@ def _read_recipe(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"The recipe {path} can't be read: {error}. Shipped ones: mapet_ds/recipes/.") from error
+        raise ConfigError(
+            f"The recipe {path} can't be read: {error}. Shipped ones: mapet_ds/recipes/."
+        ) from error
     recipe = _parse_yaml(text, f"The recipe {path}")
     if recipe is None:
         return {}
     if not isinstance(recipe, dict):
-        raise ConfigError(f"The recipe {path} must be a mapping of keys to values, not {type(recipe).__name__}.")
+        raise ConfigError(
+            f"The recipe {path} must be a mapping of keys to values, not {type(recipe).__name__}."
+        )
     return recipe
 
 
@@ -85,18 +89,26 @@ def _sentence(error: Any, recipe: str, overridden: set[str], cls: type[RunConfig
     value = json.dumps(error["input"], default=str)
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         known = known_keys(cls)
-        close = [name for name in known if name.endswith(f".{key}")] or difflib.get_close_matches(key, known, n=1)
+        close = [name for name in known if name.endswith(f".{key}")] or difflib.get_close_matches(
+            key, known, n=1
+        )
         hint = f"; did you mean {' or '.join(close)}?" if close else ". --knobs lists them all."
         return f"{key} = {value} (from {source}) is not a knob{hint}"
     if error["type"] == "missing":
         return f"{key.rpartition('.')[0]} = {value} (from {source}) has too few values."
     if isinstance(error["input"], list) and key.endswith(("img_size", "patch_size")):
         return f"{key} = {value} (from {source}): views and patches are square; give one number, the side in pixels."
-    says = error["msg"].replace("a valid array", "a list, e.g. [1, 2]").replace("an object", "a mapping of keys to values")
+    says = (
+        error["msg"]
+        .replace("a valid array", "a list, e.g. [1, 2]")
+        .replace("an object", "a mapping of keys to values")
+    )
     return f"{key} = {value} (from {source}): {says[0].lower()}{says[1:]}."
 
 
-def load_config(recipe: str | Path, overrides: list[str] | tuple[str, ...] = (), cls: type[Settings] = Config) -> Settings:
+def load_config(
+    recipe: str | Path, overrides: list[str] | tuple[str, ...] = (), cls: type[Settings] = Config
+) -> Settings:
     """The typed settings, a `cls`, of a recipe with `a.b=value` overrides on top. Not yet checked against each other.
 
     Raises:
@@ -107,8 +119,12 @@ def load_config(recipe: str | Path, overrides: list[str] | tuple[str, ...] = (),
     try:
         text = json.dumps(values)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"The recipe {recipe} holds a value that is no number, string or list: {error}.") from error
+        raise ConfigError(
+            f"The recipe {recipe} holds a value that is no number, string or list: {error}."
+        ) from error
     try:
         return pydantic.TypeAdapter(cls).validate_json(text)
     except pydantic.ValidationError as errors:
-        raise ConfigError("\n".join(_sentence(e, str(recipe), overridden, cls) for e in errors.errors())) from errors
+        raise ConfigError(
+            "\n".join(_sentence(e, str(recipe), overridden, cls) for e in errors.errors())
+        ) from errors

@@ -19,7 +19,10 @@ def _folder_rules(name: str, folder: str) -> Rules:
     example = f"{name}=/data/imagenet/{name.rpartition('.')[2]}"
     return [
         (not folder, f"{name} is empty: name the folder of images, {example}."),
-        (bool(folder) and not Path(folder).is_dir(), f"{name} = {folder} is not a folder that this host can see."),
+        (
+            bool(folder) and not Path(folder).is_dir(),
+            f"{name} = {folder} is not a folder that this host can see.",
+        ),
     ]
 
 
@@ -60,7 +63,10 @@ def _input_rules(config: Config) -> Rules:
             max(data.strong.jitter[:3]) >= 1 or data.strong.jitter[3] > 0.5,
             f"data.strong.jitter = {list(data.strong.jitter)}: brightness, contrast, saturation below 1, hue at most 0.5.",
         ),
-        (data.color_jitter >= 1, f"data.color_jitter = {data.color_jitter} would turn images black; stay below 1."),
+        (
+            data.color_jitter >= 1,
+            f"data.color_jitter = {data.color_jitter} would turn images black; stay below 1.",
+        ),
     ]
 
 
@@ -75,9 +81,14 @@ def _teacher_rules(config: Config) -> Rules:
             teacher.features != "tokens" and not plain,
             f"teacher.features = {teacher.features}, but {teacher.name} is not open_clip's own ViT: no ln_post.",
         ),
-        (not known_layer, f"teacher.layer = {teacher.layer}, but {teacher.name} has {layers} layers, 0 (first) to -1 (last)."),
         (
-            known_layer and grid not in (None, config.grid) and config.model.img_size % config.model.patch_size == 0,
+            not known_layer,
+            f"teacher.layer = {teacher.layer}, but {teacher.name} has {layers} layers, 0 (first) to -1 (last).",
+        ),
+        (
+            known_layer
+            and grid not in (None, config.grid)
+            and config.model.img_size % config.model.patch_size == 0,
             f"The teacher's grid is {grid} x {grid} (teacher.img_size = {teacher.img_size}, layer {teacher.layer} of "
             f"{teacher.name}) but the student's is {config.grid} x {config.grid}: each patch needs one target. Set "
             f"teacher.img_size={per_patch * config.grid}, or change the layer or the student's size.",
@@ -157,7 +168,12 @@ def check(config: Config, world_size: int) -> None:
     Raises:
         ConfigError: with one sentence per contradiction.
     """
-    refuse_broken(_input_rules(config) + _method_rules(config) + _run_rules(config, world_size) + _evaluate_rules(config))
+    refuse_broken(
+        _input_rules(config)
+        + _method_rules(config)
+        + _run_rules(config, world_size)
+        + _evaluate_rules(config)
+    )
 
 
 def check_method(config: Config) -> None:
@@ -171,7 +187,9 @@ def check_method(config: Config) -> None:
 
 def _method_rules(config: Config) -> Rules:
     if config.objective not in config.objectives:
-        raise ConfigError(f"objective = {config.objective} is not known; there are: {', '.join(config.objectives)}.")
+        raise ConfigError(
+            f"objective = {config.objective} is not known; there are: {', '.join(config.objectives)}."
+        )
     teacher = _teacher_rules(config) if config.method.uses_teacher(config) else []
     return teacher + _tokenizer_rules(config) + config.method.rules(config)
 
@@ -185,5 +203,3 @@ def check_finetune(config: FinetuneConfig, world_size: int) -> None:
     folders = _folder_rules("data.train", config.data.train) + _folder_rules("data.val", config.data.val)
     outside = [_outside_rule(config, "data.val", config.data.val)]
     refuse_broken(folders + config.rules() + _run_rules(config, world_size) + outside)
-
-

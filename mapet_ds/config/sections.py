@@ -316,7 +316,9 @@ class Config(RunConfig):
     @property
     def objectives(self) -> list[str]:
         """The objectives that there are: each has a section of its name."""
-        return [f.name for f in dataclasses.fields(self) if isinstance(getattr(self, f.name), ObjectiveConfig)]
+        return [
+            f.name for f in dataclasses.fields(self) if isinstance(getattr(self, f.name), ObjectiveConfig)
+        ]
 
     @property
     def idle_sections(self) -> set[str]:

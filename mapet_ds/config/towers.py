@@ -22,17 +22,23 @@ def teacher_model_config(name: str) -> dict[str, Any]:
     if name.startswith("local-dir:"):
         path = Path(name.removeprefix("local-dir:")) / "open_clip_config.json"
         if not path.is_file():
-            raise ConfigError(f"teacher.name = {name}: there is no {path}. tools/make_demo.py writes such a folder.")
+            raise ConfigError(
+                f"teacher.name = {name}: there is no {path}. tools/make_demo.py writes such a folder."
+            )
         try:
             model = json.loads(path.read_text())["model_cfg"]
             return {**model, "vision_cfg": dict(model["vision_cfg"])}
         except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{path} does not describe an open_clip model: {type(error).__name__} {error}.") from error
+            raise ConfigError(
+                f"{path} does not describe an open_clip model: {type(error).__name__} {error}."
+            ) from error
     folder = Path(importlib.util.find_spec("open_clip").submodule_search_locations[0]) / "model_configs"
     path = folder / f"{name}.json"
     if not path.is_file():
         close = difflib.get_close_matches(name, [p.stem for p in folder.glob("*.json")], n=3)
-        raise ConfigError(f"teacher.name = {name} is not an open_clip model; close: {', '.join(close) or 'none'}.")
+        raise ConfigError(
+            f"teacher.name = {name} is not an open_clip model; close: {', '.join(close) or 'none'}."
+        )
     return json.loads(path.read_text())
 
 

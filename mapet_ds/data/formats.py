@@ -33,7 +33,9 @@ def inspect(data: bytes) -> tuple[int, int]:
         if data.startswith(magic):
             break
     else:
-        raise BadImage(f"neither JPEG, PNG, WebP, BMP nor TIFF: {len(data)} bytes that begin with {data[:8]!r}")
+        raise BadImage(
+            f"neither JPEG, PNG, WebP, BMP nor TIFF: {len(data)} bytes that begin with {data[:8]!r}"
+        )
     try:
         width, height = parse(data)
     except (struct.error, IndexError) as error:
@@ -76,7 +78,9 @@ def _inspect_jpeg(data: bytes) -> tuple[int, int]:
         at += 2 + (data[at + 2] << 8 | data[at + 3])
     if size is None:
         raise BadImage("JPEG scan before its frame header")
-    if data.rfind(b"\xff\xd9", at) < 0:  # scans escape 0xFF, so this is none of their bytes, nor a thumbnail's end
+    if (
+        data.rfind(b"\xff\xd9", at) < 0
+    ):  # scans escape 0xFF, so this is none of their bytes, nor a thumbnail's end
         raise BadImage("JPEG cut off: no end marker after its scans")
     return size
 
@@ -131,7 +135,10 @@ TIFF_STRIPS_OR_TILES = (
 
 def _inspect_tiff(data: bytes) -> tuple[int, int]:
     try:
-        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data), formats=("TIFF",)) as image:
+        with (
+            warnings.catch_warnings(action="ignore"),
+            Image.open(io.BytesIO(data), formats=("TIFF",)) as image,
+        ):
             if image.mode not in TIFF_MODES:
                 raise BadImage(f"TIFF of a kind that is not decoded ({image.mode})")
             tags = image.tag_v2

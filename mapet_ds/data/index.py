@@ -141,10 +141,18 @@ def build_index(source: str | Path, folder: Path, classes: list[str] | None = No
     root = os.path.abspath(source)
     shards: list[bytes] = []
     found: list[str] = []
-    write_index(folder, root, _members(os.fsencode(root), shards, found), shards, found if classes is None else classes)
+    write_index(
+        folder,
+        root,
+        _members(os.fsencode(root), shards, found),
+        shards,
+        found if classes is None else classes,
+    )
 
 
-def write_index(folder: Path, root: str, members: Iterable[Member], shards: list[bytes], classes: list[str]) -> None:
+def write_index(
+    folder: Path, root: str, members: Iterable[Member], shards: list[bytes], classes: list[str]
+) -> None:
     """Write the index of these samples, which lie below `root`, into `folder`: whole or not at all, and with memory for none of
     them. `shards` and `classes` are looked at when the last sample has come; with shards and no classes, labels name themselves.
 
@@ -168,7 +176,9 @@ def write_index(folder: Path, root: str, members: Iterable[Member], shards: list
                 digest.update(member.path + b"\0" + struct.pack("<Q", member.length))
                 last_label = max(last_label, member.label)
         if not end:
-            raise DataError(f"{root} holds no image: looked in it and below for {_listing()} and for .tar shards.")
+            raise DataError(
+                f"{root} holds no image: looked in it and below for {_listing()} and for .tar shards."
+            )
         for name, path in raw.items():
             np.save(written / f"{name}.npy", np.memmap(path, kinds[name], "r"))
             path.unlink()
@@ -233,7 +243,9 @@ class Index:
     def empty_folders(self) -> list[str]:
         """Folders beside those of the classes: none of them holds a sample."""
         with os.scandir(self.root) as entries:
-            found = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+            found = sorted(
+                entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")
+            )
         return [] if self._shards else [name for name in found if name not in self.classes]
 
     def read(self, i: int) -> bytes:
@@ -285,7 +297,9 @@ class Index:
         except OSError:
             there = False
         if not there:
-            raise DataError(f"The folder {self.root} is gone or no longer mounted. Start the same command when it is back.")
+            raise DataError(
+                f"The folder {self.root} is gone or no longer mounted. Start the same command when it is back."
+            )
 
     def close(self) -> None:
         """Close the shards held open; reading opens them again."""

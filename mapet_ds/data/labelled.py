@@ -62,7 +62,12 @@ class EvaluationBatches(Batches):
     """A rank's share of a data set, in as many batches on each rank."""
 
     def __init__(
-        self, config: RunConfig, index: Index | Selection, transform: Callable[[Image.Image], Tensor], rank: int, world_size: int
+        self,
+        config: RunConfig,
+        index: Index | Selection,
+        transform: Callable[[Image.Image], Tensor],
+        rank: int,
+        world_size: int,
     ) -> None:
         self.index, self.transform, self.rank, self.world_size = index, transform, rank, world_size
         self.batch_size = config.train.micro_batch_size
@@ -132,17 +137,27 @@ def check_classes(train: Index, val: Index, section: str = "data", num_classes: 
                 "images into a sub-folder for each class, or a .cls beside each image of a tar shard."
             )
         present = np.bincount(labels, minlength=len(index.classes))
-        empty = [index.classes[i] for i in np.flatnonzero(present[: len(index.classes)] == 0)] + index.empty_folders()
+        empty = [
+            index.classes[i] for i in np.flatnonzero(present[: len(index.classes)] == 0)
+        ] + index.empty_folders()
         if empty or len(present) > len(index.classes):
-            what = f"class {', '.join(empty[:5])} has no image" if empty else f"label {len(present) - 1} names no class"
-            raise DataError(f"{name} = {index.root}: {what}. Add images, or take the class out of training and validation.")
+            what = (
+                f"class {', '.join(empty[:5])} has no image"
+                if empty
+                else f"label {len(present) - 1} names no class"
+            )
+            raise DataError(
+                f"{name} = {index.root}: {what}. Add images, or take the class out of training and validation."
+            )
     if differing := sorted(set(train.classes) ^ set(val.classes)):
         more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
         raise DataError(
             f"{train.root} and {val.root} must have the same classes; only in one of them: {', '.join(differing[:5])}{more}."
         )
     if train.classes != val.classes:
-        raise DataError(f"{train.root} and {val.root} number the same classes differently; pack both by the same order.")
+        raise DataError(
+            f"{train.root} and {val.root} number the same classes differently; pack both by the same order."
+        )
     if num_classes not in (None, len(train.classes)):
         raise DataError(
             f"data.num_classes = {num_classes}, but {train.root} has {len(train.classes)} classes "

@@ -40,7 +40,9 @@ def _jitter(image: Any, brightness: Any, contrast: Any, saturation: Any, hue: An
     return fn.color_twist(image, brightness=brightness, contrast=contrast, saturation=saturation, hue=hue)
 
 
-def _strengthen(image: Any, brightness: Any, contrast: Any, saturation: Any, hue: Any, sigma: Any, solarize: Any) -> Any:
+def _strengthen(
+    image: Any, brightness: Any, contrast: Any, saturation: Any, hue: Any, sigma: Any, solarize: Any
+) -> Any:
     """The colours of a strong view: jitter or grey, then blur, then solarisation, from the six values of a sample.
 
     Deviations from torchvision's and Pillow's, beside those of `_jitter`: grey is a saturation of 0, so it comes before
@@ -52,7 +54,9 @@ def _strengthen(image: Any, brightness: Any, contrast: Any, saturation: Any, hue
     return image ^ solarized * types.Constant(255, types.UINT8)  # pixel ^ 255 is 255 - pixel
 
 
-def _define(source: SampleSource, device: str, student: View | None, teacher: View | None, parallel: bool) -> list[Any]:
+def _define(
+    source: SampleSource, device: str, student: View | None, teacher: View | None, parallel: bool
+) -> list[Any]:
     """DALI's graph: decode the crop once, resize it to each view, change its colours, normalise."""
     jitter, strong = JITTER_NUMBERS * source.jitter, STRONG_VALUES * source.strong
     data, anchor, shape, mirror, index, *colours = fn.external_source(
@@ -130,8 +134,12 @@ class Loader:
         """
         gpu = use_gpu()
         if config.data.device == "gpu" and not gpu:
-            raise ConfigError("data.device = gpu, but torch sees no GPU on this host; set data.device=cpu or auto.")
-        self.device = torch.device("cuda", local_rank) if gpu and config.data.device != "cpu" else torch.device("cpu")
+            raise ConfigError(
+                "data.device = gpu, but torch sees no GPU on this host; set data.device=cpu or auto."
+            )
+        self.device = (
+            torch.device("cuda", local_rank) if gpu and config.data.device != "cpu" else torch.device("cpu")
+        )
         self._config, self._index, self._ranks, self._in_order = config, index, (rank, world_size), in_order
         self._student = View(config.model.img_size, config.data.mean, config.data.std) if student else None
         self._teacher = teacher
@@ -140,7 +148,9 @@ class Loader:
         self._alone = 0
         self._draws = None
         if draw:
-            places = (config.place(micro_step, rank, world_size) for micro_step in itertools.count(self._micro_step))
+            places = (
+                config.place(micro_step, rank, world_size) for micro_step in itertools.count(self._micro_step)
+            )
             self._draws = DrawsAhead(draw, places, config.train.micro_batch_size, config.data.prefetch)
         self._build(self._micro_step)
 
@@ -205,7 +215,9 @@ class Loader:
     def _run(self) -> tuple[Any, ...]:
         while True:
             try:
-                outputs = self._pipeline.run(*([torch.cuda.current_stream(self.device)] if self.device.type == "cuda" else []))
+                outputs = self._pipeline.run(
+                    *([torch.cuda.current_stream(self.device)] if self.device.type == "cuda" else [])
+                )
                 _refuse_placeholders(outputs)
                 self._alone = 0
                 return outputs
@@ -229,7 +241,9 @@ class Loader:
                 f"DALI failed on {self._alone} micro-batches in a row in whose images the CPU's decoder finds nothing wrong: "
                 f"{str(error).splitlines()[0]} If it is the GPU's decoder, data.device=cpu goes on without it."
             ) from error
-        logger.warning("Micro-batch %d is done again on the CPU: %s", self._micro_step, str(error).splitlines()[0])
+        logger.warning(
+            "Micro-batch %d is done again on the CPU: %s", self._micro_step, str(error).splitlines()[0]
+        )
         self._pipeline = None  # ends its workers; the source is used anew from here
         self._source.first_micro_step = self._micro_step
         outputs = self._pipeline_of("cpu", workers=0, prefetch=1).run()
@@ -275,5 +289,7 @@ class Loader:
     def _to_torch(self, view: Any) -> Tensor:
         images = torch.from_dlpack(view.as_tensor())
         if images.device == self.device:
-            return images.clone() if images.is_cuda else images  # on a GPU, memory that torch's streams know of
+            return (
+                images.clone() if images.is_cuda else images
+            )  # on a GPU, memory that torch's streams know of
         return images.to(self.device)

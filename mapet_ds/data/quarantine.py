@@ -43,7 +43,9 @@ class Quarantine:
             return
         self.known |= new.keys()
         # json.dumps, without its quotes, keeps any name on one line
-        self.lines += [f"{i}\t{json.dumps(self.index.path(i))[1:-1]}\t{reason}" for i, reason in sorted(new.items())]
+        self.lines += [
+            f"{i}\t{json.dumps(self.index.path(i))[1:-1]}\t{reason}" for i, reason in sorted(new.items())
+        ]
         self.written = len(self.lines)
         if ranks.rank == 0:
             try:
@@ -51,6 +53,9 @@ class Quarantine:
             except OSError as error:
                 self.written = 0
                 print(f"NOT WRITTEN yet, {self.path}: {error}.", file=sys.stderr, flush=True)
-            print(f"Unreadable and replaced: {len(new)} more, {len(self.known)} in all, listed in {self.path}.", flush=True)
+            print(
+                f"Unreadable and replaced: {len(new)} more, {len(self.known)} in all, listed in {self.path}.",
+                flush=True,
+            )
         if len(self.known) > allowed_bad(self.config, self.index):
             raise too_many_bad(self.config, self.index, sorted(self.known))

@@ -159,7 +159,15 @@ class SampleSource:
             sample = self.sample(self.first_micro_step + info.iteration, info.idx_in_batch)
         except DataError:
             nothing = Crop(0, 0, 1, 1, False)
-            sample = Sample(PLACEHOLDER, (1, 1), nothing, np.ones(JITTER_NUMBERS), np.ones(STRONG_VALUES, np.float32), -1, 0)
+            sample = Sample(
+                PLACEHOLDER,
+                (1, 1),
+                nothing,
+                np.ones(JITTER_NUMBERS),
+                np.ones(STRONG_VALUES, np.float32),
+                -1,
+                0,
+            )
         top, left, height, width, flip = sample.crop
         return (
             np.frombuffer(sample.data, np.uint8),
@@ -204,7 +212,10 @@ class SampleSource:
             step, slot = config.place(micro_step, self.rank, self.world_size)
             first = step * config.train.global_batch_size + slot
             epochs, places = np.divmod(np.arange(first, first + slots), len(self.index))
-            indices = [self.order.epoch_places(epoch, places[epochs == epoch]) for epoch in range(epochs[0], epochs[-1] + 1)]
+            indices = [
+                self.order.epoch_places(epoch, places[epochs == epoch])
+                for epoch in range(epochs[0], epochs[-1] + 1)
+            ]
             crops = draws.uniforms(config.seed, draws.Purpose.CROP, step, slot, slots, CROP_NUMBERS)
             jitter = draws.uniforms(config.seed, draws.Purpose.JITTER, step, slot, slots, JITTER_NUMBERS)
             factors = np.maximum(1 + config.data.color_jitter * (2 * jitter - 1), 0)

@@ -60,7 +60,9 @@ def settings_of(config: Config) -> dict[str, Any]:
         "tokenizer.name": config.tokenizer.name,
         "tokenizer.vocab_size": config.tokenizer.vocab_size,
         **teacher,
-        "the sha256 of tokenizer.path": hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None,
+        "the sha256 of tokenizer.path": hashlib.sha256(path.read_bytes()).hexdigest()
+        if path.is_file()
+        else None,
     }
 
 
@@ -71,7 +73,11 @@ def _partial(folder: Path) -> Path:
 def _difference(then: dict[str, Any], now: dict[str, Any], free: Iterable[str] = ()) -> str | None:
     """The first setting that differs, with both values. A tokenizer's file that isn't there now says nothing."""
     for name in sorted(then.keys() | now.keys()):
-        if name not in free and then.get(name) != now.get(name) and not (name.startswith("the sha256") and now[name] is None):
+        if (
+            name not in free
+            and then.get(name) != now.get(name)
+            and not (name.startswith("the sha256") and now[name] is None)
+        ):
             return f"{name} = {str(then.get(name))[:80]}, but this recipe has {str(now.get(name))[:80]}"
     return None
 
@@ -97,12 +103,18 @@ class StoredIds:
             self.settings, self.identity = description["settings"], description["identity"]
             self.fingerprint, self.unreadable = description["fingerprint"], description["unreadable"]
             self.sha256, self._chunk = description["sha256"], description["images_per_chunk"]
-            if size == 2 * self.images * self.num_patches and len(self.sha256) == -(-self.images // self._chunk):
+            if size == 2 * self.images * self.num_patches and len(self.sha256) == -(
+                -self.images // self._chunk
+            ):
                 rows = np.memmap(self.folder / "ids.bin", "<u2", "r", shape=(self.images, self.num_patches))
                 self.rows = rows.view(np.ndarray)
                 return
         except FileNotFoundError as error:
-            found = "is not finished" if _partial(self.folder).is_dir() and not self.folder.is_dir() else f"has no {error.filename}"
+            found = (
+                "is not finished"
+                if _partial(self.folder).is_dir() and not self.folder.is_dir()
+                else f"has no {error.filename}"
+            )
             raise ConfigError(
                 f"tokenizer.ids = {folder} {found}: tools/tokenize_images.py writes it; the same command goes on where it was."
             ) from error
@@ -195,7 +207,11 @@ class IdsWriter:
 
     def _go_on(self, found: dict[str, Any]) -> None:
         then, now = (
-            {**about["settings"], **flatten(about["identity"], "the tokenizer's "), "the index's fingerprint": about["fingerprint"]}
+            {
+                **about["settings"],
+                **flatten(about["identity"], "the tokenizer's "),
+                "the index's fingerprint": about["fingerprint"],
+            }
             for about in (found, self.about)
         )
         if difference := _difference(then, now):
@@ -205,7 +221,9 @@ class IdsWriter:
         self.unreadable = found["unreadable"]
         with self.path.open("rb") as file:
             for sha256 in found["sha256"]:
-                size = 2 * found["num_patches"] * min(self._chunk, self.images - len(self.sha256) * self._chunk)
+                size = (
+                    2 * found["num_patches"] * min(self._chunk, self.images - len(self.sha256) * self._chunk)
+                )
                 if hashlib.sha256(file.read(size)).hexdigest() != sha256:
                     break
                 self.sha256.append(sha256)

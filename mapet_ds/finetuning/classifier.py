@@ -69,7 +69,15 @@ def _create(model: ClassifierConfig, **arguments: Any) -> nn.Module:
     source = model.name or f"local-dir:{model.folder}"
     try:
         return timm.create_model(source, pretrained=False, **arguments)
-    except (RuntimeError, TypeError, ValueError, AssertionError, AttributeError, LookupError, OSError) as error:
+    except (
+        RuntimeError,
+        TypeError,
+        ValueError,
+        AssertionError,
+        AttributeError,
+        LookupError,
+        OSError,
+    ) as error:
         # timm checks what it is given here and there: an assertion, an argument that a class doesn't know, a key that isn't there
         raise ConfigError(
             f"timm can't build {source} with {arguments}: {type(error).__name__} {error}. Look at model.name, model.pool, "
@@ -115,7 +123,9 @@ def load_weights(vit: nn.Module, model: ClassifierConfig) -> list[str]:
         if not name.startswith((*heads, "norm.", "fc_norm.")) or wanted.get(name) == tuple(tensor.shape)
     }  # fmt: skip
     fresh = [name for name in wanted if name not in state and name.startswith((*heads, "fc_norm."))]
-    if wrong := mismatches({name: shape for name, shape in wanted.items() if name not in fresh}, shapes(state)):
+    if wrong := mismatches(
+        {name: shape for name, shape in wanted.items() if name not in fresh}, shapes(state)
+    ):
         raise ConfigError(
             f"{path} is of another architecture than {vit.pretrained_cfg['architecture']} here: {len(wrong)} tensors differ, e.g. "
             f"{'; '.join(wrong[:3])}."
@@ -126,7 +136,10 @@ def load_weights(vit: nn.Module, model: ClassifierConfig) -> list[str]:
 
 def start_identity(model: ClassifierConfig) -> dict[str, Any]:
     """What a run begins from: the sha256 of its weights and of the description of the model."""
-    files = {"weights": None if model.untrained else model.weights, "config": model.path and model.folder / "config.json"}
+    files = {
+        "weights": None if model.untrained else model.weights,
+        "config": model.path and model.folder / "config.json",
+    }
     return {name: checksum(path) for name, path in files.items() if path and path.is_file()}
 
 
@@ -145,21 +158,34 @@ class Labels(Constant):
 class AveragedLabels(MovingAverage, Labels):
     """The same, with a moving average of the classifier, which is evaluated and written instead."""
 
-    def __init__(self, model: Classifier, momentum: float, num_classes: int, identity: dict[str, Any]) -> None:
+    def __init__(
+        self, model: Classifier, momentum: float, num_classes: int, identity: dict[str, Any]
+    ) -> None:
         MovingAverage.__init__(self, model.eval(), momentum)
         Labels.__init__(self, num_classes, identity)
 
 
 def export_classifier(
-    config: FinetuneConfig, state: dict[str, Tensor], classes: list[str], data_config: dict[str, Any], out: Path
+    config: FinetuneConfig,
+    state: dict[str, Tensor],
+    classes: list[str],
+    data_config: dict[str, Any],
+    out: Path,
 ) -> None:
     """Write config.json and model.safetensors that timm.create_model("local-dir:OUT", pretrained=True) loads, class names
     included. For rank 0 only.
 
     state: fp32 weights by timm's names.
     """
-    vit = _create(config.model, num_classes=len(classes), global_pool=config.model.pool, img_size=config.model.img_size)
+    vit = _create(
+        config.model, num_classes=len(classes), global_pool=config.model.pool, img_size=config.model.img_size
+    )
     vit.load_state_dict(state)
-    vit.pretrained_cfg = {**vit.pretrained_cfg, "num_classes": len(classes), "label_names": classes, "tag": "finetune"}
+    vit.pretrained_cfg = {
+        **vit.pretrained_cfg,
+        "num_classes": len(classes),
+        "label_names": classes,
+        "tag": "finetune",
+    }
     with staged(out) as folder:
         save_for_hf(vit, folder, safe_serialization=True, data_config=data_config)

@@ -93,7 +93,9 @@ class TrainBatches(Batches):
         bad: Bad = []
         images, indices = zip(*(self._sample(step, slot, bad) for slot in slots), strict=True)
         images, labels = torch.stack(images), torch.tensor([self.index.label(i) for i in indices])
-        return LabelledBatch(images, self._mix(step, first, images, labels), torch.tensor(indices), bad, place)
+        return LabelledBatch(
+            images, self._mix(step, first, images, labels), torch.tensor(indices), bad, place
+        )
 
     def _sample(self, step: int, slot: int, bad: Bad) -> tuple[Tensor, int]:
         n = step * self.config.train.global_batch_size + slot
@@ -131,7 +133,9 @@ class TrainLoader:
         dataset = TrainBatches(config, index, transform, ranks.rank, ranks.world_size, bad)
         first = first_step * config.grad_accum_steps(ranks.world_size)
         self._batches = served(dataset, itertools.count(first), config.data.workers, ranks)
-        places = (config.place(micro_step, ranks.rank, ranks.world_size) for micro_step in itertools.count(first))
+        places = (
+            config.place(micro_step, ranks.rank, ranks.world_size) for micro_step in itertools.count(first)
+        )
         self._draws = DrawsAhead(draw, places, config.train.micro_batch_size, ahead=1)
 
     def __next__(self) -> LabelledBatch:

@@ -86,7 +86,9 @@ class Finetuning:
         """See Task. The classifier has loaded its weights already, and the target's identity names them."""
 
     def loader(self, step: int, bad: Collection[int]) -> TrainLoader:
-        return TrainLoader(self.config, self.index, self.transform, self.ranks, step, bad, self.objective.draw)
+        return TrainLoader(
+            self.config, self.index, self.transform, self.ranks, step, bad, self.objective.draw
+        )
 
     @torch.no_grad()
     def evaluate(self, engine: Any, doing: Callable[[str], None]) -> dict[str, float]:

@@ -76,7 +76,9 @@ class ConMIM(Objective):
     def project(self, images: Tensor, mask: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
         """images [B, 3, S, S] -> [B, L, target_dim] of length 1, fp32 or wider; BatchNorm sees the prefix tokens too."""
         prefix, patches, _ = embed(self.vit, images, mask, self.mask_token)
-        x = self.projector(run_blocks(self.vit, torch.cat([prefix, patches], dim=1), None, keep))[:, prefix.shape[1] :]
+        x = self.projector(run_blocks(self.vit, torch.cat([prefix, patches], dim=1), None, keep))[
+            :, prefix.shape[1] :
+        ]
         return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
 
     def forward(self, images: Tensor, target: Tensor, draw: Draw) -> Loss:

@@ -90,4 +90,3 @@ class MaPeT(Objective):
             metrics = {"token_accuracy": (predicted == target).float().mean(), **rank_quarters(losses)}
             prediction = torch.full_like(by_rank, -1).scatter(1, hidden, predicted)
         return Loss(loss, metrics, prediction)
-

@@ -46,7 +46,9 @@ class BlockMasked(Objective):
         config, place = self.config, (self.config.seed, step, first_slot, slots)
         min_block = max(1, round(16 / 196 * config.num_patches))
         mask = block_masks(*place, config.grid, self.masked.num_hidden(config), min_block, self.masked.exact)
-        return Draw(mask=torch.from_numpy(mask), order=None, keep=depth_uniforms(*place, len(self.vit.blocks)))
+        return Draw(
+            mask=torch.from_numpy(mask), order=None, keep=depth_uniforms(*place, len(self.vit.blocks))
+        )
 
     def rows(self, images: Tensor, draw: Draw) -> tuple[Tensor, Tensor, Tensor]:
         """What the ViT makes of n patches of each image [B, n, D], all hidden ones among them; which they are; whether hidden."""

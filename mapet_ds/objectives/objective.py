@@ -71,13 +71,18 @@ def token_losses(head: nn.Module, x: Tensor, ids: Tensor) -> tuple[Tensor, Tenso
 
     def score(x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         logits = head(x)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # bf16 can't tell 8192 logits apart
+        logits = logits.to(
+            torch.promote_types(logits.dtype, torch.float32)
+        )  # bf16 can't tell 8192 logits apart
         losses = F.cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="none").view(ids.shape)
         return losses, logits.detach().argmax(dim=-1)
 
     images = max(1, LOGITS // (ids.shape[1] * head.out_features))
     if images >= len(x):
         return score(x, ids)
-    parts = [checkpoint(score, *part, use_reentrant=False) for part in zip(x.split(images), ids.split(images), strict=True)]
+    parts = [
+        checkpoint(score, *part, use_reentrant=False)
+        for part in zip(x.split(images), ids.split(images), strict=True)
+    ]
     losses, predicted = (torch.cat(part) for part in zip(*parts, strict=True))
     return losses, predicted

@@ -48,9 +48,13 @@ class SAIM(Objective):
         depth, width = len(self.vit.blocks), self.vit.embed_dim
         queries = config.saim.query_depth or depth
         if self.vit.num_prefix_tokens != 1:
-            raise ConfigError("saim takes no register tokens: its streams are causal from the class token on (model.args).")
+            raise ConfigError(
+                "saim takes no register tokens: its streams are causal from the class token on (model.args)."
+            )
         if config.model.args.get("no_embed_class"):
-            raise ConfigError("saim gives the class token a position, of zero: leave no_embed_class out of model.args.")
+            raise ConfigError(
+                "saim gives the class token a position, of zero: leave no_embed_class out of model.args."
+            )
         if width % 4:
             raise ConfigError(f"saim's sin-cos positions need a width that is a multiple of 4, not {width}.")
         if depth % queries:

@@ -78,20 +78,35 @@ def _provenance(run: dict[str, Any], config: Config) -> dict[str, Any]:
         rows["tokenizer"] = f"{config.tokenizer.name}, {config.tokenizer.vocab_size} ids"
         rows["sha256 of the codebook"] = identity.get("target.codebook") or identity.get("target.sha256")
     rows["sha256 of the checkpoint"] = run["files"]["model.safetensors"]
-    rows["versions"] = ", ".join(f"{name} {version}" for name, version in sorted(run.get("versions", {}).items()))
+    rows["versions"] = ", ".join(
+        f"{name} {version}" for name, version in sorted(run.get("versions", {}).items())
+    )
     return {name: value for name, value in rows.items() if value not in (None, "")}
 
 
 def model_card(
-    run: dict[str, Any], config: Config, which: str, difference: float, license: str | None = None, repository: str | None = None
+    run: dict[str, Any],
+    config: Config,
+    which: str,
+    difference: float,
+    license: str | None = None,
+    repository: str | None = None,
 ) -> str:
     """README.md of an export, in the hub's format.
 
     run: run.json of the checkpoint; which: of its ViTs, student or momentum teacher; difference: as measured by the export;
     license: as the hub names it; repository: USER/NAME.
     """
-    rows = {"weights": which, **_provenance(run, config), "largest difference of timm's features to the run's": f"{difference:.3g}"}
-    settings = {key: value for key, value in run.get("identity", {}).items() if not key.startswith(("target.", "init_from."))}
+    rows = {
+        "weights": which,
+        **_provenance(run, config),
+        "largest difference of timm's features to the run's": f"{difference:.3g}",
+    }
+    settings = {
+        key: value
+        for key, value in run.get("identity", {}).items()
+        if not key.startswith(("target.", "init_from."))
+    }
     settings |= {"model.init_from": _last(config.model.init_from)}
     began = config.model.init_from or ""
     metadata = ModelCardData(
@@ -126,7 +141,9 @@ def check_hub(repository: str) -> None:
     if "/" not in repository:
         raise ConfigError(f"--push_to_hub {repository}: the hub names models USER/NAME; the user is missing.")
     if get_token() is None:
-        raise ConfigError("--push_to_hub needs a token that may write: `hf auth login` asks for one, or set HF_TOKEN.")
+        raise ConfigError(
+            "--push_to_hub needs a token that may write: `hf auth login` asks for one, or set HF_TOKEN."
+        )
 
 
 def push_to_hub(folder: Path, repository: str, private: bool) -> str:
@@ -138,7 +155,12 @@ def push_to_hub(folder: Path, repository: str, private: bool) -> str:
     api = HfApi(library_name="mapet_ds")
     try:
         url = api.create_repo(repository, private=private, exist_ok=True)
-        api.upload_folder(repo_id=url.repo_id, folder_path=folder, allow_patterns=list(FILES), commit_message="Export of mapet_ds")
+        api.upload_folder(
+            repo_id=url.repo_id,
+            folder_path=folder,
+            allow_patterns=list(FILES),
+            commit_message="Export of mapet_ds",
+        )
     except (HTTPError, OSError) as error:
         says = " ".join(str(error).split()) or type(error).__name__
         raise ConfigError(

@@ -71,11 +71,19 @@ def evaluation_data(config: Config) -> dict[str, Any]:
     """What timm's evaluation transform takes for a run's ViT: size, mean, std, interpolation, crop."""
     size, data = config.model.img_size, config.data
     crop_pct = 1.0 if data.crop == "center" else RANDOM_CROP_PCT
-    return {"input_size": (3, size, size), "mean": data.mean, "std": data.std, "interpolation": "bicubic", "crop_pct": crop_pct}
+    return {
+        "input_size": (3, size, size),
+        "mean": data.mean,
+        "std": data.std,
+        "interpolation": "bicubic",
+        "crop_pct": crop_pct,
+    }
 
 
 def _save(config: Config, state: dict[str, Tensor], arguments: dict[str, Any], folder: Path) -> None:
-    vit = timm.create_model(config.model.name, pretrained_cfg_overlay=NO_PROVENANCE | {"tag": config.objective}, **arguments)
+    vit = timm.create_model(
+        config.model.name, pretrained_cfg_overlay=NO_PROVENANCE | {"tag": config.objective}, **arguments
+    )
     try:
         vit.load_state_dict(state)
     except RuntimeError as error:
@@ -87,7 +95,9 @@ def _save(config: Config, state: dict[str, Tensor], arguments: dict[str, Any], f
 def feature_difference(vit: VisionTransformer, exported: VisionTransformer, img_size: int) -> float:
     """Largest absolute difference of `forward_features` on random images, in float64: of the functions, not
     of the kernels' rounding."""
-    images = torch.randn(2, 3, img_size, img_size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(
+        2, 3, img_size, img_size, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
     outputs = [model.eval().double().forward_features(images) for model in (vit, exported)]
     return (outputs[0] - outputs[1]).abs().max().item()
 
@@ -119,13 +129,17 @@ def export_timm(
     if checkpoint is None:
         runs = ", ".join(sorted({str(found.parent.parent) for found in path.glob("*/checkpoints/step_*")}))
         hint = f" It holds runs: {runs}." if runs else ""
-        raise ExportError(f"{path} is neither a run folder with checkpoints/step_* nor a checkpoint: nothing to export.{hint}")
+        raise ExportError(
+            f"{path} is neither a run folder with checkpoints/step_* nor a checkpoint: nothing to export.{hint}"
+        )
     config, state = read_vit(checkpoint, student)
     vit = build_vit(config.model)
     try:
         vit.load_state_dict(state)
     except RuntimeError as error:
-        raise ExportError(f"{checkpoint.path} doesn't hold the ViT that its run.json describes: {error}") from error
+        raise ExportError(
+            f"{checkpoint.path} doesn't hold the ViT that its run.json describes: {error}"
+        ) from error
     kept = state if layer_scale == "keep" else fold_layer_scale(state)
     with staged(out) as folder:
         _save(config, kept, timm_arguments(config, layer_scale), folder)
@@ -136,6 +150,12 @@ def export_timm(
                 f"Nothing was exported: timm's features differ from the run's own by {difference:.3g}, more "
                 f"than {TOLERANCE:g}, for {checkpoint.path} with layer_scale = {layer_scale}."
             )
-        which = "student" if student or "target.safetensors" not in checkpoint.run["files"] else "momentum teacher"
-        (folder / "README.md").write_text(model_card(checkpoint.run, config, which, difference, license, repository))
+        which = (
+            "student"
+            if student or "target.safetensors" not in checkpoint.run["files"]
+            else "momentum teacher"
+        )
+        (folder / "README.md").write_text(
+            model_card(checkpoint.run, config, which, difference, license, repository)
+        )
     return Export(out, checkpoint.path, config.model.name, difference)

@@ -30,7 +30,9 @@ def _tag_file(tag: str) -> str:
             repository = timm.get_pretrained_cfg(tag, allow_unregistered=False).hf_hub_id
             return hf_hub_download(repository, "model.safetensors")
         except (RuntimeError, HFValidationError) as error:
-            raise ConfigError(f"model.init_from = {TIMM}{tag}: timm has no such weights on Hugging Face's hub: {error}") from error
+            raise ConfigError(
+                f"model.init_from = {TIMM}{tag}: timm has no such weights on Hugging Face's hub: {error}"
+            ) from error
         except OSError as error:
             raise ConfigError(
                 f"model.init_from = {TIMM}{tag} can't be downloaded: {str(error).partition(chr(10))[0]} Fetch it where there is a "
@@ -45,10 +47,20 @@ def _described(name: str, path: Path, source: str) -> VisionTransformer:
     try:
         model = timm.create_model(name, pretrained=False)
     except UNREADABLE as error:
-        raise ConfigError(f"model.init_from = {source}: timm can't build it: {type(error).__name__} {error}.") from error
+        raise ConfigError(
+            f"model.init_from = {source}: timm can't build it: {type(error).__name__} {error}."
+        ) from error
     if type(model) is not VisionTransformer:
-        raise ConfigError(f"model.init_from = {source} is a {type(model).__name__}, and only timm's plain VisionTransformer fits.")
-    _refuse(mismatches(shapes(model.state_dict()), shapes(state := timm_weights(path, model, f"model.init_from = {source}"))), source)
+        raise ConfigError(
+            f"model.init_from = {source} is a {type(model).__name__}, and only timm's plain VisionTransformer fits."
+        )
+    _refuse(
+        mismatches(
+            shapes(model.state_dict()),
+            shapes(state := timm_weights(path, model, f"model.init_from = {source}")),
+        ),
+        source,
+    )
     model.load_state_dict(state)
     return model
 
@@ -84,7 +96,13 @@ def begin_from(vit: VisionTransformer, config: Config) -> tuple[str, list[str]]:
     """
     source, notes, size = config.model.init_from, [], (config.model.img_size, config.model.patch_size)
     tag, folder = source.removeprefix(TIMM), Path(source)
-    path = Path(_tag_file(tag)) if source.startswith(TIMM) else folder / "model.safetensors" if folder.is_dir() else folder
+    path = (
+        Path(_tag_file(tag))
+        if source.startswith(TIMM)
+        else folder / "model.safetensors"
+        if folder.is_dir()
+        else folder
+    )
     own = _figures(vit)
     if path == folder:  # of a file alone neither heads nor activation are known
         state = timm_weights(path, vit, f"model.init_from = {source}")
@@ -95,22 +113,30 @@ def begin_from(vit: VisionTransformer, config: Config) -> tuple[str, list[str]]:
         given, was = _figures(model), (model.patch_embed.img_size[0], model.patch_embed.patch_size[0])
         if was != size:
             model.set_input_size(size[0], size[1])
-            notes.append(f"resampled from {was[0]} px in patches of {was[1]} to {size[0]} px in patches of {size[1]}")
+            notes.append(
+                f"resampled from {was[0]} px in patches of {was[1]} to {size[0]} px in patches of {size[1]}"
+            )
         for name in ("mean", "std"):
             if (used := tuple(model.pretrained_cfg[name])) != (here := getattr(config.data, name)):
                 notes.append(f"data.{name} = {list(here)}, but it has learnt with {list(used)}")
         state = model.state_dict()
     if differing := [name for name in given if given[name] != own[name]]:
         told = [", ".join(f"{name} {figures[name]}" for name in differing) for figures in (given, own)]
-        raise ConfigError(f"model.init_from = {source} has {told[0]}; model.name = {config.model.name} has here {told[1]}.")
+        raise ConfigError(
+            f"model.init_from = {source} has {told[0]}; model.name = {config.model.name} has here {told[1]}."
+        )
     sha256, all_nodes = once_per_node(lambda: checksum(path))
     if len(set(all_nodes)) > 1:
-        raise ConfigError(f"model.init_from = {source}: the nodes read different weights; give all of them the same file.")
+        raise ConfigError(
+            f"model.init_from = {source}: the nodes read different weights; give all of them the same file."
+        )
     vit.load_state_dict(_adapted(state, vit, source, notes))
     return sha256, notes
 
 
-def _adapted(state: dict[str, Tensor], vit: VisionTransformer, source: str, notes: list[str]) -> dict[str, Tensor]:
+def _adapted(
+    state: dict[str, Tensor], vit: VisionTransformer, source: str, notes: list[str]
+) -> dict[str, Tensor]:
     """The state that this ViT needs for the source's function; adds to the notes."""
     fresh = vit.state_dict()
     if "fc_norm.weight" in state and "norm.weight" not in state:

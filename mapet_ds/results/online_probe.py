@@ -42,7 +42,9 @@ class OnlineProbe:
         indices = [
             trained_on
             if root == config.data.train
-            else ranks.first_then_all(lambda root=root, name=name: open_index(root, folder / f"index_evaluate_{name}"))
+            else ranks.first_then_all(
+                lambda root=root, name=name: open_index(root, folder / f"index_evaluate_{name}")
+            )
             for name, root in roots.items()
         ]
         check_classes(*indices, section="evaluate")
@@ -53,7 +55,9 @@ class OnlineProbe:
                 f"{len(self.train.classes)} classes: name a folder with at least {least}, and as many in evaluate.max_images."
             )
 
-    def __call__(self, weights: Iterable[tuple[str, Tensor]], doing: Callable[[str], None]) -> dict[str, float]:
+    def __call__(
+        self, weights: Iterable[tuple[str, Tensor]], doing: Callable[[str], None]
+    ) -> dict[str, float]:
         """knn_accuracy_percent and linear_accuracy_percent, on rank 0; nothing on the others, which wait for it.
 
         weights: by the names of an objective, of which all are taken, and its `vit` used; doing: told what goes on. No random
@@ -76,7 +80,9 @@ class OnlineProbe:
             figures["knn_accuracy_percent"] = knn(
                 unit_length(train), train_labels, unit_length(val), val_labels, on_gpus=False  # they are full of training
             )  # fmt: skip
-            found = linear_sgd(*sets, LEARNING_RATES, batch_norm=True, seed=self.config.seed, device=self.ranks.device)
+            found = linear_sgd(
+                *sets, LEARNING_RATES, batch_norm=True, seed=self.config.seed, device=self.ranks.device
+            )
             figures["linear_accuracy_percent"] = found.accuracy
         dist.barrier(self.ranks.control)
         doing("going on after an evaluation")
@@ -91,7 +97,9 @@ class OnlineProbe:
         dataset = EvaluationBatches(self.config, images, transform, ranks.rank, ranks.world_size)
 
         def batches() -> Iterator[tuple[Tensor, Tensor]]:
-            for number, batch in enumerate(served(dataset, range(len(dataset)), self.config.data.workers, ranks)):
+            for number, batch in enumerate(
+                served(dataset, range(len(dataset)), self.config.data.workers, ranks)
+            ):
                 doing(f"evaluating batch {number} of {len(dataset)}")
                 bad.extend(batch.bad)
                 yield batch.images, batch.label
@@ -102,6 +110,8 @@ class OnlineProbe:
         for share in shares:
             parts = [torch.empty_like(share) for _ in range(ranks.world_size)] if ranks.rank == 0 else None
             dist.gather(share, parts, group=ranks.control)
-            whole.append(torch.stack(parts, dim=1).flatten(0, 1) if parts else share[:0])  # image i was rank i % world_size's
+            whole.append(
+                torch.stack(parts, dim=1).flatten(0, 1) if parts else share[:0]
+            )  # image i was rank i % world_size's
         found, labels = whole
         return found[labels >= 0].numpy(), labels[labels >= 0].numpy()

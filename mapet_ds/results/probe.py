@@ -28,7 +28,9 @@ BATCH_SIZE = 256
 """Of the linear probe by SGD: passes over the features; rates that are tried; images an update."""
 
 
-def load_timm(path: Path, architecture: str | None = None, untrained: bool = False, seed: int = 0) -> VisionTransformer:
+def load_timm(
+    path: Path, architecture: str | None = None, untrained: bool = False, seed: int = 0
+) -> VisionTransformer:
     """A timm ViT for evaluation: a folder of config.json and model.safetensors, or weights and a name.
 
     untrained: the same architecture with fresh weights drawn from `seed`; no weights are read.
@@ -41,7 +43,9 @@ def load_timm(path: Path, architecture: str | None = None, untrained: bool = Fal
     try:
         if (folder / "config.json").is_file():
             if not untrained and not (folder / "model.safetensors").is_file():
-                raise ConfigError(f"--model {path}: there are no weights, {folder / 'model.safetensors'} is missing.")
+                raise ConfigError(
+                    f"--model {path}: there are no weights, {folder / 'model.safetensors'} is missing."
+                )
             return timm.create_model(f"local-dir:{folder}", pretrained=not untrained, num_classes=0).eval()
         if not path.is_file():
             raise ConfigError(
@@ -49,7 +53,9 @@ def load_timm(path: Path, architecture: str | None = None, untrained: bool = Fal
                 "tools/export_timm.py writes it, nor a file of weights."
             )
         if architecture is None:
-            raise ConfigError(f"--model {path}: weights alone don't tell the model; add --arch, timm's name for it.")
+            raise ConfigError(
+                f"--model {path}: weights alone don't tell the model; add --arch, timm's name for it."
+            )
         checkpoint = None if untrained else path
         return timm.create_model(architecture, checkpoint_path=checkpoint, num_classes=0).eval()
     except UNREADABLE as error:
@@ -61,7 +67,9 @@ def _read_rgb(path: str) -> Image.Image:
         with Image.open(path) as image:
             return image.convert("RGB")
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path} is no image that can be read ({error}); tools/check_images.py lists all such.") from error
+        raise DataError(
+            f"{path} is no image that can be read ({error}); tools/check_images.py lists all such."
+        ) from error
 
 
 def labelled_folders(train: Path, val: Path, model: VisionTransformer) -> tuple[ImageFolder, ImageFolder]:
@@ -88,7 +96,10 @@ def labelled_folders(train: Path, val: Path, model: VisionTransformer) -> tuple[
 
 @torch.inference_mode()
 def features(
-    model: VisionTransformer, loader: Iterable[tuple[Tensor, Tensor]], device: torch.device, pool: Literal["avg", "token"] = "avg"
+    model: VisionTransformer,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    device: torch.device,
+    pool: Literal["avg", "token"] = "avg",
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """[n, D] mean patch tokens after the final norm, or class tokens, and [n] labels, in the loader's order.
 
@@ -129,7 +140,9 @@ def knn(
     Source: Wu et al., arXiv 1805.01978, section 3.4, with the values that DINO (arXiv 2104.14294) uses.
     """
     if len(train_features) < k:
-        raise DataError(f"k = {k} neighbours can't be found among {len(train_features)} training images; lower --k.")
+        raise DataError(
+            f"k = {k} neighbours can't be found among {len(train_features)} training images; lower --k."
+        )
     cosines, neighbours = most_similar(train_features, val_features, k, on_gpus)
     votes = np.zeros((len(val_features), int(train_labels.max()) + 1))
     rows = np.arange(len(val_features))[:, None]
@@ -154,7 +167,9 @@ def linear(
     x = (x - mean) / std
     weight = torch.zeros(x.shape[1], int(y.max()) + 1, dtype=x.dtype, requires_grad=True)
     bias = torch.zeros(weight.shape[1], dtype=x.dtype, requires_grad=True)
-    solver = torch.optim.LBFGS([weight, bias], max_iter=500, tolerance_grad=1e-5, line_search_fn="strong_wolfe")
+    solver = torch.optim.LBFGS(
+        [weight, bias], max_iter=500, tolerance_grad=1e-5, line_search_fn="strong_wolfe"
+    )
 
     def loss() -> Tensor:
         solver.zero_grad()
@@ -176,7 +191,9 @@ class LinearHeads(nn.Module):
 
     def __init__(self, heads: int, width: int, classes: int, batch_norm: bool) -> None:
         super().__init__()
-        self.norm = nn.BatchNorm1d(width, affine=False, eps=1e-6, momentum=None) if batch_norm else nn.Identity()
+        self.norm = (
+            nn.BatchNorm1d(width, affine=False, eps=1e-6, momentum=None) if batch_norm else nn.Identity()
+        )
         self.weight = nn.Parameter(torch.zeros(heads, width, classes))
         self.bias = nn.Parameter(torch.zeros(heads, 1, classes))
 
@@ -187,12 +204,21 @@ class LinearHeads(nn.Module):
     @torch.no_grad()
     def accuracies(self, x: Tensor, y: Tensor) -> list[float]:
         """Of each head, in percent, on features [n, D] and labels [n]."""
-        hits = sum((self(rows).argmax(2) == labels).sum(1) for rows, labels in zip(x.split(4096), y.split(4096), strict=True))
+        hits = sum(
+            (self(rows).argmax(2) == labels).sum(1)
+            for rows, labels in zip(x.split(4096), y.split(4096), strict=True)
+        )
         return (100 * hits.double() / len(y)).tolist()
 
 
 def fit_heads(
-    x: Tensor, y: Tensor, rows: Tensor, rates: Sequence[float], epochs: int, batch_norm: bool, generator: torch.Generator
+    x: Tensor,
+    y: Tensor,
+    rows: Tensor,
+    rates: Sequence[float],
+    epochs: int,
+    batch_norm: bool,
+    generator: torch.Generator,
 ) -> LinearHeads:
     """One head a learning rate, trained side by side on these rows of features [n, D] and labels [n]: SGD with momentum, each
     epoch in an order of the generator without its last, smaller batch, the rates following a cosine to 0."""
@@ -206,9 +232,13 @@ def fit_heads(
         order = rows[torch.randperm(len(rows), generator=generator)].to(x.device)
         for batch in order.split(batch_size)[:batches]:
             logits = heads(x[batch])
-            losses = F.cross_entropy(logits.flatten(0, 1), y[batch].repeat(len(rates)), reduction="none").view(len(rates), -1)
+            losses = F.cross_entropy(
+                logits.flatten(0, 1), y[batch].repeat(len(rates)), reduction="none"
+            ).view(len(rates), -1)
             solver.zero_grad()
-            (losses.mean(1) * factors).sum().backward()  # a rate on the loss is one on the update: SGD is linear in gradients
+            (
+                losses.mean(1) * factors
+            ).sum().backward()  # a rate on the loss is one on the update: SGD is linear in gradients
             solver.step()
             schedule.step()
     return heads.eval()
@@ -253,7 +283,9 @@ def linear_sgd(
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(y), generator=generator)
     tenth, rest = order[: len(y) // 10], order[len(y) // 10 :]
-    tried = fit_heads(x, y, rest, learning_rates, epochs, batch_norm, generator).accuracies(x[tenth], y[tenth])
+    tried = fit_heads(x, y, rest, learning_rates, epochs, batch_norm, generator).accuracies(
+        x[tenth], y[tenth]
+    )
     held_out = dict(zip(learning_rates, tried, strict=True))
     chosen = max(sorted(held_out), key=held_out.__getitem__)
     head = fit_heads(x, y, order, [chosen], epochs, batch_norm, generator)

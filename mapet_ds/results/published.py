@@ -20,14 +20,7 @@ from torch import Tensor
 from mapet_ds.errors import ConfigError
 from mapet_ds.files import staged
 from mapet_ds.results.export import NO_PROVENANCE
-from mapet_ds.weights import (
-    HEAD_DIM,
-    LAYER_SCALE,
-    fold_layer_scale,
-    mismatches,
-    read_tensors,
-    shapes,
-)
+from mapet_ds.weights import HEAD_DIM, LAYER_SCALE, fold_layer_scale, mismatches, read_tensors, shapes
 
 
 class Method(NamedTuple):
@@ -47,7 +40,12 @@ class Method(NamedTuple):
     """Of the published evaluation, below 384 pixels; from there on the whole central square."""
 
 
-VITS = {192: "vit_tiny_patch16_224", 384: "vit_small_patch16_224", 768: "vit_base_patch16_224", 1024: "vit_large_patch16_224"}
+VITS = {
+    192: "vit_tiny_patch16_224",
+    384: "vit_small_patch16_224",
+    768: "vit_base_patch16_224",
+    1024: "vit_large_patch16_224",
+}
 BEITS = {384: "beit_base_patch16_224", 768: "beit_base_patch16_224", 1024: "beit_large_patch16_224"}
 TABLE = "relative_position_bias_table"
 METHODS = {
@@ -77,7 +75,11 @@ class Import(NamedTuple):
 
 def _refuse(wrong: list[str], path: Path, method: str, state: dict[str, Tensor]) -> None:
     if wrong:
-        others = [name for name, other in METHODS.items() if name != method and any(other.mark in key for key in state)]
+        others = [
+            name
+            for name, other in METHODS.items()
+            if name != method and any(other.mark in key for key in state)
+        ]
         raise ConfigError(
             f"{path} doesn't fit --method {method}: {len(wrong)} tensors differ, e.g. {'; '.join(sorted(wrong)[:6])}."
             f"{f' Its keys are those of --method {others[0]}.' if others else ''}"
@@ -91,14 +93,24 @@ def _blocks(state: dict[str, Tensor]) -> set[str]:
 def _arguments(state: dict[str, Tensor], path: Path, method: str) -> dict[str, Any]:
     """What timm.create_model needs, from the names and sizes of the tensors."""
     architectures, positions = METHODS[method].architectures, METHODS[method].positions
-    dims = {"patch_embed.proj.weight": 4, "blocks.0.mlp.fc1.weight": 2, positions: 2 if TABLE in positions else 3}
+    dims = {
+        "patch_embed.proj.weight": 4,
+        "blocks.0.mlp.fc1.weight": 2,
+        positions: 2 if TABLE in positions else 3,
+    }
     dims |= {"head.weight": 2} if "head.weight" in state else {}
     wrong = [f"{name} is missing" for name in dims if name not in state]
-    wrong += [f"{name} is {state[name].ndim}-d, not {n}-d" for name, n in dims.items() if name in state and state[name].ndim != n]
+    wrong += [
+        f"{name} is {state[name].ndim}-d, not {n}-d"
+        for name, n in dims.items()
+        if name in state and state[name].ndim != n
+    ]
     _refuse(wrong, path, method, state)
     width, _, patch_size, _ = state["patch_embed.proj.weight"].shape
     if width not in architectures:
-        raise ConfigError(f"{path} is of width {width}; --method {method} knows {', '.join(map(str, architectures))}.")
+        raise ConfigError(
+            f"{path} is of width {width}; --method {method} knows {', '.join(map(str, architectures))}."
+        )
     rows = state[positions].shape[0 if TABLE in positions else 1]
     grid = (math.isqrt(max(rows - 3, 1)) + 1) // 2 if TABLE in positions else math.isqrt(max(rows - 1, 1))
     scaled = any(LAYER_SCALE.fullmatch(name) for name in state)
@@ -142,10 +154,14 @@ def _to_timm(state: dict[str, Tensor], path: Path, method: str) -> tuple[dict[st
         for source, thirds in sources[name].items()
     }
     _refuse(mismatches(wanted, shapes(state)), path, method, state)
-    return arguments, {name: torch.cat([state[source].float() for source in parts]) for name, parts in sources.items()}
+    return arguments, {
+        name: torch.cat([state[source].float() for source in parts]) for name, parts in sources.items()
+    }
 
 
-def import_weights(method: str, path: Path, out: Path, layer_scale: Literal["fold", "keep"] = "fold", ema: bool = False) -> Import:
+def import_weights(
+    method: str, path: Path, out: Path, layer_scale: Literal["fold", "keep"] = "fold", ema: bool = False
+) -> Import:
     """Write a published checkpoint, of pre-training or fine-tuned, as model.safetensors and config.json in `out`, for
     `timm.create_model("local-dir:OUT", pretrained=True)`: with its classifier, if it has one, and the published evaluation's
     size, mean, std and crop.
@@ -158,7 +174,9 @@ def import_weights(method: str, path: Path, out: Path, layer_scale: Literal["fol
     """
     state = read_tensors(path, str(path), ema=ema)
     left_out = {name: parts for name in state if (parts := METHODS[method].dropped & set(name.split(".")))}
-    arguments, weights = _to_timm({name: state[name] for name in state.keys() - left_out.keys()}, path, method)
+    arguments, weights = _to_timm(
+        {name: state[name] for name in state.keys() - left_out.keys()}, path, method
+    )
     if layer_scale == "fold":
         weights, arguments["init_values"] = fold_layer_scale(weights), 0.0
     vit = timm.create_model(pretrained_cfg_overlay=NO_PROVENANCE | {"tag": method}, **arguments)
@@ -173,4 +191,6 @@ def import_weights(method: str, path: Path, out: Path, layer_scale: Literal["fol
     }
     with staged(out) as folder:
         save_for_hf(vit, folder, safe_serialization=True, data_config=data_config)
-    return Import(out, arguments["model_name"], arguments["num_classes"], sorted(set().union(*left_out.values())))
+    return Import(
+        out, arguments["model_name"], arguments["num_classes"], sorted(set().union(*left_out.values()))
+    )

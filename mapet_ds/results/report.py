@@ -59,24 +59,33 @@ def read_record(folder: Path) -> Record:
         DataError: no run's folder, or a record that can't be read.
     """
     if not any((folder / name).is_file() for name in ("config.yaml", "metrics.jsonl")):
-        raise DataError(f"{folder} is not the folder of a run: it has neither config.yaml nor metrics.jsonl. Name a run_dir.")
+        raise DataError(
+            f"{folder} is not the folder of a run: it has neither config.yaml nor metrics.jsonl. Name a run_dir."
+        )
 
     def text(name: str) -> str:
         path = folder / name
         return path.read_text(errors="replace") if path.is_file() else ""
 
     try:
-        config, environment = (yaml.safe_load(text(name)) or {} for name in ("config.yaml", "environment.json"))
+        config, environment = (
+            yaml.safe_load(text(name)) or {} for name in ("config.yaml", "environment.json")
+        )
         lines = [json.loads(line) for line in text("metrics.jsonl").split("\n")[:-1]]
         sections = [config.get(name, {}) for name in ("model", "data", "train")]
         sections += [environment.get(name, {}) for name in ("versions", "git", "deepspeed_config")]
         if not all(isinstance(part, dict) for part in sections):
             raise TypeError("settings and versions were expected by name")
-        if any("step" not in line or not all(isinstance(value, int | float) for value in line.values()) for line in lines):
+        if any(
+            "step" not in line or not all(isinstance(value, int | float) for value in line.values())
+            for line in lines
+        ):
             raise TypeError("numbers by name were expected, with a step in each line of metrics.jsonl")
     except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise DataError(f"The records of {folder} can't be read: {' '.join(str(error).split())}.") from error
-    quarantined = [tuple((line + "\t\t").split("\t")[1:3]) for line in text("quarantine.tsv").split("\n")[1:-1]]
+    quarantined = [
+        tuple((line + "\t\t").split("\t")[1:3]) for line in text("quarantine.tsv").split("\n")[1:-1]
+    ]
     return Record(folder, config, environment, lines, quarantined)
 
 
@@ -85,7 +94,13 @@ def curves(lines: list[dict[str, Any]]) -> dict[str, dict[str, tuple[list[int], 
     found: dict[str, dict[str, tuple[list[int], list[float]]]] = defaultdict(dict)
     for line in lines:
         for key, value in line.items():
-            if isinstance(value, int | float) and key not in ("step", "epoch", "seconds", "val_seconds", "val_images"):
+            if isinstance(value, int | float) and key not in (
+                "step",
+                "epoch",
+                "seconds",
+                "val_seconds",
+                "val_images",
+            ):
                 steps, values = found[re.sub(r"_?\d+$", "", key)].setdefault(key, ([], []))
                 steps.append(line["step"])
                 values.append(value if math.isfinite(value) else math.nan)
@@ -123,10 +138,14 @@ def open_trained(folder: Path) -> Trained | None:
     if checkpoint is None:
         return None
     if "objective" not in checkpoint.run["config"]:
-        raise DataError("This is shown of runs of pre-training; what fine-tuning has measured is among the curves.")
+        raise DataError(
+            "This is shown of runs of pre-training; what fine-tuning has measured is among the curves."
+        )
     config, vit = read_vit(checkpoint)
     root, cache = config.data.train, folder / "index"
-    if (cache / "index.json").is_file():  # relative paths start where the run was started: the index knows the whole one
+    if (
+        cache / "index.json"
+    ).is_file():  # relative paths start where the run was started: the index knows the whole one
         root = json.loads((cache / "index.json").read_text())["root"]
     elif not Path(root, "index", "index.json").is_file():
         raise DataError(f"{cache}, the list of the run's images, is gone.")
@@ -169,7 +188,9 @@ def attention(trained: Trained, images: int) -> tuple[Tensor, Tensor]:
     vit.load_state_dict(trained.vit)
     last = vit.blocks[-1].attn
     last.fused_attn = False  # so that the weights pass through attn_drop, where timm picks them up
-    extract = AttentionExtract(vit.to(trained.device), [f"blocks.{len(vit.blocks) - 1}.attn.attn_drop"], method="hook")
+    extract = AttentionExtract(
+        vit.to(trained.device), [f"blocks.{len(vit.blocks) - 1}.attn.attn_drop"], method="hook"
+    )
     views, maps = [], []
     for batch in _batches(trained, images, None):
         (weights,) = extract(batch.images).values()
@@ -209,14 +230,19 @@ def _per_patch(objective: Objective, images: Tensor, target: Tensor, draw: Draw)
         queries = objective.project(images, draw.mask)
         own = torch.arange(target.shape[1], device=target.device)
         hit = ((queries @ target.transpose(1, 2)).argmax(dim=-1) == own) & draw.mask
-        return {"hit": hit, "distance": (1 - F.cosine_similarity(queries, target, dim=-1)).where(draw.mask, math.nan)}
+        return {
+            "hit": hit,
+            "distance": (1 - F.cosine_similarity(queries, target, dim=-1)).where(draw.mask, math.nan),
+        }
     rows: list[Tensor] = []
     hook = objective.head.register_forward_hook(lambda module, inputs, output: rows.append(output.float()))
     loss = objective(images, target, draw)
     hook.remove()
     outputs, num_patches = torch.cat(rows), target.shape[1]
     rank = torch.arange(num_patches, device=target.device) if draw.order is None else draw.order
-    patch = (rank + num_patches * ~draw.mask).argsort(dim=1)[:, : outputs.shape[1]]  # the head's rows: hidden ones, by rank
+    patch = (rank + num_patches * ~draw.mask).argsort(dim=1)[
+        :, : outputs.shape[1]
+    ]  # the head's rows: hidden ones, by rank
     hidden = draw.mask.gather(1, patch)
 
     def everywhere(values: Tensor, empty: float) -> Tensor:
@@ -224,7 +250,11 @@ def _per_patch(objective: Objective, images: Tensor, target: Tensor, draw: Draw)
         return whole.scatter(1, patch, values.where(hidden, empty))
 
     if target.is_floating_point():
-        return {"distance": everywhere(1 - F.cosine_similarity(outputs, take_rows(target, patch).float(), dim=-1), math.nan)}
+        return {
+            "distance": everywhere(
+                1 - F.cosine_similarity(outputs, take_rows(target, patch).float(), dim=-1), math.nan
+            )
+        }
     likeliest = outputs.topk(min(5, outputs.shape[2])).indices
     top5 = everywhere((likeliest == target.gather(1, patch)[:, :, None]).any(dim=-1), False)
     return {"prediction": loss.prediction, "top5": top5, "hit": loss.prediction == target}
@@ -234,7 +264,9 @@ def _check_target(checkpoint: Checkpoint, target: Target) -> None:
     """Refuse a teacher or codebook that isn't the run's; its precision, that of the device, may differ."""
     now, then = json.loads(json.dumps(flatten({"target": target.identity}))), checkpoint.run["identity"]
     if other := [k for k in now if not k.endswith("dtype") and now[k] != then.get(k)]:
-        raise ResumeError(f"What is predicted is not that of the run any more: {', '.join(other)} differ from {checkpoint.path}.")
+        raise ResumeError(
+            f"What is predicted is not that of the run any more: {', '.join(other)} differ from {checkpoint.path}."
+        )
 
 
 @torch.no_grad()
@@ -254,7 +286,9 @@ def take_sample(trained: Trained, images: int) -> Sample:
     try:
         objective.load_state_dict(trained.checkpoint.load("model"))
     except RuntimeError as error:
-        raise ExportError(f"{trained.checkpoint.path} doesn't hold the weights of its objective: {error}") from error
+        raise ExportError(
+            f"{trained.checkpoint.path} doesn't hold the weights of its objective: {error}"
+        ) from error
     objective.to(device).eval()
     tokenizer, found = getattr(target, "tokenizer", None), defaultdict(list)
     for batch in _batches(trained, images, target):
@@ -266,7 +300,11 @@ def take_sample(trained: Trained, images: int) -> Sample:
             fields["code_distance"] = (features.float() - tokenizer.codebook.centroids[wanted]).norm(dim=-1)
         else:
             wanted = target(batch)
-        fields |= {"mask": draw.mask, "order": draw.order, **_per_patch(objective, batch.images, wanted, draw)}
+        fields |= {
+            "mask": draw.mask,
+            "order": draw.order,
+            **_per_patch(objective, batch.images, wanted, draw),
+        }
         fields["ids"] = None if wanted.is_floating_point() else wanted
         for name, value in fields.items():
             if value is not None:

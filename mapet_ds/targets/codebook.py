@@ -26,7 +26,10 @@ def source_of(identity: dict[str, str | int], data: DataConfig) -> dict[str, str
     """Where features come from, for a codebook's provenance: the teacher's identity and the crops it saw."""
     source = {f"teacher.{key}": str(value) for key, value in identity.items()} | {"data.crop": data.crop}
     if data.crop == "random":
-        source |= {"data.crop_scale": str(list(data.crop_scale)), "data.crop_ratio": str(list(data.crop_ratio))}
+        source |= {
+            "data.crop_scale": str(list(data.crop_scale)),
+            "data.crop_ratio": str(list(data.crop_ratio)),
+        }
     return source
 
 
@@ -90,7 +93,9 @@ class Codebook:
             ConfigError: naming what the codebook says and what the run says.
         """
         wanted = source_of(identity, data) | {"tokenizer.vocab_size": vocab_size}
-        del wanted["teacher.name"]  # the checksum covers the architecture; a name may be an alias, a folder may move
+        del wanted[
+            "teacher.name"
+        ]  # the checksum covers the architecture; a name may be an alias, a folder may move
         for key, value in wanted.items():
             found = self.provenance.get(key, "not recorded")
             if found != str(value):
@@ -106,7 +111,11 @@ class Codebook:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as beside:
-            save_file({"centroids": self.centroids.cpu()}, beside, metadata=self.provenance | {"sha256": self.sha256})
+            save_file(
+                {"centroids": self.centroids.cpu()},
+                beside,
+                metadata=self.provenance | {"sha256": self.sha256},
+            )
 
     @classmethod
     def load(cls, path: str | Path) -> Codebook:
@@ -116,7 +125,9 @@ class Codebook:
             ConfigError: no such file, not a codebook, or damaged.
         """
         if not Path(path).is_file():
-            raise ConfigError(f"tokenizer.path = {str(path)!r} is not a file: tools/fit_codebook.py writes it.")
+            raise ConfigError(
+                f"tokenizer.path = {str(path)!r} is not a file: tools/fit_codebook.py writes it."
+            )
         try:
             with safetensors.safe_open(path, "pt") as file:
                 provenance = file.metadata() or {}
@@ -124,9 +135,13 @@ class Codebook:
         except (safetensors.SafetensorError, OSError) as error:
             raise ConfigError(f"tokenizer.path = {path} is not a codebook: {error}. Fit it again.") from error
         if centroids.ndim != 2 or centroids.dtype != torch.float32 or "sha256" not in provenance:
-            raise ConfigError(f"tokenizer.path = {path} was not written by tools/fit_codebook.py. Fit it again.")
+            raise ConfigError(
+                f"tokenizer.path = {path} was not written by tools/fit_codebook.py. Fit it again."
+            )
         recorded = provenance.pop("sha256")
         codebook = cls(centroids, provenance)
         if codebook.sha256 != recorded:
-            raise ConfigError(f"tokenizer.path = {path} is damaged: its checksum is not the recorded one. Fit it again.")
+            raise ConfigError(
+                f"tokenizer.path = {path} is damaged: its checksum is not the recorded one. Fit it again."
+            )
         return codebook

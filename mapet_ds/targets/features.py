@@ -50,7 +50,9 @@ class Pixels(Constant):
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Tensor:
         image = F.conv2d(batch.images, self.kernel, padding=4, groups=3)
-        patches = F.pixel_unshuffle(image, self.patch).unflatten(1, (3, -1)).flatten(3)  # [B, 3, rows and columns, L]
+        patches = (
+            F.pixel_unshuffle(image, self.patch).unflatten(1, (3, -1)).flatten(3)
+        )  # [B, 3, rows and columns, L]
         patches = patches.permute(0, 3, 2, 1).flatten(2)
         variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
         return (patches - mean) * (variance + 1e-6).rsqrt()

@@ -31,7 +31,10 @@ def num_points(images: int, config: Config) -> int:
     Raises:
         ConfigError: fewer than codes.
     """
-    available, wanted = images * config.num_patches, config.tokenizer.vocab_size * config.tokenizer.points_per_centroid
+    available, wanted = (
+        images * config.num_patches,
+        config.tokenizer.vocab_size * config.tokenizer.points_per_centroid,
+    )
     if available < config.tokenizer.vocab_size:
         raise ConfigError(
             f"tokenizer.vocab_size = {config.tokenizer.vocab_size}, but {images} images have only {available} patches: use "
@@ -54,7 +57,9 @@ def chosen_patches(
     return int(ends[0]), image, np.argsort(numbers, axis=1, kind="stable")[image, place]
 
 
-def sample_features(config: Config, index: Index, teacher: Teacher, ranks: Ranks) -> NDArray[np.float32] | None:
+def sample_features(
+    config: Config, index: Index, teacher: Teacher, ranks: Ranks
+) -> NDArray[np.float32] | None:
     """[n, C] features of the keyed sample of patches of the whole set, on rank 0; None elsewhere. Every rank must call it.
 
     The pass is one step whose global batch is the whole set: places, crops and patches don't depend on the ranks.
@@ -68,11 +73,15 @@ def sample_features(config: Config, index: Index, teacher: Teacher, ranks: Ranks
     )  # fmt: skip
     on_first = ranks.rank == 0
     features = np.empty((num_points(images, config), teacher.embed_dim), np.float32) if on_first else None
-    for _ in tqdm(range(micro_steps), "features", disable=not (on_first and config.log.progress), unit="batch"):
+    for _ in tqdm(
+        range(micro_steps), "features", disable=not (on_first and config.log.progress), unit="batch"
+    ):
         batch = next(loader)
         dense = teacher(batch.teacher_images.to(ranks.device))
         for bad, reason in loader.new_bad():
-            logger.warning("Unreadable, and replaced by the next of the order: %s (%s)", index.path(bad), reason)
+            logger.warning(
+                "Unreadable, and replaced by the next of the order: %s (%s)", index.path(bad), reason
+            )
         start, image, patch = chosen_patches(config, images, batch.place.first_slot, micro)
         points = dense[torch.from_numpy(image), torch.from_numpy(patch)].float().cpu().numpy()
         pieces = [None] * ranks.world_size if on_first else None
@@ -83,7 +92,9 @@ def sample_features(config: Config, index: Index, teacher: Teacher, ranks: Ranks
     return features
 
 
-def fit(features: NDArray[np.float32], config: TokenizerConfig, seed: int, source: dict[str, str] | None = None) -> Codebook:
+def fit(
+    features: NDArray[np.float32], config: TokenizerConfig, seed: int, source: dict[str, str] | None = None
+) -> Codebook:
     """Euclidean k-means by FAISS on [n, C] features: on all GPUs it sees, else on the CPU. One process calls it.
 
     The provenance gets `source`, the settings, where it ran, and how the points use the centroids. Same points in the same

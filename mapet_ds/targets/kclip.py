@@ -29,7 +29,11 @@ class KClip:
         self.view = View(config.teacher.img_size, *teacher_mean_std(config.teacher))
         self.vocab_size = len(self.codebook.centroids)
         teacher = self.teacher
-        self.identity = {"teacher": teacher.identity, "codebook": self.codebook.sha256, "dtype": str(teacher.dtype)}
+        self.identity = {
+            "teacher": teacher.identity,
+            "codebook": self.codebook.sha256,
+            "dtype": str(teacher.dtype),
+        }
 
     def __call__(self, images: Tensor) -> Tensor:
         return self.codebook.assign(self.teacher(images))

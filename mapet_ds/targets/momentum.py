@@ -61,7 +61,9 @@ class MomentumTeacher(MovingAverage):
         super().__init__(ConMIM(config, self.dim).to(device), config.conmim.momentum)
         if config.train.compile:
             compile_blocks(self.model)
-        bf16 = config.teacher.precision == "bf16" or (config.teacher.precision == "auto" and device.type == "cuda")
+        bf16 = config.teacher.precision == "bf16" or (
+            config.teacher.precision == "auto" and device.type == "cuda"
+        )
         self.dtype = torch.bfloat16 if bf16 else torch.float32
         self.teacher_view = View(config.model.img_size, config.data.mean, config.data.std, strong=True)
         self.identity = {"dtype": str(self.dtype)}

@@ -72,7 +72,9 @@ def begin(target: Target, batch: Batch, stream: torch.cuda.Stream | None) -> Cal
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         made = target(batch)
-    batch.teacher_images.record_stream(stream)  # their memory is the other stream's, which must not use it again too early
+    batch.teacher_images.record_stream(
+        stream
+    )  # their memory is the other stream's, which must not use it again too early
     done = stream.record_event()
 
     def take() -> Tensor:

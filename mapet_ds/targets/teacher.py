@@ -39,7 +39,6 @@ from mapet_ds.weights import Tensors, mismatches, read_tensors, shapes
 log = logging.getLogger(__name__)
 
 
-
 class Teacher(nn.Module):
     """A frozen image tower whose forward gives dense features; always in eval mode, never with a gradient.
 
@@ -77,7 +76,9 @@ class Teacher(nn.Module):
             images,
             indices=indices,
             intermediates_only=True,
-            stop_early=not isinstance(self.visual, ModifiedResNet),  # means the opposite there (open_clip 3.3)
+            stop_early=not isinstance(
+                self.visual, ModifiedResNet
+            ),  # means the opposite there (open_clip 3.3)
         )
         return output["image_intermediates"]
 
@@ -110,7 +111,9 @@ class Teacher(nn.Module):
     @property
     def local_bytes(self) -> int:
         """Bytes of weights that this rank keeps between forwards."""
-        tensors = [t.to_local() if isinstance(t, DTensor) else t for t in (*self.parameters(), *self.buffers())]
+        tensors = [
+            t.to_local() if isinstance(t, DTensor) else t for t in (*self.parameters(), *self.buffers())
+        ]
         return sum(t.numel() * t.element_size() for t in tensors)
 
 
@@ -140,7 +143,12 @@ def build_teacher(config: TeacherConfig, device: torch.device, compiled: bool = 
         source = "random weights"
     else:
         source = _weights_file(config)
-        weights = _fit_sizes(convert_state_dict(teacher, read_tensors(Path(source), f"The teacher's weights {source}", slices=True)), teacher)
+        weights = _fit_sizes(
+            convert_state_dict(
+                teacher, read_tensors(Path(source), f"The teacher's weights {source}", slices=True)
+            ),
+            teacher,
+        )
     _check_strictly(teacher, weights, source, config)
     teacher.identity = {
         "name": config.name.partition(":")[0],  # a folder may move
@@ -155,7 +163,9 @@ def build_teacher(config: TeacherConfig, device: torch.device, compiled: bool = 
     _fill(teacher, weights, build, device)
     if compiled:
         torch._dynamo.config.recompile_limit = 64  # the default is 8, and a ResNet's blocks have eight shapes
-        rounding = {"emulate_precision_casts": True}  # as in eager mode: else a ViT's ids in bf16 change, 1 in 100
+        rounding = {
+            "emulate_precision_casts": True
+        }  # as in eager mode: else a ViT's ids in bf16 change, 1 in 100
         for block in _blocks(teacher.visual):  # beneath the hooks that gather its weights
             block.forward = torch.compile(block.forward, dynamic=False, options=rounding)
     return teacher
@@ -198,7 +208,9 @@ def _build_tower(model: dict[str, Any], img_size: int, dtype: torch.dtype) -> nn
     """open_clip's image tower alone, on the current default device, norms in fp32 whatever `dtype` is."""
     vision = dict(model["vision_cfg"], timm_model_pretrained=False, patch_dropout=0.0)
     if vision.get("patch_size") and not vision.get("timm_model_name"):
-        vision["image_size"] = img_size  # a ResNet's trunk takes any size; only its pooling, unused here, does not
+        vision["image_size"] = (
+            img_size  # a ResNet's trunk takes any size; only its pooling, unused here, does not
+        )
     visual = _build_vision_tower(model["embed_dim"], vision, model["quick_gelu"], cast_dtype=dtype)
     if vision.get("timm_model_name"):
         visual.set_input_size(img_size)
@@ -249,7 +261,9 @@ def _fit_sizes(weights: Tensors, teacher: Teacher) -> Tensors:
         weights[name] = weights[name][...].float()
         if weights[name].ndim == 3 and weights[name].shape != trunk.pos_embed.shape:
             prefix = 0 if trunk.no_embed_class else trunk.num_prefix_tokens
-            weights[name] = resample_abs_pos_embed(weights[name], trunk.patch_embed.grid_size, num_prefix_tokens=prefix)
+            weights[name] = resample_abs_pos_embed(
+                weights[name], trunk.patch_embed.grid_size, num_prefix_tokens=prefix
+            )
     return weights
 
 
@@ -257,7 +271,9 @@ def _check_strictly(teacher: Teacher, weights: Tensors, source: str, config: Tea
     wanted = shapes(teacher.state_dict())
     given = {name: shape for name, shape in shapes(weights).items() if name.startswith("visual.")}
     if not given:
-        raise ConfigError(f"{source} holds no image tower: no tensor is named visual.*; give a whole open_clip checkpoint.")
+        raise ConfigError(
+            f"{source} holds no image tower: no tensor is named visual.*; give a whole open_clip checkpoint."
+        )
     wrong = mismatches(wanted, given)
     if wrong:
         raise ConfigError(
@@ -273,7 +289,11 @@ def _fingerprint(teacher: Teacher, weights: Tensors, model: dict[str, Any]) -> s
     """
 
     def digest() -> str:
-        vision = {key: value for key, value in model["vision_cfg"].items() if value is not None and key != "image_size"}
+        vision = {
+            key: value
+            for key, value in model["vision_cfg"].items()
+            if value is not None and key != "image_size"
+        }
         sha = hashlib.sha256(json.dumps([vision, model["quick_gelu"]], sort_keys=True).encode())
         for name in sorted(teacher.state_dict()):
             sha.update(name.encode())
@@ -308,7 +328,9 @@ def _shard(teacher: Teacher, config: TeacherConfig, device: torch.device) -> Non
         )
     if ranks == 1:
         return
-    group, _ = dist.new_subgroups(group_size=ranks)  # its own, so that it never queues behind the student's collectives
+    group, _ = dist.new_subgroups(
+        group_size=ranks
+    )  # its own, so that it never queues behind the student's collectives
     mesh = DeviceMesh.from_group(group, device.type)
     for block in _blocks(teacher.visual):
         if any(True for _ in block.parameters()):
@@ -317,7 +339,9 @@ def _shard(teacher: Teacher, config: TeacherConfig, device: torch.device) -> Non
 
 
 @torch.no_grad()
-def _fill(teacher: Teacher, weights: Tensors, build: Callable[[torch.dtype], nn.Module], device: torch.device) -> None:
+def _fill(
+    teacher: Teacher, weights: Tensors, build: Callable[[torch.dtype], nn.Module], device: torch.device
+) -> None:
     """Storage on the device for what this rank keeps, and the values for it."""
     teacher.to_empty(device=device)
     stored = teacher.state_dict()

@@ -27,7 +27,11 @@ class TokenIds(Constant):
     """
 
     def __init__(self, config: Config, device: torch.device) -> None:
-        self.dim, self.num_patches, self.ahead = config.tokenizer.vocab_size, config.num_patches, config.teacher.ahead
+        self.dim, self.num_patches, self.ahead = (
+            config.tokenizer.vocab_size,
+            config.num_patches,
+            config.teacher.ahead,
+        )
         self.counts = torch.zeros(self.dim, device=device)
         self._open(config)
 
@@ -43,7 +47,9 @@ class TokenIds(Constant):
     def __call__(self, batch: Batch) -> Tensor:
         ids = self.ids(batch)
         if ids.shape[1] != self.num_patches:
-            raise ConfigError(f"The tokenizer gives {ids.shape[1]} ids for an image of {self.num_patches} patches.")
+            raise ConfigError(
+                f"The tokenizer gives {ids.shape[1]} ids for an image of {self.num_patches} patches."
+            )
         return ids
 
     def note(self, target: Tensor) -> None:
@@ -75,7 +81,9 @@ class LookedUpIds(TokenIds):
         self.ahead = False
         self.stored = StoredIds(config.tokenizer.ids)
         self.identity = self.stored.identity
-        self.stored.check_data(config.data.train, open_index(config.data.train, Path(config.run_dir) / "index").fingerprint)
+        self.stored.check_data(
+            config.data.train, open_index(config.data.train, Path(config.run_dir) / "index").fingerprint
+        )
         # The ranks of each host share the reading, and the rows are then in its page cache: they are looked up at random.
         whole = len(self.stored.sha256)
         found = self.stored.damaged(int(os.environ.get("LOCAL_RANK", "0")), ranks_per_host())

@@ -53,7 +53,9 @@ def build_tokenizer(config: Config, device: torch.device) -> Tokenizer:
             f"tokenizer.name = {name} can't be resolved: {error}. Its module must be installed or on PYTHONPATH."
         ) from error
     if not callable(factory):
-        raise ConfigError(f"tokenizer.name = {name} is a {type(factory).__name__}, not a factory(config, device).")
+        raise ConfigError(
+            f"tokenizer.name = {name} is a {type(factory).__name__}, not a factory(config, device)."
+        )
     tokenizer = factory(config, device)
     if tokenizer.vocab_size != config.tokenizer.vocab_size:
         raise ConfigError(
@@ -61,5 +63,3 @@ def build_tokenizer(config: Config, device: torch.device) -> Tokenizer:
             f"Set tokenizer.vocab_size={tokenizer.vocab_size}."
         )
     return tokenizer
-
-

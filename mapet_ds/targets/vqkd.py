@@ -69,7 +69,9 @@ class VQKD(nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         """[B, 3, T, T] normalised images -> long ids [B, L], patches row by row. In fp32; does not make the host wait."""
-        exact = torch.backends.cudnn.flags(enabled=True, benchmark=torch.backends.cudnn.benchmark, allow_tf32=False)
+        exact = torch.backends.cudnn.flags(
+            enabled=True, benchmark=torch.backends.cudnn.benchmark, allow_tf32=False
+        )
         with torch.autocast(images.device.type, enabled=False), exact:
             patches = self.encoder.forward_features(images.float())[:, 1:]
             points = self.encode_task_layer(self.encoder.fc_norm(patches))
@@ -102,7 +104,14 @@ def _encoder_arguments(weights: dict[str, Tensor], path: str) -> dict[str, Any]:
     """timm's arguments for the encoder, from the sizes of its tensors: absolute positions, no LayerScale."""
     _refuse([f"{name} is missing" for name in SIZED.keys() - weights.keys()], path)
     shapes = {name: tuple(weights[name].shape) for name in SIZED}
-    _refuse([f"{name} is {shapes[name]}, not {dims}-d" for name, dims in SIZED.items() if len(shapes[name]) != dims], path)
+    _refuse(
+        [
+            f"{name} is {shapes[name]}, not {dims}-d"
+            for name, dims in SIZED.items()
+            if len(shapes[name]) != dims
+        ],
+        path,
+    )
     embed_dim, _, patch_size, _ = shapes["encoder.patch_embed.proj.weight"]
     if embed_dim % HEAD_DIM:
         _refuse([f"the encoder's width {embed_dim} is no multiple of {HEAD_DIM}"], path)

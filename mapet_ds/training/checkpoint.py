@@ -80,8 +80,13 @@ def check_identity(checkpoint: Checkpoint, now: dict[str, Any], defaults: dict[s
     differing = [k for k in sorted(now.keys() | then.keys()) if now.get(k) != then.get(k)]
     if differing:
         explained = {"data.fingerprint": " (names and lengths of what data.train holds)"}
-        values = {k: ["nothing" if which.get(k) is None else which[k] for which in (then, now)] for k in differing}
-        lines = [f"  {k}{explained.get(k, '')}: {old} in the checkpoint, {new} now" for k, (old, new) in values.items()]
+        values = {
+            k: ["nothing" if which.get(k) is None else which[k] for which in (then, now)] for k in differing
+        }
+        lines = [
+            f"  {k}{explained.get(k, '')}: {old} in the checkpoint, {new} now"
+            for k, (old, new) in values.items()
+        ]
         raise ResumeError(
             f"{checkpoint.path} belongs to another run:\n" + "\n".join(lines) + "\n"
             "Set them back to continue it, or name a new run_dir to start afresh."
@@ -106,7 +111,9 @@ def save(run_dir: Path, state: dict[str, Any], files: dict[str, dict[str, Tensor
                 save_file(tensors, path)
                 checksums[path.name] = checksum(path)
         (partial / "run.json").write_text(json.dumps({**state, "files": checksums}, indent=1))
-    older = [path for path in checkpoint_folders(run_dir) if path.name <= final.name]  # a newer one is damaged: not counted
+    older = [
+        path for path in checkpoint_folders(run_dir) if path.name <= final.name
+    ]  # a newer one is damaged: not counted
     for old in older[keep:]:
         shutil.rmtree(old)
     return final
@@ -162,7 +169,9 @@ def newest(run_dir: Path, unlearnt: Collection[int] = (), report: Any = print) -
         report(f"Passing over {path}: {found}.")
     if folders:
         clean = " and free of the steps that rollbacks.json passes over" if unlearnt else ""
-        raise ResumeError(f"No checkpoint in {run_dir / 'checkpoints'} is whole{clean}; remove them to start from step 0.")
+        raise ResumeError(
+            f"No checkpoint in {run_dir / 'checkpoints'} is whole{clean}; remove them to start from step 0."
+        )
     return None
 
 

@@ -28,7 +28,9 @@ def check_tokenizer_file(tokenizer: TokenizerConfig) -> None:
     writes = {"kclip": "tools/fit_codebook.py writes it", "vqkd": "BEiT v2 publishes it"}.get(tokenizer.name)
     if writes and not Path(tokenizer.path).is_file():
         found = "is empty" if not tokenizer.path else f"= {tokenizer.path} is not a file"
-        raise ConfigError(f"tokenizer.path {found}: name the file that the {tokenizer.name} tokenizer reads; {writes}.")
+        raise ConfigError(
+            f"tokenizer.path {found}: name the file that the {tokenizer.name} tokenizer reads; {writes}."
+        )
 
 
 def check_run_dir(config: RunConfig) -> None:
@@ -83,7 +85,9 @@ class _ShowKnobs(argparse.Action):
         super().__init__(*args, **kwargs)
         self.settings = settings
 
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> NoReturn:
+    def __call__(
+        self, parser: Any, namespace: Any, values: Any, option_string: str | None = None
+    ) -> NoReturn:
         text = describe(self.settings, values)
         if not text:
             sections = ", ".join(dict.fromkeys(key.partition(".")[0] for key in known_keys(self.settings)))
@@ -92,21 +96,33 @@ class _ShowKnobs(argparse.Action):
         parser.exit(0)
 
 
-def parse_command_line(argv: list[str], description: str | None, command: Command) -> tuple[Any, dict[str, Any]]:
+def parse_command_line(
+    argv: list[str], description: str | None, command: Command
+) -> tuple[Any, dict[str, Any]]:
     """Settings and DeepSpeed JSON of a training command; a mistake ends the program with code 2 and a sentence.
 
     Takes what the launchers pass: `--local_rank` from deepspeed, the world size from the environment.
     """
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, metavar="YAML", help="a recipe, e.g. mapet_ds/recipes/mapet_vitb16.yaml")
-    parser.add_argument("--deepspeed_config", required=True, metavar="JSON", help="engine knobs, e.g. ds_configs/zero2.json")
-    parser.add_argument("--check", action="store_true", help="check settings, files and folders, say so and end")
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--config", required=True, metavar="YAML", help="a recipe, e.g. mapet_ds/recipes/mapet_vitb16.yaml"
+    )
+    parser.add_argument(
+        "--deepspeed_config", required=True, metavar="JSON", help="engine knobs, e.g. ds_configs/zero2.json"
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="check settings, files and folders, say so and end"
+    )
     parser.add_argument(
         "--knobs", nargs="?", const="", action=_ShowKnobs, settings=command.settings, metavar="SECTION",
         help="list the knobs, or those of a section, and end",
     )  # fmt: skip
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="settings that replace the recipe's")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="a.b=value", help="settings that replace the recipe's"
+    )
     arguments = parser.parse_intermixed_args(argv)
     try:
         check_hostfile(ancestors())
@@ -120,7 +136,9 @@ def parse_command_line(argv: list[str], description: str | None, command: Comman
     except ConfigError as error:
         refuse(parser, error)
     if arguments.check:
-        parser.exit(0, f"Settings, files and folders are sound for {world_size} ranks. Nothing was started.\n")
+        parser.exit(
+            0, f"Settings, files and folders are sound for {world_size} ranks. Nothing was started.\n"
+        )
     return config, engine_config
 
 

@@ -48,7 +48,9 @@ def check_engine_config(engine_config: dict[str, Any]) -> None:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
-        raise ConfigError(f"DeepSpeed refuses zero_optimization.{key} = {first['input']}: {first['msg']}.") from error
+        raise ConfigError(
+            f"DeepSpeed refuses zero_optimization.{key} = {first['input']}: {first['msg']}."
+        ) from error
 
 
 def build_engine(
@@ -65,7 +67,9 @@ def build_engine(
         ConfigError: FusedAdam is asked for where it can't be built.
     """
     logger.setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", ".*all_gather_into_tensor.*", FutureWarning)  # DeepSpeed's own calls, each step
+    warnings.filterwarnings(
+        "ignore", ".*all_gather_into_tensor.*", FutureWarning
+    )  # DeepSpeed's own calls, each step
     # On a CPU the shared-memory op is compiled at every first start (a minute, and fatal without g++); gloo does without.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     full = {
@@ -77,7 +81,9 @@ def build_engine(
         "steps_per_print": 2**31,
     }
     optimizer = _adamw(groups, config, device)
-    engine, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, config=full, dist_init_required=False)
+    engine, *_ = deepspeed.initialize(
+        model=objective, optimizer=optimizer, config=full, dist_init_required=False
+    )
     if engine.zero_optimization_stage() == 3:
         # The objective reads the ViT's own position table and class token outside of the ViT's forward.
         for parameter in objective.vit.parameters(recurse=False):
@@ -89,7 +95,9 @@ def build_engine(
 def _adamw(groups: list[dict[str, Any]], config: RunConfig, device: torch.device) -> torch.optim.Optimizer:
     optim = config.optim
     arguments = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps}
-    can_build = torch.tensor(float(device.type == "cuda" and all(map(shutil.which, ("nvcc", "ninja")))), device=device)
+    can_build = torch.tensor(
+        float(device.type == "cuda" and all(map(shutil.which, ("nvcc", "ninja")))), device=device
+    )
     dist.all_reduce(can_build, op=dist.ReduceOp.MIN)  # all hosts must choose the same optimizer
     if optim.adamw == "deepspeed" and not can_build:
         raise ConfigError(
@@ -109,7 +117,11 @@ def _adamw(groups: list[dict[str, Any]], config: RunConfig, device: torch.device
 
 def _flat_tensors(optimizer: Any) -> list[Tensor]:
     """This rank's fp32 master weights, flat, under whichever ZeRO optimizer DeepSpeed has chosen."""
-    for name in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat", "fp32_groups_flat_partition"):
+    for name in (
+        "single_partition_of_fp32_groups",
+        "fp32_partitioned_groups_flat",
+        "fp32_groups_flat_partition",
+    ):
         if hasattr(optimizer, name):
             return getattr(optimizer, name)
     raise AssertionError(f"unknown ZeRO optimizer {type(optimizer)}")
@@ -150,7 +162,10 @@ def student_weights(engine: deepspeed.DeepSpeedEngine) -> Iterator[tuple[str, Te
     """
     for name, parameter in engine.module.named_parameters():
         if parameter.requires_grad and parameter.dtype != torch.float32:
-            yield name, safe_get_full_fp32_param(parameter).reshape(getattr(parameter, "ds_shape", parameter.shape))
+            yield (
+                name,
+                safe_get_full_fp32_param(parameter).reshape(getattr(parameter, "ds_shape", parameter.shape)),
+            )
         else:
             with _whole(parameter):
                 yield name, parameter.detach()
@@ -163,7 +178,9 @@ def gather_state(engine: deepspeed.DeepSpeedEngine, rank: int) -> tuple[dict[str
     """
     weights, moments = {}, {}
     for name, parameter in engine.module.named_parameters():
-        if not parameter.requires_grad:  # a constant: no optimizer holds it, so it is saved as forwards use it
+        if (
+            not parameter.requires_grad
+        ):  # a constant: no optimizer holds it, so it is saved as forwards use it
             with _whole(parameter):
                 weights |= {name: parameter.detach().float().cpu().clone()} if rank == 0 else {}
             continue
@@ -195,7 +212,9 @@ def scatter_state(
             safe_set_full_fp32_param(parameter, value)
             for moment, state in states.items():
                 safe_set_full_optimizer_state(parameter, state, moment)
-            parameter.data.copy_(value)  # setting the fp32 fragment leaves the low-precision copies as they were
+            parameter.data.copy_(
+                value
+            )  # setting the fp32 fragment leaves the low-precision copies as they were
             continue
         # DeepSpeed's own full setters fail in ZeRO-3 where the ranks do not divide a tensor.
         safe_set_local_fp32_param(parameter, _own_part(parameter, value))

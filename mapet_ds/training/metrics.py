@@ -73,7 +73,9 @@ class _Report:
         self.path, self.waiting = self.folder / "metrics.jsonl", ""
         cut_after(self.path, first_step)
         self.path.touch()
-        self.tensorboard: SummaryWriter | None = SummaryWriter(self.folder / "tensorboard", purge_step=first_step + 1)
+        self.tensorboard: SummaryWriter | None = SummaryWriter(
+            self.folder / "tensorboard", purge_step=first_step + 1
+        )
         self.bar = tqdm(
             total=total_steps,
             initial=first_step,
@@ -93,9 +95,13 @@ class _Report:
             self.waiting = ""
         except OSError as error:
             os.truncate(self.path, size)
-            self.bar.write(f"NOT WRITTEN yet, {self.path} up to step {record['step']}: {error}.", file=sys.stderr)
+            self.bar.write(
+                f"NOT WRITTEN yet, {self.path} up to step {record['step']}: {error}.", file=sys.stderr
+            )
         values = {name: value for name, value in record.items() if name != "step"}
-        self.draw(lambda board: [board.add_scalar(name, value, record["step"]) for name, value in values.items()])
+        self.draw(
+            lambda board: [board.add_scalar(name, value, record["step"]) for name, value in values.items()]
+        )
         self.bar.update(record["step"] - self.bar.n)
         loss = f"loss {record['loss']:.4f}, " if "loss" in record else ""
         self.bar.set_postfix_str(
@@ -128,7 +134,9 @@ class Metrics:
     Infinity are written as Python's json does.
     """
 
-    def __init__(self, config: RunConfig, ranks: Ranks, total_steps: int, steps_per_epoch: float, first_step: int = 0) -> None:
+    def __init__(
+        self, config: RunConfig, ranks: Ranks, total_steps: int, steps_per_epoch: float, first_step: int = 0
+    ) -> None:
         self.config, self.ranks, self.steps_per_epoch = config, ranks, steps_per_epoch
         self._report = _Report(config, total_steps, first_step) if ranks.rank == 0 else None
         self._grad_accum_steps = config.grad_accum_steps(ranks.world_size)
@@ -173,8 +181,12 @@ class Metrics:
         totals, numbers, (waited, elapsed) = vector.split([len(names), len(names), 2])
         record: dict[str, Any] = {"step": step, "epoch": step / self.steps_per_epoch}
         record |= dict(zip(names, (totals / numbers).tolist(), strict=True))
-        record |= {name: value.item() if isinstance(value, Tensor) else value for name, value in extra.items()}
-        record["images_per_second"] = (step - self.logged_step) * self.config.train.global_batch_size / seconds
+        record |= {
+            name: value.item() if isinstance(value, Tensor) else value for name, value in extra.items()
+        }
+        record["images_per_second"] = (
+            (step - self.logged_step) * self.config.train.global_batch_size / seconds
+        )
         record["data_wait_percent"] = 100 * (waited / elapsed).item()
         record["seconds"] = seconds
         if self.ranks.device.type == "cuda":

@@ -14,7 +14,16 @@ import yaml
 from mapet_ds.config.sections import REPOSITORY, RunConfig
 from mapet_ds.files import write_whole
 
-PACKAGES = ("torch", "deepspeed", "timm", "open_clip_torch", "nvidia-dali-cuda130", "faiss-gpu", "numpy", "pillow")
+PACKAGES = (
+    "torch",
+    "deepspeed",
+    "timm",
+    "open_clip_torch",
+    "nvidia-dali-cuda130",
+    "faiss-gpu",
+    "numpy",
+    "pillow",
+)
 
 
 def versions() -> dict[str, str]:
@@ -25,7 +34,9 @@ def versions() -> dict[str, str]:
 def _git(*arguments: str) -> str | None:
     """What git says of the repository; None where there is no git."""
     try:
-        return subprocess.run(["git", *arguments], cwd=REPOSITORY, capture_output=True, text=True).stdout.strip()
+        return subprocess.run(
+            ["git", *arguments], cwd=REPOSITORY, capture_output=True, text=True
+        ).stdout.strip()
     except FileNotFoundError:
         return None
 
@@ -36,7 +47,10 @@ def write_record(config: RunConfig, engine_config: dict[str, Any], folder: Path)
     environment = {
         "command": sys.argv,
         "deepspeed_config": engine_config,
-        "git": {"commit": _git("rev-parse", "HEAD"), "changed": (_git("status", "--porcelain") or "").splitlines()},
+        "git": {
+            "commit": _git("rev-parse", "HEAD"),
+            "changed": (_git("status", "--porcelain") or "").splitlines(),
+        },
         "python": sys.version,
         "versions": versions(),
     }

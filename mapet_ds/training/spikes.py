@@ -50,7 +50,9 @@ class SpikeGuard:
             self.rollbacks = [Rollback(**each) for each in json.loads(text)]
             self.passed_over = {step for each in self.rollbacks for step in range(each.first, each.last)}
         except (ValueError, TypeError) as error:
-            raise RunError(f"{self._path} is damaged ({error}): restore it, or remove it to learn from all steps.") from error
+            raise RunError(
+                f"{self._path} is damaged ({error}): restore it, or remove it to learn from all steps."
+            ) from error
         self._usual: list[float] = []
         self._window_before = 0
 
@@ -63,14 +65,18 @@ class SpikeGuard:
         path, window = self._folder / "metrics.jsonl", self._config.log.every_steps
         usual, before, end = [], 0, 0
         if path.exists():
-            for line in map(json.loads, (text for text in path.read_text().splitlines() if text.endswith("}"))):
+            for line in map(
+                json.loads, (text for text in path.read_text().splitlines() if text.endswith("}"))
+            ):
                 if line["step"] > step:
                     break
                 if (loss := line.get("loss")) is not None:
                     before = end
                     usual += [loss] * (math.isfinite(loss) and line["step"] - end == window)
                 end = line["step"]
-        return usual[-WINDOWS:], before if end == step else max(0, step - window)  # a lost line was a window's, most likely
+        return usual[-WINDOWS:], before if end == step else max(
+            0, step - window
+        )  # a lost line was a window's, most likely
 
     def judge(self, first: int, record: dict[str, Any]) -> Rollback | None:
         """What to pass over, if the record of steps first .. record["step"] - 1 is a spike: already on disk. Every rank must

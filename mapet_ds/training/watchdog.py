@@ -96,7 +96,11 @@ class Watchdog:
         asking = threading.Thread(target=ask, daemon=True)
         asking.start()
         asking.join(ANSWER_SECONDS if self._limit > ANSWER_SECONDS else 5 * self._interval)
-        return answers[0] if answers else "rank 0 or the launcher, one of which keeps the launch's store, does not answer"
+        return (
+            answers[0]
+            if answers
+            else "rank 0 or the launcher, one of which keeps the launch's store, does not answer"
+        )
 
     def _everyone(self) -> list[list[Any]]:
         keys = [f"watchdog/{rank}" for rank in range(self._ranks.world_size)]
@@ -127,7 +131,9 @@ class Watchdog:
                 "all ranks answer and are as far: one has not come to a collective, or the network is down. Compare the stacks "
                 "below: the rank that is in no collective holds the others up"
             )
-        return "; ".join(f"{names[rank]} is behind: {now[rank][2]} for {now[rank][3]:.0f} s" for rank in behind)
+        return "; ".join(
+            f"{names[rank]} is behind: {now[rank][2]} for {now[rank][3]:.0f} s" for rank in behind
+        )
 
     def _end(self, doing: str, still: float, found: str) -> None:
         try:

@@ -38,7 +38,9 @@ def banded(mask: Tensor, parts: int) -> Attention:
 
 
 def compiled_flex(mask: Tensor) -> Attention:
-    blocks = create_block_mask(lambda b, h, row, key: mask[row, key], None, None, *mask.shape, device=mask.device)
+    blocks = create_block_mask(
+        lambda b, h, row, key: mask[row, key], None, None, *mask.shape, device=mask.device
+    )
     return partial(torch.compile(flex_attention), block_mask=blocks)
 
 
@@ -50,8 +52,14 @@ def sliding_window(mask: Tensor) -> Attention:
     def stream(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         batch = len(q)
         packed = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
-        ends = (torch.arange(batch + 1, dtype=torch.int32, device=q.device) * length for length in (hidden, keys))
-        return varlen_attn(*packed, *ends, hidden, keys, window_size=window).unflatten(0, (batch, hidden)).transpose(1, 2)
+        ends = (
+            torch.arange(batch + 1, dtype=torch.int32, device=q.device) * length for length in (hidden, keys)
+        )
+        return (
+            varlen_attn(*packed, *ends, hidden, keys, window_size=window)
+            .unflatten(0, (batch, hidden))
+            .transpose(1, 2)
+        )
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         content = stream(q[:, :, :hidden], k[:, :, 1:], v[:, :, 1:])
@@ -66,16 +74,24 @@ def measure_attention(arguments: argparse.Namespace) -> Figures:
     if config.objective != "mapet":
         raise ConfigError(f"`attention` is about mapet's rows, and objective = {config.objective}.")
     torch.set_num_threads(arguments.threads)
-    vit, hidden, dtype = vit_of(config.model), config.mapet.num_hidden(config), getattr(torch, arguments.dtype)
+    vit, hidden, dtype = (
+        vit_of(config.model),
+        config.mapet.num_hidden(config),
+        getattr(torch, arguments.dtype),
+    )
     mask = attention_mask(hidden, vit.prefix + config.num_patches - hidden).to(device)
-    ways = {"mask": partial(F.scaled_dot_product_attention, attn_mask=mask)} | {f"bands_{n}": banded(mask, n) for n in (1, 2, 3)}
+    ways = {"mask": partial(F.scaled_dot_product_attention, attn_mask=mask)} | {
+        f"bands_{n}": banded(mask, n) for n in (1, 2, 3)
+    }
     if device.type == "cuda":
         ways["flex"] = compiled_flex(mask)
         if dtype != torch.float32:
             ways["window"] = sliding_window(mask)
     draw = partial(torch.randn, device=device, dtype=dtype)
     sizes, heads = (len(mask), len(mask), *[mask.shape[1]] * 2), (vit.heads, vit.width // vit.heads)
-    gradient, *inputs = (draw(arguments.batch_size, rows, *heads).transpose(1, 2).requires_grad_() for rows in sizes)
+    gradient, *inputs = (
+        draw(arguments.batch_size, rows, *heads).transpose(1, 2).requires_grad_() for rows in sizes
+    )
 
     def run(way: Attention) -> list[Tensor]:
         output = way(*inputs)

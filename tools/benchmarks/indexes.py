@@ -45,7 +45,9 @@ def write(folder: Path, images: int) -> None:
 
     def members() -> Iterator[Member]:
         for i in range(images):
-            yield Member(b"shard-%06d.tar/%012d.jpg" % divmod(i, 10_000), 0, tarfile.BLOCKSIZE, header.size, i % 1000)
+            yield Member(
+                b"shard-%06d.tar/%012d.jpg" % divmod(i, 10_000), 0, tarfile.BLOCKSIZE, header.size, i % 1000
+            )
 
     write_index(folder / "index", str(folder), members(), [b"only.tar"], [])
 
@@ -55,7 +57,9 @@ def first_batch(config: Config, index: Index, step: int) -> Figures:
     from mapet_ds.data.loader import Loader
 
     start = time.perf_counter()
-    loader = Loader(config, index, student=True, teacher=None, rank=0, world_size=1, local_rank=0, first_step=step)
+    loader = Loader(
+        config, index, student=True, teacher=None, rank=0, world_size=1, local_rank=0, first_step=step
+    )
     with contextlib.closing(loader):
         next(loader)
         seconds = time.perf_counter() - start
@@ -65,7 +69,10 @@ def first_batch(config: Config, index: Index, step: int) -> Figures:
 
 def order_figures(config: Config, index: Index, repeats: int) -> Figures:
     """Time of a micro-batch's draws; how many samples of a window of places lie side by side, in the mean."""
-    source, order = SampleSource(config, index, 0, 1), SampleOrder(len(index), config.seed, config.data.shuffle_window)
+    source, order = (
+        SampleSource(config, index, 0, 1),
+        SampleOrder(len(index), config.seed, config.data.shuffle_window),
+    )
     draws_ms, stretches = [], []
     for repeat in range(repeats):
         start = time.perf_counter()
@@ -78,7 +85,10 @@ def order_figures(config: Config, index: Index, repeats: int) -> Figures:
 
 
 def measure_index(arguments: argparse.Namespace) -> Figures:
-    config, found = settings(arguments, "data.crop=random", "data.color_jitter=0"), {"images": arguments.images}
+    config, found = (
+        settings(arguments, "data.crop=random", "data.color_jitter=0"),
+        {"images": arguments.images},
+    )
     with tempfile.TemporaryDirectory() as scratch:
         few, many = Path(scratch) / "few", Path(scratch) / "many"
         write(few, FEW)
@@ -99,6 +109,8 @@ def measure_index(arguments: argparse.Namespace) -> Figures:
         found["first_batch_of_few"] = first_batch(config, small, 0)
         found["first_batch"] = {step: first_batch(config, index, step) for step in (0, LATE)}
         for window in (0, WINDOW):
-            windowed = dataclasses.replace(config, data=dataclasses.replace(config.data, shuffle_window=window))
+            windowed = dataclasses.replace(
+                config, data=dataclasses.replace(config.data, shuffle_window=window)
+            )
             found[f"order_window_{window}"] = order_figures(windowed, index, arguments.repeats)
     return circumstances(config, arguments) | found

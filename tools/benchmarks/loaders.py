@@ -45,9 +45,17 @@ def dali(
     from nvidia.dali import Pipeline, fn, types
 
     data, device_id = config.data, 0 if device.type == "cuda" else None
-    with Pipeline(config.train.micro_batch_size, data.threads, device_id, prefetch_queue_depth=data.prefetch) as pipeline:
-        encoded, label = fn.readers.file(files=[index.path(i) for i in range(len(index))], random_shuffle=True)
-        decoder |= {"device": "cpu" if device_id is None else "mixed", "output_type": types.RGB, "adjust_orientation": False}
+    with Pipeline(
+        config.train.micro_batch_size, data.threads, device_id, prefetch_queue_depth=data.prefetch
+    ) as pipeline:
+        encoded, label = fn.readers.file(
+            files=[index.path(i) for i in range(len(index))], random_shuffle=True
+        )
+        decoder |= {
+            "device": "cpu" if device_id is None else "mixed",
+            "output_type": types.RGB,
+            "adjust_orientation": False,
+        }
         area = {"random_area": data.crop_scale, "random_aspect_ratio": data.crop_ratio, "num_attempts": 10}
         if whole:
             anchor, shape = fn.random_crop_generator(fn.peek_image_shape(encoded), **area)
@@ -58,7 +66,9 @@ def dali(
         for side, mean, std in views:
             image = fn.resize(crop, size=[side, side], interp_type=types.INTERP_CUBIC, antialias=True)
             mean, std = [255 * m for m in mean], [255 * s for s in std]
-            outputs.append(fn.crop_mirror_normalize(image, mirror=mirror, mean=mean, std=std, output_layout="CHW"))
+            outputs.append(
+                fn.crop_mirror_normalize(image, mirror=mirror, mean=mean, std=std, output_layout="CHW")
+            )
         pipeline.set_outputs(*outputs, label)
     while True:
         yield pipeline.run()
@@ -76,7 +86,9 @@ class Images(torch.utils.data.Dataset):
     def __getitem__(self, i: int) -> list[Tensor]:
         with Image.open(self.paths[i]) as image:
             image = image.convert("RGB")
-        image = F.crop(image, *RandomResizedCrop.get_params(image, self.data.crop_scale, self.data.crop_ratio))
+        image = F.crop(
+            image, *RandomResizedCrop.get_params(image, self.data.crop_scale, self.data.crop_ratio)
+        )
         if torch.rand(1) < self.data.flip:
             image = F.hflip(image)
         resized = [F.resize(image, [side, side], InterpolationMode.BICUBIC) for side, _, _ in self.views]
@@ -89,7 +101,9 @@ def torchvision(index: Index, views: list[Any], config: Config, device: torch.de
     # Without replacement, one permutation after another: no end of an epoch within a measurement.
     order = torch.utils.data.RandomSampler(images, num_samples=10**6)
     batch_size, workers, gpu = config.train.micro_batch_size, config.data.threads, device.type == "cuda"
-    for batch in torch.utils.data.DataLoader(images, batch_size, sampler=order, num_workers=workers, pin_memory=gpu):
+    for batch in torch.utils.data.DataLoader(
+        images, batch_size, sampler=order, num_workers=workers, pin_memory=gpu
+    ):
         yield [view.to(device, non_blocking=True) for view in batch]
 
 
@@ -105,16 +119,28 @@ OTHERS = {
 def measure_loader(arguments: argparse.Namespace) -> Figures:
     device = device_of(arguments.device)
     config = settings(
-        arguments, "data.crop=random", "data.flip=0.5", "data.color_jitter=0", "data.workers=0", "data.prefetch=2"
+        arguments,
+        "data.crop=random",
+        "data.flip=0.5",
+        "data.color_jitter=0",
+        "data.workers=0",
+        "data.prefetch=2",
     )
     student = (config.model.img_size, config.data.mean, config.data.std)
     with tempfile.TemporaryDirectory() as cache:
         index = open_index(arguments.data, Path(cache) / "index")
         if not Path(index.path(0)).is_file():
-            raise DataError(f"--data {arguments.data} holds shards: the readers compared with need image files.")
-        readers = {"ours": ours} | {name: OTHERS[name] for name in arguments.against or ("dali", "torchvision")}
+            raise DataError(
+                f"--data {arguments.data} holds shards: the readers compared with need image files."
+            )
+        readers = {"ours": ours} | {
+            name: OTHERS[name] for name in arguments.against or ("dali", "torchvision")
+        }
         one, two = (
-            race(arguments, {name: partial(reader, index, views, config, device) for name, reader in readers.items()})
+            race(
+                arguments,
+                {name: partial(reader, index, views, config, device) for name, reader in readers.items()},
+            )
             for views in ([student], [student, TEACHER_VIEW])
         )
     return circumstances(config, arguments) | {"images": len(index), "one_view": one, "two_views": two}
@@ -124,10 +150,14 @@ def measure_bad(arguments: argparse.Namespace) -> Figures:
     """Our loader on --data with one unreadable image more for every 19: cut off, or only its decoder can tell."""
     from mapet_ds.data.loader import Loader
 
-    config = settings(arguments, "data.crop=random", "data.color_jitter=0", "data.workers=0", "data.max_bad_share=0.1")
+    config = settings(
+        arguments, "data.crop=random", "data.color_jitter=0", "data.workers=0", "data.max_bad_share=0.1"
+    )
 
     def loader(index: Index, bad: list[int]) -> Iterator[Any]:
-        loader = Loader(config, index, student=True, teacher=None, rank=0, world_size=1, local_rank=0, bad=bad)
+        loader = Loader(
+            config, index, student=True, teacher=None, rank=0, world_size=1, local_rank=0, bad=bad
+        )
         with contextlib.closing(loader):
             yield from loader
 
@@ -144,4 +174,3 @@ def measure_bad(arguments: argparse.Namespace) -> Figures:
         contestants = {"known": (mixed, bad), "none": (good, []), "first_sight": (mixed, [])}
         found = race(arguments, {name: partial(loader, *which) for name, which in contestants.items()})
     return circumstances(config, arguments) | {"images": len(mixed), "bad": len(bad)} | found
-

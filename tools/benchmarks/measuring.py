@@ -33,7 +33,11 @@ def summary(values: list[float]) -> Figures:
 def ratio(above: list[float], below: list[float]) -> Figures:
     """Ratio of the medians; min and max are of the pairs measured one after the other."""
     pairs = [a / b for a, b in zip(above, below, strict=True)]
-    return {"ratio": statistics.median(above) / statistics.median(below), "min": min(pairs), "max": max(pairs)}
+    return {
+        "ratio": statistics.median(above) / statistics.median(below),
+        "min": min(pairs),
+        "max": max(pairs),
+    }
 
 
 def cpu_seconds() -> float:
@@ -93,10 +97,16 @@ def device_of(name: str) -> torch.device:
 def circumstances(config: Config, arguments: argparse.Namespace) -> Figures:
     """Hardware, versions, command and settings: what any figure rests on."""
     cpuinfo = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((line.partition(":")[2].strip() for line in cpuinfo if line.startswith("model name")), "unknown")
+    cpu = next(
+        (line.partition(":")[2].strip() for line in cpuinfo if line.startswith("model name")), "unknown"
+    )
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     packages = ["torch", "torchvision", "timm", "open_clip_torch", "pillow", "nvidia-dali-cuda130"]
-    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items() if key != "measure"}
+    settings = {
+        key: str(value) if isinstance(value, Path) else value
+        for key, value in vars(arguments).items()
+        if key != "measure"
+    }
     cores, load = len(os.sched_getaffinity(0)), os.getloadavg()[0]
     return {
         "hardware": {"cpu": cpu, "cores": cores, "load_average": load, "gpu": gpu},
@@ -121,7 +131,9 @@ def race(arguments: argparse.Namespace, contestants: dict[str, Callable[[], Any]
         for name, contestant in contestants.items():
             with contextlib.closing(contestant()) as batches:
                 draw_batches(batches, 2 * arguments.threads)
-                seconds, cpu_used, _ = timed(device_of(arguments.device), draw_batches, batches, arguments.batches)
+                seconds, cpu_used, _ = timed(
+                    device_of(arguments.device), draw_batches, batches, arguments.batches
+                )
             wall[name].append(number / seconds)
             cpu[name].append(1000 * cpu_used / number)
     return {
@@ -140,4 +152,3 @@ def settings(arguments: argparse.Namespace, *overrides: str) -> Config:
         f"data.threads={arguments.threads}", f"data.device={'gpu' if device == 'cuda' else 'cpu'}",
     ]  # fmt: skip
     return load_config(arguments.config, [*shared, *overrides, *arguments.overrides])
-

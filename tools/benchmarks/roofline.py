@@ -40,7 +40,9 @@ class Parts:
         self.marks: list[tuple[int, str]] = []
 
     def enter(self, name: str) -> None:
-        if in_backward():  # what is made anew there belongs to the node that asks for it, and may end before the module does
+        if (
+            in_backward()
+        ):  # what is made anew there belongs to the node that asks for it, and may end before the module does
             return
         self.open.append((name, record_function(RANGE + name)))
         self.open[-1][1].__enter__()
@@ -87,7 +89,12 @@ class Parts:
         vit, named = objective.vit, [(objective, REST)]
         for block in (module for module in objective.modules() if isinstance(module, Block)):
             attention = block.attn
-            named += [(attention, "attention"), (attention.qkv, "qkv"), (attention.proj, "proj"), (block.mlp, "mlp")]
+            named += [
+                (attention, "attention"),
+                (attention.qkv, "qkv"),
+                (attention.proj, "proj"),
+                (block.mlp, "mlp"),
+            ]
         handles = [vit.norm.register_forward_hook(lambda *_: self.enter(HEAD))]
         handles.append(objective.register_forward_hook(lambda *_: self.leave()))  # of the head
         for module, name in [*named, (vit.patch_embed, "patch_embed")]:
@@ -105,15 +112,25 @@ class Traffic(TorchDispatchMode):
         super().__init__()
         self.parts, self.bytes = parts, Counter[str]()
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         result = function(*args, **(kwargs or {}))
-        if function.is_view or function.overloadpacket.__name__.startswith(("empty", "new_empty", "_unsafe_view")):
+        if function.is_view or function.overloadpacket.__name__.startswith(
+            ("empty", "new_empty", "_unsafe_view")
+        ):
             return result
         node = torch._C._current_autograd_node()
-        changed = [arg for arg, known in zip(args, function._schema.arguments) if known.alias_info and known.alias_info.is_write]
+        changed = [
+            arg
+            for arg, known in zip(args, function._schema.arguments)
+            if known.alias_info and known.alias_info.is_write
+        ]
         moved = [x for x in tree_leaves((args, kwargs, changed or result)) if isinstance(x, Tensor)]
         part = self.parts.now() if node is None else self.parts.of_node(node._sequence_nr())
-        self.bytes[part] += sum(min(x.numel() * x.element_size(), x.untyped_storage().nbytes()) for x in moved)
+        self.bytes[part] += sum(
+            min(x.numel() * x.element_size(), x.untyped_storage().nbytes()) for x in moved
+        )
         return result
 
 
@@ -125,7 +142,12 @@ def flops_by_part(config: Config) -> dict[str, int]:
 
 
 def breakdown(
-    objective: nn.Module, step: Callable[[Parts], Any], flops: dict[str, float], peak: float, device: torch.device, repeats: int,
+    objective: nn.Module,
+    step: Callable[[Parts], Any],
+    flops: dict[str, float],
+    peak: float,
+    device: torch.device,
+    repeats: int,
     count_bytes: bool = True,
 ) -> Figures:
     """By part: seconds a step in torch.profiler (kernels' on a GPU, operations' on a CPU), FLOPs, bytes, and what bounds it.
@@ -176,10 +198,22 @@ def bounds(flops: float, moved: float, seconds: float, peak: float, speed: float
 def show(found: Figures, peak: float, plot: Path | None) -> None:
     """The table on stderr, and the picture."""
     form = "{:<16}{:>10}{:>8}{:>11}{:>9}{:>9}{:>10}{:>9}  {}".format
-    print(form("part", "seconds", "share", "GFLOP", "GB", "FLOP/B", "GFLOP/s", "of peak", "bound"), file=sys.stderr)
+    print(
+        form("part", "seconds", "share", "GFLOP", "GB", "FLOP/B", "GFLOP/s", "of peak", "bound"),
+        file=sys.stderr,
+    )
     for name, part in found["parts"].items():
-        figures = [f"{part['seconds']:.4f}", f"{part['share']:.1%}", f"{part['gflop']:.1f}", f"{part['gbyte']:.2f}"]
-        figures += [f"{part['flop_per_byte'] or 0:.1f}", f"{1e3 * part['tflops']:.1f}", f"{part['share_of_ceiling']:.0%}"]
+        figures = [
+            f"{part['seconds']:.4f}",
+            f"{part['share']:.1%}",
+            f"{part['gflop']:.1f}",
+            f"{part['gbyte']:.2f}",
+        ]
+        figures += [
+            f"{part['flop_per_byte'] or 0:.1f}",
+            f"{1e3 * part['tflops']:.1f}",
+            f"{part['share_of_ceiling']:.0%}",
+        ]
         print(form(name, *figures, part["bound"] or "-"), file=sys.stderr)
     print(form(UNEXPLAINED, "", f"{found[UNEXPLAINED]:.1%}", *[""] * 6).rstrip(), file=sys.stderr)
     if plot:
@@ -198,7 +232,10 @@ def draw_roofline(found: Figures, peak: float, path: Path) -> None:
     shares.invert_yaxis()
     shares.set(xlabel="% of the step", title=f"{found['seconds']:.3g} s a step")
     placed = {name: part for name, part in parts.items() if part["flop_per_byte"]}
-    ends = [peak / speed / 30, max([peak / speed * 10, *(2 * part["flop_per_byte"] for part in placed.values())])]
+    ends = [
+        peak / speed / 30,
+        max([peak / speed * 10, *(2 * part["flop_per_byte"] for part in placed.values())]),
+    ]
     roof.loglog([ends[0], peak / speed, ends[1]], [ends[0] * speed, peak, peak], color="black")
     for name, part in placed.items():
         roof.scatter(part["flop_per_byte"], 1e12 * part["tflops"], s=20 + 1000 * part["share"], alpha=0.6)

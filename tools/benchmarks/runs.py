@@ -72,7 +72,9 @@ def flops_per_image(run: Run, target: torch.Tensor, batch: Any) -> dict[str, flo
 class DenseMasks(Dataset):
     """Of image i, its patches' order and its two dense masks."""
 
-    def __init__(self, masks: Callable[..., tuple[torch.Tensor, ...]], config: Config, num_visible: int) -> None:
+    def __init__(
+        self, masks: Callable[..., tuple[torch.Tensor, ...]], config: Config, num_visible: int
+    ) -> None:
         self.masks, self.config, self.num_visible = masks, config, num_visible
 
     def __len__(self) -> int:
@@ -162,12 +164,21 @@ def train_breakdown(arguments: argparse.Namespace, run: Run, target_flops: float
         with parts("optimizer"):
             engine.step()
 
-    flops = {name: arguments.batch_size * count for name, count in ({"target": target_flops} | flops_by_part(config)).items()}
-    return breakdown(engine.module, step, flops, 1e12 * peak, device, arguments.steps, count_bytes=not config.train.compile)
+    flops = {
+        name: arguments.batch_size * count
+        for name, count in ({"target": target_flops} | flops_by_part(config)).items()
+    }
+    return breakdown(
+        engine.module, step, flops, 1e12 * peak, device, arguments.steps, count_bytes=not config.train.compile
+    )
 
 
 def train_figures(
-    arguments: argparse.Namespace, run: Run, seconds: dict[str, list[float]], waits: list[float], flops: dict[str, float],
+    arguments: argparse.Namespace,
+    run: Run,
+    seconds: dict[str, list[float]],
+    waits: list[float],
+    flops: dict[str, float],
     peak: float,
 ) -> Figures | None:
     """On rank 0, with seconds a step by part; None elsewhere."""
@@ -216,7 +227,9 @@ def measure_checkpoint(arguments: argparse.Namespace) -> Figures | None:
         for _ in range(arguments.repeats):
             for name, part in parts.items():
                 found[name].append(timed(device, part)[0])
-        cost = [saving - without for saving, without in zip(found["steps_with_save"], found["steps"], strict=True)]
+        cost = [
+            saving - without for saving, without in zip(found["steps_with_save"], found["steps"], strict=True)
+        ]
         written = sum(path.stat().st_size for path in (run.folder / "checkpoints").rglob("*.*"))
         if run.ranks.rank:
             return None
@@ -237,14 +250,24 @@ def measure_scaling(arguments: argparse.Namespace) -> Figures:
             del words[words.index(own) : words.index(own) + 2]
     for _ in range(arguments.rounds):
         for number in numbers:
-            launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={number}"]
+            launch = [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                f"--nproc_per_node={number}",
+            ]
             done = subprocess.run([*launch, sys.argv[0], "train", *words], stdout=subprocess.PIPE, text=True)
             if done.returncode:
-                raise ConfigError(f"`train` at {number} ranks ended with {done.returncode}: its reason is above.")
+                raise ConfigError(
+                    f"`train` at {number} ranks ended with {done.returncode}: its reason is above."
+                )
             one = json.loads(done.stdout.strip().splitlines()[-1])
             speeds[number].append(one["images_per_second"]["train"]["median"])
     kept = ("hardware", "versions", "objective", "dtype", "gflop_per_image")
     return {key: one[key] for key in kept} | {
         "images_per_second": {number: summary(values) for number, values in speeds.items()},
-        "weak_scaling": {number: ratio([v / number for v in values], speeds[1]) for number, values in speeds.items()},
+        "weak_scaling": {
+            number: ratio([v / number for v in values], speeds[1]) for number, values in speeds.items()
+        },
     }

@@ -30,7 +30,9 @@ def check_twin(arguments: argparse.Namespace, config: Config) -> None:
         ConfigError: naming it.
     """
     if arguments.against == "dense" and config.objective != "mapet":
-        raise ConfigError(f"The dense twin is MaPeT's, and objective = {config.objective}: add --against none.")
+        raise ConfigError(
+            f"The dense twin is MaPeT's, and objective = {config.objective}: add --against none."
+        )
 
 
 def dense_twin(model: nn.Module) -> Any:
@@ -43,7 +45,9 @@ def dense_twin(model: nn.Module) -> Any:
     try:
         from reference import DenseMaPeT
     except ModuleNotFoundError as error:
-        raise ConfigError(f"--against dense compares with tests/reference.py, but {REPOSITORY}/tests has none.") from error
+        raise ConfigError(
+            f"--against dense compares with tests/reference.py, but {REPOSITORY}/tests has none."
+        ) from error
     return DenseMaPeT(model)
 
 
@@ -56,9 +60,13 @@ class Steps:
         generator = torch.Generator().manual_seed(config.seed)
         images = torch.randn(batch, 3, config.model.img_size, config.model.img_size, generator=generator)
         if config.method.predicts_ids:
-            target = torch.randint(config.tokenizer.vocab_size, (batch, config.num_patches), generator=generator)
+            target = torch.randint(
+                config.tokenizer.vocab_size, (batch, config.num_patches), generator=generator
+            )
         else:
-            target = F.normalize(torch.randn(batch, config.num_patches, target_dim(config), generator=generator), dim=-1)
+            target = F.normalize(
+                torch.randn(batch, config.num_patches, target_dim(config), generator=generator), dim=-1
+            )
         self.draw = self.model.draw(0, 0, batch)
         self.batch = images.to(device), target.to(device), self.draw.to(device)
 
@@ -68,7 +76,9 @@ class Steps:
 
     def masks(self) -> tuple[Tensor, ...]:
         """What the twin needs beside the batch."""
-        return tuple(mask.to(self.device) for mask in self.twin.masks(self.draw.order, self.model.num_visible))
+        return tuple(
+            mask.to(self.device) for mask in self.twin.masks(self.draw.order, self.model.num_visible)
+        )
 
     def step(self) -> float:
         return self._run(lambda: self.model(*self.batch).loss)
@@ -130,7 +140,9 @@ def measure_step(arguments: argparse.Namespace) -> Figures:
     if "dense" in names:
         steps.add_twin()
     losses = {name: getattr(steps, name)() for name in names}
-    works = {name: getattr(steps, name) for name in (names if arguments.against == "none" else [*names, "masks"])}
+    works = {
+        name: getattr(steps, name) for name in (names if arguments.against == "none" else [*names, "masks"])
+    }
     wall, cpu = ({name: [] for name in works} for _ in range(2))
     for _ in range(arguments.repeats):
         for name, work in works.items():
@@ -153,7 +165,9 @@ def measure_step(arguments: argparse.Namespace) -> Figures:
     return figures
 
 
-def compare(wall: dict[str, list[float]], cpu: dict[str, list[float]], peaks: Figures, losses: Figures) -> Figures:
+def compare(
+    wall: dict[str, list[float]], cpu: dict[str, list[float]], peaks: Figures, losses: Figures
+) -> Figures:
     """MaPeT's dense twin over the step as it is."""
     whole = [step + mask for step, mask in zip(wall["dense"], wall["masks"])]
     return {

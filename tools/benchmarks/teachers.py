@@ -39,15 +39,21 @@ def measure_teacher(arguments: argparse.Namespace) -> Figures | None:
     torch.set_num_threads(arguments.threads)
     asked, compiled = settings(arguments).teacher.precision, settings(arguments).train.compile
     if arguments.against == "eager" and not compiled:
-        raise ConfigError("--against eager compares with a compiled teacher, and train.compile = False: add train.compile=true.")
+        raise ConfigError(
+            "--against eager compares with a compiled teacher, and train.compile = False: add train.compile=true."
+        )
     for precision in ("fp32", "bf16") if device.type == "cuda" else ("bf16" if asked == "bf16" else "fp32",):
         config = settings(arguments, f"teacher.precision={precision}")
         teachers = [build_teacher(config.teacher, device, compiled)]
         if arguments.against == "eager":
             teachers.append(build_teacher(config.teacher, device))
         elif arguments.against == "unsharded":
-            teachers.append(build_teacher(dataclasses.replace(config.teacher, shard="none"), device, compiled))
-        images = torch.randn(arguments.batch_size, 3, config.teacher.img_size, config.teacher.img_size, device=device)
+            teachers.append(
+                build_teacher(dataclasses.replace(config.teacher, shard="none"), device, compiled)
+            )
+        images = torch.randn(
+            arguments.batch_size, 3, config.teacher.img_size, config.teacher.img_size, device=device
+        )
         figures["gflop_per_image"] = counted_flops(partial(teachers[-1], images[:1])) / 1e9
         peak = ceiling(device, teachers[0].dtype)
         speeds: list[list[float]] = [[] for _ in teachers]
@@ -61,16 +67,24 @@ def measure_teacher(arguments: argparse.Namespace) -> Figures | None:
         }  # fmt: skip
         if arguments.against:
             other = {"images_per_second": summary(speeds[1]), "local_mib": teachers[1].local_bytes / 2**20}
-            figures[precision] |= {arguments.against: other, f"speed_over_{arguments.against}": ratio(speeds[0], speeds[1])}
+            figures[precision] |= {
+                arguments.against: other,
+                f"speed_over_{arguments.against}": ratio(speeds[0], speeds[1]),
+            }
     about = {"teacher": config.teacher.name, "ranks": ranks.world_size, "compiled": compiled}
     return None if ranks.rank else circumstances(config, arguments) | about | figures
 
 
 def measure_assign(arguments: argparse.Namespace) -> Figures:
     device, name = device_of(arguments.device), f"teacher.name={json.dumps(arguments.teacher)}"
-    configs = {precision: settings(arguments, name, f"teacher.precision={precision}") for precision in ("fp32", "bf16")}
+    configs = {
+        precision: settings(arguments, name, f"teacher.precision={precision}")
+        for precision in ("fp32", "bf16")
+    }
     config, codebook = configs["fp32"], Codebook.load(arguments.codebook)
-    teachers = {f"teacher_{precision}": build_teacher(configs[precision].teacher, device) for precision in configs}
+    teachers = {
+        f"teacher_{precision}": build_teacher(configs[precision].teacher, device) for precision in configs
+    }
     codebook.check(teachers["teacher_fp32"].identity, config.data, len(codebook.centroids))
     codebook.to(device)
     assigns = {f"assign_{precision}": f"teacher_{precision}" for precision in configs}
@@ -94,12 +108,15 @@ def measure_assign(arguments: argparse.Namespace) -> Figures:
                 exact = codebook.assign(found["teacher_bf16"].float())
                 changed["bf16_in_tf32"] += int((found["assign_bf16"] != exact).sum())
                 changed["bf16_teacher"] += int((found["assign_bf16"] != ids).sum())
-                changed["bf16_features"] += int((codebook.assign(found["teacher_fp32"].bfloat16()) != ids).sum())
+                changed["bf16_features"] += int(
+                    (codebook.assign(found["teacher_fp32"].bfloat16()) != ids).sum()
+                )
                 total += ids.numel()
     return circumstances(config, arguments) | {
         "codes": len(codebook.centroids),
         "ids": total,
         "changed_share": {name: count / total for name, count in changed.items()},
-        "ms_per_image": {name: summary(values[1:]) for name, values in milliseconds.items()},  # the first is a warm-up
+        "ms_per_image": {
+            name: summary(values[1:]) for name, values in milliseconds.items()
+        },  # the first is a warm-up
     }
-
