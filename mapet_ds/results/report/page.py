@@ -327,7 +327,7 @@ def render(records: list[Record], sizes: Sizes) -> str:
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    return environment.get_template("html").render(
+    return environment.get_template("page.html").render(
         runs=runs, charts=curve_charts(records), differing=differing(records), packages=packages,
         colours={"right": RIGHT, "in_top5": IN_TOP5, "wrong": WRONG, "not_predicted": NOT_PREDICTED},
     )  # fmt: skip
