@@ -20,7 +20,7 @@ from mapet_ds.ids import StoredIds
 from mapet_ds.index import DataError, open_index
 from mapet_ds.launch import ranks_per_host
 from mapet_ds.objectives import OBJECTIVES, build_objective
-from mapet_ds.teacher import build_teacher, teacher_mean_std
+from mapet_ds.teacher import build_teacher, shapes_only, teacher_mean_std
 from mapet_ds.tokenizer import build_tokenizer
 from mapet_ds.vit import compile_blocks
 
@@ -156,6 +156,8 @@ class LookedUpIds(TokenIds):
 
     def _open(self, config: Config) -> None:
         self.ahead = False
+        if shapes_only():
+            return
         self.stored = StoredIds(config.tokenizer.ids)
         self.identity = self.stored.identity
         self.stored.check_data(config.data.train, open_index(config.data.train, Path(config.run_dir) / "index").fingerprint)
@@ -177,6 +179,8 @@ class LookedUpIds(TokenIds):
         Raises:
             DataError: an image that could not be read when the ids were written.
         """
+        if shapes_only():
+            return torch.empty(len(batch.index), self.num_patches, dtype=torch.long)
         rows = self.stored.rows[batch.index.numpy()]
         if rows.max() >= self.dim:
             i = int(batch.index[(rows >= self.dim).any(axis=1).argmax()])

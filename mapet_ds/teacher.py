@@ -28,6 +28,7 @@ from open_clip.modified_resnet import ModifiedResNet
 from open_clip.transformer import LayerNormFp32
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -43,6 +44,11 @@ Weights = dict[str, Any]
 """Name in the file -> tensor, or a lazy slice of a safetensors file: both read by indexing."""
 
 
+def shapes_only() -> bool:
+    """Whether tensors made now have shapes and no values (FakeTensorMode, in which costs are counted): no file is read then."""
+    return isinstance(torch.empty(0), FakeTensor)
+
+
 class Teacher(nn.Module):
     """A frozen image tower whose forward gives dense features; always in eval mode, never with a gradient.
 
@@ -56,7 +62,8 @@ class Teacher(nn.Module):
         self.dtype = dtype
         self.identity: dict[str, str | int] = {}
         self.train(False)
-        probe = torch.empty(1, 3, config.img_size, config.img_size, dtype=dtype, device="meta")
+        device = next(visual.parameters()).device
+        probe = torch.empty(1, 3, config.img_size, config.img_size, dtype=dtype, device=device)
         shapes = [features.shape for features in self._intermediates(probe, None)]
         if not -len(shapes) <= config.layer < len(shapes):
             raise ConfigError(
@@ -133,9 +140,12 @@ def build_teacher(config: TeacherConfig, device: torch.device, compiled: bool = 
     model["quick_gelu"] = _quick_gelu(config, model)
     dtype = torch.bfloat16 if bf16 else torch.float32
     build = partial(_build_tower, model, config.img_size)
-    with torch.device("meta"):
+    with torch.device(device if shapes_only() else "meta"):
         visual = build(dtype)
     teacher = Teacher(visual, config, dtype)
+    if shapes_only():
+        visual.attnpool = None
+        return teacher
     if config.weights == "random" and not config.name.startswith("local-dir:"):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)

@@ -29,7 +29,7 @@ from mapet_ds.config import Config, ConfigError, DataConfig, TokenizerConfig
 from mapet_ds.data import Loader, View
 from mapet_ds.index import Index
 from mapet_ds.launch import Ranks
-from mapet_ds.teacher import Teacher, build_teacher, teacher_mean_std
+from mapet_ds.teacher import Teacher, build_teacher, shapes_only, teacher_mean_std
 
 logger = logging.getLogger(__name__)
 SCORES = 2**26
@@ -93,7 +93,7 @@ def source_of(identity: dict[str, str | int], data: DataConfig) -> dict[str, str
 
 def has_tf32(rows: Tensor) -> bool:
     """Whether these rows lie in 16 bits on a GPU whose tensor cores multiply in TF32, several times as fast as in fp32."""
-    return rows.is_cuda and rows.element_size() == 2 and torch.cuda.is_tf32_supported()
+    return rows.element_size() == 2 and (shapes_only() or rows.is_cuda and torch.cuda.is_tf32_supported())
 
 
 def tf32_parts(x: Tensor) -> list[Tensor]:
@@ -109,7 +109,7 @@ class Codebook:
     def __init__(self, centroids: Tensor, provenance: dict[str, Any]) -> None:
         self.centroids = centroids.float().contiguous()
         self.provenance = {key: str(value) for key, value in provenance.items()}
-        self.sha256 = hashlib.sha256(self.centroids.cpu().numpy().data).hexdigest()
+        self.sha256 = "" if shapes_only() else hashlib.sha256(self.centroids.cpu().numpy().data).hexdigest()
         self._square_norms = self.centroids.square().sum(dim=1)
 
     def to(self, device: torch.device) -> Codebook:
@@ -206,10 +206,15 @@ class KClip:
     """
 
     def __init__(self, config: Config, device: torch.device) -> None:
-        self.codebook = Codebook.load(config.tokenizer.path)
+        whole = not shapes_only()
+        if whole:
+            self.codebook = Codebook.load(config.tokenizer.path)
         self.teacher = build_teacher(config.teacher, device, config.train.compile)
         self.teacher.check_grid(config.grid)
-        self.codebook.check(self.teacher.identity, config.data, config.tokenizer.vocab_size)
+        if whole:
+            self.codebook.check(self.teacher.identity, config.data, config.tokenizer.vocab_size)
+        else:
+            self.codebook = Codebook(torch.empty(config.tokenizer.vocab_size, self.teacher.embed_dim), {})
         self.codebook.to(device)
         self.view = View(config.teacher.img_size, *teacher_mean_std(config.teacher))
         self.vocab_size = len(self.codebook.centroids)

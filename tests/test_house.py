@@ -13,9 +13,9 @@ PACKAGE = sorted((REPOSITORY / "mapet_ds").rglob("*.py"))
 PROGRAMS = sorted((REPOSITORY / "tools").glob("*.py"))
 LAYERS = [
     {"config", "finetune_config", "knobs", "objective_config", "ids", "recipe", "checks", "draws", "formats", "optim"},
-    {"cost", "forecast", "vit", "metrics", "index", "samples", "launch"}, {"data", "labelled", "engine"},
+    {"vit", "metrics", "index", "samples", "launch"}, {"data", "labelled", "engine"},
     {"teacher", "tokenizer", "vqkd", "objectives", "targets"}, {"checkpoint", "export", "published", "probe", "hub", "watchdog"},
-    {"init_from", "spikes", "quarantine", "classifier", "online_probe", "report"}, {"run", "pretrain", "finetune"},
+    {"init_from", "spikes", "quarantine", "classifier", "online_probe", "report"}, {"run", "pretrain", "finetune", "planning"},
 ]  # fmt: skip
 HOMES = {
     "deepspeed": {"engine"}, "nvidia": {"data"}, "open_clip": {"teacher"}, "faiss": {"tokenizer", "probe"},

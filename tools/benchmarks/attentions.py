@@ -14,8 +14,8 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.attention.varlen import varlen_attn
 
 from mapet_ds.config import ConfigError
-from mapet_ds.cost import vit_of
 from mapet_ds.objectives.mapet import attention_mask
+from mapet_ds.vit import build_vit
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Of queries [B, H, 2 t, D] over keys and values [B, H, K, D]."""
@@ -66,15 +66,17 @@ def measure_attention(arguments: argparse.Namespace) -> Figures:
     if config.objective != "mapet":
         raise ConfigError(f"`attention` is about mapet's rows, and objective = {config.objective}.")
     torch.set_num_threads(arguments.threads)
-    vit, hidden, dtype = vit_of(config.model), config.mapet.num_hidden(config), getattr(torch, arguments.dtype)
-    mask = attention_mask(hidden, vit.prefix + config.num_patches - hidden).to(device)
+    with torch.device("meta"):
+        vit = build_vit(config.model)
+    hidden, dtype = config.mapet.num_hidden(config), getattr(torch, arguments.dtype)
+    mask = attention_mask(hidden, vit.num_prefix_tokens + config.num_patches - hidden).to(device)
     ways = {"mask": partial(F.scaled_dot_product_attention, attn_mask=mask)} | {f"bands_{n}": banded(mask, n) for n in (1, 2, 3)}
     if device.type == "cuda":
         ways["flex"] = compiled_flex(mask)
         if dtype != torch.float32:
             ways["window"] = sliding_window(mask)
     draw = partial(torch.randn, device=device, dtype=dtype)
-    sizes, heads = (len(mask), len(mask), *[mask.shape[1]] * 2), (vit.heads, vit.width // vit.heads)
+    sizes, heads = (len(mask), len(mask), *[mask.shape[1]] * 2), (vit.blocks[0].attn.num_heads, vit.blocks[0].attn.head_dim)
     gradient, *inputs = (draw(arguments.batch_size, rows, *heads).transpose(1, 2).requires_grad_() for rows in sizes)
 
     def run(way: Attention) -> list[Tensor]:

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mapet_ds.config import Config
-from mapet_ds.cost import student
+from mapet_ds.planning.counting import student
 
 RANGE = "part of a step: "
 BACKWARD = "autograd::engine::evaluate_function"
@@ -117,11 +117,14 @@ class Traffic(TorchDispatchMode):
         return result
 
 
-def flops_by_part(config: Config) -> dict[str, int]:
+def flops_by_part(config: Config) -> dict[str, float]:
     """Of the student on one image; torch.compile makes a block one piece, named `norms and rest` here."""
-    parts = student(config).parts
-    flops = {"patch_embed": parts.pop("embedding"), HEAD: parts.pop("head")}
-    return flops | ({REST: sum(parts.values())} if config.train.compile else parts)
+    parts = {"patch_embed": "patch_embed", "mlp": "mlp", "qkv": "qkv", "proj": "proj", "attn": "attention"}
+    flops = Counter[str]()
+    for module, count in student(config).modules.items():
+        part = next((part for name, part in parts.items() if name in module.split(".")), HEAD)
+        flops[REST if config.train.compile and part not in ("patch_embed", HEAD) else part] += count
+    return dict(flops)
 
 
 def breakdown(

@@ -31,11 +31,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from mapet_ds.checks import load_deepspeed_config
 from mapet_ds.config import Config, ConfigError
-from mapet_ds.cost import student as student_costs
 from mapet_ds.draws import permutations
 from mapet_ds.engine import gather_state
 from mapet_ds.launch import init_distributed
 from mapet_ds.objectives import build_objective
+from mapet_ds.planning.counting import student as student_costs
 from mapet_ds.run import Run
 
 

@@ -18,8 +18,8 @@ from benchmarks.roofline import Parts, breakdown, flops_by_part, show
 from torch import Tensor, nn
 
 from mapet_ds.config import REPOSITORY, Config, ConfigError
-from mapet_ds.cost import student, target_dim
 from mapet_ds.objectives import build_objective
+from mapet_ds.planning.counting import student, target
 
 
 def check_twin(arguments: argparse.Namespace, config: Config) -> None:
@@ -51,13 +51,14 @@ class Steps:
 
     def __init__(self, config: Config, device: torch.device, dtype: str) -> None:
         self.device, self.dtype, batch = device, dtype, config.train.micro_batch_size
-        self.model = build_objective(config, target_dim(config)).to(device)
+        dim = target(config).dim
+        self.model = build_objective(config, dim).to(device)
         generator = torch.Generator().manual_seed(config.seed)
         images = torch.randn(batch, 3, config.model.img_size, config.model.img_size, generator=generator)
         if config.method.predicts_ids:
             target = torch.randint(config.tokenizer.vocab_size, (batch, config.num_patches), generator=generator)
         else:
-            target = F.normalize(torch.randn(batch, config.num_patches, target_dim(config), generator=generator), dim=-1)
+            target = F.normalize(torch.randn(batch, config.num_patches, dim, generator=generator), dim=-1)
         self.draw = self.model.draw(0, 0, batch)
         self.batch = images.to(device), target.to(device), self.draw.to(device)
 

@@ -1,4 +1,4 @@
-"""What a recipe will take on a cluster: memory, micro-batch, time, input, scaling. Arithmetic, nothing is run.
+"""What a recipe will take on a cluster: memory, micro-batch, time, input, scaling, by arithmetic on what was counted.
 
 What DeepSpeed 0.19.8 keeps and sends was found on real engines with CPU ranks (tests/test_forecast.py). In bf16, stage 1
 keeps every gradient in fp32, and its bf16 twin from one micro-step to the next. Stages 1 and 2 sum gradients by a whole
@@ -8,14 +8,14 @@ its backward pass.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from typing import Any, NamedTuple
 
 from mapet_ds.config import Config, ConfigError, total_steps
-from mapet_ds.cost import FP32, Student, Target, student, target
+from mapet_ds.planning.counting import Student, Target, allows, student, target, with_micro
 
 GIB = 2**30
+FP32 = 4
 USABLE = 0.95
 """Share of the memory that the caching allocator can use: the rest is lost between blocks."""
 CONTEXT = 1.5 * GIB
@@ -151,13 +151,8 @@ class Request(NamedTuple):
     def size(self) -> int:
         return 2 if self.engine.get("bf16", {}).get("enabled") else 4
 
-    @property
-    def teacher_size(self) -> int:
-        return 4 if self.config.teacher.precision == "fp32" else 2
-
     def with_micro(self, micro: int) -> Request:
-        train = dataclasses.replace(self.config.train, micro_batch_size=micro)
-        return self._replace(config=dataclasses.replace(self.config, train=train))
+        return self._replace(config=with_micro(self.config, micro))
 
 
 def memory(request: Request, model: Student, goal: Target) -> dict[str, float]:
@@ -166,21 +161,17 @@ def memory(request: Request, model: Student, goal: Target) -> dict[str, float]:
     accumulate = config.grad_accum_steps(cluster.ranks) > 1
     engine = engine_costs(request.engine, model.parameters, cluster.ranks, accumulate)
     group = {"none": 1, "node": cluster.gpus_per_node, "world": cluster.ranks}[config.teacher.shard]
-    views = [config.model.img_size]
-    if config.objective == "conmim" or (config.method.predicts_ids and config.tokenizer.name != "kclip"):
-        views.append(config.model.img_size)
-    elif config.method.uses_teacher(config):
-        views.append(config.teacher.img_size)
+    views = [config.model.img_size] + ([goal.view] if goal.view else [])
     gathered = goal.sharded / 10 if group > 1 else 0  # the part in use, and the next
-    ahead = config.teacher.ahead and len(views) == 2 and config.objective != "conmim"
+    both = sum if goal.ahead else max
     return {
         "student weights": engine.weights + request.size * model.constants,
         "optimizer": engine.optimizer,
         "gradients": engine.gradients,
         "reduction buckets": engine.buffers,
         "teacher": goal.sharded / group + gathered + goal.whole,
-        "activations": micro * (sum if ahead else max)((model.activations(config) + goal.output, goal.working)),
-        "images": DECODER + (config.data.prefetch + 1 + ahead) * micro * sum(12 * view**2 for view in views),
+        "activations": both((model.peak(micro) + micro * goal.output, goal.peak(micro))),
+        "images": DECODER + (config.data.prefetch + 1 + goal.ahead) * micro * sum(12 * view**2 for view in views),
         "context": CONTEXT,
     }
 
@@ -191,9 +182,8 @@ def step_seconds(request: Request, model: Student, goal: Target) -> dict[str, fl
     ranks, micro, accum = cluster.ranks, config.train.micro_batch_size, config.grad_accum_steps(cluster.ranks)
     engine = engine_costs(request.engine, model.parameters, ranks, accum > 1)
     peaks = {2: 1e12 * gpu.bf16_tflops, 4: 1e12 * gpu.fp32_tflops}
-    recomputed = model.recomputed if config.train.grad_checkpointing else 0
-    learn = micro * (model.flops + recomputed) / (peaks[request.size] * speeds.student * speeds.whole)
-    teach = micro * goal.flops / (peaks[request.teacher_size] * speeds.teacher * speeds.whole)
+    learn = micro * (model.flops + model.recomputed) / (peaks[request.size] * speeds.student * speeds.whole)
+    teach = micro * goal.flops / (peaks[2] * speeds.teacher * speeds.whole)
     exact = goal.fp32_flops / (peaks[4] * speeds.fp32) + goal.tf32_flops / (peaks[2] / 2 * speeds.tf32)
     assign = micro * exact / speeds.whole
     group = {"none": 1, "node": cluster.gpus_per_node, "world": ranks}[config.teacher.shard]
@@ -205,9 +195,9 @@ def step_seconds(request: Request, model: Student, goal: Target) -> dict[str, fl
     reduce += accum * max(0.0, cluster.seconds(engine.gathered_per_micro_step, ranks, 1) - learn / 3)
     reduce += cluster.seconds(engine.gathered_per_step, ranks, 1)
     update = 40 * model.parameters / ranks  # bytes that AdamW, clipping and the cast read and write
-    if config.objective == "conmim":
-        reduce += cluster.seconds(4 * model.parameters, ranks, 2)  # the momentum teacher follows the master weights
-        update += 12 * model.parameters
+    if goal.follows:
+        reduce += cluster.seconds(goal.follows, ranks, 2)  # of the master weights
+        update += 3 * goal.follows
     seconds = {
         "student": accum * learn, "teacher": accum * (teach + weights), "assignment": accum * assign,
         "optimizer": update / (1e9 * gpu.memory_gbyte_s * MEMORY_SHARE), "link": reduce,
@@ -234,14 +224,15 @@ def choose_micro(request: Request, model: Student, goal: Target) -> tuple[Reques
             "batch, another run), or another number of GPUs."
         )
     each = whole // ranks
-    unit = config.conmim.bn_group if config.objective == "conmim" else 1
-    possible = [m for m in range(each, 0, -1) if each % m == 0 and m % unit == 0]
-    fitting = [m for m in possible if sum(memory(request.with_micro(m), model, goal).values()) <= room]
+    possible = [m for m in range(each, 0, -1) if each % m == 0 and allows(config, m)]
     if not possible:
+        most = next((whole // m for m in range(1, whole + 1) if whole % m == 0 and allows(config, m)), 0)
+        alone = with_micro(config, each)
+        broken = [sentence for is_broken, sentence in alone.method.rules(alone) if is_broken]
         raise ConfigError(
-            f"{ranks} GPUs leave {each} of {whole} images a step to each, fewer than conmim.bn_group = {unit}: at most "
-            f"{whole // unit} GPUs."
+            "\n".join([f"{ranks} GPUs leave {each} of {whole} images a step to each: at most {most} GPUs.", *broken])
         )
+    fitting = [m for m in possible if sum(memory(request.with_micro(m), model, goal).values()) <= room]
     if request.fixed and micro not in possible:
         raise ConfigError(
             f"train.micro_batch_size = {micro} does not divide the {each} images that each of {ranks} GPUs has of a step; "
@@ -266,7 +257,7 @@ def predict(request: Request) -> dict[str, Any]:
     Raises:
         ConfigError: the recipe can't run there, or its costs can't be counted.
     """
-    model, goal = student(request.config, request.size), target(request.config, request.teacher_size)
+    model, goal = student(request.config, request.size), target(request.config)
     request, largest = choose_micro(request, model, goal)
     config, cluster = request.config, request.cluster
     seconds, held = step_seconds(request, model, goal), memory(request, model, goal)
@@ -279,7 +270,7 @@ def predict(request: Request) -> dict[str, Any]:
         "parameters": model.parameters,
         "gflop_per_image": {
             "student": model.flops / 1e9, "student_minimum": model.minimum / 1e9,
-            "recomputed": model.recomputed / 1e9 if config.train.grad_checkpointing else 0.0,
+            "recomputed": model.recomputed / 1e9,
             "teacher": goal.flops / 1e9, "fp32": goal.fp32_flops / 1e9, "tf32": goal.tf32_flops / 1e9,
         },
         "memory_gib": {name: size / GIB for name, size in held.items()} | {"total": sum(held.values()) / GIB},
@@ -317,7 +308,7 @@ def scaling(request: Request) -> list[dict[str, Any]]:
 def assumptions(request: Request) -> list[str]:
     """What a plan rests on, in words."""
     known = f"measured: {'; '.join(request.speeds.measured)}; the rest ASSUMED"
-    gpu, speeds, cluster, config = request.cluster.gpu, request.speeds, request.cluster, request.config
+    gpu, speeds, cluster = request.cluster.gpu, request.speeds, request.cluster
     lines = [
         f"{gpu.name}: {gpu.bf16_tflops:g} bf16 and {gpu.fp32_tflops:g} fp32 TFLOP/s, {gpu.memory_gbyte_s:g} GB/s memory, "
         f"{gpu.nvlink_gbyte_s:g} GB/s NVLink each way (NVIDIA's data sheet, SXM, dense), {gpu.gib:g} GiB",
@@ -333,8 +324,6 @@ def assumptions(request: Request) -> list[str]:
         f"memory: {CONTEXT / GIB:g} GiB of contexts, {DECODER / GIB:g} GiB for DALI, {USABLE:.0%} of the GPU usable; activations "
         "as in eager mode (torch.compile keeps up to an eighth less)",
     ]
-    if config.teacher.ahead:
+    if target(request.config).ahead:
         lines.append("teacher.ahead: the memory of teacher and student at once; what time it may save is not known and not counted")
-    if not target(config).counted:
-        lines.append(f"tokenizer.name = {config.tokenizer.name}: its costs are not known and counted as nothing")
     return lines

@@ -1,0 +1,359 @@
+"""What a recipe costs: its modules run on tensors that have shapes alone, and torch's own counters look on.
+
+Everything is per image unless said otherwise. A FLOP is half a multiply-add, by torch.utils.flop_counter's formulas;
+element-wise work is not counted. Nothing here knows an objective, a target or a tower by name: whatever runs is counted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import gc
+import math
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.nn.modules.module import register_module_forward_pre_hook, register_module_parameter_registration_hook
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, sdpa_flop_count
+from torch.utils.module_tracker import ModuleTracker
+
+from mapet_ds.config import Config, ConfigError, TeacherConfig, TokenizerConfig
+from mapet_ds.objectives import Objective, build_objective
+from mapet_ds.targets import build_target
+from mapet_ds.teacher import Teacher
+
+CPU = torch.device("cpu")
+MANY = 128
+"""Images of the larger of the two batches that memory is counted on."""
+ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+CONVOLUTION = torch.ops.aten.convolution
+SIZES = {2: torch.bfloat16, 4: torch.float32}
+T = TypeVar("T")
+
+
+class Line(NamedTuple):
+    """Bytes at the peak for any number of images: a straight line through the peaks of two batches.
+
+    What a loss or an assignment holds is bounded (LOGITS, SCORES), so the truth bends once. The line misses it by no more
+    than that bound.
+    """
+
+    fixed: float
+    each: float
+
+    def __call__(self, images: int) -> float:
+        return self.fixed + self.each * images
+
+
+class Student(NamedTuple):
+    """What is trained."""
+
+    parameters: int
+    """Trainable ones."""
+    constants: int
+    """Parameters without gradient."""
+    forward: float
+    """FLOPs of the forward pass."""
+    flops: float
+    """FLOPs of the forward and the backward pass, nothing recomputed."""
+    minimum: float
+    """The same with only those pairs of attention that the masks allow."""
+    recomputed: float
+    """FLOPs that train.grad_checkpointing adds; 0 where it is off."""
+    modules: dict[str, float]
+    """`flops` by the innermost module, in the names of `named_modules` behind the objective's class."""
+    peak: Line
+    """Bytes of activations at the peak, in eager mode."""
+
+
+class Target(NamedTuple):
+    """What computing the target costs."""
+
+    dim: int
+    """Number of token ids, or width of a vector."""
+    shape: torch.Size
+    """Of an image's."""
+    dtype: torch.dtype
+    view: int | None
+    """Side of the images that it is computed from; None: it needs no view of its own."""
+    ahead: bool
+    """It is computed while the student learns from the batch before."""
+    flops: float
+    """FLOPs in 16 bits."""
+    fp32_flops: float
+    """FLOPs in full fp32."""
+    tf32_flops: float
+    """FLOPs in TF32."""
+    sharded: int
+    """Bytes of weights that teacher.shard spreads over ranks."""
+    whole: int
+    """Bytes that every rank holds."""
+    follows: int
+    """Bytes of those that each update moves towards the student's weights."""
+    peak: Line
+    """Bytes at the peak of computing it, its result included."""
+    output: float
+    """Bytes of its result, which the student's pass keeps."""
+
+
+class Tally(TorchDispatchMode):
+    """FLOPs of all operations, by precision and by module, and the peak of the bytes that they make.
+
+    A storage is counted once, from the operation that makes it until it is freed. `there`: tensors that are not counted.
+    """
+
+    def __init__(self, *there: Tensor) -> None:
+        super().__init__()
+        self.flops, self.modules = Counter[str](), Counter[str]()
+        self.known = {tensor.untyped_storage()._cdata for tensor in there}
+        self.live = self.peak = 0
+        self.tracker = ModuleTracker()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if count := _flops_of(function.overloadpacket, args, kwargs or {}, result):
+            self.flops[_precision(function.overloadpacket, args)] += count
+            self.modules[max(self.tracker.parents, key=lambda name: name.count("."))] += count
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage())._cdata not in self.known:
+                self.known.add(storage._cdata)
+                self.live += storage.nbytes()
+                weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
+                self.peak = max(self.peak, self.live)
+        return result
+
+    def _freed(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.live -= size
+
+
+def _flops_of(operation: Any, args: tuple, kwargs: dict[str, Any], result: Any) -> int:
+    """A backward pass of attention has twice the products of the forward pass; scores that a kernel makes anew are not counted."""
+    if operation is ATTENTION:
+        return sdpa_flop_count(*(x.shape for x in args[:3]))
+    if operation is ATTENTION_BACKWARD:
+        return 2 * sdpa_flop_count(*(x.shape for x in args[1:4]))
+    operation = getattr(torch.ops.aten, operation.__name__.rstrip("_"), operation)  # what is done in place costs the same
+    return flop_registry[operation](*args, **kwargs, out_val=result) if operation in flop_registry else 0
+
+
+def _precision(operation: Any, args: tuple) -> str:
+    """`half`, `fp32` or `tf32`, by the operands and by what torch's switches allow at this moment."""
+    if next(x for x in args if isinstance(x, Tensor)).element_size() == 2:
+        return "half"
+    convolves = operation in (CONVOLUTION, torch.ops.aten._convolution)
+    allowed = torch.backends.cudnn.allow_tf32 if convolves else torch.get_float32_matmul_precision() != "highest"
+    return "tf32" if allowed else "fp32"
+
+
+class Tables(TorchFunctionMode):
+    """Keeps tables real among tensors without values, and counts what the masks among them forbid.
+
+    Tables begin with arange or linspace, and what is made of real tensors alone stays real. A mask without values is taken to
+    allow everything.
+
+    Attributes: forbidden (FLOPs of the pairs that attention computes in vain, in the forward pass).
+    """
+
+    MADE = (torch.arange, torch.linspace)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.forbidden = 0.0
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if function is nn.functional.scaled_dot_product_attention:
+            self._note(*args, **kwargs)
+        tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+        real = function in self.MADE or (tensors and not any(isinstance(x, FakeTensor) for x in tensors))
+        with unset_fake_temporarily() if real else contextlib.nullcontext():
+            return function(*args, **kwargs)
+
+    def _note(
+        self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0, is_causal: bool = False,
+        **_: Any,
+    ) -> None:
+        share = 1.0
+        with unset_fake_temporarily():
+            if is_causal:
+                share = torch.ones(q.shape[-2], k.shape[-2]).tril().mean().item()
+            elif attn_mask is not None and not isinstance(attn_mask, FakeTensor):
+                allowed = attn_mask if attn_mask.dtype == torch.bool else attn_mask > -math.inf
+                share = allowed.float().mean().item()
+        self.forbidden += (1 - share) * sdpa_flop_count(q.shape, k.shape, v.shape)
+
+
+def _once(count: Callable[..., T]) -> Callable[..., T]:
+    """Remember what `count` gave for equal settings, which can't be hashed but print themselves whole."""
+    known: dict[Any, T] = {}
+
+    @functools.wraps(count)
+    def remembered(config: Config, *rest: Any) -> T:
+        key = (repr(config), *rest)
+        if key not in known:
+            known[key] = count(config, *rest)
+        return known[key]
+
+    return remembered
+
+
+def with_micro(config: Config, micro: int) -> Config:
+    """The same settings with another micro-batch."""
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, micro_batch_size=micro))
+
+
+def allows(config: Config, micro: int) -> bool:
+    """Whether nothing that the objective's section says contradicts this micro-batch."""
+    other = with_micro(config, micro)
+    return not any(broken for broken, _ in other.method.rules(other))
+
+
+def _countable(config: Config) -> tuple[Config, int, int]:
+    """The settings without what changes no count, and the two batches that are counted.
+
+    The smaller one is the least that the objective allows; the larger one a multiple of it.
+    """
+    few = next((micro for micro in range(1, config.train.global_batch_size + 1) if allows(config, micro)), 1)
+    precision = "bf16" if config.teacher.precision == "auto" else config.teacher.precision
+    teacher = dataclasses.replace(config.teacher, precision=precision)
+    train = dataclasses.replace(config.train, micro_batch_size=few, compile=False)
+    return dataclasses.replace(config, train=train, teacher=teacher), few, few * max(2, MANY // few)
+
+
+@contextlib.contextmanager
+def _parameters_without_storage() -> Iterator[None]:
+    """Modules built here have shapes for parameters, but their tables are real."""
+    handle = register_module_parameter_registration_hook(
+        lambda module, name, parameter: nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+    )
+    yield
+    handle.remove()
+
+
+@contextlib.contextmanager
+def _movable_modules(mode: FakeTensorMode) -> Iterator[None]:
+    """Let modules be moved that are built here: torch refuses it for a parameter that the mode's memory refers to."""
+    converter = mode.fake_tensor_converter
+    converter.set_tensor_memo = lambda tensor, fake: None
+    yield
+    del converter.set_tensor_memo
+
+
+def _line(few: int, peak_of_few: float, many: int, peak_of_many: float) -> Line:
+    each = (peak_of_many - peak_of_few) / (many - few)
+    return Line(peak_of_few - few * each, each)
+
+
+def student(config: Config, size: int = 2) -> Student:
+    """Count the configured objective. size: bytes of a number in its forward pass, 2 for bf16.
+
+    Raises:
+        ConfigError: the objective or its target can't be built or run.
+    """
+    goal = target(config)
+
+    # of the target, the student sees dim, shape and dtype alone: another teacher's need no other count
+    alike = dataclasses.replace(config, teacher=TeacherConfig(), tokenizer=TokenizerConfig(vocab_size=goal.dim))
+    return _count_student(*_countable(alike), size, goal.dim, goal.shape, goal.dtype)
+
+
+@_once
+def _count_student(config: Config, few: int, many: int, size: int, dim: int, shape: torch.Size, dtype: torch.dtype) -> Student:
+    with _parameters_without_storage():
+        model = build_objective(config, dim)
+    model.to(SIZES[size])
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    constants = sum(parameter.numel() for parameter in model.parameters()) - trainable
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model._apply(lambda x: torch.empty_like(x, device=CPU) if x.is_meta else x)
+        for parameter in model.parameters():
+            if parameter.requires_grad:  # the engine takes each gradient as it is made, and counts it itself
+                parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+
+        # FLOPs, from a batch so small that no loss makes anything anew
+        side = config.model.img_size
+        batches = [(torch.zeros(n, 3, side, side), torch.zeros(n, *shape, dtype=dtype)) for n in (few, many)]
+        kept, forward, forbidden = _learn(model, *batches[0])
+        flops, smaller = kept.flops.total(), kept
+
+        # bytes, from both
+        if config.train.grad_checkpointing:
+            model.vit.set_grad_checkpointing(True)
+            smaller, _, _ = _learn(model, *batches[0])
+        larger, _, _ = _learn(model, *batches[1])
+    return Student(
+        trainable, constants, forward / few, flops / few, (flops - 3 * forbidden) / few, (smaller.flops.total() - flops) / few,
+        {name: count / few for name, count in kept.modules.items()}, _line(few, smaller.peak, many, larger.peak),
+    )  # fmt: skip
+
+
+def _learn(model: Objective, views: Tensor, targets: Tensor) -> tuple[Tally, int, float]:
+    """A forward and a backward pass; FLOPs of the forward pass, and those of them that its masks forbid."""
+    with unset_fake_temporarily():
+        draw = model.draw(0, 0, len(views))
+    tally, tables = Tally(*model.parameters(), *model.buffers(), views, targets), Tables()
+    with tables, tally, tally.tracker:
+        loss = model(views, targets, draw).loss
+        forward, forbidden = tally.flops.total(), tables.forbidden
+        loss.backward()
+    return tally, forward, forbidden
+
+
+def target(config: Config) -> Target:
+    """Count the configured objective's target as a GPU computes it; teacher.precision = auto is bf16 there.
+
+    Raises:
+        ConfigError: the target can't be built, or needs values to run.
+    """
+    return _count_target(*_countable(config))
+
+
+@_once
+def _count_target(config: Config, few: int, many: int) -> Target:
+    teachers: set[Teacher] = set()
+    handle = register_module_forward_pre_hook(
+        lambda module, _: teachers.add(module) if isinstance(module, Teacher) else None
+    )
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            with _movable_modules(mode), Tables(), Tally() as building:
+                goal = build_target(config, CPU)
+                gc.collect()
+            (smaller, made), (larger, _) = (_teach(goal, config, images) for images in (few, many))
+            follows = sum(tensor.nbytes for tensor in goal.state_dict().values())
+    except (RuntimeError, OSError) as error:
+        raise ConfigError(
+            f"What the target of objective = {config.objective} costs can't be counted, because it needs more than the shapes "
+            f"of tensors: {type(error).__name__} {error} Where it is a tokenizer's, plan with tokenizer.ids=FOLDER: ids that "
+            "are looked up cost nothing."
+        ) from error
+    finally:
+        handle.remove()
+    sharded = sum(teacher.local_bytes for teacher in teachers)
+    flops = [smaller.flops[precision] / few for precision in ("half", "fp32", "tf32")]
+    return Target(
+        goal.dim, made.shape[1:], made.dtype, goal.teacher_view and goal.teacher_view.size, goal.ahead, *flops, sharded,
+        building.live - sharded, follows, _line(few, smaller.peak, many, larger.peak), made.nbytes / few,
+    )  # fmt: skip
+
+
+def _teach(goal: Any, config: Config, images: int) -> tuple[Tally, Tensor]:
+    """The target of so many images."""
+    sides = (config.model.img_size, goal.teacher_view.size if goal.teacher_view else config.model.img_size)
+    views = [torch.zeros(images, 3, side, side) for side in sides]
+    with Tally(*views) as tally:
+        made = goal(SimpleNamespace(images=views[0], teacher_images=views[1], index=range(images)))
+    return tally, made
