@@ -20,12 +20,12 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_forward_pre_hook, register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry, sdpa_flop_count
-from torch.utils.module_tracker import ModuleTracker
+from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop_count
 
 from mapet_ds.config import Config, ConfigError, TeacherConfig, TokenizerConfig
 from mapet_ds.objectives import Objective, build_objective
@@ -71,8 +71,6 @@ class Student(NamedTuple):
     """The same with only those pairs of attention that the masks allow."""
     recomputed: float
     """FLOPs that train.grad_checkpointing adds; 0 where it is off."""
-    modules: dict[str, float]
-    """`flops` by the innermost module, in the names of `named_modules` behind the objective's class."""
     peak: Line
     """Bytes of activations at the peak, in eager mode."""
 
@@ -108,23 +106,21 @@ class Target(NamedTuple):
 
 
 class Tally(TorchDispatchMode):
-    """FLOPs of all operations, by precision and by module, and the peak of the bytes that they make.
+    """FLOPs of all operations by precision, and the peak of the bytes that they make.
 
     A storage is counted once, from the operation that makes it until it is freed. `there`: tensors that are not counted.
     """
 
     def __init__(self, *there: Tensor) -> None:
         super().__init__()
-        self.flops, self.modules = Counter[str](), Counter[str]()
+        self.flops = Counter[str]()
         self.known = {tensor.untyped_storage()._cdata for tensor in there}
         self.live = self.peak = 0
-        self.tracker = ModuleTracker()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         result = function(*args, **(kwargs or {}))
         if count := _flops_of(function.overloadpacket, args, kwargs or {}, result):
             self.flops[_precision(function.overloadpacket, args)] += count
-            self.modules[max(self.tracker.parents, key=lambda name: name.count("."))] += count
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage())._cdata not in self.known:
                 self.known.add(storage._cdata)
@@ -233,16 +229,6 @@ def _countable(config: Config) -> tuple[Config, int, int]:
 
 
 @contextlib.contextmanager
-def _parameters_without_storage() -> Iterator[None]:
-    """Modules built here have shapes for parameters, but their tables are real."""
-    handle = register_module_parameter_registration_hook(
-        lambda module, name, parameter: nn.Parameter(parameter.to("meta"), parameter.requires_grad)
-    )
-    yield
-    handle.remove()
-
-
-@contextlib.contextmanager
 def _movable_modules(mode: FakeTensorMode) -> Iterator[None]:
     """Let modules be moved that are built here: torch refuses it for a parameter that the mode's memory refers to."""
     converter = mode.fake_tensor_converter
@@ -271,21 +257,16 @@ def student(config: Config, size: int = 2) -> Student:
 
 @_once
 def _count_student(config: Config, few: int, many: int, size: int, dim: int, shape: torch.Size, dtype: torch.dtype) -> Student:
-    with _parameters_without_storage():
-        model = build_objective(config, dim)
-    model.to(SIZES[size])
-    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    constants = sum(parameter.numel() for parameter in model.parameters()) - trainable
-
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model._apply(lambda x: torch.empty_like(x, device=CPU) if x.is_meta else x)
+        model = _without_values(config, dim, size)
+        trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        constants = sum(parameter.numel() for parameter in model.parameters()) - trainable
         for parameter in model.parameters():
             if parameter.requires_grad:  # the engine takes each gradient as it is made, and counts it itself
                 parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
 
         # FLOPs, from a batch so small that no loss makes anything anew
-        side = config.model.img_size
-        batches = [(torch.zeros(n, 3, side, side), torch.zeros(n, *shape, dtype=dtype)) for n in (few, many)]
+        batches = [_noughts(config, images, shape, dtype) for images in (few, many)]
         kept, forward, forbidden = _learn(model, *batches[0])
         flops, smaller = kept.flops.total(), kept
 
@@ -296,8 +277,42 @@ def _count_student(config: Config, few: int, many: int, size: int, dim: int, sha
         larger, _, _ = _learn(model, *batches[1])
     return Student(
         trainable, constants, forward / few, flops / few, (flops - 3 * forbidden) / few, (smaller.flops.total() - flops) / few,
-        {name: count / few for name, count in kept.modules.items()}, _line(few, smaller.peak, many, larger.peak),
+        _line(few, smaller.peak, many, larger.peak),
     )  # fmt: skip
+
+
+def _without_values(config: Config, dim: int, size: int) -> Objective:
+    """The objective with shapes for parameters and real tables."""
+    handle = register_module_parameter_registration_hook(
+        lambda module, name, parameter: nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+    )
+    with unset_fake_temporarily():
+        model = build_objective(config, dim).to(SIZES[size])
+    handle.remove()
+    return model._apply(lambda x: torch.empty_like(x, device=CPU) if x.is_meta else x)
+
+
+def _noughts(config: Config, images: int, shape: torch.Size, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A batch of views and targets; what they hold changes no count."""
+    return torch.zeros(images, 3, config.model.img_size, config.model.img_size), torch.zeros(images, *shape, dtype=dtype)
+
+
+def modules(config: Config) -> dict[str, float]:
+    """FLOPs of a forward and a backward pass by module, each with all that is inside it.
+
+    A module's name begins with its objective's class; "Global" is the whole.
+
+    Raises:
+        ConfigError: the objective or its target can't be built or run.
+    """
+    goal, (plain, few, _) = target(config), _countable(config)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model, batch = _without_values(plain, goal.dim, 2), _noughts(plain, few, goal.shape, goal.dtype)
+        with unset_fake_temporarily():
+            draw = model.draw(0, 0, few)
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # no other kernel has a formula on a CPU
+            model(*batch, draw).loss.backward()
+    return {name: sum(counts.values()) / few for name, counts in counter.get_flop_counts().items()}
 
 
 def _learn(model: Objective, views: Tensor, targets: Tensor) -> tuple[Tally, int, float]:
@@ -305,7 +320,7 @@ def _learn(model: Objective, views: Tensor, targets: Tensor) -> tuple[Tally, int
     with unset_fake_temporarily():
         draw = model.draw(0, 0, len(views))
     tally, tables = Tally(*model.parameters(), *model.buffers(), views, targets), Tables()
-    with tables, tally, tally.tracker:
+    with tables, tally:
         loss = model(views, targets, draw).loss
         forward, forbidden = tally.flops.total(), tables.forbidden
         loss.backward()

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mapet_ds.config import Config
-from mapet_ds.planning.counting import student
+from mapet_ds.planning.counting import modules
 
 RANGE = "part of a step: "
 BACKWARD = "autograd::engine::evaluate_function"
@@ -119,12 +119,13 @@ class Traffic(TorchDispatchMode):
 
 def flops_by_part(config: Config) -> dict[str, float]:
     """Of the student on one image; torch.compile makes a block one piece, named `norms and rest` here."""
-    parts = {"patch_embed": "patch_embed", "mlp": "mlp", "qkv": "qkv", "proj": "proj", "attn": "attention"}
-    flops = Counter[str]()
-    for module, count in student(config).modules.items():
-        part = next((part for name, part in parts.items() if name in module.split(".")), HEAD)
-        flops[REST if config.train.compile and part not in ("patch_embed", HEAD) else part] += count
-    return dict(flops)
+    counts = modules(config)
+    ends = {"patch_embed": ".patch_embed", "qkv": ".qkv", "proj": ".attn.proj", "mlp": ".mlp", "attention": ".attn"}
+    flops = {part: sum(count for name, count in counts.items() if name.endswith(end)) for part, end in ends.items()}
+    flops["attention"] -= flops["qkv"] + flops["proj"]
+    head = counts["Global"] - sum(flops.values())
+    embedding = flops.pop("patch_embed")
+    return {"patch_embed": embedding, HEAD: head} | ({REST: sum(flops.values())} if config.train.compile else flops)
 
 
 def breakdown(
