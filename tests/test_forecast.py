@@ -1,4 +1,4 @@
-"""mapet_ds/forecast.py: what DeepSpeed keeps and sends, against real engines on two ranks; and the arithmetic of a cluster."""
+"""mapet_ds/planning/forecast.py: what DeepSpeed keeps and sends, against real engines on two ranks; and the arithmetic of a cluster."""
 
 import json
 import sys
@@ -8,8 +8,8 @@ from line import start
 
 from mapet_ds.checks import load_deepspeed_config
 from mapet_ds.config import REPOSITORY, ConfigError
-from mapet_ds.cost import student
-from mapet_ds.forecast import GPUS, Cluster, Request, Speeds, engine_costs, predict, scaling
+from mapet_ds.planning.counting import student
+from mapet_ds.planning.forecast import GPUS, Cluster, Request, Speeds, engine_costs, predict, scaling
 from mapet_ds.recipe import load_config
 
 ENGINES = ("zero1", "zero2", "zero3", "zero2_cpu")

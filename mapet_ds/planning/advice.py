@@ -48,9 +48,6 @@ def _remedies(request: Request, found: Plan) -> Iterator[tuple[str, Request]]:
     if binds == "student":
         more = cluster._replace(nodes=2 * cluster.nodes)
         yield f"--nodes {more.nodes}", request._replace(cluster=more, fixed=False)
-    if binds == "launch" and cluster.nodes % 2 == 0:
-        fewer = request._replace(cluster=cluster.of(cluster.ranks // 2), fixed=False)
-        yield "half the nodes: so small a micro-batch leaves them waiting for the host", fewer
 
 
 def _cheaper_targets(request: Request) -> Iterator[tuple[str, Request]]:
