@@ -21,6 +21,7 @@ from typing import IO, Any, NamedTuple
 import psutil
 import torch
 import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.rendezvous import rendezvous
 
 from mapet_ds.checks import DEEPSPEED, command_line, runs_one_of
@@ -46,6 +47,11 @@ class Ranks(NamedTuple):
 def use_gpu() -> bool:
     """Whether this process trains on a GPU: where torch sees one, unless DS_ACCELERATOR=cpu, which DeepSpeed obeys too."""
     return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+
+
+def shapes_only() -> bool:
+    """Whether tensors made now have shapes but no values (FakeTensorMode): costs are counted, and no file is read."""
+    return isinstance(torch.empty(0), FakeTensor)
 
 
 def ranks_per_host() -> int:

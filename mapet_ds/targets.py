@@ -18,9 +18,9 @@ from mapet_ds.config import Config, ConfigError
 from mapet_ds.data import Batch, View
 from mapet_ds.ids import StoredIds
 from mapet_ds.index import DataError, open_index
-from mapet_ds.launch import ranks_per_host
+from mapet_ds.launch import ranks_per_host, shapes_only
 from mapet_ds.objectives import OBJECTIVES, build_objective
-from mapet_ds.teacher import build_teacher, shapes_only, teacher_mean_std
+from mapet_ds.teacher import build_teacher, teacher_mean_std
 from mapet_ds.tokenizer import build_tokenizer
 from mapet_ds.vit import compile_blocks
 

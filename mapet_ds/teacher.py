@@ -28,7 +28,6 @@ from open_clip.modified_resnet import ModifiedResNet
 from open_clip.transformer import LayerNormFp32
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -36,17 +35,12 @@ from torch.distributed.tensor import DTensor
 from mapet_ds.checks import teacher_model_config
 from mapet_ds.config import ConfigError, TeacherConfig
 from mapet_ds.knobs import Triple
-from mapet_ds.launch import CONTROL_TIMEOUT, ranks_per_host
+from mapet_ds.launch import CONTROL_TIMEOUT, ranks_per_host, shapes_only
 
 log = logging.getLogger(__name__)
 
 Weights = dict[str, Any]
 """Name in the file -> tensor, or a lazy slice of a safetensors file: both read by indexing."""
-
-
-def shapes_only() -> bool:
-    """Whether tensors made now have shapes and no values (FakeTensorMode, in which costs are counted): no file is read then."""
-    return isinstance(torch.empty(0), FakeTensor)
 
 
 class Teacher(nn.Module):
@@ -62,8 +56,7 @@ class Teacher(nn.Module):
         self.dtype = dtype
         self.identity: dict[str, str | int] = {}
         self.train(False)
-        device = next(visual.parameters()).device
-        probe = torch.empty(1, 3, config.img_size, config.img_size, dtype=dtype, device=device)
+        probe = next(visual.parameters()).new_empty(1, 3, config.img_size, config.img_size, dtype=dtype)
         shapes = [features.shape for features in self._intermediates(probe, None)]
         if not -len(shapes) <= config.layer < len(shapes):
             raise ConfigError(
@@ -138,8 +131,7 @@ def build_teacher(config: TeacherConfig, device: torch.device, compiled: bool = 
     bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
     model = teacher_model_config(config.name)
     model["quick_gelu"] = _quick_gelu(config, model)
-    dtype = torch.bfloat16 if bf16 else torch.float32
-    build = partial(_build_tower, model, config.img_size)
+    build, dtype = partial(_build_tower, model, config.img_size), torch.bfloat16 if bf16 else torch.float32
     with torch.device(device if shapes_only() else "meta"):
         visual = build(dtype)
     teacher = Teacher(visual, config, dtype)

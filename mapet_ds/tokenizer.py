@@ -28,8 +28,8 @@ from mapet_ds import draws
 from mapet_ds.config import Config, ConfigError, DataConfig, TokenizerConfig
 from mapet_ds.data import Loader, View
 from mapet_ds.index import Index
-from mapet_ds.launch import Ranks
-from mapet_ds.teacher import Teacher, build_teacher, shapes_only, teacher_mean_std
+from mapet_ds.launch import Ranks, shapes_only
+from mapet_ds.teacher import Teacher, build_teacher, teacher_mean_std
 
 logger = logging.getLogger(__name__)
 SCORES = 2**26
@@ -93,7 +93,7 @@ def source_of(identity: dict[str, str | int], data: DataConfig) -> dict[str, str
 
 def has_tf32(rows: Tensor) -> bool:
     """Whether these rows lie in 16 bits on a GPU whose tensor cores multiply in TF32, several times as fast as in fp32."""
-    return rows.element_size() == 2 and (shapes_only() or rows.is_cuda and torch.cuda.is_tf32_supported())
+    return rows.element_size() == 2 and (shapes_only() or (rows.is_cuda and torch.cuda.is_tf32_supported()))
 
 
 def tf32_parts(x: Tensor) -> list[Tensor]:

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from mapet_ds.config import Config, ConfigError
 from mapet_ds.data import View
-from mapet_ds.teacher import mismatches, shapes_only
+from mapet_ds.launch import shapes_only
+from mapet_ds.teacher import mismatches
 from mapet_ds.tokenizer import Codebook
 
 CODES = "quantize.embedding.weight"

@@ -1,4 +1,4 @@
-"""mapet_ds/planning/counting.py against figures that come from elsewhere: hand-derived products, torch's counter, real steps."""
+"""mapet_ds/planning/counting.py against figures from elsewhere: sums by hand, torch's counter, real steps."""
 
 import dataclasses
 
@@ -11,11 +11,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from mapet_ds.config import REPOSITORY, ConfigError
 from mapet_ds.objectives import OBJECTIVES, build_objective
 from mapet_ds.planning import counting
-from mapet_ds.planning.counting import Line, Tally, allows, modules, student, target
+from mapet_ds.planning.counting import Line, allows, modules, student, target
+from mapet_ds.planning.tally import Tally
 from mapet_ds.recipe import load_config
 
 PLAIN = "model.layer_scale=null"
-RECIPES = sorted(path.stem for path in (REPOSITORY / "mapet_ds/recipes").glob("[!f]*_vitb16.yaml"))  # not fine-tuning's
+RECIPES = sorted(
+    path.stem for path in (REPOSITORY / "mapet_ds/recipes").glob("[!f]*_vitb16.yaml")
+)  # not fine-tuning's
 LITTLE = [
     "model.args={depth: 3, embed_dim: 192, num_heads: 3}", "model.img_size=64", "tokenizer.vocab_size=512",
     "conmim.projector_dim=256", "conmim.bn_group=4",
@@ -39,7 +42,11 @@ def test_every_objective_has_a_recipe():
 def real_batch(config, goal, model, images):
     """Zeros and a real draw: what a batch holds changes no count."""
     side = config.model.img_size
-    return torch.zeros(images, 3, side, side), torch.zeros(images, *goal.shape, dtype=goal.dtype), model.draw(0, 0, images)
+    return (
+        torch.zeros(images, 3, side, side),
+        torch.zeros(images, *goal.shape, dtype=goal.dtype),
+        model.draw(0, 0, images),
+    )
 
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
@@ -70,7 +77,9 @@ def test_the_peak_is_that_of_a_real_step(name, recompute):
             parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
     model.vit.set_grad_checkpointing(recompute)
     batch = real_batch(config, goal, model, images)
-    with Tally(*model.parameters(), *model.buffers(), *batch[:2], *(x for x in batch[2] if x is not None)) as memory:
+    with Tally(
+        *model.parameters(), *model.buffers(), *batch[:2], *(x for x in batch[2] if x is not None)
+    ) as memory:
         model(*batch).loss.backward()
     assert counted.peak(images) == pytest.approx(memory.peak, rel=0.01)
 
@@ -92,7 +101,7 @@ def plain_vit(width, depth, rows, hidden=4):
 
 
 def test_conmim_is_a_plain_vit_by_hand():
-    """Nothing is banded, BatchNorm sees every row: three projections, and a product with the keys that takes one gradient."""
+    """BatchNorm sees every row: three projections of all, and a product with keys that takes one gradient."""
     width, inner, dim, rows, patches, hidden = 768, 4096, 256, 197, 196, 148
     embedding, matching = 2 * patches * 768 * width, 2 * hidden * patches * dim
     learnt = plain_vit(width, 12, rows) + 2 * rows * (width * inner + inner**2 + inner * dim)
@@ -110,7 +119,7 @@ def test_beits_last_block_updates_no_row_that_no_loss_reads():
 
 
 def test_what_the_masks_forbid_is_no_part_of_the_minimum():
-    """SAIM's two streams are triangles; MaPeT's rows attend to as many keys as there are patches and prefix tokens."""
+    """SAIM's two streams are triangles; each of MaPeT's rows attends to 197 keys."""
     saim, mapet = student(recipe("saim_vitb16")), student(recipe("mapet_vitb16"))
     vain = 12 * (197 * 196 // 2 + 196 * 195 // 2)
     assert saim.flops - saim.minimum == pytest.approx(3 * 4 * 768 * vain, rel=1e-6)
@@ -137,7 +146,8 @@ def test_modules_of_mapet_by_hand():
 
 
 @pytest.mark.parametrize(
-    ("size", "width", "published"), [("tiny", 192, 5_717_416), ("small", 384, 22_050_664), ("base", 768, 86_567_656)]
+    ("size", "width", "published"),
+    [("tiny", 192, 5_717_416), ("small", 384, 22_050_664), ("base", 768, 86_567_656)],
 )
 def test_parameters_are_those_that_are_published(size, width, published):
     """DeiT's sizes have a classifier of 1,000 classes; ours a head of as many ids, and a mask token."""
@@ -155,7 +165,9 @@ def test_figures_that_the_documents_name():
 
 
 def test_a_teacher_in_full_precision():
-    goal = target(recipe("mapet_vitb16", "teacher.name=ViT-B-16", "teacher.img_size=224", "teacher.precision=fp32"))
+    goal = target(
+        recipe("mapet_vitb16", "teacher.name=ViT-B-16", "teacher.img_size=224", "teacher.precision=fp32")
+    )
     embedding, assigning = 2 * 196 * 768 * 768, 2 * 196 * 8192 * 768
     assert goal.flops == 0
     assert goal.fp32_flops + goal.tf32_flops == embedding + plain_vit(768, 12, 197) + assigning
@@ -163,7 +175,7 @@ def test_a_teacher_in_full_precision():
 
 
 def test_a_frozen_tower_of_half_precision():
-    """RN50x64's trunk without its attention pooling, which is never run; the codebook, its norms and the ids' counts beside."""
+    """RN50x64's trunk without attention pooling; beside it the codebook, its norms and the ids' counts."""
     goal = target(recipe("mapet_vitb16"))
     assert goal.sharded == pytest.approx(2 * (420_380_352 - 54_000_000), rel=0.01)
     assert goal.whole == pytest.approx(4 * (8192 * 4096 + 2 * 8192), rel=0.001)
@@ -201,7 +213,9 @@ def test_memory_is_a_line_through_what_two_batches_take():
     assert allows(group, 16) and not allows(group, 12)
 
 
-@pytest.mark.parametrize("words", ["model.name=deit_small_patch16_224", "model.args={qk_norm: true, depth: 2}"])
+@pytest.mark.parametrize(
+    "words", ["model.name=deit_small_patch16_224", "model.args={qk_norm: true, depth: 2}"]
+)
 def test_whatever_timm_builds_is_counted(words):
     config = recipe("beit_vitb16", words, "tokenizer.ids=FOLDER")
     model = build_objective(config, config.tokenizer.vocab_size)
@@ -210,7 +224,11 @@ def test_whatever_timm_builds_is_counted(words):
 
 def test_whatever_open_clip_builds_is_counted():
     """SigLIP's tower is timm's: twelve blocks, no class token."""
-    goal = target(recipe("mapet_vitb16", "teacher.name=ViT-B-16-SigLIP", "teacher.img_size=224", "teacher.weights=webli"))
+    goal = target(
+        recipe(
+            "mapet_vitb16", "teacher.name=ViT-B-16-SigLIP", "teacher.img_size=224", "teacher.weights=webli"
+        )
+    )
     assert goal.flops >= plain_vit(768, 12, 196)
     assert goal.tf32_flops == 2 * 2 * 196 * 8192 * 768
 

@@ -59,9 +59,10 @@ def test_an_objective_is_its_file_its_section_and_two_lines(recipe, tmp_path):
     end = run(tmp_path, recipe, "objective=pixels", "pixels.hidden_share=0.4")
     assert end.load("model")["head.weight"].shape == (3 * 8**2, 32)
     assert load_file(end.path / "optimizer.safetensors")["exp_avg.mask_token"].abs().sum() > 0, "it learns"
-    plan = [sys.executable, "tools/plan.py", "--gpu", "h100", "--gpus_per_node", "1", "--json", "--config", recipe]
     environment = {**ENVIRONMENT, "PYTHONPATH": str(tmp_path)}
-    done = subprocess.run([*plan, "objective=pixels"], cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    plan = [sys.executable, "tools/plan.py", "--gpu", "h100", "--gpus_per_node", "1", "--json"]
+    plan += ["--config", recipe, "objective=pixels"]
+    done = subprocess.run(plan, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found, learnt = json.loads(done.stdout)["predicted"], end.load("model").values()
     rows, patches, hidden, width, pixels = 17, 16, 10, 32, 3 * 8**2

@@ -1,4 +1,4 @@
-"""mapet_ds/planning/forecast.py: what DeepSpeed keeps and sends, against real engines on two ranks; and the arithmetic of a cluster."""
+"""mapet_ds/planning/forecast.py: what DeepSpeed keeps and sends, by real engines on two ranks; a cluster's sums."""
 
 import json
 import sys
@@ -78,6 +78,7 @@ def measured(tmp_path_factory):
         "model": {
             "name": "vit_tiny_patch16_224", "img_size": 64, "args": {"depth": 2, "embed_dim": 384, "num_heads": 6},
         },
+        "teacher": {"img_size": 128},
         "tokenizer": {"vocab_size": 64},
         "train": {"global_batch_size": 8, "micro_batch_size": 2},
     }  # fmt: skip

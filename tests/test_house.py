@@ -37,7 +37,7 @@ def room(path):
 
 def test_budgets():
     lines = {path: len(path.read_text().splitlines()) for path in PACKAGE}
-    assert sum(lines.values()) <= 8810
+    assert sum(lines.values()) <= 9120
     assert max(lines.values()) <= 400
     assert len(known_keys()) <= 91
     assert len(set(known_keys(FinetuneConfig)) - set(known_keys())) <= 15

@@ -17,7 +17,7 @@ RECIPES = REPOSITORY / "mapet_ds/recipes"
 
 @pytest.fixture
 def plan(capsys):
-    """The program in this process, which remembers what it has counted: its status, standard output and standard error."""
+    """The program in this process, which remembers what it has counted: status, output and complaint."""
 
     def run(*words, recipe="mapet_vitb16"):
         status = program.main([str(word) for word in ("--config", RECIPES / f"{recipe}.yaml", *words)])
@@ -39,7 +39,9 @@ def as_json(plan):
 def test_the_command():
     done = start(sys.executable, "tools/plan.py", "--config", RECIPES / "saim_vitb16.yaml", "--gpu", "h100")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("PREDICTED for saim, vit_base_patch16_224: 1 x 8 H100, ZeRO-2, 2048 images a step\n")
+    assert done.stdout.startswith(
+        "PREDICTED for saim, vit_base_patch16_224: 1 x 8 H100, ZeRO-2, 2048 images a step\n"
+    )
 
 
 def numbers(line):
@@ -67,15 +69,18 @@ def test_what_is_counted_is_printed(page):
     assert lines[0] == "PREDICTED for mapet, vit_base_patch16_224: 8 x 8 H100, ZeRO-2, 2048 images a step"
     assert numbers(line_of(lines, "trainable parameters")) == [92_117_504] == [found["parameters"]]
     assert numbers(line_of(lines, "GFLOP an image")) == [246.2, 241.6, 507.0, 32, 0.0, 32, 26.3]
-    assert {name: round(value, 1) for name, value in found["gflop_per_image"].items()} == {
-        "student": 246.2, "student_minimum": 241.6, "recomputed": 0, "teacher": 507.0, "fp32": 0, "tf32": 26.3,
-    }  # fmt: skip
+    shown = {"student": 246.2, "student_minimum": 241.6, "teacher": 507.0, "tf32": 26.3}
+    counted = found["gflop_per_image"]
+    assert {name: round(counted[name], 1) for name in shown} == shown
+    assert counted["recomputed"] == counted["fp32"] == 0
     assert numbers(line_of(lines, "micro-batch")) == [32, 1, found["largest_micro_batch_size"]]
 
 
 def test_what_is_recomputed_is_printed(plan):
     _, printed, _ = plan("--gpu", "h100", "train.grad_checkpointing=true", recipe="saim_vitb16")
-    products = 24 * 2 * 196 * (4 + 4) * 768**2 + 12 * 4 * 2 * 196**2 * 768  # of its blocks, but for each one's last
+    products = (
+        24 * 2 * 196 * (4 + 4) * 768**2 + 12 * 4 * 2 * 196**2 * 768
+    )  # of its blocks, but for each one's last
     found = numbers(line_of(printed.splitlines(), "GFLOP an image"))[2]
     assert found == pytest.approx(products / 1e9, rel=0.01)
     assert f"and {found:.1f} recomputed," in printed
@@ -102,23 +107,37 @@ def test_the_run_is_printed(page):
     assert hours == pytest.approx(found["steps"] * found["step_seconds"]["total"] / 3600)
     steps = -(-300 * 1_281_167 // 2048)
     shown = numbers(line_of(lines, "run"))
-    assert shown == [steps, pytest.approx(hours, abs=0.051), pytest.approx(hours / 24, abs=0.051), round(64 * hours)]
+    assert shown == [
+        steps,
+        pytest.approx(hours, abs=0.051),
+        pytest.approx(hours / 24, abs=0.051),
+        round(64 * hours),
+    ]
     share = found["step_seconds"]["teacher"] / found["step_seconds"]["total"]
     assert re.fullmatch(rf"binds +teacher, {share:.0%} of the step", line_of(lines, "binds"))
 
 
 def test_changes_and_scaling_are_printed(page):
     lines, found = page
-    changes = [re.fullmatch(r"  change: (.*): ([\d,]+) images/s", line) for line in lines if "change:" in line]
+    changes = [
+        re.fullmatch(r"  change: (.*): ([\d,]+) images/s", line) for line in lines if "change:" in line
+    ]
     assert {match[1]: numbers(match[2])[0] for match in changes} == {
         words: round(speed) for words, speed in found["changes"].items()
     }
-    assert any(words.startswith("teacher.name=ViT-B-16-quickgelu teacher.img_size=224") for words in found["changes"])
+    assert any(
+        words.startswith("teacher.name=ViT-B-16-quickgelu teacher.img_size=224") for words in found["changes"]
+    )
     assert any(words.startswith("tokenizer.ids=FOLDER") for words in found["changes"])
     rows = [line for line in lines if re.match(r" +\d+ +\d+ x \d+", line)]
     assert [row["gpus"] for row in found["scaling"]] == [2**i for i in range(11)]
     for row, line in zip(found["scaling"], rows, strict=True):
-        shown = [row["gpus"], row["micro_batch_size"], row["grad_accum_steps"], round(row["images_per_second"])]
+        shown = [
+            row["gpus"],
+            row["micro_batch_size"],
+            row["grad_accum_steps"],
+            round(row["images_per_second"]),
+        ]
         rest = [100 * row["efficiency"], row["hours"], row["gpu_hours"]]
         assert numbers(line) == shown + [pytest.approx(value, abs=0.51) for value in rest]
         assert line.endswith(row["binds"])
@@ -134,17 +153,19 @@ def test_what_a_plan_rests_on_is_printed(page):
     printed = lines[lines.index("Assumptions") + 1 :]
     assert printed == [f"- {line}" for line in found["assumptions"]]
     assert printed == [
-        "- H100: 989 bf16 and 66.9 fp32 TFLOP/s, 3350 GB/s memory, 450 GB/s NVLink each way (NVIDIA's data sheet, SXM, dense), "
-        "79.1 GiB",
-        "- attained: student 0.20, teacher 0.20 of that, fp32 0.70, TF32, half as fast as bf16, 0.50; ASSUMED, not yet measured "
-        "(--calibrate)",
-        "- links at 0.8 and memory at 0.7 of their data sheet; rings, whose slowest link is 400 Gbit/s of a node; 10 us a hop",
-        "- gradients are summed behind the backward pass where overlap_comm is on (stages 2, 3), weights gathered in the open",
+        "- H100: 989 bf16 and 66.9 fp32 TFLOP/s, 3350 GB/s memory, 450 GB/s NVLink each way "
+        "(NVIDIA's data sheet, SXM, dense), 79.1 GiB",
+        "- attained: student 0.20, teacher 0.20 of that, fp32 0.70, TF32, half as fast as bf16, 0.50; "
+        "ASSUMED, not yet measured (--calibrate)",
+        "- links at 0.8 and memory at 0.7 of their data sheet; rings, whose slowest link is 400 Gbit/s of a "
+        "node; 10 us a hop",
+        "- gradients are summed behind the backward pass where overlap_comm is on (stages 2, 3), weights "
+        "gathered in the open",
         "- a micro-step takes at least 15 ms: the host launches its kernels",
         "- 1281167 images (--images), a file of 110 kB each (ImageNet-1k's mean)",
         "- a node reads 2 GB/s, and a GPU's loader prepares 2000 images/s, while the GPU computes",
-        "- memory: 1.5 GiB of contexts, 1 GiB for DALI, 95% of the GPU usable; activations as in eager mode (torch.compile keeps "
-        "up to an eighth less)",
+        "- memory: 1.5 GiB of contexts, 1 GiB for DALI, 95% of the GPU usable; activations as in eager mode "
+        "(torch.compile keeps up to an eighth less)",
     ]
 
 
@@ -161,7 +182,11 @@ ADVICE = [
     ("saim_vitb16", ["--nodes", "8", "--link_gbit", "5"], "twice the link (--link_gbit)"),
     ("mvp_vitb16", SMALL, "--engine ds_configs/zero1.json (sums gradients once an update)"),
     ("mvp_vitb16", SMALL, "train.micro_batch_size=128"),
-    ("mapet_vitb16", ["--storage_gbyte_s", "0.05"], "twice the storage rate: local disks, or shards (tools/make_shards.py)"),
+    (
+        "mapet_vitb16",
+        ["--storage_gbyte_s", "0.05"],
+        "twice the storage rate: local disks, or shards (tools/make_shards.py)",
+    ),
     ("conmim_vits16", [], "a loader twice as fast: data.workers, data.threads, smaller files"),
 ]
 
@@ -172,11 +197,18 @@ def test_advice_is_better_than_what_it_replaces(as_json, recipe, words, change):
     assert found["changes"][change] > found["predicted"]["images_per_second"]
 
 
-LINE = {"hardware": {"gpu": "NVIDIA H100 80GB HBM3"}, "settings": {"model": "vit_base_patch16_224", "teacher": "RN50x64"}}
+LINE = {
+    "hardware": {"gpu": "NVIDIA H100 80GB HBM3"},
+    "settings": {"model": "vit_base_patch16_224", "teacher": "RN50x64"},
+}
 
 
 def line(kind, **entries):
-    return json.dumps(LINE | {"settings": LINE["settings"] | {"benchmark": kind, "batch_size": 128, "dtype": "bf16"}} | entries)
+    return json.dumps(
+        LINE
+        | {"settings": LINE["settings"] | {"benchmark": kind, "batch_size": 128, "dtype": "bf16"}}
+        | entries
+    )
 
 
 def test_calibration_replaces_what_is_assumed(as_json, tmp_path):
@@ -197,7 +229,10 @@ def test_calibration_replaces_what_is_assumed(as_json, tmp_path):
 
 def test_a_loader_and_a_teacher_are_learnt(as_json, tmp_path):
     path = tmp_path / "benchmark.json"
-    views = {name: {"images_per_second": {"ours": {"median": speed}}} for name, speed in (("one_view", 900), ("two_views", 70))}
+    views = {
+        name: {"images_per_second": {"ours": {"median": speed}}}
+        for name, speed in (("one_view", 900), ("two_views", 70))
+    }
     teacher = line("teacher", teacher="RN50x64", bf16={"images_per_second": {"median": 1000.0}})
     path.write_text(f"{line('loader', **views)}\n{teacher}\n")
     found = as_json("--gpu", "h100", "--calibrate", path)
@@ -211,7 +246,12 @@ def test_a_loader_and_a_teacher_are_learnt(as_json, tmp_path):
 
 def test_a_measured_run_sets_the_speed_of_the_whole_step(as_json, tmp_path):
     path = tmp_path / "train.json"
-    measured = {"ranks": 2, "objective": "mapet", "dtype": "torch.bfloat16", "images_per_second": {"train": {"median": 600.0}}}
+    measured = {
+        "ranks": 2,
+        "objective": "mapet",
+        "dtype": "torch.bfloat16",
+        "images_per_second": {"train": {"median": 600.0}},
+    }
     path.write_text(line("train", **measured))
     found = as_json("--gpu", "h100", "--nodes", "1", "--gpus_per_node", "1", "--calibrate", path)
     assert found["predicted"]["images_per_second"] == pytest.approx(300, rel=0.001)
@@ -246,7 +286,10 @@ def test_calibration_refuses_what_would_mislead(refused, tmp_path):
     ("words", "says"),
     [
         (["--gpu", "v100"], "--gpu v100 is not known; there are: a100-40"),
-        (["--gpu", "h100", "--gpus_per_node", "7"], "train.global_batch_size = 2048 can't be divided among 7 GPUs"),
+        (
+            ["--gpu", "h100", "--gpus_per_node", "7"],
+            "train.global_batch_size = 2048 can't be divided among 7 GPUs",
+        ),
         (["--gpu", "h100", "--engine", "absent.json"], "absent.json can't be read"),
         (["--gpu", "h100", "teacher.img_size=224"], "grid is 7 x 7"),
         (["--gpu", "h100", "objective=mae"], "objective = mae is not known"),
@@ -258,7 +301,11 @@ def test_mistakes_are_sentences(refused, words, says):
 
 
 @pytest.mark.parametrize(
-    ("words", "says"), [(["--nodes", "0"], "invalid positive int value: '0'"), (["--link_gbit", "nan"], "invalid positive float")]
+    ("words", "says"),
+    [
+        (["--nodes", "0"], "invalid positive int value: '0'"),
+        (["--link_gbit", "nan"], "invalid positive float"),
+    ],
 )
 def test_numbers_are_positive(plan, capsys, words, says):
     with pytest.raises(SystemExit):

@@ -2,9 +2,9 @@
 
     tools/plan.py --config mapet_ds/recipes/mapet_vitb16.yaml --gpu h100 --nodes 8 --gpus_per_node 8
 
-The costs of any objective, student and target are counted on tensors without values, in some ten seconds. Speeds are the data
-sheets' times a share that GPUs attain, which is assumed until --calibrate gives lines that tools/benchmark.py printed on such
-a GPU. Every assumption is printed.
+The costs of any objective, student and target are counted on tensors without values, in some ten seconds.
+Speeds are the data sheets' times a share that GPUs attain, which is assumed until --calibrate gives lines
+that tools/benchmark.py printed on such a GPU. Every assumption is printed.
 """
 
 from __future__ import annotations
@@ -36,19 +36,31 @@ def positive(kind: type) -> Any:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", required=True, metavar="YAML", help="a recipe")
     parser.add_argument("--gpu", required=True, help=", ".join(GPUS))
     parser.add_argument("--nodes", type=positive(int), default=1)
     parser.add_argument("--gpus_per_node", type=positive(int), default=8)
-    parser.add_argument("--engine", default=REPOSITORY / "ds_configs/zero2.json", metavar="JSON", help="default: ZeRO-2")
-    parser.add_argument("--images", type=positive(int), default=1_281_167, help="in the data set; default: ImageNet-1k's")
+    parser.add_argument(
+        "--engine", default=REPOSITORY / "ds_configs/zero2.json", metavar="JSON", help="default: ZeRO-2"
+    )
+    parser.add_argument(
+        "--images", type=positive(int), default=1_281_167, help="in the data set; default: ImageNet-1k's"
+    )
     parser.add_argument("--image_kbyte", type=positive(float), default=110, help="mean size of a file")
-    parser.add_argument("--link_gbit", type=positive(float), default=400, help="Gbit/s of a node, all its adapters together")
+    parser.add_argument(
+        "--link_gbit", type=positive(float), default=400, help="Gbit/s of a node, all its adapters together"
+    )
     parser.add_argument("--storage_gbyte_s", type=positive(float), default=2, help="GB/s that a node reads")
-    parser.add_argument("--calibrate", nargs="+", type=Path, default=[], metavar="JSON", help="lines of tools/benchmark.py")
+    parser.add_argument(
+        "--calibrate", nargs="+", type=Path, default=[], metavar="JSON", help="lines of tools/benchmark.py"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON line")
-    parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="settings that replace the recipe's")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="a.b=value", help="settings that replace the recipe's"
+    )
     return parser.parse_intermixed_args(argv)
 
 
@@ -59,9 +71,17 @@ def main(argv: list[str]) -> int:
             raise ConfigError(f"--gpu {arguments.gpu} is not known; there are: {', '.join(GPUS)}.")
         config = load_config(arguments.config, arguments.overrides)
         check_method(config)
-        gpu, fixed = GPUS[arguments.gpu], any(word.startswith("train.micro_batch_size=") for word in arguments.overrides)
+        gpu, fixed = (
+            GPUS[arguments.gpu],
+            any(word.startswith("train.micro_batch_size=") for word in arguments.overrides),
+        )
         cluster = Cluster(
-            gpu, arguments.nodes, arguments.gpus_per_node, arguments.link_gbit, arguments.storage_gbyte_s, arguments.image_kbyte
+            gpu,
+            arguments.nodes,
+            arguments.gpus_per_node,
+            arguments.link_gbit,
+            arguments.storage_gbyte_s,
+            arguments.image_kbyte,
         )
         engine, speeds = load_deepspeed_config(arguments.engine), Speeds(gpu.share, gpu.share)
         request = Request(config, engine, cluster, arguments.images, speeds, fixed)

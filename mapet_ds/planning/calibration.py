@@ -31,12 +31,14 @@ def read_lines(paths: list[Path], gpu: Gpu) -> list[tuple[str, dict[str, Any]]]:
                 kind, device = record["settings"]["benchmark"], record["hardware"]["gpu"]
                 if not device or gpu.name not in device:
                     raise ConfigError(
-                        f"{path} was measured on {device or 'a CPU'}, not on an {gpu.name}: its figures would mislead here."
+                        f"{path} was measured on {device or 'a CPU'}, not on an {gpu.name}: "
+                        "its figures would mislead here."
                     )
                 lines.append((f"{kind} of {path}", record))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(
-                f"--calibrate {path} does not hold lines that tools/benchmark.py prints: {type(error).__name__} {error}."
+                f"--calibrate {path} does not hold lines that tools/benchmark.py prints: "
+                f"{type(error).__name__} {error}."
             ) from error
     return lines
 
@@ -48,7 +50,9 @@ def learn(record: dict[str, Any], request: Request) -> dict[str, float]:
     same_model, found = settings.get("model") == config.model.name, {}
     if kind == "step" and same_model and settings["dtype"] == "bf16":
         each = number(record["seconds"], "step") / settings["batch_size"]
-        found = {"student": student(dataclasses.replace(config, objective=record["objective"])).flops / each / peak}
+        found = {
+            "student": student(dataclasses.replace(config, objective=record["objective"])).flops / each / peak
+        }
     elif kind == "teacher" and goal.flops and record["teacher"] == config.teacher.name:
         found = {"teacher": goal.flops * number(record["bf16"], "images_per_second") / peak}
     elif kind == "assign" and goal.tf32_flops and settings["teacher"] == config.teacher.name:
@@ -60,14 +64,23 @@ def learn(record: dict[str, Any], request: Request) -> dict[str, float]:
     elif kind == "loader":
         views = record["two_views" if goal.view else "one_view"]
         found = {"images_per_second": number(views["images_per_second"], "ours")}
-    elif kind == "train" and same_model and record["objective"] == config.objective and record["dtype"] == "torch.bfloat16":
+    elif (
+        kind == "train"
+        and same_model
+        and record["objective"] == config.objective
+        and record["dtype"] == "torch.bfloat16"
+    ):
         alone = request._replace(cluster=request.cluster.of(1), fixed=False)
-        found = {"whole": number(record["images_per_second"], "train") / record["ranks"] / predict(alone)["images_per_second"]}
+        found = {
+            "whole": number(record["images_per_second"], "train")
+            / record["ranks"]
+            / predict(alone)["images_per_second"]
+        }
     return found
 
 
 def calibrate(request: Request, paths: list[Path]) -> Request:
-    """The request with speeds measured on such a GPU; lines about whole steps come last, on top of the others.
+    """The request with speeds measured on such a GPU; lines about whole steps are read last.
 
     Raises:
         ConfigError: files that can't be read or used.
@@ -77,13 +90,17 @@ def calibrate(request: Request, paths: list[Path]) -> Request:
         try:
             found = learn(record, request)
         except (KeyError, TypeError, AttributeError) as error:
-            raise ConfigError(f"--calibrate: the line {name} lacks an entry: {type(error).__name__} {error}.") from error
+            raise ConfigError(
+                f"--calibrate: the line {name} lacks an entry: {type(error).__name__} {error}."
+            ) from error
         if found:
             said = f"{name} ({', '.join(f'{field} {value:.3g}' for field, value in found.items())})"
-            request = request._replace(speeds=request.speeds._replace(**found, measured=(*request.speeds.measured, said)))
+            request = request._replace(
+                speeds=request.speeds._replace(**found, measured=(*request.speeds.measured, said))
+            )
     if not request.speeds.measured:
         raise ConfigError(
-            "--calibrate found no line about this recipe: step (bf16, this model), teacher or assign (this teacher), loader, "
-            "train (this model)."
+            "--calibrate found no line about this recipe: step (bf16, this model), teacher or assign (this "
+            "teacher), loader, train (this model)."
         )
     return request

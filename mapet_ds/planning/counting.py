@@ -1,7 +1,8 @@
-"""What a recipe costs: its modules run on tensors that have shapes alone, and torch's own counters look on.
+"""What a recipe costs: its modules run on tensors without values, and torch's own counters look on.
 
-Everything is per image unless said otherwise. A FLOP is half a multiply-add, by torch.utils.flop_counter's formulas;
-element-wise work is not counted. Nothing here knows an objective, a target or a tower by name: whatever runs is counted.
+Everything is per image unless said otherwise. A FLOP is half a multiply-add, by the formulas of
+torch.utils.flop_counter; element-wise work is not counted. Nothing here knows an objective, a target or
+a tower by name: whatever runs is counted.
 """
 
 from __future__ import annotations
@@ -10,43 +11,38 @@ import contextlib
 import dataclasses
 import functools
 import gc
-import math
-import weakref
-from collections import Counter
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.modules.module import register_module_forward_pre_hook, register_module_parameter_registration_hook
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop_count
+from torch.nn.modules.module import (
+    register_module_forward_pre_hook,
+    register_module_parameter_registration_hook,
+)
+from torch.utils.flop_counter import FlopCounterMode
 
 from mapet_ds.config import Config, ConfigError, TeacherConfig, TokenizerConfig
 from mapet_ds.objectives import Objective, build_objective
+from mapet_ds.planning.tally import Tables, Tally
 from mapet_ds.targets import build_target
 from mapet_ds.teacher import Teacher
 
 CPU = torch.device("cpu")
+DTYPES = {2: torch.bfloat16, 4: torch.float32}
 MANY = 128
 """Images of the larger of the two batches that memory is counted on."""
-ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-CONVOLUTION = torch.ops.aten.convolution
-SIZES = {2: torch.bfloat16, 4: torch.float32}
 T = TypeVar("T")
 
 
 class Line(NamedTuple):
     """Bytes at the peak for any number of images: a straight line through the peaks of two batches.
 
-    What a loss or an assignment holds is bounded (LOGITS, SCORES), so the truth bends once. The line misses it by no more
-    than that bound.
+    What a loss or an assignment holds at once is bounded (LOGITS, SCORES), so the truth bends once. The line
+    misses it by no more than that bound.
     """
 
     fixed: float
@@ -105,92 +101,6 @@ class Target(NamedTuple):
     """Bytes of its result, which the student's pass keeps."""
 
 
-class Tally(TorchDispatchMode):
-    """FLOPs of all operations by precision, and the peak of the bytes that they make.
-
-    A storage is counted once, from the operation that makes it until it is freed. `there`: tensors that are not counted.
-    """
-
-    def __init__(self, *there: Tensor) -> None:
-        super().__init__()
-        self.flops = Counter[str]()
-        self.known = {tensor.untyped_storage()._cdata for tensor in there}
-        self.live = self.peak = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        if count := _flops_of(function.overloadpacket, args, kwargs or {}, result):
-            self.flops[_precision(function.overloadpacket, args)] += count
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage())._cdata not in self.known:
-                self.known.add(storage._cdata)
-                self.live += storage.nbytes()
-                weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
-                self.peak = max(self.peak, self.live)
-        return result
-
-    def _freed(self, key: int, size: int) -> None:
-        self.known.discard(key)
-        self.live -= size
-
-
-def _flops_of(operation: Any, args: tuple, kwargs: dict[str, Any], result: Any) -> int:
-    """A backward pass of attention has twice the products of the forward pass; scores that a kernel makes anew are not counted."""
-    if operation is ATTENTION:
-        return sdpa_flop_count(*(x.shape for x in args[:3]))
-    if operation is ATTENTION_BACKWARD:
-        return 2 * sdpa_flop_count(*(x.shape for x in args[1:4]))
-    operation = getattr(torch.ops.aten, operation.__name__.rstrip("_"), operation)  # what is done in place costs the same
-    return flop_registry[operation](*args, **kwargs, out_val=result) if operation in flop_registry else 0
-
-
-def _precision(operation: Any, args: tuple) -> str:
-    """`half`, `fp32` or `tf32`, by the operands and by what torch's switches allow at this moment."""
-    if next(x for x in args if isinstance(x, Tensor)).element_size() == 2:
-        return "half"
-    convolves = operation in (CONVOLUTION, torch.ops.aten._convolution)
-    allowed = torch.backends.cudnn.allow_tf32 if convolves else torch.get_float32_matmul_precision() != "highest"
-    return "tf32" if allowed else "fp32"
-
-
-class Tables(TorchFunctionMode):
-    """Keeps tables real among tensors without values, and counts what the masks among them forbid.
-
-    Tables begin with arange or linspace, and what is made of real tensors alone stays real. A mask without values is taken to
-    allow everything.
-
-    Attributes: forbidden (FLOPs of the pairs that attention computes in vain, in the forward pass).
-    """
-
-    MADE = (torch.arange, torch.linspace)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.forbidden = 0.0
-
-    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
-        if function is nn.functional.scaled_dot_product_attention:
-            self._note(*args, **kwargs)
-        tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
-        real = function in self.MADE or (tensors and not any(isinstance(x, FakeTensor) for x in tensors))
-        with unset_fake_temporarily() if real else contextlib.nullcontext():
-            return function(*args, **kwargs)
-
-    def _note(
-        self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0, is_causal: bool = False,
-        **_: Any,
-    ) -> None:
-        share = 1.0
-        with unset_fake_temporarily():
-            if is_causal:
-                share = torch.ones(q.shape[-2], k.shape[-2]).tril().mean().item()
-            elif attn_mask is not None and not isinstance(attn_mask, FakeTensor):
-                allowed = attn_mask if attn_mask.dtype == torch.bool else attn_mask > -math.inf
-                share = allowed.float().mean().item()
-        self.forbidden += (1 - share) * sdpa_flop_count(q.shape, k.shape, v.shape)
-
-
 def _once(count: Callable[..., T]) -> Callable[..., T]:
     """Remember what `count` gave for equal settings, which can't be hashed but print themselves whole."""
     known: dict[Any, T] = {}
@@ -230,11 +140,13 @@ def _countable(config: Config) -> tuple[Config, int, int]:
 
 @contextlib.contextmanager
 def _movable_modules(mode: FakeTensorMode) -> Iterator[None]:
-    """Let modules be moved that are built here: torch refuses it for a parameter that the mode's memory refers to."""
+    """Let modules be moved that are built here: torch refuses it while the mode remembers a parameter."""
     converter = mode.fake_tensor_converter
     converter.set_tensor_memo = lambda tensor, fake: None
-    yield
-    del converter.set_tensor_memo
+    try:
+        yield
+    finally:
+        del converter.set_tensor_memo
 
 
 def _line(few: int, peak_of_few: float, many: int, peak_of_many: float) -> Line:
@@ -251,12 +163,15 @@ def student(config: Config, size: int = 2) -> Student:
     goal = target(config)
 
     # of the target, the student sees dim, shape and dtype alone: another teacher's need no other count
-    alike = dataclasses.replace(config, teacher=TeacherConfig(), tokenizer=TokenizerConfig(vocab_size=goal.dim))
+    tokenizer = TokenizerConfig(vocab_size=goal.dim)
+    alike = dataclasses.replace(config, teacher=TeacherConfig(), tokenizer=tokenizer)
     return _count_student(*_countable(alike), size, goal.dim, goal.shape, goal.dtype)
 
 
 @_once
-def _count_student(config: Config, few: int, many: int, size: int, dim: int, shape: torch.Size, dtype: torch.dtype) -> Student:
+def _count_student(
+    config: Config, few: int, many: int, size: int, dim: int, shape: torch.Size, dtype: torch.dtype
+) -> Student:
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = _without_values(config, dim, size)
         trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -276,9 +191,14 @@ def _count_student(config: Config, few: int, many: int, size: int, dim: int, sha
             smaller, _, _ = _learn(model, *batches[0])
         larger, _, _ = _learn(model, *batches[1])
     return Student(
-        trainable, constants, forward / few, flops / few, (flops - 3 * forbidden) / few, (smaller.flops.total() - flops) / few,
-        _line(few, smaller.peak, many, larger.peak),
-    )  # fmt: skip
+        parameters=trainable,
+        constants=constants,
+        forward=forward / few,
+        flops=flops / few,
+        minimum=(flops - 3 * forbidden) / few,
+        recomputed=(smaller.flops.total() - flops) / few,
+        peak=_line(few, smaller.peak, many, larger.peak),
+    )
 
 
 def _without_values(config: Config, dim: int, size: int) -> Objective:
@@ -286,15 +206,18 @@ def _without_values(config: Config, dim: int, size: int) -> Objective:
     handle = register_module_parameter_registration_hook(
         lambda module, name, parameter: nn.Parameter(parameter.to("meta"), parameter.requires_grad)
     )
-    with unset_fake_temporarily():
-        model = build_objective(config, dim).to(SIZES[size])
-    handle.remove()
+    try:
+        with unset_fake_temporarily():
+            model = build_objective(config, dim).to(DTYPES[size])
+    finally:
+        handle.remove()
     return model._apply(lambda x: torch.empty_like(x, device=CPU) if x.is_meta else x)
 
 
 def _noughts(config: Config, images: int, shape: torch.Size, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """A batch of views and targets; what they hold changes no count."""
-    return torch.zeros(images, 3, config.model.img_size, config.model.img_size), torch.zeros(images, *shape, dtype=dtype)
+    side = config.model.img_size
+    return torch.zeros(images, 3, side, side), torch.zeros(images, *shape, dtype=dtype)
 
 
 def modules(config: Config) -> dict[str, float]:
@@ -310,7 +233,8 @@ def modules(config: Config) -> dict[str, float]:
         model, batch = _without_values(plain, goal.dim, 2), _noughts(plain, few, goal.shape, goal.dtype)
         with unset_fake_temporarily():
             draw = model.draw(0, 0, few)
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # no other kernel has a formula on a CPU
+        # as plain products, because torch has no formula for attention's kernel on a CPU
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             model(*batch, draw).loss.backward()
     return {name: sum(counts.values()) / few for name, counts in counter.get_flop_counts().items()}
 
@@ -351,18 +275,28 @@ def _count_target(config: Config, few: int, many: int) -> Target:
             follows = sum(tensor.nbytes for tensor in goal.state_dict().values())
     except (RuntimeError, OSError) as error:
         raise ConfigError(
-            f"What the target of objective = {config.objective} costs can't be counted, because it needs more than the shapes "
-            f"of tensors: {type(error).__name__} {error} Where it is a tokenizer's, plan with tokenizer.ids=FOLDER: ids that "
-            "are looked up cost nothing."
+            f"What the target of objective = {config.objective} costs can't be counted, because it needs "
+            f"more than the shapes of tensors: {type(error).__name__} {error} Where it is a tokenizer's, plan "
+            "with tokenizer.ids=FOLDER: ids that are looked up cost nothing."
         ) from error
     finally:
         handle.remove()
     sharded = sum(teacher.local_bytes for teacher in teachers)
-    flops = [smaller.flops[precision] / few for precision in ("half", "fp32", "tf32")]
     return Target(
-        goal.dim, made.shape[1:], made.dtype, goal.teacher_view and goal.teacher_view.size, goal.ahead, *flops, sharded,
-        building.live - sharded, follows, _line(few, smaller.peak, many, larger.peak), made.nbytes / few,
-    )  # fmt: skip
+        dim=goal.dim,
+        shape=made.shape[1:],
+        dtype=made.dtype,
+        view=goal.teacher_view and goal.teacher_view.size,
+        ahead=goal.ahead,
+        flops=smaller.flops["half"] / few,
+        fp32_flops=smaller.flops["fp32"] / few,
+        tf32_flops=smaller.flops["tf32"] / few,
+        sharded=sharded,
+        whole=building.live - sharded,
+        follows=follows,
+        peak=_line(few, smaller.peak, many, larger.peak),
+        output=made.nbytes / few,
+    )
 
 
 def _teach(goal: Any, config: Config, images: int) -> tuple[Tally, Tensor]:

@@ -1,9 +1,9 @@
-"""What a recipe will take on a cluster: memory, micro-batch, time, input, scaling, by arithmetic on what was counted.
+"""What a recipe will take on a cluster: memory, micro-batch, time, input, scaling. Arithmetic on counts.
 
-What DeepSpeed 0.19.8 keeps and sends was found on real engines with CPU ranks (tests/test_forecast.py). In bf16, stage 1
-keeps every gradient in fp32, and its bf16 twin from one micro-step to the next. Stages 1 and 2 sum gradients by a whole
-all-reduce, stage 2 at every micro-step. Stage 3 keeps a model below stage3_max_reuse_distance gathered from its forward to
-its backward pass.
+What DeepSpeed 0.19.8 keeps and sends was found on real engines with CPU ranks (tests/test_forecast.py). In
+bf16, stage 1 keeps every gradient in fp32, and its bf16 twin from one micro-step to the next. Stages 1 and
+2 sum gradients by a whole all-reduce, stage 2 at every micro-step. Stage 3 keeps a model below
+stage3_max_reuse_distance gathered from its forward to its backward pass.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ DECODER = 1.0 * GIB
 LAUNCH_SECONDS = 0.015
 """Least duration of a micro-step: the host can't launch its kernels faster."""
 LINK_SHARE, MEMORY_SHARE, FP32_SHARE, TF32_SHARE = 0.8, 0.7, 0.7, 0.5
-"""Attained shares of a link's, the memory's, the fp32 units' and, in TF32, half the bf16 units' data sheet."""
+"""Attained shares of the data sheet of links, memory, fp32 units and, in TF32, half the bf16 units."""
 HOP_SECONDS = 1e-5
 """Latency of one hop of a collective."""
 LARGEST = 1024
@@ -53,7 +53,10 @@ class Engine(NamedTuple):
 
 
 def engine_costs(engine_config: dict[str, Any], parameters: int, ranks: int, accumulate: bool) -> Engine:
-    """Of a checked DeepSpeed JSON and so many trainable parameters. accumulate: more than one micro-step an update."""
+    """Of a checked DeepSpeed JSON and so many trainable parameters.
+
+    accumulate: an update has more than one micro-step.
+    """
     zero, bf16 = engine_config["zero_optimization"], engine_config.get("bf16", {}).get("enabled", False)
     stage, size, part = zero["stage"], 2 if bf16 else FP32, -(-parameters // ranks)
     bucket = zero.get("reduce_bucket_size", 500_000_000)
@@ -63,7 +66,17 @@ def engine_costs(engine_config: dict[str, Any], parameters: int, ranks: int, acc
         gathers = 1 if parameters <= zero.get("stage3_max_reuse_distance", 10**9) else 2
         live = min(parameters, zero.get("stage3_max_live_parameters", 10**9))
         weights = size * (part + live)
-        return Engine(weights, master, FP32 * part, FP32 * bucket, sent * parameters, True, True, gathers * size * parameters, 0)
+        return Engine(
+            weights,
+            master,
+            FP32 * part,
+            FP32 * bucket,
+            sent * parameters,
+            True,
+            True,
+            gathers * size * parameters,
+            0,
+        )
     if stage == 1:
         kept = FP32 * parameters + (size * parameters if bf16 and accumulate else 0)
         return Engine(weights, master, kept, 0, sent * parameters, False, False, 0, weights)
@@ -130,7 +143,10 @@ class Cluster(NamedTuple):
         return self._replace(nodes=ranks // each, gpus_per_node=each)
 
     def seconds(self, size: float, ranks: int, passes: int) -> float:
-        """Of a ring that takes `size` bytes round so often: 2 for an all-reduce, 1 for a gather or a scatter."""
+        """Seconds of a ring that takes `size` bytes round `passes` times.
+
+        An all-reduce has 2 passes, a gather or a scatter 1.
+        """
         if ranks == 1:
             return 0.0
         within = ranks <= self.gpus_per_node
@@ -171,7 +187,8 @@ def memory(request: Request, model: Student, goal: Target) -> dict[str, float]:
         "reduction buckets": engine.buffers,
         "teacher": goal.sharded / group + gathered + goal.whole,
         "activations": both((model.peak(micro) + micro * goal.output, goal.peak(micro))),
-        "images": DECODER + (config.data.prefetch + 1 + goal.ahead) * micro * sum(12 * view**2 for view in views),
+        "images": DECODER
+        + (config.data.prefetch + 1 + goal.ahead) * micro * sum(12 * view**2 for view in views),
         "context": CONTEXT,
     }
 
@@ -205,7 +222,9 @@ def step_seconds(request: Request, model: Student, goal: Target) -> dict[str, fl
     seconds["launch"] = max(0.0, accum * LAUNCH_SECONDS - sum(seconds.values()))
     images = accum * micro
     stored = images * cluster.gpus_per_node * cluster.image_kbyte * 1e3 / (1e9 * cluster.storage_gbyte_s)
-    seconds["input"] = max(0.0, stored - sum(seconds.values()), images / speeds.images_per_second - sum(seconds.values()))
+    seconds["input"] = max(
+        0.0, stored - sum(seconds.values()), images / speeds.images_per_second - sum(seconds.values())
+    )
     return seconds
 
 
@@ -220,8 +239,8 @@ def choose_micro(request: Request, model: Student, goal: Target) -> tuple[Reques
     if whole % ranks:
         near = max(ranks, round(whole / ranks) * ranks)
         raise ConfigError(
-            f"train.global_batch_size = {whole} can't be divided among {ranks} GPUs; take train.global_batch_size={near} (another "
-            "batch, another run), or another number of GPUs."
+            f"train.global_batch_size = {whole} can't be divided among {ranks} GPUs; take "
+            f"train.global_batch_size={near} (another batch, another run), or another number of GPUs."
         )
     each = whole // ranks
     possible = [m for m in range(each, 0, -1) if each % m == 0 and allows(config, m)]
@@ -230,20 +249,24 @@ def choose_micro(request: Request, model: Student, goal: Target) -> tuple[Reques
         alone = with_micro(config, each)
         broken = [sentence for is_broken, sentence in alone.method.rules(alone) if is_broken]
         raise ConfigError(
-            "\n".join([f"{ranks} GPUs leave {each} of {whole} images a step to each: at most {most} GPUs.", *broken])
+            "\n".join(
+                [f"{ranks} GPUs leave {each} of {whole} images a step to each: at most {most} GPUs.", *broken]
+            )
         )
     fitting = [m for m in possible if sum(memory(request.with_micro(m), model, goal).values()) <= room]
     if request.fixed and micro not in possible:
         raise ConfigError(
-            f"train.micro_batch_size = {micro} does not divide the {each} images that each of {ranks} GPUs has of a step; "
-            f"take one of {', '.join(map(str, possible[:8]))}."
+            f"train.micro_batch_size = {micro} does not divide the {each} images that each of {ranks} GPUs "
+            f"has of a step; take one of {', '.join(map(str, possible[:8]))}."
         )
     if not fitting or (request.fixed and micro not in fitting):
         asked = micro if request.fixed else possible[-1]
         needs = sum(memory(request.with_micro(asked), model, goal).values()) / GIB
         cures = [f"train.micro_batch_size={fitting[0]}"] if fitting else []
         cures += [] if config.train.grad_checkpointing else ["train.grad_checkpointing=true"]
-        cures += [] if request.engine["zero_optimization"]["stage"] == 3 else ["--engine ds_configs/zero3.json"]
+        cures += (
+            [] if request.engine["zero_optimization"]["stage"] == 3 else ["--engine ds_configs/zero3.json"]
+        )
         raise ConfigError(
             f"A micro-batch of {asked} needs {needs:.1f} GiB a GPU, of which {room / GIB:.1f} can be used; "
             f"try {' or '.join([*cures, 'a GPU with more memory'])}."
@@ -265,6 +288,9 @@ def predict(request: Request) -> dict[str, Any]:
     speed = config.train.global_batch_size / step
     steps = total_steps(config, request.images)
     peak = 1e12 * (cluster.gpu.bf16_tflops if request.size == 2 else cluster.gpu.fp32_tflops)
+
+    # what a step waits for beyond all work on the GPU binds, however short the rest of the wait
+    binds = next((name for name in ("input", "launch") if seconds[name] > 0), max(seconds, key=seconds.get))
     return {
         "gpus": cluster.ranks,
         "parameters": model.parameters,
@@ -284,8 +310,7 @@ def predict(request: Request) -> dict[str, Any]:
         "hours": steps * step / 3600,
         "gpu_hours": steps * step / 3600 * cluster.ranks,
         "input_mbyte_s_per_node": speed / cluster.nodes * cluster.image_kbyte / 1e3,
-        # what a step waits for beyond all work on the GPU binds, however short the rest of the wait
-        "binds": next((name for name in ("input", "launch") if seconds[name] > 0), max(seconds, key=seconds.get)),
+        "binds": binds,
     }  # fmt: skip
 
 
@@ -300,8 +325,18 @@ def scaling(request: Request) -> list[dict[str, Any]]:
             curve.append({"gpus": ranks, "refused": str(error)})
             continue
         one = one or found["images_per_second"] / ranks
-        kept = ("gpus", "micro_batch_size", "grad_accum_steps", "images_per_second", "hours", "gpu_hours", "binds")
-        curve.append({name: found[name] for name in kept} | {"efficiency": found["images_per_second"] / ranks / one})
+        kept = (
+            "gpus",
+            "micro_batch_size",
+            "grad_accum_steps",
+            "images_per_second",
+            "hours",
+            "gpu_hours",
+            "binds",
+        )
+        curve.append(
+            {name: found[name] for name in kept} | {"efficiency": found["images_per_second"] / ranks / one}
+        )
     return curve
 
 
@@ -310,20 +345,26 @@ def assumptions(request: Request) -> list[str]:
     known = f"measured: {'; '.join(request.speeds.measured)}; the rest ASSUMED"
     gpu, speeds, cluster = request.cluster.gpu, request.speeds, request.cluster
     lines = [
-        f"{gpu.name}: {gpu.bf16_tflops:g} bf16 and {gpu.fp32_tflops:g} fp32 TFLOP/s, {gpu.memory_gbyte_s:g} GB/s memory, "
-        f"{gpu.nvlink_gbyte_s:g} GB/s NVLink each way (NVIDIA's data sheet, SXM, dense), {gpu.gib:g} GiB",
-        f"attained: student {speeds.student:.2f}, teacher {speeds.teacher:.2f} of that, fp32 {speeds.fp32:.2f}, TF32, half as "
-        f"fast as bf16, {speeds.tf32:.2f}; " + (known if speeds.measured else "ASSUMED, not yet measured (--calibrate)"),
-        f"links at {LINK_SHARE:g} and memory at {MEMORY_SHARE:g} of their data sheet; rings, whose slowest link is "
-        f"{cluster.link_gbit:g} Gbit/s of a node; {1e6 * HOP_SECONDS:g} us a hop",
-        "gradients are summed behind the backward pass where overlap_comm is on (stages 2, 3), weights gathered in the open",
+        f"{gpu.name}: {gpu.bf16_tflops:g} bf16 and {gpu.fp32_tflops:g} fp32 TFLOP/s, "
+        f"{gpu.memory_gbyte_s:g} GB/s memory, {gpu.nvlink_gbyte_s:g} GB/s NVLink each way "
+        f"(NVIDIA's data sheet, SXM, dense), {gpu.gib:g} GiB",
+        f"attained: student {speeds.student:.2f}, teacher {speeds.teacher:.2f} of that, "
+        f"fp32 {speeds.fp32:.2f}, TF32, half as fast as bf16, {speeds.tf32:.2f}; "
+        + (known if speeds.measured else "ASSUMED, not yet measured (--calibrate)"),
+        f"links at {LINK_SHARE:g} and memory at {MEMORY_SHARE:g} of their data sheet; rings, whose slowest "
+        f"link is {cluster.link_gbit:g} Gbit/s of a node; {1e6 * HOP_SECONDS:g} us a hop",
+        "gradients are summed behind the backward pass where overlap_comm is on (stages 2, 3), weights "
+        "gathered in the open",
         f"a micro-step takes at least {1e3 * LAUNCH_SECONDS:g} ms: the host launches its kernels",
         f"{request.images} images (--images), a file of {cluster.image_kbyte:g} kB each (ImageNet-1k's mean)",
-        f"a node reads {cluster.storage_gbyte_s:g} GB/s, and a GPU's loader prepares {speeds.images_per_second:g} images/s, "
-        "while the GPU computes",
-        f"memory: {CONTEXT / GIB:g} GiB of contexts, {DECODER / GIB:g} GiB for DALI, {USABLE:.0%} of the GPU usable; activations "
-        "as in eager mode (torch.compile keeps up to an eighth less)",
+        f"a node reads {cluster.storage_gbyte_s:g} GB/s, and a GPU's loader prepares "
+        f"{speeds.images_per_second:g} images/s, while the GPU computes",
+        f"memory: {CONTEXT / GIB:g} GiB of contexts, {DECODER / GIB:g} GiB for DALI, {USABLE:.0%} of the GPU "
+        "usable; activations as in eager mode (torch.compile keeps up to an eighth less)",
     ]
     if target(request.config).ahead:
-        lines.append("teacher.ahead: the memory of teacher and student at once; what time it may save is not known and not counted")
+        lines.append(
+            "teacher.ahead: the memory of teacher and student at once; what time it may save is not known "
+            "and not counted"
+        )
     return lines

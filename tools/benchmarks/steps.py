@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from mapet_ds.config import REPOSITORY, Config, ConfigError
 from mapet_ds.objectives import build_objective
-from mapet_ds.planning.counting import student, target
+from mapet_ds.planning.counting import student
+from mapet_ds.planning.counting import target as count_target
 
 
 def check_twin(arguments: argparse.Namespace, config: Config) -> None:
@@ -51,7 +52,7 @@ class Steps:
 
     def __init__(self, config: Config, device: torch.device, dtype: str) -> None:
         self.device, self.dtype, batch = device, dtype, config.train.micro_batch_size
-        dim = target(config).dim
+        dim = count_target(config).dim
         self.model = build_objective(config, dim).to(device)
         generator = torch.Generator().manual_seed(config.seed)
         images = torch.randn(batch, 3, config.model.img_size, config.model.img_size, generator=generator)
