@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mapet_ds.config import REPOSITORY, ConfigError
 from mapet_ds.objectives import OBJECTIVES, build_objective
 from mapet_ds.planning import counting
-from mapet_ds.planning.counting import Line, allows, modules, student, target
+from mapet_ds.planning.counting import Line, allows, modules, shape_of_target, student, target
 from mapet_ds.planning.tally import Tally
 from mapet_ds.recipe import load_config
 
@@ -53,7 +53,7 @@ def real_batch(config, goal, model, images):
 @pytest.mark.parametrize("name", RECIPES)
 def test_flops_and_parameters_are_those_of_a_real_step(name, recompute):
     config = little(name, f"train.grad_checkpointing={str(recompute).lower()}")
-    goal, counted = target(config), student(config)
+    goal, counted = shape_of_target(config), student(config)
     model, images = build_objective(config, goal.dim), 4
     model.vit.set_grad_checkpointing(recompute)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as flops:
@@ -70,7 +70,7 @@ def test_flops_and_parameters_are_those_of_a_real_step(name, recompute):
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_peak_is_that_of_a_real_step(name, recompute):
     config = little(name, f"train.grad_checkpointing={str(recompute).lower()}")
-    goal, counted = target(config), student(config, 4)
+    goal, counted = shape_of_target(config), student(config, 4)
     model, images = build_objective(config, goal.dim), 128
     for parameter in model.parameters():  # gradients are not counted here
         if parameter.requires_grad:
@@ -194,6 +194,11 @@ def test_a_momentum_teacher_follows_every_parameter():
     goal, counted = target(config), student(config)
     assert goal.follows == 4 * counted.parameters
     assert goal.flops == counted.forward - 2 * 148 * 196 * 256  # all but the product with the keys
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_what_a_student_sees_is_what_its_target_makes(name):
+    assert shape_of_target(recipe(name)) == target(recipe(name)).shape
 
 
 def test_ids_that_are_looked_up_cost_nothing():

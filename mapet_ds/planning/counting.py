@@ -71,14 +71,20 @@ class Student(NamedTuple):
     """Bytes of activations at the peak, in eager mode."""
 
 
-class Target(NamedTuple):
-    """What computing the target costs."""
+class Shape(NamedTuple):
+    """What a student sees of its target."""
 
     dim: int
     """Number of token ids, or width of a vector."""
-    shape: torch.Size
+    shape: tuple[int, ...]
     """Of an image's."""
     dtype: torch.dtype
+
+
+class Target(NamedTuple):
+    """What computing the target costs."""
+
+    shape: Shape
     view: int | None
     """Side of the images that it is computed from; None: it needs no view of its own."""
     ahead: bool
@@ -160,20 +166,18 @@ def student(config: Config, size: int = 2) -> Student:
     Raises:
         ConfigError: the objective or its target can't be built or run.
     """
-    goal = target(config)
+    goal = shape_of_target(config)
 
-    # of the target, the student sees dim, shape and dtype alone: another teacher's need no other count
+    # that is all a student sees of its target: another teacher needs no other count
     tokenizer = TokenizerConfig(vocab_size=goal.dim)
     alike = dataclasses.replace(config, teacher=TeacherConfig(), tokenizer=tokenizer)
-    return _count_student(*_countable(alike), size, goal.dim, goal.shape, goal.dtype)
+    return _count_student(*_countable(alike), size, goal)
 
 
 @_once
-def _count_student(
-    config: Config, few: int, many: int, size: int, dim: int, shape: torch.Size, dtype: torch.dtype
-) -> Student:
+def _count_student(config: Config, few: int, many: int, size: int, goal: Shape) -> Student:
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model = _without_values(config, dim, size)
+        model = _without_values(config, goal.dim, size)
         trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         constants = sum(parameter.numel() for parameter in model.parameters()) - trainable
         for parameter in model.parameters():
@@ -181,7 +185,7 @@ def _count_student(
                 parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
 
         # FLOPs, from a batch so small that no loss makes anything anew
-        batches = [_noughts(config, images, shape, dtype) for images in (few, many)]
+        batches = [_noughts(config, images, goal) for images in (few, many)]
         kept, forward, forbidden = _learn(model, *batches[0])
         flops, smaller = kept.flops.total(), kept
 
@@ -214,10 +218,10 @@ def _without_values(config: Config, dim: int, size: int) -> Objective:
     return model._apply(lambda x: torch.empty_like(x, device=CPU) if x.is_meta else x)
 
 
-def _noughts(config: Config, images: int, shape: torch.Size, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _noughts(config: Config, images: int, goal: Shape) -> tuple[Tensor, Tensor]:
     """A batch of views and targets; what they hold changes no count."""
     side = config.model.img_size
-    return torch.zeros(images, 3, side, side), torch.zeros(images, *shape, dtype=dtype)
+    return torch.zeros(images, 3, side, side), torch.zeros(images, *goal.shape, dtype=goal.dtype)
 
 
 def modules(config: Config) -> dict[str, float]:
@@ -228,9 +232,9 @@ def modules(config: Config) -> dict[str, float]:
     Raises:
         ConfigError: the objective or its target can't be built or run.
     """
-    goal, (plain, few, _) = target(config), _countable(config)
+    goal, (plain, few, _) = shape_of_target(config), _countable(config)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model, batch = _without_values(plain, goal.dim, 2), _noughts(plain, few, goal.shape, goal.dtype)
+        model, batch = _without_values(plain, goal.dim, 2), _noughts(plain, few, goal)
         with unset_fake_temporarily():
             draw = model.draw(0, 0, few)
         # as plain products, because torch has no formula for attention's kernel on a CPU
@@ -260,6 +264,17 @@ def target(config: Config) -> Target:
     return _count_target(*_countable(config))
 
 
+def shape_of_target(config: Config) -> Shape:
+    """What the configured objective predicts; only where it is no token ids the target has to be built.
+
+    Raises:
+        ConfigError: as `target` does.
+    """
+    if config.method.predicts_ids:
+        return Shape(config.tokenizer.vocab_size, (config.num_patches,), torch.long)
+    return target(config).shape
+
+
 @_once
 def _count_target(config: Config, few: int, many: int) -> Target:
     teachers: set[Teacher] = set()
@@ -276,16 +291,14 @@ def _count_target(config: Config, few: int, many: int) -> Target:
     except (RuntimeError, OSError) as error:
         raise ConfigError(
             f"What the target of objective = {config.objective} costs can't be counted, because it needs "
-            f"more than the shapes of tensors: {type(error).__name__} {error} Where it is a tokenizer's, plan "
-            "with tokenizer.ids=FOLDER: ids that are looked up cost nothing."
+            f"more than the shapes of tensors: {type(error).__name__} {error} Where it is a tokenizer's, "
+            "plan with tokenizer.ids=FOLDER: ids that are looked up cost nothing."
         ) from error
     finally:
         handle.remove()
     sharded = sum(teacher.local_bytes for teacher in teachers)
     return Target(
-        dim=goal.dim,
-        shape=made.shape[1:],
-        dtype=made.dtype,
+        shape=Shape(goal.dim, tuple(made.shape[1:]), made.dtype),
         view=goal.teacher_view and goal.teacher_view.size,
         ahead=goal.ahead,
         flops=smaller.flops["half"] / few,
