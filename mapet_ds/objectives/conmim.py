@@ -5,7 +5,7 @@ The teacher sees the whole image, in a strongly jittered view of the same crop. 
 Source: Yi et al., Masked Image Modeling with Denoising Contrast, arXiv 2205.09616. Departures:
 
 - Positions are learned and absolute, without a relative bias. They alone could tell a patch's place, whatever
-  it shows (docs/log.md). So what all images of a group have in common at a position is taken off.
+  it shows (docs/log.md). So what a group's images have in common at a position is taken off queries and keys.
 - BatchNorm sees fixed groups of slots, not a GPU's batch, so that no split of a batch changes the loss.
 - The teacher has no stochastic depth.
 """

@@ -5,7 +5,7 @@ position alone, what comes there. Sorted by rank, both are plain causal attentio
 reads the class token and ranks 0 .. r, a query row of rank r the class token and ranks 0 .. r - 1.
 
 Source: Qi et al., Exploring Stochastic Autoregressive Image Modeling for Visual Representation, arXiv
-2212.01610. With saim.target = features it predicts the frozen CLIP's, as SemAIM (arXiv 2312.10457) does.
+2212.01610. With saim.target = features, targets are the frozen CLIP's, as in SemAIM (arXiv 2312.10457).
 """
 
 from __future__ import annotations
