@@ -1,6 +1,6 @@
 """Each pre-training method by name: the objective that predicts, and the target that is predicted.
 
-docs/extending.md adds one: its file in objectives/, a line here, its section in config/, a recipe.
+docs/extending.md adds a method: a file in objectives/, a line here, a section in config/ and a recipe.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ METHODS = {
 
 
 def build_objective(config: Config, target_dim: int) -> Objective:
-    """The configured objective, initialised from the run's seed: equal on every rank.
+    """The configured objective on the CPU, initialised from the run's seed: equal on every rank.
 
-    target_dim: what its target has for each patch, a number of token ids or the width of a vector.
+    target_dim: the number of token ids, or the width of the vector that the target gives for each patch.
     """
     seed_weights(config.seed)
     return METHODS[config.objective][0](config, target_dim)
 
 
 def build_target(config: Config, device: torch.device) -> Target:
-    """The target of the configured objective. Every rank must call it."""
+    """The target of the configured objective, on `device`. Every rank must call it."""
     return METHODS[config.objective][1](config, device)

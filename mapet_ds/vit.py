@@ -1,6 +1,6 @@
-"""timm's VisionTransformer with blocks whose rows may differ in what they attend to.
+"""timm's VisionTransformer, with blocks whose rows may attend to different keys.
 
-Parameter names, initialisation and position resampling stay timm's; only the attention of a block learns to take bands.
+Parameter names, initialisation and position resampling stay timm's; only a block's attention takes bands.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import timm
 import torch
 import torch.nn.functional as F
-from timm.layers import Attention, DropPath, Mlp
+from timm.layers import Attention, DropPath, Mlp, trunc_normal_
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -25,8 +25,8 @@ from mapet_ds.errors import ConfigError
 class Band(NamedTuple):
     """Consecutive rows of a sequence that attend to consecutive keys: to all of them, or by a mask.
 
-    The bands of a block cover consecutive rows to the sequence's end; rows before the first band only serve as keys.
-    Each block computes keys and values for rows 0 .. the last key of any band.
+    The bands of a block cover consecutive rows to the sequence's end. Rows before the first band only serve
+    as keys. A block computes keys and values for the rows from 0 to the last key of any band.
     """
 
     rows: slice
@@ -34,13 +34,13 @@ class Band(NamedTuple):
     mask: Tensor | None = None
     """bool [rows, keys], True = may attend."""
     causal: bool = False
-    """The i-th row attends to keys 0 .. i of as many: a triangle that kernels know without a mask."""
+    """The i-th row attends to keys 0 .. i, as many as rows: a triangle that kernels know without a mask."""
 
 
 class QKVLinear(nn.Linear):
-    """timm's fused `qkv`, told which of its rows to use.
+    """timm's fused `qkv`, of which a call may use a part: queries, or keys and values.
 
-    Slicing goes on inside the module's own call: ZeRO-3 gathers a weight per call, from outside it would be empty.
+    The weight is sliced inside the module's own call, because ZeRO-3 gathers it there; outside it is empty.
     """
 
     def forward(self, x: Tensor, part: Literal["q", "kv", "qkv"] = "qkv") -> Tensor:
@@ -50,18 +50,18 @@ class QKVLinear(nn.Linear):
 
 
 class StreamAttention(Attention):
-    """timm's Attention; with bands, queries of the banded rows over the keys and values that their band names."""
+    """timm's Attention, which also takes bands: each band's rows then attend to that band's keys alone."""
 
     def __init__(self, dim: int, *args: Any, qkv_bias: bool = False, **kwargs: Any) -> None:
         super().__init__(dim, *args, qkv_bias=qkv_bias, **kwargs)
-        place = {"device": self.qkv.weight.device, "dtype": self.qkv.weight.dtype}
-        self.qkv = QKVLinear(dim, 3 * self.attn_dim, bias=qkv_bias, **place)
+        weight = self.qkv.weight
+        self.qkv = QKVLinear(dim, 3 * self.attn_dim, qkv_bias, device=weight.device, dtype=weight.dtype)
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(2, (self.num_heads, self.head_dim)).transpose(1, 2)  # [B, H, N, D / H]
 
     def forward(self, x: Tensor, bands: Sequence[Band] | None = None, **timm_arguments: Any) -> Tensor:
-        """[B, N, D] -> [B, rows of the bands, D]; timm's own attention over all rows without bands."""
+        """[B, N, D] -> [B, rows of the bands, D]; without bands, timm's own attention of all rows."""
         if bands is None:
             return super().forward(x, **timm_arguments)
         first, keys = bands[0].rows.start, max(band.keys.stop for band in bands)
@@ -78,24 +78,23 @@ class StreamAttention(Attention):
 
 
 class SparingMlp(Mlp):
-    """timm's Mlp, whose activation the backward pass makes anew: 4 of the 16 rows of width that a block would keep of each row.
+    """timm's Mlp, whose activation the backward pass makes anew.
 
-    What it costs is in docs/log.md.
+    It saves 4 of the 16 widths that a block would keep of each row. docs/log.md has the cost in time.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, N, D] -> [B, N, D]."""
         x = self.fc1(x)
-        return self.drop2(
-            checkpoint(self._second, x, use_reentrant=False) if torch.is_grad_enabled() else self._second(x)
-        )
+        recompute = torch.is_grad_enabled()
+        return self.drop2(checkpoint(self._rest, x, use_reentrant=False) if recompute else self._rest(x))
 
-    def _second(self, x: Tensor) -> Tensor:
+    def _rest(self, x: Tensor) -> Tensor:
         return self.fc2(self.norm(self.drop1(self.act(x))))
 
 
 class StreamBlock(Block):
-    """timm's pre-norm Block; with bands it updates and returns only the banded rows."""
+    """timm's pre-norm Block, which also takes bands: it then updates and returns their rows alone."""
 
     def __init__(self, *args: Any, mlp_layer: type[nn.Module], **kwargs: Any) -> None:
         kwargs |= {"attn_layer": StreamAttention, "mlp_layer": SparingMlp if mlp_layer is Mlp else mlp_layer}
@@ -108,10 +107,10 @@ class StreamBlock(Block):
         keep: Tensor | None = None,
         **timm_arguments: Any,
     ) -> Tensor:
-        """[B, N, D] -> [B, rows of the bands, D].
+        """[B, N, D] -> [B, rows of the bands, D]; without bands, all rows attend to all.
 
-        keep: float [B, 2], uniforms of this block's two stochastic depth decisions, one per image and residual, shared by
-        all its rows; None keeps every residual.
+        keep: float [B, 2], the uniforms of this block's two stochastic depth decisions, one per image and
+        residual, which all rows of the image share. None keeps every residual.
         """
         first = bands[0].rows.start if bands else 0
         residual = self.ls1(self.attn(self.norm1(x), bands, **timm_arguments))
@@ -127,70 +126,64 @@ class StreamBlock(Block):
 
 
 def compile_blocks(module: nn.Module) -> None:
-    """torch.compile every block of a module's ViTs, each at its first call."""
+    """Set torch.compile to compile each block of a module's ViTs at its first call."""
     for block in module.modules():
         if isinstance(block, Block):
             block.compile()
 
 
 def build_vit(config: ModelConfig) -> VisionTransformer:
-    """A freshly initialised timm ViT (no classifier) with StreamBlocks, from torch's CPU generator.
+    """A timm ViT of StreamBlocks without a classifier, freshly initialised from torch's CPU generator.
 
     Raises:
         ConfigError: timm has no such model, or it is not a plain ViT with a class token.
     """
+    asked = f"model.name = {config.name} with model.args = {config.args}"
     try:
         vit = timm.create_model(
-            config.name,
-            pretrained=False,
-            num_classes=0,
-            img_size=config.img_size,
-            patch_size=config.patch_size,
-            drop_path_rate=config.drop_path,
-            init_values=config.layer_scale
-            or 0.0,  # timm drops a None, and with it a model's own default wins
-            block_fn=StreamBlock,
+            config.name, pretrained=False, num_classes=0, block_fn=StreamBlock, img_size=config.img_size,
+            patch_size=config.patch_size, drop_path_rate=config.drop_path,
+            init_values=config.layer_scale or 0.0,  # timm drops a None: a model's own default would win
             **config.args,
-        )
+        )  # fmt: skip
     except RuntimeError as error:  # timm's own: no such model
-        close = difflib.get_close_matches(config.name, timm.list_models("vit_*"), n=3)
-        raise ConfigError(
-            f"model.name = {config.name}: {error}; close: {', '.join(close) or 'none'}."
-        ) from error
+        close = ", ".join(difflib.get_close_matches(config.name, timm.list_models("vit_*"), n=3)) or "none"
+        raise ConfigError(f"model.name = {config.name}: {error}; close: {close}.") from error
     except (TypeError, ValueError, AssertionError, AttributeError, ZeroDivisionError) as error:
-        # timm checks what it is given here and there: an assertion, a division, an attribute that isn't there
-        raise ConfigError(
-            f"timm can't build model.name = {config.name} with model.args = {config.args}: {type(error).__name__} {error}"
-        ) from error
-    plain = type(vit) is VisionTransformer and vit.has_class_token and vit.pos_embed is not None
-    if not plain or not len(vit.blocks):
-        raise ConfigError(
-            f"model.name = {config.name} with model.args = {config.args} is not a plain timm ViT with a class token, a learned "
-            "position table and blocks; take one such as vit_small_patch16_224, vit_base_patch16_224, vit_large_patch16_224."
-        )
-    return vit
+        # timm checks its arguments here and there: an assertion, a division, an attribute that isn't there
+        raise ConfigError(f"timm can't build {asked}: {type(error).__name__} {error}") from error
+    if type(vit) is VisionTransformer and vit.has_class_token and vit.pos_embed is not None and vit.blocks:
+        return vit
+    raise ConfigError(
+        f"{asked} is not a plain timm ViT with a class token, a learned position table and blocks; take one "
+        "such as vit_small_patch16_224, vit_base_patch16_224, vit_large_patch16_224."
+    )
 
 
 def embed(
     vit: VisionTransformer, images: Tensor, mask: Tensor | None = None, mask_token: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Prefix tokens [B, P, D] (class, registers), patches [B, L, D] in raster order, and the positions [1, L, D] of patches;
-    prefix and patches have their positions added already.
+    """The rows of images [B, 3, S, S] before the first block, and the positions of patches.
 
-    mask: bool [B, L], True = this patch is replaced by mask_token [1, 1, D] before positions are added.
+    Gives the prefix tokens [B, P, D] (class, registers), the patches [B, L, D] in raster order, both with
+    their positions added, and the positions [1, L, D] of patches alone.
+
+    mask: bool [B, L], True = mask_token [1, 1, D] takes the place of this patch before positions are added.
     """
     x = vit.patch_embed(images.to(vit.patch_embed.proj.weight.dtype))
     num_patches = x.shape[1]
+    assert vit.pos_embed is not None
     if mask is not None:
+        assert mask_token is not None
         x = torch.where(mask[:, :, None], mask_token.to(x.dtype), x)
     x = vit.norm_pre(vit._pos_embed(x))
     return x[:, : vit.num_prefix_tokens], x[:, vit.num_prefix_tokens :], vit.pos_embed[:, -num_patches:]
 
 
 def run_block(
-    block: StreamBlock, x: Tensor, bands: Sequence[Band] | None, keep: Tensor | None, recompute: bool
+    block: nn.Module, x: Tensor, bands: Sequence[Band] | None, keep: Tensor | None, recompute: bool
 ) -> Tensor:
-    """One block on rows [B, N, D]. keep: [B, 2] or None; recompute: drop its activations until the backward pass."""
+    """A StreamBlock's output for rows [B, N, D]. recompute: drop its activations until the backward pass."""
     if recompute and torch.is_grad_enabled():
         return checkpoint(block, x, bands, keep, use_reentrant=False)
     return block(x, bands, keep)
@@ -202,23 +195,34 @@ def run_blocks(
     bands: Sequence[Sequence[Band] | None] | None,
     keep: Tensor | None = None,
 ) -> Tensor:
-    """Rows [B, N, D] through all blocks and the final norm. bands: one entry a block, or None; a None is a block, or all,
-    whose rows attend to all; keep: [B, 2 * depth] or None."""
+    """The output of all blocks and of the final norm for rows [B, N, D].
+
+    bands: an entry a block; None, of a block or for all, is dense attention. keep: [B, 2 * depth] or None.
+    """
     for i, block in enumerate(vit.blocks):
         block_keep = None if keep is None else keep[:, 2 * i : 2 * i + 2]
-        x = run_block(block, x, bands and bands[i], block_keep, vit.grad_checkpointing)
+        x = run_block(block, x, None if bands is None else bands[i], block_keep, vit.grad_checkpointing)
     return vit.norm(x)
 
 
 def take_rows(x: Tensor, index: Tensor) -> Tensor:
-    """Rows `index` [B, n] of x [B, L, D]: [B, n, D]."""
+    """Rows `index`, long [B, n], of x [B, L, D]: [B, n, D]."""
     return x.gather(1, index[:, :, None].expand(-1, -1, x.shape[2]))
 
 
 @torch.no_grad()
 def beit_init(vit: VisionTransformer) -> VisionTransformer:
-    """The same ViT, the last linear layer of each residual branch divided by sqrt(2 l), l = 1 .. depth (BEiT, section 2.5)."""
-    for number, block in enumerate(vit.blocks, start=1):
-        block.attn.proj.weight.div_(math.sqrt(2 * number))
-        block.mlp.fc2.weight.div_(math.sqrt(2 * number))
+    """The same ViT, the last linear layers of its l-th block divided by sqrt(2 l). Source: BEiT, 2.5."""
+    for i in range(len(vit.blocks)):
+        for layer in ("attn.proj", "mlp.fc2"):
+            vit.get_parameter(f"blocks.{i}.{layer}.weight").div_(math.sqrt(2 * (i + 1)))
     return vit
+
+
+def mask_token_and_head(width: int, target_dim: int) -> tuple[nn.Parameter, nn.Linear]:
+    """A mask token [1, 1, width] and a linear head: truncated normal of deviation 0.02, biases of zero."""
+    token, head = nn.Parameter(torch.empty(1, 1, width)), nn.Linear(width, target_dim)
+    trunc_normal_(token, std=0.02)
+    trunc_normal_(head.weight, std=0.02)
+    nn.init.zeros_(head.bias)
+    return token, head

@@ -20,7 +20,7 @@ from mapet_ds.files import checksum, staged
 from mapet_ds.finetuning.loader import LabelledBatch
 from mapet_ds.objectives.objective import Loss, seed_weights
 from mapet_ds.targets.momentum import MovingAverage
-from mapet_ds.targets.target import Constant
+from mapet_ds.targets.target import Target
 from mapet_ds.weights import mismatches, shapes, timm_weights
 
 
@@ -143,7 +143,7 @@ def start_identity(model: ClassifierConfig) -> dict[str, Any]:
     return {name: checksum(path) for name, path in files.items() if path and path.is_file()}
 
 
-class Labels(Constant):
+class Labels(Target):
     """The target of fine-tuning: the mixed labels that a batch brings along."""
 
     teacher_view = None

@@ -1,7 +1,7 @@
-"""BEiT-style: masked prediction of token ids, one stream, block masks; MaPeT's baseline under equal settings.
+"""BEiT-style masked prediction of token ids: one stream, block masks; MaPeT's baseline at equal settings.
 
-Source: Bao et al., BEiT, arXiv 2106.08254. Departure: a plain ViT with learned absolute positions instead of a relative
-position bias, so that timm's plain model takes the result.
+Source: Bao et al., BEiT, arXiv 2106.08254. Departure: learned absolute positions instead of a relative
+position bias, so that timm's plain ViT takes the result.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from mapet_ds.objectives.objective import Loss, mean_of, token_losses
 
 
 class BEiT(BlockMasked):
-    """Its head names the id of each hidden patch."""
+    """The objective whose head predicts the token id of each hidden patch."""
 
     def __init__(self, config: Config, target_dim: int) -> None:
         super().__init__(config, config.beit, target_dim)
 
     def forward(self, images: Tensor, target: Tensor, draw: Draw) -> Loss:
-        """images [B, 3, S, S]; target: token ids, long [B, L] in raster order. No host wait. Metrics: token_accuracy."""
+        """See Objective. target: token ids, long [B, L]. Metrics: token_accuracy."""
         x, hidden, valid = self.rows(images, draw)
         ids = target.gather(1, hidden)
         losses, predicted = token_losses(self.head, x, ids)

@@ -3,55 +3,52 @@
 from __future__ import annotations
 
 import torch
-from timm.layers import trunc_normal_
-from torch import Tensor, nn
+from torch import Tensor
 
 from mapet_ds.config.objectives import BlockMaskConfig
 from mapet_ds.config.sections import Config
 from mapet_ds.data.batch import Draw
 from mapet_ds.draws import block_masks
 from mapet_ds.objectives.objective import Objective, depth_uniforms
-from mapet_ds.vit import Band, beit_init, build_vit, embed, run_blocks, take_rows
+from mapet_ds.vit import Band, beit_init, build_vit, embed, mask_token_and_head, run_blocks, take_rows
 
 
-def hidden_rows(mask: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Patches of `count` rows, long [B, count], the hidden ones last; and which rows are hidden ones, bool [B, count].
+def hidden_rows(mask: Tensor | None, count: int) -> tuple[Tensor, Tensor]:
+    """`count` patches of each image, long [B, count], the hidden ones last; and whether each is hidden, bool.
 
-    mask: bool [B, L], True = hidden, at most `count` in an image. Shapes don't depend on the mask: no host wait.
+    mask: a `Draw.mask`, True = hidden, at most `count` an image. Shapes don't depend on it: no host wait.
     """
+    assert mask is not None
     rows = mask.to(torch.uint8).argsort(dim=1, stable=True)[:, -count:]
     return rows, mask.gather(1, rows)
 
 
 class BlockMasked(Objective):
-    """BEiT's way: a mask token takes the place of each patch that a rectangle hides, before positions are added, and a linear
-    head is applied to what the ViT makes of it.
+    """An objective that hides rectangles of patches and applies a linear head to the ViT's output.
 
-    Rows: [prefix, visible patches, hidden patches], as many of the last in each image, filled up with visible ones; they
-    alone are updated in the last block, after which nothing reads the others.
+    A mask token takes the place of each hidden patch before positions are added. Rows: [prefix, visible
+    patches, hidden patches]. The last group has equally many rows in each image, filled up with visible
+    patches; the last block updates these rows alone, because nothing reads the others after it.
     """
 
     def __init__(self, config: Config, masked: BlockMaskConfig, target_dim: int) -> None:
         super().__init__()
         self.config, self.masked = config, masked
         self.vit = beit_init(build_vit(config.model))
-        self.mask_token = nn.Parameter(torch.empty(1, 1, self.vit.embed_dim))
-        self.head = nn.Linear(self.vit.embed_dim, target_dim)
-        trunc_normal_(self.mask_token, std=0.02)
-        trunc_normal_(self.head.weight, std=0.02)
-        nn.init.zeros_(self.head.bias)
+        self.mask_token, self.head = mask_token_and_head(self.vit.embed_dim, target_dim)
 
     def draw(self, step: int, first_slot: int, slots: int) -> Draw:
-        """Rectangles at least as large a share of the image as 16 of 196 patches."""
+        """Rectangles at least as large a share of the image as 16 of 196 patches. See Objective."""
         config, place = self.config, (self.config.seed, step, first_slot, slots)
         min_block = max(1, round(16 / 196 * config.num_patches))
         mask = block_masks(*place, config.grid, self.masked.num_hidden(config), min_block, self.masked.exact)
-        return Draw(
-            mask=torch.from_numpy(mask), order=None, keep=depth_uniforms(*place, len(self.vit.blocks))
-        )
+        return Draw(torch.from_numpy(mask), order=None, keep=depth_uniforms(*place, len(self.vit.blocks)))
 
     def rows(self, images: Tensor, draw: Draw) -> tuple[Tensor, Tensor, Tensor]:
-        """What the ViT makes of n patches of each image [B, n, D], all hidden ones among them; which they are; whether hidden."""
+        """The ViT's output for n patches of each image, all hidden ones among them.
+
+        Gives the output [B, n, D], the patches, long [B, n], and which of them are hidden, bool [B, n].
+        """
         prefix, patches, _ = embed(self.vit, images, draw.mask, self.mask_token)
         order, valid = hidden_rows(draw.mask, patches.shape[1])
         rows = torch.cat([prefix, take_rows(patches, order)], dim=1)

@@ -1,34 +1,32 @@
-"""MVP: masked regression of a frozen CLIP's own patch features, one stream, block masks.
+"""MVP: masked regression of a frozen CLIP's patch features, one stream, block masks.
 
-Source: Wei et al., MVP, arXiv 2203.05175, of which neither code nor the text of the loss could be read: the loss is the
-negative cosine that EVA (arXiv 2211.07636) describes, on ln_post and projection of CLIP's patch tokens (teacher.features).
-Departure: learned absolute positions instead of a relative position bias.
+Source: Wei et al., MVP, arXiv 2203.05175. Neither its code nor the text of its loss could be read. So the
+loss is the negative cosine that EVA (arXiv 2211.07636) describes, on CLIP's patch tokens after ln_post and
+projection (teacher.features). Departure: learned absolute positions, no relative position bias.
 """
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mapet_ds.config.sections import Config
 from mapet_ds.data.batch import Draw
 from mapet_ds.objectives.masks import BlockMasked
-from mapet_ds.objectives.objective import Loss, mean_of
+from mapet_ds.objectives.objective import Loss, mean_of, widened
 from mapet_ds.vit import take_rows
 
 
 class MVP(BlockMasked):
-    """Its head gives the feature of each hidden patch."""
+    """The objective whose head predicts the teacher's feature of each hidden patch."""
 
     def __init__(self, config: Config, target_dim: int) -> None:
         super().__init__(config, config.mvp, target_dim)
 
     def forward(self, images: Tensor, target: Tensor, draw: Draw) -> Loss:
-        """images [B, 3, S, S]; target: teacher features [B, L, C] in raster order. No host wait. Metrics: cosine."""
+        """See Objective. target: teacher features [B, L, C]. Metrics: cosine."""
         x, hidden, valid = self.rows(images, draw)
-        predicted = self.head(x)
-        predicted = predicted.to(torch.promote_types(predicted.dtype, torch.float32))
+        predicted = widened(self.head(x))
         target = take_rows(target, hidden).to(predicted.dtype)
         cosine = F.cosine_similarity(predicted, target, dim=-1)
         if self.config.mvp.loss == "cosine":

@@ -1,4 +1,4 @@
-"""What an objective is, and what several of them share: initial weights, means, the loss of token ids."""
+"""The interface of an objective, and what several share: initial weights, means, the loss of token ids."""
 
 from __future__ import annotations
 
@@ -16,19 +16,18 @@ from mapet_ds.draws import Purpose, uniforms
 
 
 class Loss(NamedTuple):
-    """What a forward gives: a mean per image first, then over images, so that no split of a batch changes it."""
+    """The result of a forward. Means are per image, then over images: no split of a batch changes them."""
 
     loss: Tensor
     """Scalar with gradient."""
     metrics: dict[str, Tensor]
-    """Detached device scalars; reading them makes the host wait."""
+    """Detached device scalars. Reading one makes the host wait."""
     prediction: Tensor | None = None
-    """For token targets: predicted ids, long [B, L] in raster order, -1 where nothing is predicted; for classes: float [B,
-    classes], logits."""
+    """Ids, long [B, L] in raster order, -1 where none is predicted; or logits, float [B, classes]."""
 
 
 class Objective(nn.Module):
-    """A module that owns the student, hides patches from it and returns the loss of what it predicts for them."""
+    """A module that owns the student, hides patches from it and returns the loss of its predictions."""
 
     vit: VisionTransformer
 
@@ -37,7 +36,10 @@ class Objective(nn.Module):
         raise NotImplementedError
 
     def forward(self, images: Tensor, target: Tensor, draw: Draw) -> Loss:
-        """images [B, 3, S, S]; target [B, L] or [B, L, C] in raster order; the draw of these images."""
+        """The loss of images [B, 3, S, S]. Never makes the host wait.
+
+        target: [B, L] or [B, L, C] in raster order. draw: the draw of these images.
+        """
         raise NotImplementedError
 
     @torch.no_grad()
@@ -84,8 +86,13 @@ def seed_weights(seed: int) -> None:
 
 
 def depth_uniforms(seed: int, step: int, first_slot: int, slots: int, depth: int) -> Tensor:
-    """float32 [slots, 2 * depth] for Draw.keep."""
+    """`Draw.keep` for so many blocks: float32 [slots, 2 * depth]."""
     return torch.from_numpy(uniforms(seed, Purpose.DEPTH, step, first_slot, slots, 2 * depth)).float()
+
+
+def widened(x: Tensor) -> Tensor:
+    """x in fp32, or unchanged where it is wider."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def mean_of(values: Tensor, valid: Tensor) -> Tensor:
@@ -99,27 +106,22 @@ def rank_quarters(losses: Tensor) -> dict[str, Tensor]:
     return {f"loss_rank_quarter_{i}": quarter.mean() for i, quarter in enumerate(quarters, start=1)}
 
 
-def token_losses(head: nn.Module, x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy [B, n] of the head's logits of rows x [B, n, D] at ids [B, n], fp32 or wider; and the likeliest ids.
+def token_losses(head: nn.Linear, x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy [B, n] of the head's logits for rows x [B, n, D] at ids [B, n], and the likeliest ids.
 
-    Never more than LOGITS logits are held: beyond that, images are taken in groups whose logits the backward pass makes
-    anew, one more product with the head.
+    Losses are fp32 or wider. Never more than LOGITS logits are held: beyond that, images are taken in groups
+    whose logits the backward pass makes anew, which costs one more product with the head.
     """
 
     def score(x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-        logits = head(x)
-        logits = logits.to(
-            torch.promote_types(logits.dtype, torch.float32)
-        )  # bf16 can't tell 8192 logits apart
+        logits = widened(head(x))  # bf16 can't tell 8192 logits apart
         losses = F.cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="none").view(ids.shape)
         return losses, logits.detach().argmax(dim=-1)
 
     images = max(1, LOGITS // (ids.shape[1] * head.out_features))
     if images >= len(x):
         return score(x, ids)
-    parts = [
-        checkpoint(score, *part, use_reentrant=False)
-        for part in zip(x.split(images), ids.split(images), strict=True)
-    ]
+    groups = zip(x.split(images), ids.split(images), strict=True)
+    parts = [checkpoint(score, *group, use_reentrant=False) for group in groups]
     losses, predicted = (torch.cat(part) for part in zip(*parts, strict=True))
     return losses, predicted

@@ -1,11 +1,11 @@
-"""SAIM: the patches of an image predicted one after the other in random order, each from those before it, by two streams.
+"""SAIM: the patches of an image predicted one after the other in random order, each from those before it.
 
-An encoder reads the patches so far, class token first; a decoder of own blocks asks, from a patch's position alone, what
-comes there. Sorted by rank both are plain causal attention: a content row of rank r reads the class token and ranks
-0 .. r, up to itself; a query row of rank r the class token and ranks 0 .. r - 1, the first r + 1 rows.
+An encoder reads the patches so far, class token first. A decoder of blocks of its own asks, from a patch's
+position alone, what comes there. Sorted by rank, both are plain causal attention: a content row of rank r
+reads the class token and ranks 0 .. r, a query row of rank r the class token and ranks 0 .. r - 1.
 
-Source: Qi et al., Exploring Stochastic Autoregressive Image Modeling for Visual Representation, arXiv 2212.01610. With
-saim.target = features the frozen CLIP's patch features are predicted, as SemAIM (arXiv 2312.10457) does.
+Source: Qi et al., Exploring Stochastic Autoregressive Image Modeling for Visual Representation, arXiv
+2212.01610. With saim.target = features, targets are the frozen CLIP's, as in SemAIM (arXiv 2312.10457).
 """
 
 from __future__ import annotations
@@ -21,13 +21,15 @@ from mapet_ds.config.sections import Config
 from mapet_ds.data.batch import Draw
 from mapet_ds.draws import permutations
 from mapet_ds.errors import ConfigError
-from mapet_ds.objectives.objective import Loss, Objective, depth_uniforms, rank_quarters
+from mapet_ds.objectives.objective import Loss, Objective, depth_uniforms, rank_quarters, widened
 from mapet_ds.vit import Band, QKVLinear, build_vit, embed, run_block, take_rows
 
 
 def mae_init(module: nn.Module) -> None:
-    """Xavier-uniform linear layers with biases of zero, as MAE (arXiv 2111.06377) starts, query, key and value each on its
-    own; for `Module.apply`."""
+    """Initialise a linear layer as MAE (arXiv 2111.06377) does; for `Module.apply`.
+
+    Weights are Xavier-uniform, those of query, key and value each on their own. Biases are zero.
+    """
     if isinstance(module, nn.Linear):
         for weight in module.weight.data.chunk(3 if isinstance(module, QKVLinear) else 1):
             nn.init.xavier_uniform_(weight)
@@ -36,22 +38,27 @@ def mae_init(module: nn.Module) -> None:
 
 
 class SAIM(Objective):
-    """vit is the encoder; its final norm is applied to the queries, whose rows alone are predicted from.
+    """The objective of SAIM: vit is the encoder; its final norm goes over the decoder's query rows.
 
-    Positions are a fixed sin-cos table (zero for the class token) that no gradient reaches.
+    Positions are a fixed sin-cos table, zero for the class token, that no gradient reaches.
+
+    Raises:
+        ConfigError: register tokens, no class token's position, or a width or depth that does not divide.
     """
 
     def __init__(self, config: Config, target_dim: int) -> None:
         super().__init__()
-        self.config = config
-        self.vit = build_vit(config.model)
-        depth, width = len(self.vit.blocks), self.vit.embed_dim
+        self.config, model = config, config.model
+        self.vit = vit = build_vit(model)
+        depth, width = len(vit.blocks), vit.embed_dim
         queries = config.saim.query_depth or depth
-        if self.vit.num_prefix_tokens != 1:
+
+        # Refuse what the streams or the table can't take.
+        if vit.num_prefix_tokens != 1:
             raise ConfigError(
                 "saim takes no register tokens: its streams are causal from the class token on (model.args)."
             )
-        if config.model.args.get("no_embed_class"):
+        if model.args.get("no_embed_class"):
             raise ConfigError(
                 "saim gives the class token a position, of zero: leave no_embed_class out of model.args."
             )
@@ -59,28 +66,31 @@ class SAIM(Objective):
             raise ConfigError(f"saim's sin-cos positions need a width that is a multiple of 4, not {width}.")
         if depth % queries:
             raise ConfigError(f"saim.query_depth = {queries} does not divide the model's depth, {depth}.")
-        model = config.model
+
+        # Build the decoder and the head, and initialise everything.
         self.decoder = build_vit(dataclasses.replace(model, args={**model.args, "depth": queries})).blocks
         self.head = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, target_dim))
         self.apply(mae_init)
-        nn.init.xavier_uniform_(self.vit.patch_embed.proj.weight.data.flatten(1))
-        nn.init.normal_(self.vit.cls_token, std=0.02)
+        assert vit.cls_token is not None and vit.pos_embed is not None
+        nn.init.xavier_uniform_(vit.patch_embed.proj.weight.data.flatten(1))
+        nn.init.normal_(vit.cls_token, std=0.02)
         table = build_sincos2d_pos_embed([config.grid, config.grid], width)
-        self.vit.pos_embed.requires_grad_(False).copy_(F.pad(table, (0, 0, 1, 0)))
+        vit.pos_embed.requires_grad_(False).copy_(F.pad(table, (0, 0, 1, 0)))
 
         patches = config.num_patches
         self.content = [Band(slice(0, 1 + patches), slice(0, 1 + patches), causal=True)]
         self.query = [Band(slice(patches, 2 * patches), slice(0, patches), causal=True)]
 
     def draw(self, step: int, first_slot: int, slots: int) -> Draw:
-        """A uniform permutation per slot; every patch is predicted."""
+        """A uniform permutation per slot; every patch is predicted. See Objective."""
         place = self.config.seed, step, first_slot, slots
         order = torch.from_numpy(permutations(*place, self.config.num_patches))
         keep = depth_uniforms(*place, len(self.vit.blocks) + len(self.decoder))
-        return Draw(mask=torch.ones_like(order, dtype=torch.bool), order=order, keep=keep)
+        return Draw(torch.ones_like(order, dtype=torch.bool), order, keep)
 
     def streams(self, images: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
-        """The query rows [B, L, D] after the decoder, in rank order, and the patch of each rank, long [B, L]."""
+        """The decoder's query rows [B, L, D] in rank order, and the patch of each rank, long [B, L]."""
+        assert draw.order is not None
         prefix, patches, positions = embed(self.vit, images)
         by_rank = draw.order.argsort(dim=1)
         h = torch.cat([prefix, take_rows(patches, by_rank)], dim=1)
@@ -97,13 +107,9 @@ class SAIM(Objective):
         return g, by_rank
 
     def forward(self, images: Tensor, target: Tensor, draw: Draw) -> Loss:
-        """images [B, 3, S, S]; target: pixels or features [B, L, P] in raster order. No host wait.
-
-        Metrics: the loss of each quarter of the ranks (1: least context).
-        """
+        """See Objective. target: pixels or features [B, L, P]. Metrics: the loss by quarter of the ranks."""
         g, by_rank = self.streams(images, draw)
-        predicted = self.head(self.vit.norm(g))
-        predicted = predicted.to(torch.promote_types(predicted.dtype, torch.float32))
+        predicted = widened(self.head(self.vit.norm(g)))
         target = take_rows(target, by_rank).to(predicted.dtype)
         if self.config.saim.loss == "cosine":
             losses = 2 - 2 * F.cosine_similarity(predicted, target, dim=-1)

@@ -1,6 +1,6 @@
-"""k-CLIP's codebook: K centroids found by k-means on the frozen CLIP's features.
+"""k-CLIP's codebook: the K centroids of a k-means on the frozen CLIP's features.
 
-It is one safetensors file that says where it came from, so that another teacher, crop or size is refused.
+It is one safetensors file that records its provenance, so that another teacher, crop or size is refused.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ SCORES = 2**26
 
 
 def source_of(identity: dict[str, str | int], data: DataConfig) -> dict[str, str]:
-    """Where features come from, for a codebook's provenance: the teacher's identity and the crops it saw."""
+    """The origin of features, for a codebook's provenance: the teacher's identity and the crops it saw."""
     source = {f"teacher.{key}": str(value) for key, value in identity.items()} | {"data.crop": data.crop}
     if data.crop == "random":
-        source |= {
-            "data.crop_scale": str(list(data.crop_scale)),
-            "data.crop_ratio": str(list(data.crop_ratio)),
-        }
+        scale, ratio = str(list(data.crop_scale)), str(list(data.crop_ratio))
+        source |= {"data.crop_scale": scale, "data.crop_ratio": ratio}
     return source
 
 
 def has_tf32(rows: Tensor) -> bool:
-    """Whether these rows lie in 16 bits on a GPU whose tensor cores multiply in TF32, several times as fast as in fp32."""
+    """Whether these rows have 16 bits and lie on a GPU with TF32, several times as fast as fp32."""
     return rows.is_cuda and rows.element_size() == 2 and torch.cuda.is_tf32_supported()
 
 
 def tf32_parts(x: Tensor) -> list[Tensor]:
-    """Two fp32 tensors that add up to x: its upper 10 bits of the fraction, which TF32 keeps, and the rest, of which it keeps
-    all but a 2^-21 of x."""
+    """Two fp32 tensors that add up to x: the upper 10 bits of its fraction, and the rest.
+
+    TF32 keeps the first part whole, and of the second all but a 2^-21 of x.
+    """
     upper = (x.view(torch.int32) & ~0x1FFF).view(torch.float32)
     return [upper, x - upper]
 
@@ -55,7 +55,7 @@ class Codebook:
         self._square_norms = self.centroids.square().sum(dim=1)
 
     def to(self, device: torch.device) -> Codebook:
-        """Move the centroids to the device, as a module does; returns itself."""
+        """Move the centroids to the device, as a module does, and return self."""
         self.centroids, self._square_norms = self.centroids.to(device), self._square_norms.to(device)
         return self
 
@@ -63,10 +63,10 @@ class Codebook:
     def assign(self, features: Tensor) -> Tensor:
         """Ids of the nearest centroids: [..., C] of any float type -> long [...], on the features' device.
 
-        Euclidean, as in full fp32 whatever autocast or TF32 say (a bf16 product flips up to a quarter of the ids); equal to
-        FAISS's IndexFlatL2 outside ties. Features of 16 bits on a GPU take two products in TF32, which has room for all their
-        bits, over parts of the centroids that it has room for. Rows are taken in chunks that bound the memory. Does not make the
-        host wait.
+        Distances are Euclidean and as exact as in full fp32, whatever autocast or TF32 are set to: a bf16
+        product flips up to a quarter of the ids. Ids equal those of FAISS's IndexFlatL2 outside ties.
+        Features of 16 bits on a GPU, which TF32 holds whole, take two products in it, one with each of the
+        centroids' `tf32_parts`. Rows are taken in chunks that bound the memory. Does not make the host wait.
         """
         rows = features.reshape(-1, features.shape[-1])
         ids = torch.empty(len(rows), dtype=torch.long, device=rows.device)
@@ -87,39 +87,36 @@ class Codebook:
         return ids.view(features.shape[:-1])
 
     def check(self, identity: dict[str, str | int], data: DataConfig, vocab_size: int) -> None:
-        """Refuse a codebook that was not fitted on this teacher's features of these crops, or is of another size.
+        """Refuse a codebook of another size, or fitted on other features than this teacher's of these crops.
 
         Raises:
-            ConfigError: naming what the codebook says and what the run says.
+            ConfigError: naming the first difference, with the codebook's value and the run's.
         """
-        wanted = source_of(identity, data) | {"tokenizer.vocab_size": vocab_size}
-        del wanted[
-            "teacher.name"
-        ]  # the checksum covers the architecture; a name may be an alias, a folder may move
+        wanted = source_of(identity, data) | {"tokenizer.vocab_size": str(vocab_size)}
+        # A name may be an alias, or a folder that moved; the checksum covers the architecture.
+        del wanted["teacher.name"]
         for key, value in wanted.items():
-            found = self.provenance.get(key, "not recorded")
-            if found != str(value):
+            recorded = self.provenance.get(key, "not recorded")
+            if recorded != value:
                 names = self.provenance.get("teacher.name"), identity["name"]
                 then, here = (f" (teacher {name})" if key.startswith("teacher.") else "" for name in names)
                 raise ConfigError(
-                    f"The codebook was fitted with {key} = {found[:24]}{then}, but this run has {str(value)[:24]}{here}. "
-                    "Fit one with tools/fit_codebook.py and this recipe, or change the recipe."
+                    f"The codebook was fitted with {key} = {recorded[:24]}{then}, but this run has "
+                    f"{value[:24]}{here}. Fit one with tools/fit_codebook.py and this recipe, or change the "
+                    "recipe."
                 )
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file: one of this name is always whole. One rank calls it."""
+        """Write one safetensors file: a file of this name is always whole. One rank calls it."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as beside:
-            save_file(
-                {"centroids": self.centroids.cpu()},
-                beside,
-                metadata=self.provenance | {"sha256": self.sha256},
-            )
+            metadata = self.provenance | {"sha256": self.sha256}
+            save_file({"centroids": self.centroids.cpu()}, beside, metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> Codebook:
-        """Read a codebook; nothing in the file is ever executed.
+        """The codebook in a file, of which nothing is ever executed.
 
         Raises:
             ConfigError: no such file, not a codebook, or damaged.
@@ -128,20 +125,17 @@ class Codebook:
             raise ConfigError(
                 f"tokenizer.path = {str(path)!r} is not a file: tools/fit_codebook.py writes it."
             )
+        source = f"tokenizer.path = {path}"
         try:
             with safetensors.safe_open(path, "pt") as file:
                 provenance = file.metadata() or {}
                 centroids = file.get_tensor("centroids")
         except (safetensors.SafetensorError, OSError) as error:
-            raise ConfigError(f"tokenizer.path = {path} is not a codebook: {error}. Fit it again.") from error
+            raise ConfigError(f"{source} is not a codebook: {error}. Fit it again.") from error
         if centroids.ndim != 2 or centroids.dtype != torch.float32 or "sha256" not in provenance:
-            raise ConfigError(
-                f"tokenizer.path = {path} was not written by tools/fit_codebook.py. Fit it again."
-            )
+            raise ConfigError(f"{source} was not written by tools/fit_codebook.py. Fit it again.")
         recorded = provenance.pop("sha256")
         codebook = cls(centroids, provenance)
         if codebook.sha256 != recorded:
-            raise ConfigError(
-                f"tokenizer.path = {path} is damaged: its checksum is not the recorded one. Fit it again."
-            )
+            raise ConfigError(f"{source} is damaged: its checksum is not the recorded one. Fit it again.")
         return codebook

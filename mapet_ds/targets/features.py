@@ -2,37 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mapet_ds.config.sections import Config
-from mapet_ds.data.batch import Batch, View
-from mapet_ds.targets.target import Constant, Target
-from mapet_ds.targets.teacher import build_teacher, teacher_mean_std
+from mapet_ds.data.batch import Batch
+from mapet_ds.targets.target import Target
+from mapet_ds.targets.teacher import build_teacher, teacher_view
 
 
-class TeacherFeatures(Constant):
-    """The frozen CLIP's own patch features [B, L, C], in its precision, of the same crop as the student's view."""
+class TeacherFeatures(Target):
+    """The frozen CLIP's patch features [B, L, C], in its precision, of the same crop as the student."""
 
     def __init__(self, config: Config, device: torch.device) -> None:
         self.teacher = build_teacher(config.teacher, device, config.train.compile)
         self.teacher.check_grid(config.grid)
         self.dim, self.ahead = self.teacher.embed_dim, config.teacher.ahead
-        self.teacher_view = View(config.teacher.img_size, *teacher_mean_std(config.teacher))
+        self.teacher_view = teacher_view(config.teacher)
         self.identity = {"teacher": self.teacher.identity, "dtype": str(self.teacher.dtype)}
 
     def __call__(self, batch: Batch) -> Tensor:
         return self.teacher(batch.teacher_images)
 
 
-class Pixels(Constant):
-    """The student's own view, blurred, in patches of mean 0 and variance 1: float32 [B, L, 3 * patch_size ** 2].
+class Pixels(Target):
+    """The student's view, blurred, in patches of mean 0 and variance 1: float32 [B, L, 3 * patch_size ** 2].
 
-    The blur is a 9 x 9 Gaussian with a sigma of one pixel on the normalised image, which is zero beyond its border. Values
-    of a patch run over rows, columns, channels.
+    The blur is a 9 x 9 Gaussian with a sigma of one pixel on the normalised image, which is zero beyond its
+    border. Values of a patch run over rows, columns, channels.
 
     Source: SAIM, arXiv 2212.01610, released settings.
     """
@@ -41,23 +39,21 @@ class Pixels(Constant):
 
     def __init__(self, config: Config, device: torch.device) -> None:
         self.patch = config.model.patch_size
-        self.dim = 3 * self.patch**2
-        self.identity: dict[str, Any] = {}
+        self.dim, self.identity = 3 * self.patch**2, {}
         line = torch.exp(-torch.arange(-4.0, 5.0, device=device).square() / 2)
         kernel = torch.outer(line, line)
         self.kernel = (kernel / kernel.sum()).expand(3, 1, 9, 9)
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Tensor:
+        assert batch.images is not None
         image = F.conv2d(batch.images, self.kernel, padding=4, groups=3)
-        patches = (
-            F.pixel_unshuffle(image, self.patch).unflatten(1, (3, -1)).flatten(3)
-        )  # [B, 3, rows and columns, L]
-        patches = patches.permute(0, 3, 2, 1).flatten(2)
+        patches = F.pixel_unshuffle(image, self.patch).unflatten(1, (3, -1)).flatten(3)
+        patches = patches.permute(0, 3, 2, 1).flatten(2)  # from [B, channels, rows and columns, L]
         variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
         return (patches - mean) * (variance + 1e-6).rsqrt()
 
 
 def pixels_or_features(config: Config, device: torch.device) -> Target:
-    """SAIM's target, as saim.target says."""
+    """SAIM's target, which saim.target names."""
     return (Pixels if config.saim.target == "pixels" else TeacherFeatures)(config, device)

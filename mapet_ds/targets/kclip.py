@@ -6,13 +6,12 @@ import torch
 from torch import Tensor
 
 from mapet_ds.config.sections import Config
-from mapet_ds.data.batch import View
 from mapet_ds.targets.codebook import Codebook
-from mapet_ds.targets.teacher import build_teacher, teacher_mean_std
+from mapet_ds.targets.teacher import build_teacher, teacher_view
 
 
 class KClip:
-    """A `Tokenizer`: the nearest centroid of each of the teacher's patch features. Every rank must build and call it.
+    """A `Tokenizer`: the nearest centroid of each patch feature of the teacher. Every rank must call it.
 
     Raises:
         ConfigError: no codebook, or one of another teacher, crop mode or size.
@@ -21,19 +20,13 @@ class KClip:
     """
 
     def __init__(self, config: Config, device: torch.device) -> None:
-        self.codebook = Codebook.load(config.tokenizer.path)
-        self.teacher = build_teacher(config.teacher, device, config.train.compile)
-        self.teacher.check_grid(config.grid)
-        self.codebook.check(self.teacher.identity, config.data, config.tokenizer.vocab_size)
-        self.codebook.to(device)
-        self.view = View(config.teacher.img_size, *teacher_mean_std(config.teacher))
-        self.vocab_size = len(self.codebook.centroids)
-        teacher = self.teacher
-        self.identity = {
-            "teacher": teacher.identity,
-            "codebook": self.codebook.sha256,
-            "dtype": str(teacher.dtype),
-        }
+        self.codebook = book = Codebook.load(config.tokenizer.path)
+        self.teacher = teacher = build_teacher(config.teacher, device, config.train.compile)
+        teacher.check_grid(config.grid)
+        book.check(teacher.identity, config.data, config.tokenizer.vocab_size)
+        book.to(device)
+        self.view, self.vocab_size = teacher_view(config.teacher), len(book.centroids)
+        self.identity = {"teacher": teacher.identity, "codebook": book.sha256, "dtype": str(teacher.dtype)}
 
     def __call__(self, images: Tensor) -> Tensor:
         return self.codebook.assign(self.teacher(images))

@@ -1,4 +1,4 @@
-"""Moving averages of the student: ConMIM's momentum teacher, and what fine-tuning evaluates."""
+"""Moving averages of the student: ConMIM's momentum teacher, and the model that fine-tuning evaluates."""
 
 from __future__ import annotations
 
@@ -12,19 +12,17 @@ from mapet_ds.config.sections import Config
 from mapet_ds.data.batch import Batch, View
 from mapet_ds.objectives.conmim import ConMIM
 from mapet_ds.objectives.objective import seed_weights
+from mapet_ds.targets.target import Target, teacher_dtype
 from mapet_ds.vit import compile_blocks
 
 
-class MovingAverage:
-    """A whole fp32 copy of the student on every rank, of which each update moves it closer: theta <- m theta + (1 - m) student."""
+class MovingAverage(Target):
+    """A whole fp32 copy of the student on every rank; an update makes it m copy + (1 - m) student."""
 
-    ahead = False  # the next target is another one after the update
+    ahead = False  # each update changes the next target
 
     def __init__(self, model: nn.Module, momentum: float) -> None:
         self.model, self.momentum = model.requires_grad_(False), momentum
-
-    def note(self, target: Tensor) -> None:
-        pass
 
     def momentum_at(self, progress: float) -> float:
         """m, when this share of the run is done."""
@@ -42,35 +40,32 @@ class MovingAverage:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.model.load_state_dict(state)
 
-    def metrics(self) -> dict[str, float]:
-        return {}
-
 
 class MomentumTeacher(MovingAverage):
-    """A moving average of the student, shown the whole image in a strong view: keys [B, L, 256] of length 1, fp32.
+    """A moving average of the student, fed the whole image in a strong view. It gives keys [B, L, 256], fp32.
 
-    teacher.precision is that of its forward; m rises along a cosine from conmim.momentum to 1 at the run's end.
+    Keys have length 1. Its forward is in teacher.precision. m rises along a cosine from conmim.momentum to 1
+    at the run's end.
 
     Source: ConMIM, arXiv 2205.09616, released settings.
     """
 
     dim = 256
+    model: ConMIM
 
     def __init__(self, config: Config, device: torch.device) -> None:
         seed_weights(config.seed)  # the student's first weights
         super().__init__(ConMIM(config, self.dim).to(device), config.conmim.momentum)
         if config.train.compile:
             compile_blocks(self.model)
-        bf16 = config.teacher.precision == "bf16" or (
-            config.teacher.precision == "auto" and device.type == "cuda"
-        )
-        self.dtype = torch.bfloat16 if bf16 else torch.float32
+        self.dtype = teacher_dtype(config.teacher, device)
         self.teacher_view = View(config.model.img_size, config.data.mean, config.data.std, strong=True)
         self.identity = {"dtype": str(self.dtype)}
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Tensor:
         images = batch.teacher_images
+        assert images is not None
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             return self.model.project(images).float()
 

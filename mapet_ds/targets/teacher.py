@@ -1,8 +1,8 @@
-"""The frozen open_clip image tower: images in, dense patch features out, before any pooling.
+"""The frozen open_clip image tower, from images to dense patch features before any pooling.
 
-The tower is built without storage (meta device), spread over ranks if asked, and only then filled from the weights, tensor
-by tensor, so that a rank reads from a safetensors file no more than it keeps. It lives outside the student's module: never
-cast with it, never in its checkpoints.
+The tower is built without storage (meta device), spread over ranks if asked, and only then filled from the
+weights, tensor by tensor: a rank reads from a safetensors file no more than it keeps. The tower is no part of
+the student's module, so it is never cast with it and never in its checkpoints.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import open_clip
 import torch
@@ -32,8 +32,10 @@ from torch.distributed.tensor import DTensor
 from mapet_ds.config.knobs import Triple
 from mapet_ds.config.sections import TeacherConfig
 from mapet_ds.config.towers import teacher_model_config
+from mapet_ds.data.batch import View
 from mapet_ds.errors import ConfigError
 from mapet_ds.launch import once_per_node, ranks_per_host
+from mapet_ds.targets.target import teacher_dtype
 from mapet_ds.weights import Tensors, mismatches, read_tensors, shapes
 
 log = logging.getLogger(__name__)
@@ -42,9 +44,15 @@ log = logging.getLogger(__name__)
 class Teacher(nn.Module):
     """A frozen image tower whose forward gives dense features; always in eval mode, never with a gradient.
 
-    Attributes: identity (name, sha256 of architecture and weights, layer counted from 0, features, img_size), grid (patches
-    along one side), embed_dim (C), dtype.
+    Attributes: identity (name, sha256 of architecture and weights, layer counted from 0, features, img_size),
+    grid (patches along one side), embed_dim (C), dtype.
+
+    Raises:
+        ConfigError: no such layer, or features that this tower does not have.
     """
+
+    visual: Any  # open_clip's towers share no type
+    embed_dim: int
 
     def __init__(self, visual: nn.Module, config: TeacherConfig, dtype: torch.dtype) -> None:
         super().__init__()
@@ -53,42 +61,37 @@ class Teacher(nn.Module):
         self.identity: dict[str, str | int] = {}
         self.train(False)
         probe = torch.empty(1, 3, config.img_size, config.img_size, dtype=dtype, device="meta")
-        shapes = [features.shape for features in self._intermediates(probe, None)]
-        if not -len(shapes) <= config.layer < len(shapes):
+        layers = [features.shape for features in self._intermediates(probe, None)]
+        if not -len(layers) <= config.layer < len(layers):
             raise ConfigError(
-                f"teacher.layer = {config.layer}, but {config.name} has {len(shapes)} layers: choose {-len(shapes)} .. -1."
+                f"teacher.layer = {config.layer}, but {config.name} has {len(layers)} layers: "
+                f"choose {-len(layers)} .. -1."
             )
-        self.layer, self.features = config.layer % len(shapes), config.features
+        self.layer, self.features = config.layer % len(layers), config.features
         needed = {"normed": "ln_post", "projected": "proj"}.get(self.features)
         if needed and getattr(visual, needed, None) is None:
             raise ConfigError(f"teacher.features = {self.features}, but {config.name} has no {needed}.")
-        _, self.embed_dim, self.grid, _ = shapes[self.layer]
+        _, self.embed_dim, self.grid, _ = layers[self.layer]
         if self.features == "projected":
-            self.embed_dim = visual.proj.shape[1]
+            self.embed_dim = self.visual.proj.shape[1]
 
     def train(self, mode: bool = True) -> Teacher:
-        """Stays in eval mode: BatchNorm statistics and targets must not move with the student's mode."""
+        """Stay in eval mode: BatchNorm statistics and targets must not change with the student's mode."""
         return super().train(False)
 
     @torch.no_grad()
     def _intermediates(self, images: Tensor, indices: list[int] | None) -> list[Tensor]:
-        output = self.visual.forward_intermediates(
-            images,
-            indices=indices,
-            intermediates_only=True,
-            stop_early=not isinstance(
-                self.visual, ModifiedResNet
-            ),  # means the opposite there (open_clip 3.3)
-        )
-        return output["image_intermediates"]
+        early = not isinstance(self.visual, ModifiedResNet)  # there it means the opposite (open_clip 3.3)
+        options = {"indices": indices, "intermediates_only": True, "stop_early": early}
+        return self.visual.forward_intermediates(images, **options)["image_intermediates"]
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """[B, 3, T, T] normalised images -> [B, L, C] features in `dtype`, patches row by row from the top left.
+        """[B, 3, T, T] normalised images -> [B, L, C] features in `dtype`, patches in raster order.
 
         Does not make the host wait. A sharded teacher is a collective: every rank must call it equally often.
         """
-        # Convolutions keep this layout throughout; on a CPU, bf16 is 1.5 to 2.6 times as fast in it (docs/log.md).
+        # All convolutions keep this layout. On a CPU, it makes bf16 1.5 to 2.6 times as fast (docs/log.md).
         images = images.to(self.dtype, memory_format=torch.channels_last)
         with torch.autocast(images.device.type, enabled=False):
             features = self._intermediates(images, [self.layer])[0].flatten(2).transpose(1, 2)
@@ -97,45 +100,47 @@ class Teacher(nn.Module):
             return features @ self.visual.proj if self.features == "projected" else features
 
     def check_grid(self, grid: int) -> None:
-        """Refuse a teacher whose patches are not the student's, `grid` along a side.
+        """Refuse a teacher whose patches are not the student's, which are `grid` along a side.
 
         Raises:
             ConfigError: naming both grids.
         """
         if self.grid != grid:
             raise ConfigError(
-                f"The teacher's features are {self.grid} x {self.grid}, the student's patches {grid} x {grid}: each "
-                "patch needs one target. Change teacher.img_size or the student's size."
+                f"The teacher's features are {self.grid} x {self.grid}, the student's patches {grid} x "
+                f"{grid}: each patch needs one target. Change teacher.img_size or the student's size."
             )
 
     @property
     def local_bytes(self) -> int:
         """Bytes of weights that this rank keeps between forwards."""
-        tensors = [
-            t.to_local() if isinstance(t, DTensor) else t for t in (*self.parameters(), *self.buffers())
-        ]
-        return sum(t.numel() * t.element_size() for t in tensors)
+        tensors = (*self.parameters(), *self.buffers())
+        local = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+        return sum(tensor.numel() * tensor.element_size() for tensor in local)
 
 
 def build_teacher(config: TeacherConfig, device: torch.device, compiled: bool = False) -> Teacher:
-    """The teacher on `device`, its weights spread over ranks as teacher.shard says; compiled: its blocks by torch.compile, each
-    at its first call. Every rank must call it.
+    """The teacher on `device`, its weights spread over ranks as teacher.shard asks. Every rank must call it.
 
-    Turns off PyTorch's fused attention path for inference (process-wide): it changes bf16 features by 0.7 %, so that targets
-    would depend on the gradient mode. A file other than safetensors is read whole by each rank before it is spread.
+    compiled: torch.compile compiles each of its blocks at its first call.
+
+    PyTorch's fused attention for inference is turned off in the whole process: it changes bf16 features by
+    0.7 %, and targets would depend on the gradient mode. Each rank reads a file other than safetensors whole.
 
     Raises:
-        ConfigError: unknown model, tag, file or layer; weights that do not fit the model exactly; failed download.
+        ConfigError: unknown model, tag, file or layer; weights that do not fit exactly; failed download.
     """
     torch.backends.mha.set_fastpath_enabled(False)
-    bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
-    model = teacher_model_config(config.name)
+
+    # Build the tower without storage.
+    model, dtype = teacher_model_config(config.name), teacher_dtype(config, device)
     model["quick_gelu"] = _quick_gelu(config, model)
-    dtype = torch.bfloat16 if bf16 else torch.float32
     build = partial(_build_tower, model, config.img_size)
     with torch.device("meta"):
         visual = build(dtype)
     teacher = Teacher(visual, config, dtype)
+
+    # Find its weights, which must fit exactly.
     if config.weights == "random" and not config.name.startswith("local-dir:"):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -143,12 +148,8 @@ def build_teacher(config: TeacherConfig, device: torch.device, compiled: bool = 
         source = "random weights"
     else:
         source = _weights_file(config)
-        weights = _fit_sizes(
-            convert_state_dict(
-                teacher, read_tensors(Path(source), f"The teacher's weights {source}", slices=True)
-            ),
-            teacher,
-        )
+        weights = read_tensors(Path(source), f"The teacher's weights {source}", slices=True)
+        weights = _fit_sizes(convert_state_dict(cast(Any, teacher), weights), teacher)
     _check_strictly(teacher, weights, source, config)
     teacher.identity = {
         "name": config.name.partition(":")[0],  # a folder may move
@@ -158,60 +159,68 @@ def build_teacher(config: TeacherConfig, device: torch.device, compiled: bool = 
         "img_size": config.img_size,
     }
     if isinstance(visual, ModifiedResNet):
-        visual.attnpool = None  # 13 % of RN50x64, never run
+        teacher.visual.attnpool = None  # 13 % of RN50x64, never run
+
+    # Spread the tower over ranks, fill what this rank keeps, compile its blocks.
     _shard(teacher, config, device)
     _fill(teacher, weights, build, device)
     if compiled:
         torch._dynamo.config.recompile_limit = 64  # the default is 8, and a ResNet's blocks have eight shapes
-        rounding = {
-            "emulate_precision_casts": True
-        }  # as in eager mode: else a ViT's ids in bf16 change, 1 in 100
-        for block in _blocks(teacher.visual):  # beneath the hooks that gather its weights
-            block.forward = torch.compile(block.forward, dynamic=False, options=rounding)
+        # Casts round as in eager mode, else 1 in 100 of a ViT's ids in bf16 change. The compiled forward lies
+        # beneath the hooks that gather a block's weights.
+        for block in _blocks(teacher.visual):
+            options: Any = {"emulate_precision_casts": True}
+            block.forward = torch.compile(block.forward, dynamic=False, options=options)
     return teacher
 
 
 def teacher_mean_std(config: TeacherConfig) -> tuple[Triple, Triple]:
     """Mean and standard deviation per channel that the teacher's images are normalised with.
 
-    From the folder's preprocess_cfg, or the tag; for a file, what all tags of this model agree on; else OpenAI's.
+    The folder's preprocess_cfg or the tag gives them. A file takes those of all tags of its model, where
+    these agree, else OpenAI's.
     """
     if config.name.startswith("local-dir:"):
         teacher_model_config(config.name)
         folder = Path(config.name.removeprefix("local-dir:"))
-        found = [json.loads((folder / "open_clip_config.json").read_text()).get("preprocess_cfg", {})]
+        cfgs = [json.loads((folder / "open_clip_config.json").read_text()).get("preprocess_cfg", {})]
     elif tag := open_clip.get_pretrained_cfg(config.name, config.weights):
-        found = [tag]
+        cfgs = [tag]
     else:
         tags = open_clip.list_pretrained_tags_by_model(config.name)
-        found = [open_clip.get_pretrained_cfg(config.name, tag) for tag in tags]
+        cfgs = [open_clip.get_pretrained_cfg(config.name, tag) for tag in tags]
     default = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}
-    pairs = {(tuple({**default, **cfg}["mean"]), tuple({**default, **cfg}["std"])) for cfg in found}
+    pairs = {(tuple({**default, **cfg}["mean"]), tuple({**default, **cfg}["std"])) for cfg in cfgs}
     return pairs.pop() if len(pairs) == 1 else (default["mean"], default["std"])
 
 
+def teacher_view(config: TeacherConfig) -> View:
+    """The view of a crop that the teacher sees."""
+    return View(config.img_size, *teacher_mean_std(config))
+
+
 def _quick_gelu(config: TeacherConfig, model: dict[str, Any]) -> bool:
-    """Whether the weights were trained with QuickGELU: the model's or the tag's word; a file can't tell."""
+    """Whether the weights were trained with QuickGELU, by the model or the tag; a file does not record it."""
     named = bool(model.get("quick_gelu"))
     tag = open_clip.get_pretrained_cfg(config.name, config.weights)
     twin = f"{config.name}-quickgelu"
-    asked = named or tag or config.weights == "random" or int(os.environ.get("RANK", "0")) > 0
-    if not asked and twin in open_clip.list_models():
+    known = named or tag or config.weights == "random"
+    if not known and int(os.environ.get("RANK", "0")) == 0 and twin in open_clip.list_models():
         log.warning(
-            f"teacher.weights = {config.weights} is a file and can't tell its activation; {config.name} means GELU. If the "
-            f"weights were trained with QuickGELU (OpenAI, MetaCLIP, DFN), set teacher.name={twin}."
+            f"teacher.weights = {config.weights} is a file and can't tell its activation; {config.name} "
+            "means GELU. If the weights were trained with QuickGELU (OpenAI, MetaCLIP, DFN), set "
+            f"teacher.name={twin}."
         )
     return named or bool(tag.get("quick_gelu"))
 
 
 def _build_tower(model: dict[str, Any], img_size: int, dtype: torch.dtype) -> nn.Module:
-    """open_clip's image tower alone, on the current default device, norms in fp32 whatever `dtype` is."""
-    vision = dict(model["vision_cfg"], timm_model_pretrained=False, patch_dropout=0.0)
+    """open_clip's image tower alone, on the current default device, its norms in fp32 whatever `dtype` is."""
+    vision: Any = dict(model["vision_cfg"], timm_model_pretrained=False, patch_dropout=0.0)
+    # A ResNet's trunk takes any size; its pooling, which does not, is unused here.
     if vision.get("patch_size") and not vision.get("timm_model_name"):
-        vision["image_size"] = (
-            img_size  # a ResNet's trunk takes any size; only its pooling, unused here, does not
-        )
-    visual = _build_vision_tower(model["embed_dim"], vision, model["quick_gelu"], cast_dtype=dtype)
+        vision["image_size"] = img_size
+    visual: Any = _build_vision_tower(model["embed_dim"], vision, model["quick_gelu"], cast_dtype=dtype)
     if vision.get("timm_model_name"):
         visual.set_input_size(img_size)
     for module in visual.modules():
@@ -223,7 +232,7 @@ def _build_tower(model: dict[str, Any], img_size: int, dtype: torch.dtype) -> nn
 
 
 def _weights_file(config: TeacherConfig) -> str:
-    """Path of the weights; a tag's are downloaded by the first rank of each node while the others wait."""
+    """Path of the weights. The first rank of each node downloads those of a tag, while the others wait."""
     if config.name.startswith("local-dir:"):
         path = Path(config.name.removeprefix("local-dir:")) / "open_clip_model.safetensors"
         if not path.is_file():
@@ -234,8 +243,8 @@ def _weights_file(config: TeacherConfig) -> str:
         if not Path(config.weights).is_file():
             tags = ", ".join(open_clip.list_pretrained_tags_by_model(config.name)) or "none"
             raise ConfigError(
-                f"teacher.weights = {config.weights!r} is neither a file nor a tag of {config.name} (tags: {tags}); "
-                "`random` must be asked for by name."
+                f"teacher.weights = {config.weights!r} is neither a file nor a tag of {config.name} (tags: "
+                f"{tags}); `random` must be asked for by name."
             )
         return config.weights
 
@@ -244,26 +253,26 @@ def _weights_file(config: TeacherConfig) -> str:
             return open_clip.download_pretrained(tag)
         except (OSError, RuntimeError) as error:
             raise ConfigError(
-                f"The weights {config.weights} of {config.name} can't be downloaded: {error} Fetch them where there is a "
-                "network (open_clip keeps them in HF_HOME or ~/.cache/clip), or set teacher.weights to a local file."
+                f"The weights {config.weights} of {config.name} can't be downloaded: {error} Fetch them "
+                "where there is a network (open_clip keeps them in HF_HOME or ~/.cache/clip), or set "
+                "teacher.weights to a local file."
             ) from error
 
     return once_per_node(download)[0]
 
 
 def _fit_sizes(weights: Tensors, teacher: Teacher) -> Tensors:
-    """Position tables resampled to the teacher's grid, as open_clip's force_image_size does."""
+    """The weights, with positions resampled to the teacher's grid as open_clip's force_image_size does."""
     if (name := "visual.positional_embedding") in weights:
         weights[name] = weights[name][...].float()
         resize_pos_embed(weights, teacher)
-    trunk = getattr(teacher.visual, "trunk", None)
+    trunk: Any = getattr(teacher.visual, "trunk", None)
     if (name := "visual.trunk.pos_embed") in weights:
-        weights[name] = weights[name][...].float()
-        if weights[name].ndim == 3 and weights[name].shape != trunk.pos_embed.shape:
+        table = weights[name][...].float()
+        if table.ndim == 3 and table.shape != trunk.pos_embed.shape:
             prefix = 0 if trunk.no_embed_class else trunk.num_prefix_tokens
-            weights[name] = resample_abs_pos_embed(
-                weights[name], trunk.patch_embed.grid_size, num_prefix_tokens=prefix
-            )
+            table = resample_abs_pos_embed(table, trunk.patch_embed.grid_size, num_prefix_tokens=prefix)
+        weights[name] = table
     return weights
 
 
@@ -274,26 +283,22 @@ def _check_strictly(teacher: Teacher, weights: Tensors, source: str, config: Tea
         raise ConfigError(
             f"{source} holds no image tower: no tensor is named visual.*; give a whole open_clip checkpoint."
         )
-    wrong = mismatches(wanted, given)
-    if wrong:
+    if wrong := mismatches(wanted, given):
         raise ConfigError(
-            f"{source} does not fit teacher.name = {config.name} at {config.img_size} px: {len(wrong)} tensors differ, e.g. "
-            f"{'; '.join(wrong[:3])}. Name the model these weights were trained as."
+            f"{source} does not fit teacher.name = {config.name} at {config.img_size} px: {len(wrong)} "
+            f"tensors differ, e.g. {'; '.join(wrong[:3])}. Name the model these weights were trained as."
         )
 
 
 def _fingerprint(teacher: Teacher, weights: Tensors, model: dict[str, Any]) -> str:
-    """sha256 of architecture, activation and weights, the same for every kind of file that holds them.
+    """sha256 of architecture, activation and weights, equal for every kind of file that holds them.
 
     The first rank of each node reads the file through, one tensor at a time.
     """
+    cfg = model["vision_cfg"].items()
+    vision = {key: value for key, value in cfg if value is not None and key != "image_size"}
 
     def digest() -> str:
-        vision = {
-            key: value
-            for key, value in model["vision_cfg"].items()
-            if value is not None and key != "image_size"
-        }
         sha = hashlib.sha256(json.dumps([vision, model["quick_gelu"]], sort_keys=True).encode())
         for name in sorted(teacher.state_dict()):
             sha.update(name.encode())
@@ -307,7 +312,7 @@ def _fingerprint(teacher: Teacher, weights: Tensors, model: dict[str, Any]) -> s
 
 
 def _blocks(module: nn.Module) -> Iterator[nn.Module]:
-    """The repeated parts of a tower: members of its outermost lists (transformer blocks, residual blocks, stages)."""
+    """The members of a tower's outermost lists: its transformer blocks, residual blocks or stages."""
     for child in module.children():
         if isinstance(child, (nn.ModuleList, nn.Sequential)):
             yield from child.children()
@@ -318,22 +323,21 @@ def _blocks(module: nn.Module) -> Iterator[nn.Module]:
 def _shard(teacher: Teacher, config: TeacherConfig, device: torch.device) -> None:
     if config.shard == "none" or not dist.is_initialized():
         return
-    ranks = dist.get_world_size()
-    if config.shard == "node":
-        ranks = ranks_per_host()
-    if dist.get_world_size() % ranks:
+    world = dist.get_world_size()
+    ranks = ranks_per_host() if config.shard == "node" else world
+    if world % ranks:
         raise ConfigError(
-            f"teacher.shard = node needs equally many ranks on every node, but {dist.get_world_size()} ranks are not a "
+            f"teacher.shard = node needs equally many ranks on every node, but {world} ranks are not a "
             f"multiple of {ranks}: set teacher.shard=world or none."
         )
     if ranks == 1:
         return
-    group, _ = dist.new_subgroups(
-        group_size=ranks
-    )  # its own, so that it never queues behind the student's collectives
+    # A group of its own never queues behind the student's collectives.
+    group, _ = dist.new_subgroups(group_size=ranks)
+    assert group is not None
     mesh = DeviceMesh.from_group(group, device.type)
     for block in _blocks(teacher.visual):
-        if any(True for _ in block.parameters()):
+        if list(block.parameters()):
             fully_shard(block, mesh=mesh)
     fully_shard(teacher, mesh=mesh, reshard_after_forward=True)
 
@@ -342,7 +346,7 @@ def _shard(teacher: Teacher, config: TeacherConfig, device: torch.device) -> Non
 def _fill(
     teacher: Teacher, weights: Tensors, build: Callable[[torch.dtype], nn.Module], device: torch.device
 ) -> None:
-    """Storage on the device for what this rank keeps, and the values for it."""
+    """Give the tensors that this rank keeps storage on the device, and fill them from the weights."""
     teacher.to_empty(device=device)
     stored = teacher.state_dict()
     for name, tensor in stored.items():
@@ -353,8 +357,10 @@ def _fill(
                 local.copy_(weights[name][first : first + len(local)])
         else:
             tensor.copy_(weights[name][...])
+
+    # No file holds the tables that are computed at construction, e.g. rotary angles.
     derived = [name for name, _ in teacher.visual.named_buffers() if f"visual.{name}" not in stored]
-    if derived:  # tables computed at construction, e.g. rotary angles: no file holds them
+    if derived:
         whole = dict(build(teacher.dtype).named_buffers())
         for name in derived:
             teacher.visual.get_buffer(name).copy_(whole[name])

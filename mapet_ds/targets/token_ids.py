@@ -15,11 +15,11 @@ from mapet_ds.data.index import open_index
 from mapet_ds.data.stored_ids import StoredIds
 from mapet_ds.errors import ConfigError, DataError
 from mapet_ds.launch import ranks_per_host
-from mapet_ds.targets.target import Constant, Target
+from mapet_ds.targets.target import Target
 from mapet_ds.targets.tokenizer import build_tokenizer
 
 
-class TokenIds(Constant):
+class TokenIds(Target):
     """The tokenizer's ids, long [B, L], of the teacher's view: the same crop as the student's.
 
     Raises:
@@ -27,11 +27,8 @@ class TokenIds(Constant):
     """
 
     def __init__(self, config: Config, device: torch.device) -> None:
-        self.dim, self.num_patches, self.ahead = (
-            config.tokenizer.vocab_size,
-            config.num_patches,
-            config.teacher.ahead,
-        )
+        self.dim, self.num_patches = config.tokenizer.vocab_size, config.num_patches
+        self.ahead = config.teacher.ahead
         self.counts = torch.zeros(self.dim, device=device)
         self._open(config)
 
@@ -40,16 +37,15 @@ class TokenIds(Constant):
         self.teacher_view, self.identity = self.tokenizer.view, self.tokenizer.identity
 
     def ids(self, batch: Batch) -> Tensor:
-        """long [B, L]."""
+        """The ids of a batch, long [B, L]."""
+        assert batch.teacher_images is not None
         return self.tokenizer(batch.teacher_images)
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Tensor:
         ids = self.ids(batch)
-        if ids.shape[1] != self.num_patches:
-            raise ConfigError(
-                f"The tokenizer gives {ids.shape[1]} ids for an image of {self.num_patches} patches."
-            )
+        if (given := ids.shape[1]) != self.num_patches:
+            raise ConfigError(f"The tokenizer gives {given} ids for an image of {self.num_patches} patches.")
         return ids
 
     def note(self, target: Tensor) -> None:
@@ -57,7 +53,7 @@ class TokenIds(Constant):
         self.counts.scatter_add_(0, flat, torch.ones_like(flat, dtype=self.counts.dtype))
 
     def metrics(self) -> dict[str, float]:
-        """Perplexity of the ids noted by all ranks since the last call, and the share of codes among them."""
+        """Perplexity of the ids that all ranks noted since the last call, and the share of codes in use."""
         counts = self.counts.clone()
         torch.distributed.all_reduce(counts)
         self.counts.zero_()
@@ -68,8 +64,9 @@ class TokenIds(Constant):
 
 
 class LookedUpIds(TokenIds):
-    """The same ids, looked up where tools/tokenize_images.py has written them: neither tokenizer nor teacher is built, and the
-    loader makes no second view. Nothing waits for the GPU.
+    """The same ids, looked up where tools/tokenize_images.py stored them.
+
+    Neither tokenizer nor teacher is built, and the loader makes no second view. Nothing waits for the GPU.
 
     Raises:
         ConfigError: ids of other images, or damaged ones.
@@ -79,41 +76,42 @@ class LookedUpIds(TokenIds):
 
     def _open(self, config: Config) -> None:
         self.ahead = False
-        self.stored = StoredIds(config.tokenizer.ids)
-        self.identity = self.stored.identity
-        self.stored.check_data(
-            config.data.train, open_index(config.data.train, Path(config.run_dir) / "index").fingerprint
-        )
-        # The ranks of each host share the reading, and the rows are then in its page cache: they are looked up at random.
-        whole = len(self.stored.sha256)
-        found = self.stored.damaged(int(os.environ.get("LOCAL_RANK", "0")), ranks_per_host())
-        first = torch.tensor(whole if found is None else found, device=self.counts.device)
+        self.stored = stored = StoredIds(config.tokenizer.ids)
+        self.identity = stored.identity
+        index = open_index(config.data.train, Path(config.run_dir) / "index")
+        stored.check_data(config.data.train, index.fingerprint)
+
+        # The ranks of a host share the reading. It brings the rows, looked up at random, into the page cache.
+        parts = len(stored.sha256)
+        damaged = stored.damaged(int(os.environ.get("LOCAL_RANK", "0")), ranks_per_host())
+        first = torch.tensor(parts if damaged is None else damaged, device=self.counts.device)
         if torch.distributed.is_initialized():
             torch.distributed.all_reduce(first, op=torch.distributed.ReduceOp.MIN)
-        if first < whole:
+        if first < parts:
             raise ConfigError(
-                f"{self.stored.folder / 'ids.bin'} is damaged: part {int(first)} of {whole} hasn't the checksum of ids.json. "
-                "Restore it from a copy, or delete the folder and write it anew with tools/tokenize_images.py."
+                f"{stored.folder / 'ids.bin'} is damaged: part {int(first)} of {parts} hasn't the checksum "
+                "of ids.json. Restore it from a copy, or delete the folder and write it anew with "
+                "tools/tokenize_images.py."
             )
 
     def ids(self, batch: Batch) -> Tensor:
-        """long [B, L].
+        """The ids of a batch, long [B, L].
 
         Raises:
-            DataError: an image that could not be read when the ids were written.
+            DataError: an image that could not be read when the ids were stored.
         """
         rows = self.stored.rows[batch.index.numpy()]
         if rows.max() >= self.dim:
             i = int(batch.index[(rows >= self.dim).any(axis=1).argmax()])
             raise DataError(
-                f"{self.stored.folder} has no ids of image {i} of the index, which can be read now and could not when they were "
-                f"written ({self.stored.unreadable.get(str(i))}). Write them anew with tools/tokenize_images.py, or leave "
-                "tokenizer.ids empty."
+                f"{self.stored.folder} has no ids of image {i} of the index, which can be read now and could "
+                f"not when they were written ({self.stored.unreadable.get(str(i))}). Write them anew with "
+                "tools/tokenize_images.py, or leave tokenizer.ids empty."
             )
         ids = torch.from_numpy(rows.astype(np.int64))
         return (ids.pin_memory() if self.counts.is_cuda else ids).to(self.counts.device, non_blocking=True)
 
 
 def token_ids(config: Config, device: torch.device) -> Target:
-    """The ids of MaPeT and BEiT, as tokenizer.ids says."""
+    """The ids that MaPeT and BEiT predict, looked up where tokenizer.ids names a folder."""
     return (LookedUpIds if config.tokenizer.ids else TokenIds)(config, device)

@@ -1,9 +1,10 @@
-"""A tokenizer turns an image into one id per patch; it is looked up here by name, or is the user's own."""
+"""Tokenizers, which turn an image into one id per patch: those known by name, or one of the user's own."""
 
 from __future__ import annotations
 
 import pkgutil
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -14,24 +15,22 @@ from mapet_ds.errors import ConfigError
 from mapet_ds.targets.kclip import KClip
 from mapet_ds.targets.vqkd import VQKD
 
-TOKENIZERS = {
-    # name: factory, called with the config and the device
-    "kclip": KClip,
-    "vqkd": VQKD,
-}
-
 
 class Tokenizer(Protocol):
-    """Images to one id per patch of the student, without gradient."""
+    """A function from images to one id for each patch of the student, without gradient."""
 
     view: View
-    """The images it wants."""
+    """The images that it takes."""
     vocab_size: int
     identity: dict[str, Any]
-    """What a checkpoint must find unchanged at resume."""
+    """What must be the same when a run resumes from a checkpoint."""
 
     def __call__(self, images: Tensor) -> Tensor:
-        """[B, 3, T, T] normalised images -> long ids [B, L] in 0 .. vocab_size - 1, patches row by row from the top left."""
+        """[B, 3, T, T] normalised images -> long ids [B, L] in 0 .. vocab_size - 1, in raster order."""
+        ...
+
+
+TOKENIZERS: dict[str, Callable[[Config, torch.device], Tokenizer]] = {"kclip": KClip, "vqkd": VQKD}
 
 
 def build_tokenizer(config: Config, device: torch.device) -> Tokenizer:
@@ -40,7 +39,7 @@ def build_tokenizer(config: Config, device: torch.device) -> Tokenizer:
     Raises:
         ConfigError: no such name or factory, or another number of ids than tokenizer.vocab_size.
     """
-    name = config.tokenizer.name
+    name, vocab_size = config.tokenizer.name, config.tokenizer.vocab_size
     if name not in TOKENIZERS and ":" not in name:
         raise ConfigError(
             f"tokenizer.name = {name} is not known; there are: {', '.join(TOKENIZERS)}, or name your own as "
@@ -50,16 +49,16 @@ def build_tokenizer(config: Config, device: torch.device) -> Tokenizer:
         factory = TOKENIZERS.get(name) or pkgutil.resolve_name(name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(
-            f"tokenizer.name = {name} can't be resolved: {error}. Its module must be installed or on PYTHONPATH."
+            f"tokenizer.name = {name} can't be resolved: {error}. Its module must be installed or on "
+            "PYTHONPATH."
         ) from error
     if not callable(factory):
+        kind = type(factory).__name__
+        raise ConfigError(f"tokenizer.name = {name} is a {kind}, not a factory(config, device).")
+    tokenizer = cast(Tokenizer, factory(config, device))
+    if tokenizer.vocab_size != vocab_size:
         raise ConfigError(
-            f"tokenizer.name = {name} is a {type(factory).__name__}, not a factory(config, device)."
-        )
-    tokenizer = factory(config, device)
-    if tokenizer.vocab_size != config.tokenizer.vocab_size:
-        raise ConfigError(
-            f"The tokenizer {name} has {tokenizer.vocab_size} ids, tokenizer.vocab_size is {config.tokenizer.vocab_size}. "
+            f"The tokenizer {name} has {tokenizer.vocab_size} ids, tokenizer.vocab_size is {vocab_size}. "
             f"Set tokenizer.vocab_size={tokenizer.vocab_size}."
         )
     return tokenizer

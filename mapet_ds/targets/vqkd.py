@@ -1,7 +1,7 @@
-"""VQ-KD, the tokenizer of BEiT v2: a ViT whose patches are mapped to a small space and named by the nearest of K codes.
+"""VQ-KD, the tokenizer of BEiT v2: a ViT maps patches to a small space, in which the nearest code is the id.
 
-Built from its published checkpoint, whose tensors tell every size; what else the file holds (decoder, teacher, statistics)
-served training and is not used.
+It is built from its published checkpoint, whose tensors give every size. The decoder, the teacher and the
+statistics in that file served its training and are not used.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ SIZED = {
     "encoder.pos_embed": 3, "encoder.patch_embed.proj.weight": 4, "encoder.blocks.0.mlp.fc1.weight": 2,
     "encode_task_layer.2.weight": 2, CODES: 2,
 }  # fmt: skip
-"""Tensors that tell the sizes, and their dimensions."""
+"""The tensors whose shapes give the sizes, and their numbers of dimensions."""
 
 
 class VQKD(nn.Module):
-    """A `Tokenizer`: frozen, fp32, of images scaled to -1 .. 1.
+    """A `Tokenizer` that is frozen, computes in fp32, and takes images scaled to -1 .. 1.
 
     Raises:
         ConfigError: no checkpoint, one of another architecture, or another grid than the student's.
@@ -48,16 +48,15 @@ class VQKD(nn.Module):
         encoder = _encoder_arguments(weights, path)
         if (grid := encoder["img_size"] // encoder["patch_size"]) != config.grid:
             raise ConfigError(
-                f"tokenizer.path = {path} gives {grid} x {grid} ids of an image of {encoder['img_size']} px, but the "
-                f"student's patches are {config.grid} x {config.grid}: each patch needs one target. Change model.img_size "
-                "or model.patch_size."
+                f"tokenizer.path = {path} gives {grid} x {grid} ids of an image of {encoder['img_size']} px, "
+                f"but the student's patches are {config.grid} x {config.grid}: each patch needs one target. "
+                "Change model.img_size or model.patch_size."
             )
-        embed_dim = encoder["embed_dim"]
+        width, code_dim = encoder["embed_dim"], weights[CODES].shape[1]
         with torch.device("meta"):
             self.encoder = VisionTransformer(**encoder)
-            self.encode_task_layer = nn.Sequential(
-                nn.Linear(embed_dim, embed_dim), nn.Tanh(), nn.Linear(embed_dim, weights[CODES].shape[1])
-            )
+            layers = nn.Linear(width, width), nn.Tanh(), nn.Linear(width, code_dim)
+            self.encode_task_layer = nn.Sequential(*layers)
         self._check_strictly(weights, path)
         self.load_state_dict({name: _named(name, weights).float() for name in self.state_dict()}, assign=True)
         self.to(device).requires_grad_(False).eval()
@@ -68,10 +67,9 @@ class VQKD(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """[B, 3, T, T] normalised images -> long ids [B, L], patches row by row. In fp32; does not make the host wait."""
-        exact = torch.backends.cudnn.flags(
-            enabled=True, benchmark=torch.backends.cudnn.benchmark, allow_tf32=False
-        )
+        """[B, 3, T, T] normalised images -> long ids [B, L] in raster order. Does not make the host wait."""
+        cudnn = torch.backends.cudnn
+        exact = cudnn.flags(enabled=True, benchmark=cudnn.benchmark, allow_tf32=False)
         with torch.autocast(images.device.type, enabled=False), exact:
             patches = self.encoder.forward_features(images.float())[:, 1:]
             points = self.encode_task_layer(self.encoder.fc_norm(patches))
@@ -101,35 +99,29 @@ def _read_weights(path: str) -> dict[str, Tensor]:
 
 
 def _encoder_arguments(weights: dict[str, Tensor], path: str) -> dict[str, Any]:
-    """timm's arguments for the encoder, from the sizes of its tensors: absolute positions, no LayerScale."""
+    """timm's arguments for the encoder, from the shapes of its tensors: absolute positions, no LayerScale."""
     _refuse([f"{name} is missing" for name in SIZED.keys() - weights.keys()], path)
-    shapes = {name: tuple(weights[name].shape) for name in SIZED}
-    _refuse(
-        [
-            f"{name} is {shapes[name]}, not {dims}-d"
-            for name, dims in SIZED.items()
-            if len(shapes[name]) != dims
-        ],
-        path,
-    )
-    embed_dim, _, patch_size, _ = shapes["encoder.patch_embed.proj.weight"]
+    sizes = shapes({name: weights[name] for name in SIZED})
+    wrong = [name for name, dims in SIZED.items() if len(sizes[name]) != dims]
+    _refuse([f"{name} is {sizes[name]}, not {SIZED[name]}-d" for name in wrong], path)
+    embed_dim, _, patch_size, _ = sizes["encoder.patch_embed.proj.weight"]
     if embed_dim % HEAD_DIM:
         _refuse([f"the encoder's width {embed_dim} is no multiple of {HEAD_DIM}"], path)
     blocks = {match[0] for name in weights if (match := re.match(r"encoder\.blocks\.\d+\.", name))}
     return {
-        "img_size": math.isqrt(shapes["encoder.pos_embed"][1] - 1) * patch_size,
+        "img_size": math.isqrt(sizes["encoder.pos_embed"][1] - 1) * patch_size,
         "patch_size": patch_size,
         "embed_dim": embed_dim,
         "depth": len(blocks),
         "num_heads": embed_dim // HEAD_DIM,
-        "mlp_ratio": shapes["encoder.blocks.0.mlp.fc1.weight"][0] / embed_dim,
+        "mlp_ratio": sizes["encoder.blocks.0.mlp.fc1.weight"][0] / embed_dim,
         "num_classes": 0,
-        "global_pool": "avg",  # so that the last norm is fc_norm, of patches, as in the checkpoint
+        "global_pool": "avg",  # makes the last norm fc_norm, over patches, as in the checkpoint
     }
 
 
 def _named(name: str, weights: dict[str, Tensor]) -> Tensor:
-    """The tensor of timm's name; published attention has no bias of keys."""
+    """The tensor of timm's name. Published attention has no bias of keys: it is zero."""
     if not name.endswith("attn.qkv.bias"):
         return weights[name]
     q, v = (weights[name.replace("qkv.bias", bias)] for bias in ("q_bias", "v_bias"))
@@ -137,7 +129,7 @@ def _named(name: str, weights: dict[str, Tensor]) -> Tensor:
 
 
 def _fingerprint(weights: dict[str, Tensor]) -> str:
-    """sha256 of names and weights, the same for every kind of file that holds them."""
+    """sha256 of names and weights, equal for every kind of file that holds them."""
     sha = hashlib.sha256()
     for name in sorted(weights):
         sha.update(name.encode())
