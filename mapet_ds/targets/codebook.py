@@ -5,6 +5,7 @@ It is one safetensors file that records its provenance, so that another teacher,
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor
 from mapet_ds.config.sections import DataConfig
 from mapet_ds.errors import ConfigError
 from mapet_ds.files import whole_file
+from mapet_ds.weights import shapes_only
 
 SCORES = 2**26
 """Distances held at once in `assign`: 256 MiB of fp32."""
@@ -33,6 +35,8 @@ def source_of(identity: dict[str, str | int], data: DataConfig) -> dict[str, str
 
 def has_tf32(rows: Tensor) -> bool:
     """Whether these rows have 16 bits and lie on a GPU with TF32, several times as fast as fp32."""
+    if shapes_only():  # costs are counted as a GPU's
+        return rows.element_size() == 2
     return rows.is_cuda and rows.element_size() == 2 and torch.cuda.is_tf32_supported()
 
 
@@ -51,8 +55,12 @@ class Codebook:
     def __init__(self, centroids: Tensor, provenance: dict[str, Any]) -> None:
         self.centroids = centroids.float().contiguous()
         self.provenance = {key: str(value) for key, value in provenance.items()}
-        self.sha256 = hashlib.sha256(self.centroids.cpu().numpy().data).hexdigest()
         self._square_norms = self.centroids.square().sum(dim=1)
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """The checksum of the centroids' bytes."""
+        return hashlib.sha256(self.centroids.cpu().numpy().data).hexdigest()
 
     def to(self, device: torch.device) -> Codebook:
         """Move the centroids to the device, as a module does, and return self."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from mapet_ds.config.sections import Config
 from mapet_ds.targets.codebook import Codebook
 from mapet_ds.targets.teacher import build_teacher, teacher_view
+from mapet_ds.weights import shapes_only
 
 
 class KClip:
@@ -20,13 +23,17 @@ class KClip:
     """
 
     def __init__(self, config: Config, device: torch.device) -> None:
-        self.codebook = book = Codebook.load(config.tokenizer.path)
+        book = None if shapes_only() else Codebook.load(config.tokenizer.path)
         self.teacher = teacher = build_teacher(config.teacher, device, config.train.compile)
         teacher.check_grid(config.grid)
-        book.check(teacher.identity, config.data, config.tokenizer.vocab_size)
-        book.to(device)
+        self.identity: dict[str, Any] = {"teacher": teacher.identity, "dtype": str(teacher.dtype)}
+        if book:
+            book.check(teacher.identity, config.data, config.tokenizer.vocab_size)
+            self.identity["codebook"] = book.sha256
+        else:
+            book = Codebook(torch.empty(config.tokenizer.vocab_size, teacher.embed_dim), {})
+        self.codebook = book.to(device)
         self.view, self.vocab_size = teacher_view(config.teacher), len(book.centroids)
-        self.identity = {"teacher": teacher.identity, "codebook": book.sha256, "dtype": str(teacher.dtype)}
 
     def __call__(self, images: Tensor) -> Tensor:
         return self.codebook.assign(self.teacher(images))

@@ -36,7 +36,7 @@ from mapet_ds.data.batch import View
 from mapet_ds.errors import ConfigError
 from mapet_ds.launch import once_per_node, ranks_per_host
 from mapet_ds.targets.target import teacher_dtype
-from mapet_ds.weights import Tensors, mismatches, read_tensors, shapes
+from mapet_ds.weights import Tensors, mismatches, read_tensors, shapes, shapes_only
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ class Teacher(nn.Module):
         self.dtype = dtype
         self.identity: dict[str, str | int] = {}
         self.train(False)
-        probe = torch.empty(1, 3, config.img_size, config.img_size, dtype=dtype, device="meta")
+        probe = next(visual.parameters()).new_empty(1, 3, config.img_size, config.img_size, dtype=dtype)
         layers = [features.shape for features in self._intermediates(probe, None)]
         if not -len(layers) <= config.layer < len(layers):
             raise ConfigError(
@@ -136,9 +136,12 @@ def build_teacher(config: TeacherConfig, device: torch.device, compiled: bool = 
     model, dtype = teacher_model_config(config.name), teacher_dtype(config, device)
     model["quick_gelu"] = _quick_gelu(config, model)
     build = partial(_build_tower, model, config.img_size)
-    with torch.device("meta"):
+    with torch.device(device if shapes_only() else "meta"):
         visual = build(dtype)
     teacher = Teacher(visual, config, dtype)
+    if shapes_only():
+        teacher.visual.attnpool = None
+        return teacher
 
     # Find its weights, which must fit exactly.
     if config.weights == "random" and not config.name.startswith("local-dir:"):

@@ -17,6 +17,7 @@ from mapet_ds.errors import ConfigError, DataError
 from mapet_ds.launch import ranks_per_host
 from mapet_ds.targets.target import Target
 from mapet_ds.targets.tokenizer import build_tokenizer
+from mapet_ds.weights import shapes_only
 
 
 class TokenIds(Target):
@@ -76,6 +77,8 @@ class LookedUpIds(TokenIds):
 
     def _open(self, config: Config) -> None:
         self.ahead = False
+        if shapes_only():
+            return
         self.stored = stored = StoredIds(config.tokenizer.ids)
         self.identity = stored.identity
         index = open_index(config.data.train, Path(config.run_dir) / "index")
@@ -100,6 +103,8 @@ class LookedUpIds(TokenIds):
         Raises:
             DataError: an image that could not be read when the ids were stored.
         """
+        if shapes_only():
+            return torch.empty(len(batch.index), self.num_patches, dtype=torch.long)
         rows = self.stored.rows[batch.index.numpy()]
         if rows.max() >= self.dim:
             i = int(batch.index[(rows >= self.dim).any(axis=1).argmax()])

@@ -21,7 +21,7 @@ from mapet_ds.config.sections import Config
 from mapet_ds.data.batch import View
 from mapet_ds.errors import ConfigError
 from mapet_ds.targets.codebook import Codebook
-from mapet_ds.weights import HEAD_DIM, mismatches, read_tensors, shapes
+from mapet_ds.weights import HEAD_DIM, mismatches, read_tensors, shapes, shapes_only
 
 CODES = "quantize.embedding.weight"
 USED = ("encoder.", "encode_task_layer.", CODES)
@@ -44,7 +44,7 @@ class VQKD(nn.Module):
     def __init__(self, config: Config, device: torch.device) -> None:
         super().__init__()
         path = config.tokenizer.path
-        weights = _read_weights(path)
+        weights = _published_shapes(config) if shapes_only() else _read_weights(path)
         encoder = _encoder_arguments(weights, path)
         if (grid := encoder["img_size"] // encoder["patch_size"]) != config.grid:
             raise ConfigError(
@@ -53,17 +53,20 @@ class VQKD(nn.Module):
                 "Change model.img_size or model.patch_size."
             )
         width, code_dim = encoder["embed_dim"], weights[CODES].shape[1]
-        with torch.device("meta"):
+        with torch.device(device if shapes_only() else "meta"):
             self.encoder = VisionTransformer(**encoder)
             layers = nn.Linear(width, width), nn.Tanh(), nn.Linear(width, code_dim)
             self.encode_task_layer = nn.Sequential(*layers)
-        self._check_strictly(weights, path)
-        self.load_state_dict({name: _named(name, weights).float() for name in self.state_dict()}, assign=True)
+        self.identity: dict[str, Any] = {"name": "vqkd"}
+        if not shapes_only():
+            self._check_strictly(weights, path)
+            state = {name: _named(name, weights).float() for name in self.state_dict()}
+            self.load_state_dict(state, assign=True)
+            self.identity["sha256"] = _fingerprint(weights)
         self.to(device).requires_grad_(False).eval()
         self.codebook = Codebook(weights[CODES], {}).to(device)
         self.vocab_size = len(weights[CODES])
         self.view = View(encoder["img_size"], (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-        self.identity = {"name": "vqkd", "sha256": _fingerprint(weights)}
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
@@ -118,6 +121,19 @@ def _encoder_arguments(weights: dict[str, Tensor], path: str) -> dict[str, Any]:
         "num_classes": 0,
         "global_pool": "avg",  # makes the last norm fc_norm, over patches, as in the checkpoint
     }
+
+
+def _published_shapes(config: Config) -> dict[str, Tensor]:
+    """Tensors without values, of BEiT v2's own sizes, that give those of the encoder: 12 blocks of 768."""
+    sizes = {
+        "encoder.pos_embed": (1, 197, 768),
+        "encoder.patch_embed.proj.weight": (768, 3, 16, 16),
+        "encoder.blocks.0.mlp.fc1.weight": (3072, 768),
+        "encode_task_layer.2.weight": (32, 768),
+        CODES: (config.tokenizer.vocab_size, 32),
+    }
+    sizes |= {f"encoder.blocks.{i}.norm1.weight": (768,) for i in range(12)}
+    return {name: torch.empty(shape) for name, shape in sizes.items()}
 
 
 def _named(name: str, weights: dict[str, Tensor]) -> Tensor:
