@@ -97,8 +97,9 @@ def parse_command_line(
     A mistake ends the program with code 2 and a sentence. It takes what the launchers pass: `--local_rank`
     from deepspeed, the number of ranks from the environment.
     """
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=description, formatter_class=raw)
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
         "--config", required=True, metavar="YAML", help="a recipe, e.g. mapet_ds/recipes/mapet_vitb16.yaml"
     )
