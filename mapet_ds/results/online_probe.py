@@ -22,7 +22,7 @@ from mapet_ds.training.watchdog import PROBING
 from mapet_ds.vit import build_vit
 
 LEARNING_RATES = (0.003, 0.01, 0.03, 0.1, 0.3)
-"""The rates of the linear probe. At higher ones SGD amplifies rounding, which differs by rank (docs/log.md)."""
+"""The rates of the linear probe. Higher ones amplify rounding, which the ranks change (docs/log.md)."""
 
 
 class OnlineProbe:

@@ -155,8 +155,9 @@ def linear(
     x = (x - mean) / std
     weight = torch.zeros(x.shape[1], int(y.max()) + 1, dtype=x.dtype, requires_grad=True)
     bias = torch.zeros(weight.shape[1], dtype=x.dtype, requires_grad=True)
-    options: dict[str, Any] = {"tolerance_grad": 1e-5, "line_search_fn": "strong_wolfe"}
-    solver = torch.optim.LBFGS([weight, bias], max_iter=500, **options)
+    solver = torch.optim.LBFGS(
+        [weight, bias], max_iter=500, tolerance_grad=1e-5, line_search_fn="strong_wolfe"
+    )
 
     def loss() -> Tensor:
         solver.zero_grad()
@@ -204,8 +205,8 @@ def fit_heads(
 ) -> LinearHeads:  # fmt: skip
     """Train one head a learning rate, side by side, on these rows of features [n, D] and labels [n].
 
-    By SGD with momentum, the rates following a cosine to 0. The generator orders each epoch, whose last,
-    smaller batch is left out.
+    SGD has momentum, and its rates follow a cosine to 0. The generator orders each epoch, whose last, smaller
+    batch is left out.
     """
     heads = LinearHeads(len(rates), x.shape[1], int(y.max()) + 1, batch_norm).to(x.device)
     batch_size = min(BATCH_SIZE, len(rows))
