@@ -87,13 +87,13 @@ class TrainBatches(Batches):
         data, classes = config.data, len(index.classes)
         self.mixup = Mixup(data.mixup, data.cutmix, label_smoothing=data.label_smoothing, num_classes=classes)
 
-    def batch(self, micro_step: int) -> LabelledBatch:
-        """The micro-batch of a number, without its draw.
+    def batch(self, number: int) -> LabelledBatch:
+        """The micro-batch of this number, without its draw.
 
         Raises:
             DataError: the storage fails, or no image is left to replace an unreadable one.
         """
-        place = step, first = self.config.place(micro_step, self.rank, self.world_size)
+        place = step, first = self.config.place(number, self.rank, self.world_size)
         bad: Bad = []
         images, indices = [], []
         for slot in range(first, first + self.config.train.micro_batch_size):
