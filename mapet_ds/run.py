@@ -1,6 +1,6 @@
-"""One training run: data -> target -> objective -> engine, resumed where it was, step after step to its end.
+"""The training loop: data -> target -> objective -> engine, step after step, resumed where it stopped.
 
-Nothing here knows what is trained: a Task brings data, target and objective (task.py).
+The loop does not know what it trains: a Task brings data, target and objective (task.py).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,7 @@ from mapet_ds.config.sections import RunConfig, flatten, total_steps
 from mapet_ds.data.quarantine import Quarantine
 from mapet_ds.errors import ConfigError, RunError, UserError
 from mapet_ds.launch import Ranks, StopRequest, claim, init_distributed
+from mapet_ds.objectives.objective import Loss
 from mapet_ds.targets.target import begin
 from mapet_ds.task import Task
 from mapet_ds.training import checkpoint
@@ -44,13 +45,13 @@ from mapet_ds.training.watchdog import GOING_BACK, SAVING, Watchdog
 from mapet_ds.vit import compile_blocks
 
 BEGAN = "init_from.sha256"
-"""In a run's identity: the file that it began from, carried from checkpoint to checkpoint."""
+"""The entry of a run's identity that names the file it began from; each checkpoint hands it to the next."""
 
 
 def run(build_task: Callable[[Any, Ranks], Task], config: RunConfig, engine_config: dict[str, Any]) -> int:
-    """Train a task with checked settings. Every rank must call it.
+    """Train a task with checked settings; gives the exit code. Every rank must call it.
 
-    Exit code 0: the run is at its end or was asked to stop; 2: the user can correct what the sentence says.
+    0: the run is at its end or was asked to stop. 2: standard error has a sentence that the user can act on.
     """
     try:
         ranks = init_distributed(config.train.hang_seconds)
@@ -63,27 +64,25 @@ def run(build_task: Callable[[Any, Ranks], Task], config: RunConfig, engine_conf
 
 
 class Run:
-    """Everything one rank holds; building it already continues from the newest checkpoint. Every rank must build one.
+    """One rank's part of a run. Building it continues from the newest checkpoint. Every rank must build one.
 
     Raises:
         UserError: what the user can correct.
     """
 
+    lock: IO[bytes]
+    """The lock on the run's folder, held by rank 0."""
+
     def __init__(
-        self,
-        build_task: Callable[[Any, Ranks], Task],
-        config: RunConfig,
-        engine_config: dict[str, Any],
+        self, build_task: Callable[[Any, Ranks], Task], config: RunConfig, engine_config: dict[str, Any],
         ranks: Ranks,
-    ) -> None:
+    ) -> None:  # fmt: skip
         check_engine_config(engine_config)
         self.config, self.ranks, self.folder = config, ranks, Path(config.run_dir)
         self._open_folder()
         self.stop = StopRequest(self.folder, ranks)
-        if config.train.deterministic:
-            os.environ.setdefault(
-                "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-            )  # what cuBLAS asks for to be deterministic
+        if config.train.deterministic:  # cuBLAS is deterministic only with this
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(config.train.deterministic)
 
         # What is trained.
@@ -118,15 +117,14 @@ class Run:
         self.watchdog = Watchdog(config.train.hang_seconds, ranks)
 
     def _open_folder(self) -> None:
-        """Take the run's folder for this run."""
+        """Make the run's folder, and lock it for as long as this run lives."""
 
         def claimed() -> None:
             try:
                 used = any((self.folder / "checkpoints").glob("step_*"))
                 if used and self.config.resume == "never":
-                    raise ConfigError(
-                        f"run_dir = {self.folder} holds a run and resume is never; name a new run_dir."
-                    )
+                    problem = f"run_dir = {self.folder} holds a run and resume is never"
+                    raise ConfigError(f"{problem}; name a new run_dir.")
                 self.folder.mkdir(parents=True, exist_ok=True)
                 (self.folder / ".writable").touch()
                 (self.folder / ".writable").unlink()
@@ -137,39 +135,36 @@ class Run:
         self.ranks.from_first(claimed)
 
     def _newest(self) -> checkpoint.Checkpoint | None:
-        """The newest whole checkpoint that has learnt nothing from what is passed over, as rank 0 finds it."""
+        """The newest whole checkpoint that has learnt from no step that is passed over, as rank 0 sees it."""
         return self.ranks.from_first(lambda: checkpoint.newest(self.folder, self.spikes.passed_over))
 
     def _build_engine(self, engine_config: dict[str, Any]) -> None:
-        config, objective = self.config, self.task.objective
+        config, ranks, objective = self.config, self.ranks, self.task.objective
         objective.vit.set_grad_checkpointing(config.train.grad_checkpointing)
         groups = self.task.parameter_groups()
-        self.engine = build_engine(
-            objective, groups, config, engine_config, self.ranks.world_size, self.ranks.device
-        )
+        self.engine = build_engine(objective, groups, config, engine_config, ranks.world_size, ranks.device)
         if not config.train.compile:
             return
         if self.engine.zero_optimization_stage() < 3:
             compile_blocks(objective)
-        elif self.ranks.rank == 0:  # it would trace DeepSpeed's hooks anew without end (docs/log.md)
-            says = "ZeRO-3 gathers weights in ways that torch.compile can't trace"
-            print(f"{says}: the student is not compiled.", flush=True)
+        elif ranks.rank == 0:  # it would trace DeepSpeed's hooks anew without end (docs/log.md)
+            reason = "ZeRO-3 gathers weights in ways that torch.compile can't trace"
+            print(f"{reason}: the student is not compiled.", flush=True)
 
     def _resume(self, newest: checkpoint.Checkpoint | None) -> None:
-        """Continue from a checkpoint, if there is one: all ranks load it."""
+        """Continue from a checkpoint, if there is one. Every rank must call it, and loads it."""
         if newest is None:
             return
         checkpoint.check_identity(newest, self.identity, flatten(type(self.config)().to_dict()))
         self.step, self.skipped = newest.run["step"], newest.run["skipped"]
         self.saved = self.step
-        scatter_state(
-            self.engine, newest.load("model"), newest.load("optimizer"), self.step - len(self.skipped)
-        )
+        updates = self.step - len(self.skipped)
+        scatter_state(self.engine, newest.load("model"), newest.load("optimizer"), updates)
         if state := newest.load("target"):
             self.target.load_state_dict(state)
         if self.ranks.rank == 0:
-            says = "Continuing" if self.step < self.total_steps else "Nothing is left to do in"
-            print(f"{says} {self.folder} at step {self.step} of {self.total_steps}.", flush=True)
+            beginning = "Continuing" if self.step < self.total_steps else "Nothing is left to do in"
+            print(f"{beginning} {self.folder} at step {self.step} of {self.total_steps}.", flush=True)
 
     def _open_at_step(self) -> None:
         """Open the loader, the targets, the metrics and the usual loss at the present step."""
@@ -179,7 +174,7 @@ class Run:
         self.spikes.recall(self.step)
 
     def train(self) -> None:
-        """Train to the last step, or until asked to stop; save either way.
+        """Train to the last step, or until asked to stop; save either way. Every rank must call it.
 
         Raises:
             RunError: the loss, the gradients or the disk don't let the run go on.
@@ -200,7 +195,7 @@ class Run:
         self._finish()
 
     def _finish(self) -> None:
-        """Save the last step if it isn't yet, close everything, and say how the run ended."""
+        """Save the last step if it isn't yet, close everything, and print how the run ended."""
         self.settle()
         if self.saved != self.step:
             self.save()
@@ -209,23 +204,23 @@ class Run:
         self.loader.close()
         self.watchdog.close()
         if self.saved != self.step:
-            says = f"The last checkpoint, of step {self.step}, could not be written"
-            raise RunError(f"{says}: make room in {self.folder}.")
+            problem = f"The last checkpoint, of step {self.step}, could not be written"
+            raise RunError(f"{problem}: make room in {self.folder}.")
         if self.ranks.rank != 0:
             return
         if self.step < self.total_steps:
-            says = f"Stopped and saved at step {self.step} of {self.total_steps}"
-            print(f"{says}: the same command continues {self.folder}.", flush=True)
+            end = f"Stopped and saved at step {self.step} of {self.total_steps}"
+            print(f"{end}: the same command continues {self.folder}.", flush=True)
             return
-        says = self.task.hand_over(self.total_steps)
+        next_step = self.task.hand_over(self.total_steps)
         (self.folder / "DONE").write_text(f"{self.step} steps\n")
-        print(f"Done: {self.step} steps in {self.folder}. {says}", flush=True)
+        print(f"Done: {self.step} steps in {self.folder}. {next_step}", flush=True)
 
     def _teach(self) -> Iterator[tuple[Any, Tensor | None]]:
         """Yields (batch, target) for every micro-batch of this rank from the present step on.
 
-        The target of a step that is passed over is None. Where the target may be ahead, the next one is begun before this
-        one is handed out.
+        The target of a step that is passed over is None. Where the target may be ahead, the next one's
+        computation has begun before this one is yielded.
         """
         begun: deque[tuple[Any, Callable[[], Tensor | None]]] = deque()
         for step in itertools.count(self.step):
@@ -243,36 +238,43 @@ class Run:
                     yield batch, take()
 
     def train_step(self) -> None:
-        """One update: accumulate over micro-batches, clip, AdamW. A step with a non-finite gradient changes nothing."""
+        """Make one update: accumulate over micro-batches, clip, AdamW. Every rank must call it.
+
+        A step with a non-finite gradient changes nothing.
+        """
         config, engine, step = self.config, self.engine, self.step
         self.lr = learning_rate(step, config.optim, self.steps_per_epoch, self.total_steps)
         set_learning_rate(engine, self.lr)
-        skipped, picture = engine.skipped_steps, None
+        skipped, shown = engine.skipped_steps, None
         for _ in range(config.grad_accum_steps(self.ranks.world_size)):
             batch, target = next(self.taught)
             if target is None:
                 continue
             self.watchdog.doing(f"computing step {step}")
             self.target.note(target)
-            loss = engine(batch.images, target, batch.draw)
+            loss: Loss = engine(batch.images, target, batch.draw)
             engine.backward(loss.loss)
             engine.step()
             self.metrics.add({"loss": loss.loss.detach(), **loss.metrics})
-            picture = batch, target, loss
+            shown = batch, target, loss
 
         # What the step leaves behind.
-        if step in self.spikes.passed_over:
+        if shown is None:  # it is passed over
             self.skipped.append(step)
         elif engine.skipped_steps > skipped:
             self._skip()
         else:
             self.target.after_step(student_weights(engine), step / self.total_steps)
-            if (image := self.task.picture(step + 1, *picture)) is not None:
-                self.metrics.show(step + 1, image)
+            if (picture := self.task.picture(step + 1, *shown)) is not None:
+                self.metrics.show(step + 1, picture)
         self.step += 1
 
     def _skip(self) -> None:
-        """Note this step, which DeepSpeed left out because its gradient was not finite; give up after too many in a row."""
+        """Note this step, which DeepSpeed left out because its gradient was not finite.
+
+        Raises:
+            RunError: more such steps in a row than train.max_skipped_steps.
+        """
         step, limit = self.step, self.config.train.max_skipped_steps
         self.skipped.append(step)
         if self.ranks.rank == 0:
@@ -280,17 +282,20 @@ class Run:
         not_finite = [each for each in self.skipped if each not in self.spikes.passed_over]
         if not_finite[-limit - 1 :] == list(range(step - limit, step + 1)):
             raise RunError(
-                f"The gradient was not finite in {limit + 1} steps in a row, up to step {step}. The newest checkpoint in "
-                f"{self.folder} is from before. Lower optim.lr or optim.clip_grad, or look at the data."
+                f"The gradient was not finite in {limit + 1} steps in a row, up to step {step}. The newest "
+                f"checkpoint in {self.folder} is from before. Lower optim.lr or optim.clip_grad, or look at "
+                "the data."
             )
 
     def evaluate(self) -> dict[str, float]:
-        """The task's figures where an evaluation is due; its time does not count as training's. Every rank must call it."""
-        epochs = self.task.evaluate_every_epochs
-        steps = (epochs or 0) * self.steps_per_epoch
-        if not steps or (
-            self.step // steps == self.metrics.logged_step // steps and self.step < self.total_steps
-        ):
+        """The task's figures where an evaluation is due, else none. Every rank must call it.
+
+        Its time does not count as training's.
+        """
+        steps = (self.task.evaluate_every_epochs or 0) * self.steps_per_epoch
+        if not steps:
+            return {}
+        if self.step // steps == self.metrics.logged_step // steps and self.step < self.total_steps:
             return {}
         began = time.perf_counter()
         figures = self.task.evaluate(self.engine, self.watchdog.doing)
@@ -299,21 +304,19 @@ class Run:
         return {**figures, "val_seconds": seconds}
 
     def log(self, figures: dict[str, float]) -> dict[str, Any]:
-        """Write a line of metrics, with these figures in it; gives it. Every rank must call it; the host waits for the GPU."""
+        """Write a line of metrics with these figures in it; gives the line. Every rank must call it.
+
+        The host waits for the GPU.
+        """
         self.watchdog.doing(f"logging step {self.step}")
         forget_broken_calls()
         self.quarantine.merge(self.loader.new_bad(), self.ranks)
-        figures = {
-            "lr": self.lr,
-            "grad_norm": float(self.engine.get_global_grad_norm() or 0.0),
-            **self.target.metrics(),
-            **figures,
-            "quarantined": len(self.quarantine.known),
-        }
-        return self.metrics.log(self.step, figures)
+        grad_norm = float(self.engine.get_global_grad_norm() or 0.0)
+        figures = {"lr": self.lr, "grad_norm": grad_norm, **self.target.metrics(), **figures}
+        return self.metrics.log(self.step, {**figures, "quarantined": len(self.quarantine.known)})
 
     def roll_back(self, jump: Rollback) -> None:
-        """Go to the newest checkpoint from before what is passed over. Every rank must call it.
+        """Go back to the newest checkpoint from before the steps to pass over. Every rank must call it.
 
         Raises:
             RunError: there is none yet.
@@ -323,28 +326,26 @@ class Run:
         self.metrics.close()
         self.loader.close()
         self.saved = self.step = 0
-        if self.ranks.rank == 0:  # they must neither be exported nor count among those to keep
+        if self.ranks.rank == 0:  # later ones must neither be exported nor count among those to keep
             checkpoint.drop(self.folder, self.spikes.passed_over)
         self._resume(self._newest())
-        says = f"The loss jumped to {jump.loss:.4g} (usually {jump.usual:.4g}) before step {jump.last}"
+
+        # Say where the run goes on.
+        event = f"The loss jumped to {jump.loss:.4g} (usually {jump.usual:.4g}) before step {jump.last}"
         passed = f"passes over steps {jump.first} to {jump.last - 1}"
         if self.step == 0:
-            raise RunError(
-                f"{says}, and no checkpoint is from before. The same command begins anew and {passed}."
-            )
+            cure = f"The same command begins anew and {passed}."
+            raise RunError(f"{event}, and no checkpoint is from before. {cure}")
         if self.ranks.rank == 0:
-            print(
-                f"{says}. The run {passed}, from the checkpoint of step {self.step} on.",
-                file=sys.stderr,
-                flush=True,
-            )
+            sentence = f"{event}. The run {passed}, from the checkpoint of step {self.step} on."
+            print(sentence, file=sys.stderr, flush=True)
         self._open_at_step()
 
     def save(self) -> None:
         """Have a checkpoint of this step written while training goes on. Every rank must call it.
 
-        The host waits for the GPU, and for the checkpoint before. A full disk does not stop the run: it is said aloud, `saved`
-        stays behind, and the next save tries again.
+        The host waits for the GPU, and for the checkpoint before. A full disk does not stop the run: standard
+        error names it, `saved` stays behind, and the next save tries again.
         """
         self.settle()
         self.watchdog.doing("gathering the state for a checkpoint")
@@ -368,18 +369,15 @@ class Run:
         try:
             checkpoint.save(self.folder, state, files, self.config.checkpoint.keep)
         except (OSError, SafetensorError) as error:
-            print(
-                f"NO CHECKPOINT of step {state['step']} could be written: {error}.",
-                file=sys.stderr,
-                flush=True,
-            )
+            message = f"NO CHECKPOINT of step {state['step']} could be written: {error}."
+            print(message, file=sys.stderr, flush=True)
             return self.saved
         return state["step"]
 
     def settle(self) -> None:
         """Wait until the checkpoint that is being written is on disk or has failed. Every rank must call it.
 
-        `saved` then says which checkpoint is the newest.
+        Afterwards `saved` is the step of the newest checkpoint.
         """
         self.watchdog.doing(SAVING if self.ranks.rank == 0 else "waiting for rank 0 to save")
         saved = torch.tensor(self.writing.result() if self.writing else self.saved)

@@ -1,4 +1,4 @@
-"""What a run trains: a Task says it, and the loop of run.py asks. Pre-training is here, fine-tuning in finetuning/task.py."""
+"""The Task protocol, what a run trains, and pre-training as a Task. Fine-tuning is in finetuning/task.py."""
 
 from __future__ import annotations
 
@@ -29,40 +29,57 @@ class BatchLoader(Protocol):
     def __next__(self) -> Any: ...
 
     def new_bad(self) -> list[tuple[int, str]]:
-        """(index, reason) of the images that this rank found unreadable since it was last asked."""
+        """(index, reason) of the images that this rank found unreadable since the last call."""
+        ...
 
     def close(self) -> None:
         """End the workers."""
 
 
 class Task(Protocol):
-    """Data, target and objective of a run, and what comes of it. Every rank must build one and call its methods alike."""
+    """The data, target and objective of a run, and what comes of it.
+
+    Every rank must build one and call its methods alike; `hand_over` is for rank 0 only.
+    """
 
     index: Index
     """The images that the run learns from."""
     target: Target
     objective: Objective
-    """With its first weights, on the CPU."""
+    """It has its first weights and lies on the CPU."""
     evaluate_every_epochs: float | None
-    """Epochs from one evaluation to the next; None: there is none."""
+    """Epochs from one evaluation to the next; None where there is no evaluation."""
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """AdamW's groups of the objective's parameters; a group may have an `lr_scale`."""
+        ...
 
     def begin(self) -> str | None:
-        """Put the weights that a new run begins from into objective and target; gives the sha256 of their file."""
+        """Put the weights that a new run begins from into objective and target.
+
+        Gives the sha256 of their file; None where the weights stay as they are.
+        """
 
     def loader(self, step: int, bad: Collection[int]) -> BatchLoader:
         """This rank's micro-batches from a step on, without the images that are known to be bad."""
+        ...
 
     def evaluate(self, engine: Any, doing: Callable[[str], None]) -> dict[str, float]:
-        """Figures of the present weights; `doing` is told what goes on. The host waits for the GPU."""
+        """Figures of the present weights. The host waits for the GPU.
+
+        doing: called with a phrase for what goes on, which the watchdog then knows.
+        """
+        ...
 
     def picture(self, step: int, batch: Any, target: Tensor, loss: Loss) -> Tensor | None:
-        """[3, H, W] in [0, 1] of a micro-batch of the step before `step`, on rank 0 where one is due; else None."""
+        """A picture [3, H, W] in [0, 1] of the micro-batch after which the run is at `step`.
+
+        None on other ranks than 0, and where no picture is due.
+        """
 
     def hand_over(self, last_step: int) -> str:
-        """What rank 0 writes when all steps are done and saved, and the sentence about it."""
+        """Write what comes of a run whose steps are all done and saved; gives a sentence about it."""
+        ...
 
 
 class Pretraining:
@@ -75,7 +92,8 @@ class Pretraining:
     def __init__(self, config: Config, ranks: Ranks) -> None:
         self.config, self.ranks, self.folder = config, ranks, Path(config.run_dir)
         self.index = ranks.first_then_all(lambda: open_index(config.data.train, self.folder / "index"))
-        self.probe, self.evaluate_every_epochs = None, None
+        self.probe: OnlineProbe | None = None
+        self.evaluate_every_epochs: float | None = None
         if config.evaluate.train:
             self.probe = OnlineProbe(config, self.index, self.folder, ranks)
             self.evaluate_every_epochs = config.evaluate.every_epochs
@@ -87,14 +105,14 @@ class Pretraining:
 
     def begin(self) -> str | None:
         """See Task. A momentum teacher begins from the same weights."""
-        if self.config.model.init_from is None:
+        source = self.config.model.init_from
+        if source is None:
             return None
         sha256, notes = begin_from(self.objective.vit, self.config)
         if self.target.state_dict():
             self.target.load_state_dict(self.objective.state_dict())
         if self.ranks.rank == 0:
-            says = [f"Beginning from {self.config.model.init_from}, sha256 {sha256[:12]}", *notes]
-            print("; ".join(says) + ".", flush=True)
+            print("; ".join([f"Beginning from {source}, sha256 {sha256[:12]}", *notes]) + ".", flush=True)
         return sha256
 
     def loader(self, step: int, bad: Collection[int]) -> Loader:
@@ -105,11 +123,10 @@ class Pretraining:
         )  # fmt: skip
 
     def evaluate(self, engine: Any, doing: Callable[[str], None]) -> dict[str, float]:
-        """See Task. The ViT that an export would take is judged: a momentum teacher's, else the student's."""
+        """See Task. It judges the ViT that an export takes: a momentum teacher's, else the student's."""
         assert self.probe is not None
-        averaged = {
-            name: tensor for name, tensor in self.target.state_dict().items() if name.startswith("vit.")
-        }
+        state = self.target.state_dict()
+        averaged = {name: tensor for name, tensor in state.items() if name.startswith("vit.")}
         return self.probe(averaged.items() or student_weights(engine), doing)
 
     def picture(self, step: int, batch: Batch, target: Tensor, loss: Loss) -> Tensor | None:
@@ -117,6 +134,7 @@ class Pretraining:
         every = self.config.log.images_every_steps
         if self.ranks.rank != 0 or not every or step % every:
             return None
+        assert batch.images is not None
         return token_picture(self.config, batch.images, target, loss.prediction)
 
     def hand_over(self, last_step: int) -> str:

@@ -1,7 +1,7 @@
 """Labelled images for fine-tuning, augmented by timm, in the exact order and by the exact draws of a run.
 
-timm's transforms draw from Python's, NumPy's and torch's generators. These are seeded anew from (seed, step, slot) before each
-image, so that ranks, micro-batches and workers change nothing.
+timm's transforms draw from Python's, NumPy's and torch's generators. These are seeded anew from (seed, step,
+slot) before each image, so that ranks, micro-batches and workers change nothing.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import numpy as np
-import timm
 import torch
 from PIL import Image
+from timm.data import Mixup, create_transform
 from timm.data.mixup import mixup_target
 from torch import Tensor
 
@@ -36,28 +36,29 @@ class LabelledBatch(NamedTuple):
     target: Tensor
     """float32 [B, classes], each row sums to 1."""
     index: Tensor
-    """long [B]: place in the index."""
+    """long [B], the place of each image in the index."""
     bad: Bad
-    """What was passed over on the way."""
+    """The unreadable images that others replace."""
     place: Place
     draw: Draw | None = None
     """None until the loader adds it."""
 
     def to(self, device: torch.device) -> LabelledBatch:
-        """The same with images, target and draw on a device."""
+        """The batch with images, target and draw on a device; index stays on the CPU."""
         images, target = (x.to(device, non_blocking=True) for x in (self.images, self.target))
         return self._replace(images=images, target=target, draw=self.draw and self.draw.to(device))
 
 
-def train_transform(data: LabelledDataConfig, model_data: dict[str, Any]) -> Callable[[Image.Image], Tensor]:
-    """timm's training transform: crop, flip, RandAugment, normalisation, erasing.
+def train_transform(data: LabelledDataConfig, model_data: dict[str, Any]) -> Any:
+    """timm's training transform of an image to a tensor: crop, flip, RandAugment, normalisation, erasing.
 
-    model_data: what timm.data.resolve_model_data_config gives for the model.
+    model_data: as timm.data.resolve_model_data_config gives it for the model.
     """
-    return timm.data.create_transform(
-        model_data["input_size"], is_training=True, scale=data.crop_scale, hflip=data.flip, color_jitter=None,
-        auto_augment=data.rand_augment, interpolation="bicubic", mean=model_data["mean"], std=model_data["std"],
-        re_prob=data.erasing, re_mode="pixel",
+    no_jitter: Any = None  # timm takes None, which its annotation leaves out
+    return create_transform(
+        model_data["input_size"], is_training=True, mean=model_data["mean"], std=model_data["std"],
+        scale=data.crop_scale, hflip=data.flip, color_jitter=no_jitter, auto_augment=data.rand_augment,
+        interpolation="bicubic", re_prob=data.erasing, re_mode="pixel",
     )  # fmt: skip
 
 
@@ -71,46 +72,51 @@ def _seed_generators(seed: int, purpose: Purpose, step: int, slot: int) -> None:
 class TrainBatches(Batches):
     """A rank's micro-batches by their number, counted from the start of the run over all steps.
 
-    Slots 2k and 2k + 1 are mixed with each other. Departure: one weight a pair, timm's "pair" mode with the neighbour as
-    partner; released programs draw one a micro-batch, which then would depend on the number of ranks.
+    Slots 2k and 2k + 1 are mixed with each other. Departure: each pair draws its own weight, as in timm's
+    "pair" mode with the neighbour as partner. Released programs draw one weight a micro-batch, and so depend
+    on the number of ranks.
     """
 
     def __init__(
-        self, config: FinetuneConfig, index: Index, transform: Callable[[Image.Image], Tensor], rank: int, world_size: int,
-        bad: Collection[int],
+        self, config: FinetuneConfig, index: Index, transform: Callable[[Image.Image], Tensor], rank: int,
+        world_size: int, bad: Collection[int],
     ) -> None:  # fmt: skip
         self.config, self.index, self.transform, self.bad = config, index, transform, frozenset(bad)
         self.rank, self.world_size = rank, world_size
         self.order = SampleOrder(len(index), config.seed)
-        data = config.data
-        self.mixup = timm.data.Mixup(
-            data.mixup, data.cutmix, label_smoothing=data.label_smoothing, num_classes=len(index.classes)
-        )  # fmt: skip
+        data, classes = config.data, len(index.classes)
+        self.mixup = Mixup(data.mixup, data.cutmix, label_smoothing=data.label_smoothing, num_classes=classes)
 
-    def batch(self, micro_step: int) -> LabelledBatch:
-        place = step, first = self.config.place(micro_step, self.rank, self.world_size)
-        slots = range(first, first + self.config.train.micro_batch_size)
+    def batch(self, number: int) -> LabelledBatch:
+        """The micro-batch of this number, without its draw.
+
+        Raises:
+            DataError: the storage fails, or no image is left to replace an unreadable one.
+        """
+        place = step, first = self.config.place(number, self.rank, self.world_size)
         bad: Bad = []
-        images, indices = zip(*(self._sample(step, slot, bad) for slot in slots), strict=True)
+        images, indices = [], []
+        for slot in range(first, first + self.config.train.micro_batch_size):
+            image, index = self._readable(step * self.config.train.global_batch_size + slot, bad)
+            _seed_generators(self.config.seed, Purpose.AUGMENT, step, slot)
+            images.append(self.transform(image))
+            indices.append(index)
         images, labels = torch.stack(images), torch.tensor([self.index.label(i) for i in indices])
-        return LabelledBatch(
-            images, self._mix(step, first, images, labels), torch.tensor(indices), bad, place
-        )
+        target = self._mix(step, first, images, labels)
+        return LabelledBatch(images, target, torch.tensor(indices), bad, place)
 
-    def _sample(self, step: int, slot: int, bad: Bad) -> tuple[Tensor, int]:
-        n = step * self.config.train.global_batch_size + slot
+    def _readable(self, n: int, bad: Bad) -> tuple[Image.Image, int]:
+        """The image of sample n of the run, or the one that replaces it, and its place in the index."""
         for index in candidates(self.config, self.index, self.order, n, self.order(n)):
             if index not in self.bad:
                 try:
-                    image = decode(self.index.read(index))
-                    break
+                    return decode(self.index.read(index)), index
                 except BadImage as reason:
                     bad.append((index, str(reason)))
-        _seed_generators(self.config.seed, Purpose.AUGMENT, step, slot)
-        return self.transform(image), index
+        raise AssertionError("candidates raises before it ends")
 
     def _mix(self, step: int, first: int, images: Tensor, labels: Tensor) -> Tensor:
-        """Mix the images of the slots from `first` on in place; their target [B, classes]."""
+        """Mix the images of the slots from `first` on in place; gives their target [B, classes]."""
         data = self.config.data
         if not data.mixup and not data.cutmix:
             return mixup_target(labels, len(self.index.classes), smoothing=data.label_smoothing)
@@ -122,7 +128,7 @@ class TrainBatches(Batches):
 
 
 class TrainLoader:
-    """An endless iterator of micro-batches from a step on; an unreadable image is replaced, remembered and reported."""
+    """An endless iterator of micro-batches from a step on; another image replaces an unreadable one."""
 
     def __init__(
         self, config: FinetuneConfig, index: Index, transform: Callable[[Image.Image], Tensor], ranks: Ranks,
@@ -132,14 +138,13 @@ class TrainLoader:
         self._bad, self._new_bad = set(bad), Bad()
         dataset = TrainBatches(config, index, transform, ranks.rank, ranks.world_size, bad)
         first = first_step * config.grad_accum_steps(ranks.world_size)
-        self._batches = served(dataset, itertools.count(first), config.data.workers, ranks)
-        places = (
-            config.place(micro_step, ranks.rank, ranks.world_size) for micro_step in itertools.count(first)
-        )
+        self._batches: Any = served(dataset, itertools.count(first), config.data.workers, ranks)
+        places = (config.place(number, ranks.rank, ranks.world_size) for number in itertools.count(first))
         self._draws = DrawsAhead(draw, places, config.train.micro_batch_size, ahead=1)
 
     def __next__(self) -> LabelledBatch:
-        """
+        """The next micro-batch, with its draw.
+
         Raises:
             DataError: the storage fails, or more than data.max_bad_share of the data set is unreadable.
         """
@@ -152,9 +157,9 @@ class TrainLoader:
         return batch._replace(draw=next(self._draws))
 
     def new_bad(self) -> Bad:
-        """What this rank found unreadable since it was last asked."""
-        found, self._new_bad = self._new_bad, []
-        return found
+        """(index, reason) of the images that this rank found unreadable since the last call."""
+        bad, self._new_bad = self._new_bad, []
+        return bad
 
     def close(self) -> None:
         """End the workers."""

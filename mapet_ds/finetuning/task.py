@@ -1,4 +1,4 @@
-"""Fine-tuning as a Task: the run learns from labels, evaluates itself, and leaves a timm model and its figures."""
+"""Fine-tuning as a Task: a run learns from labels, evaluates itself, and writes a timm model and figures."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ from mapet_ds.finetuning.classifier import (
 )
 from mapet_ds.finetuning.loader import TrainLoader, train_transform
 from mapet_ds.launch import Ranks
-from mapet_ds.objectives.objective import Loss
+from mapet_ds.objectives.objective import Loss, Objective
+from mapet_ds.targets.target import Target
 from mapet_ds.training.checkpoint import newest
 from mapet_ds.training.optim import layerwise_groups
 
@@ -35,7 +36,7 @@ FIGURES = ("val_top1", "val_top5", "val_loss", "val_images", "loss", "epoch", "s
 
 
 class Finetuning:
-    """A Task: a timm model learns the classes of labelled images. It leaves RUN/timm and RUN/results.json.
+    """A Task: a timm model learns the classes of labelled images. It writes RUN/timm and RUN/results.json.
 
     Raises:
         UserError: images, labels or weights that the user can correct.
@@ -43,7 +44,7 @@ class Finetuning:
 
     def __init__(self, config: FinetuneConfig, ranks: Ranks) -> None:
         self.config, self.ranks, self.folder = config, ranks, Path(config.run_dir)
-        self.evaluate_every_epochs = config.log.evaluate_every_epochs
+        self.evaluate_every_epochs: float | None = config.log.evaluate_every_epochs
 
         # Images and classes.
         self.index = ranks.first_then_all(lambda: open_index(config.data.train, self.folder / "index"))
@@ -51,39 +52,37 @@ class Finetuning:
         check_classes(self.index, self.val, num_classes=config.data.num_classes)
         classes = len(self.index.classes)
 
-        # The model, and what it wants of images.
-        self.objective = Classifier(config, classes)
+        # The model, and the images that it takes.
+        self.objective: Objective = Classifier(config, classes)
         size = config.model.img_size
         asked = {"input_size": size and (3, size, size), "crop_pct": config.data.crop_pct}
         self.data_config = timm.data.resolve_model_data_config(self.objective.vit, args=asked)
         try:
             self.transform = train_transform(config.data, self.data_config)
         except (AssertionError, ValueError, KeyError) as error:
-            says = f"data.rand_augment = {config.data.rand_augment} is no policy that timm knows"
-            raise ConfigError(f"{says}: {error}.") from error
+            problem = f"data.rand_augment = {config.data.rand_augment} is no policy that timm knows"
+            raise ConfigError(f"{problem}: {error}.") from error
         if ranks.rank == 0:
-            self._say_what_is_fresh()
+            self._print_fresh(self.objective.fresh)
 
         # The target.
         start = start_identity(config.model)
-        if config.model.ema is None:
-            self.target = Labels(classes, start)
-        else:
+        self.target: Target = Labels(classes, start)
+        if config.model.ema is not None:
             average = Classifier(config, classes).to(ranks.device)
             self.target = AveragedLabels(average, config.model.ema, classes, start)
 
-    def _say_what_is_fresh(self) -> None:
-        model = self.config.model
-        fresh = sorted({name.rpartition(".")[0] for name in self.objective.fresh})
-        says = "all weights are fresh" if model.untrained else f"fresh are {', '.join(fresh) or 'none'}"
-        print(f"{model.path or model.name}: {says}.", flush=True)
+    def _print_fresh(self, names: list[str]) -> None:
+        model, modules = self.config.model, sorted({name.rpartition(".")[0] for name in names})
+        fresh = "all weights are fresh" if model.untrained else f"fresh are {', '.join(modules) or 'none'}"
+        print(f"{model.path or model.name}: {fresh}.", flush=True)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         optim = self.config.optim
         return layerwise_groups(self.objective.vit, optim.weight_decay, optim.layer_decay)
 
     def begin(self) -> None:
-        """See Task. The classifier has loaded its weights already, and the target's identity names them."""
+        """See Task. The classifier has its weights already, and the target's identity names them."""
 
     def loader(self, step: int, bad: Collection[int]) -> TrainLoader:
         return TrainLoader(
@@ -92,16 +91,18 @@ class Finetuning:
 
     @torch.no_grad()
     def evaluate(self, engine: Any, doing: Callable[[str], None]) -> dict[str, float]:
-        """See Task. Accuracy and loss on data.val, each image once, unreadable ones left out.
+        """See Task. The figures are accuracy and loss on data.val, each readable image counted once.
 
         Raises:
-            DataError: more than data.max_bad_share of them are unreadable.
+            DataError: more than data.max_bad_share of the images are unreadable.
         """
         config, ranks, classes = self.config, self.ranks, len(self.val.classes)
-        transform = timm.data.create_transform(**self.data_config)
+        transform: Any = timm.data.create_transform(**self.data_config)
         dataset = EvaluationBatches(config, self.val, transform, ranks.rank, ranks.world_size)
         model = self.target.model if isinstance(self.target, AveragedLabels) else engine
         model.eval()
+
+        # Sums of this rank's share.
         sums, bad = torch.zeros(4, dtype=torch.float64), Bad()
         for number, batch in enumerate(served(dataset, range(len(dataset)), config.data.workers, ranks)):
             doing(f"evaluating batch {number} of {len(dataset)}")
@@ -116,6 +117,7 @@ class Finetuning:
             bad += batch.bad
         engine.train()
 
+        # Means over all ranks.
         dist.all_reduce(sums, group=ranks.control)
         report_unreadable(config, self.val, bad, ranks)
         top1, top5, loss, images = sums.tolist()
@@ -126,7 +128,7 @@ class Finetuning:
         """See Task. Fine-tuning shows none."""
 
     def hand_over(self, last_step: int) -> str:
-        """See Task. Writes RUN/timm and RUN/results.json from the last checkpoint and the last evaluation.
+        """See Task. RUN/timm comes from the last checkpoint, RUN/results.json from the last evaluation.
 
         Raises:
             RunError: the run's own files are gone.
@@ -135,13 +137,16 @@ class Finetuning:
         lines = map(json.loads, (self.folder / "metrics.jsonl").read_text().splitlines())
         evaluated = [line for line in lines if line["step"] == last_step and "val_top1" in line]
         if last is None or not evaluated:
-            says = f"{self.folder} lacks its last checkpoint or the last line of metrics.jsonl"
-            raise RunError(f"{says}: nothing is written.")
+            problem = f"{self.folder} lacks its last checkpoint or the last line of metrics.jsonl"
+            raise RunError(f"{problem}: nothing is written.")
+
+        # The model.
         state = last.load("model" if config.model.ema is None else "target")
         state = {name.removeprefix("vit."): tensor for name, tensor in state.items()}
         out = self.folder / "timm"
         export_classifier(config, state, self.index.classes, self.data_config, out)
 
+        # The figures.
         figures = {key: evaluated[0].get(key) for key in FIGURES}
         results = figures | {
             "classes": len(self.index.classes),

@@ -1,4 +1,4 @@
-"""A run's ViT as a timm model: weights and config that timm loads by itself, proven by a forward of both."""
+"""The export of a run's ViT as weights and config that timm loads by itself, proven by a forward of both."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import pydantic
 import timm
 import torch
 from timm.models import save_for_hf
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from mapet_ds.config.sections import Config
@@ -22,14 +21,16 @@ from mapet_ds.vit import build_vit
 from mapet_ds.weights import fold_layer_scale
 
 TOLERANCE = 1e-5
-"""Largest absolute difference of the features, after the final norm, at which an export counts as equal."""
+"""The largest absolute difference of features, after the final norm, at which an export counts as equal."""
 RANDOM_CROP_PCT = 0.9
-"""timm's evaluation crop of its ViTs, for runs on random crops; others keep the whole central square."""
+"""timm's evaluation crop of its ViTs, for runs on random crops. Other runs keep the whole central square."""
 NO_PROVENANCE = dict.fromkeys(("license", "description", "origin_url", "paper_name", "paper_ids", "notes"))
-"""What timm says of its own weights of an architecture, and isn't true of others."""
+"""The entries of timm's configs that are true of timm's own weights only, emptied."""
 
 
 class Export(NamedTuple):
+    """An export that was written."""
+
     folder: Path
     checkpoint: Path
     architecture: str
@@ -38,108 +39,108 @@ class Export(NamedTuple):
 
 
 def read_vit(checkpoint: Checkpoint, student: bool = False) -> tuple[Config, dict[str, Tensor]]:
-    """Settings of a checkpoint and the fp32 weights of its ViT by timm's names.
+    """The settings of a checkpoint and the fp32 weights of its ViT by timm's names.
 
-    Where the target holds a ViT, as a momentum teacher does, it is that one, unless the student is asked for.
+    The ViT is a momentum teacher's where the target holds one and `student` is False.
 
     Raises:
-        ExportError: it is none of this program's.
+        ExportError: the checkpoint is not one of pre-training.
     """
     try:
         config = pydantic.TypeAdapter(Config).validate_json(json.dumps(checkpoint.run["config"]))
     except (KeyError, pydantic.ValidationError) as error:
-        raise ExportError(
-            f"{checkpoint.path / 'run.json'} holds no settings of pre-training (fine-tuning leaves RUN/timm by itself): {error}"
-        ) from error
-    files = [{} if student else checkpoint.load("target"), checkpoint.load("model")]
-    states = [{k.removeprefix("vit."): v for k, v in file.items() if k.startswith("vit.")} for file in files]
-    return config, states[0] or states[1]
+        problem = "holds no settings of pre-training (fine-tuning leaves RUN/timm by itself)"
+        raise ExportError(f"{checkpoint.path / 'run.json'} {problem}: {error}") from error
+    for name in ("model",) if student else ("target", "model"):
+        file = checkpoint.load(name)
+        if vit := {key.removeprefix("vit."): file[key] for key in file if key.startswith("vit.")}:
+            return config, vit
+    return config, {}
 
 
 def timm_arguments(config: Config, layer_scale: Literal["fold", "keep"]) -> dict[str, Any]:
-    """What timm.create_model needs beside the model's name; stochastic depth and dropout are left out."""
+    """timm.create_model's arguments beside the model's name, without stochastic depth and dropout."""
     model = config.model
     arguments = {k: v for k, v in model.args.items() if not k.endswith("drop_rate") and k != "drop_path_rate"}
     if layer_scale == "fold":
-        arguments["init_values"] = 0.0  # none, also where the model's name alone would bring LayerScale
+        arguments["init_values"] = 0.0  # no LayerScale, also where the model's name alone would bring it
     elif model.layer_scale is not None:
         arguments["init_values"] = model.layer_scale
     return dict(arguments, img_size=model.img_size, patch_size=model.patch_size, num_classes=0)
 
 
 def evaluation_data(config: Config) -> dict[str, Any]:
-    """What timm's evaluation transform takes for a run's ViT: size, mean, std, interpolation, crop."""
+    """The arguments of timm's evaluation transform for a run's ViT: size, mean, std, interpolation, crop."""
     size, data = config.model.img_size, config.data
     crop_pct = 1.0 if data.crop == "center" else RANDOM_CROP_PCT
-    return {
-        "input_size": (3, size, size),
-        "mean": data.mean,
-        "std": data.std,
-        "interpolation": "bicubic",
-        "crop_pct": crop_pct,
-    }
+    arguments = {"input_size": (3, size, size), "mean": data.mean, "std": data.std}
+    return {**arguments, "interpolation": "bicubic", "crop_pct": crop_pct}
 
 
 def _save(config: Config, state: dict[str, Tensor], arguments: dict[str, Any], folder: Path) -> None:
-    vit = timm.create_model(
-        config.model.name, pretrained_cfg_overlay=NO_PROVENANCE | {"tag": config.objective}, **arguments
-    )
+    overlay = NO_PROVENANCE | {"tag": config.objective}
+    vit = timm.create_model(config.model.name, pretrained_cfg_overlay=overlay, **arguments)
     try:
         vit.load_state_dict(state)
     except RuntimeError as error:
         raise ExportError(f"timm's {config.model.name} doesn't take the run's weights: {error}") from error
-    save_for_hf(vit, folder, safe_serialization=True, data_config=evaluation_data(config))
+    save_for_hf(vit, str(folder), safe_serialization=True, data_config=evaluation_data(config))
 
 
 @torch.no_grad()
-def feature_difference(vit: VisionTransformer, exported: VisionTransformer, img_size: int) -> float:
-    """Largest absolute difference of `forward_features` on random images, in float64: of the functions, not
-    of the kernels' rounding."""
-    images = torch.randn(
-        2, 3, img_size, img_size, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
-    )
+def feature_difference(vit: Any, exported: Any, img_size: int) -> float:
+    """The largest absolute difference of two timm models' `forward_features` on random images.
+
+    In float64 it is the difference of the functions, and not of the kernels' rounding.
+    """
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(2, 3, img_size, img_size, dtype=torch.float64, generator=generator)
     outputs = [model.eval().double().forward_features(images) for model in (vit, exported)]
     return (outputs[0] - outputs[1]).abs().max().item()
 
 
-def export_timm(
-    checkpoint_or_run: Path,
-    out: Path,
-    layer_scale: Literal["fold", "keep"] = "fold",
-    student: bool = False,
-    license: str | None = None,
-    repository: str | None = None,
-) -> Export:
-    """Write the ViT of a checkpoint, or of a run's newest one, as model.safetensors, config.json and README.md in `out`.
+def _newest_or_named(path: Path) -> Checkpoint:
+    """The checkpoint of a folder, or the newest one of a run's folder."""
+    checkpoint = open_checkpoint(path) if (path / "run.json").is_file() else newest(path)
+    if checkpoint is None:
+        runs = ", ".join(sorted({str(step.parent.parent) for step in path.glob("*/checkpoints/step_*")}))
+        hint = f" It holds runs: {runs}." if runs else ""
+        problem = "is neither a run folder with checkpoints/step_* nor a checkpoint"
+        raise ExportError(f"{path} {problem}: nothing to export.{hint}")
+    return checkpoint
 
-    `timm.create_model("local-dir:OUT", pretrained=True)` loads it with the run's size, mean and std;
+
+def export_timm(
+    checkpoint_or_run: Path, out: Path, layer_scale: Literal["fold", "keep"] = "fold", student: bool = False,
+    license: str | None = None, repository: str | None = None,
+) -> Export:  # fmt: skip
+    """Write the ViT of a checkpoint, or of a run's newest one: model.safetensors, config.json, README.md.
+
+    `timm.create_model("local-dir:OUT", pretrained=True)` loads it with the run's size, mean and std.
     `timm.create_model(name, checkpoint_path="OUT/model.safetensors", num_classes=0)` loads it strictly.
-    student: not the momentum teacher, which is the one to take where there is one.
-    fold: LayerScale goes into the layers before it, so that timm's plain model will do; keep: it stays, as
-    `init_values`.
-    license, repository: what the card, README.md, says of them.
     Nothing is left in `out` unless the files, read back by timm, give the features of the run's own ViT.
+
+    layer_scale: "fold" moves LayerScale into the layers before it, for timm's plain model; "keep" leaves it,
+    as
+        `init_values`.
+    student: whether to take the student also where there is a momentum teacher.
+    license, repository: for the card, README.md.
 
     Raises:
         ExportError: no checkpoint there, or features that differ by more than 1e-5.
         ResumeError: the checkpoint that was named, or every one of the run, is damaged.
     """
-    path = checkpoint_or_run
-    checkpoint = open_checkpoint(path) if (path / "run.json").is_file() else newest(path)
-    if checkpoint is None:
-        runs = ", ".join(sorted({str(found.parent.parent) for found in path.glob("*/checkpoints/step_*")}))
-        hint = f" It holds runs: {runs}." if runs else ""
-        raise ExportError(
-            f"{path} is neither a run folder with checkpoints/step_* nor a checkpoint: nothing to export.{hint}"
-        )
+    # The run's own ViT.
+    checkpoint = _newest_or_named(checkpoint_or_run)
     config, state = read_vit(checkpoint, student)
     vit = build_vit(config.model)
     try:
         vit.load_state_dict(state)
     except RuntimeError as error:
-        raise ExportError(
-            f"{checkpoint.path} doesn't hold the ViT that its run.json describes: {error}"
-        ) from error
+        problem = "doesn't hold the ViT that its run.json describes"
+        raise ExportError(f"{checkpoint.path} {problem}: {error}") from error
+
+    # timm's, written and read back.
     kept = state if layer_scale == "keep" else fold_layer_scale(state)
     with staged(out) as folder:
         _save(config, kept, timm_arguments(config, layer_scale), folder)
@@ -150,12 +151,8 @@ def export_timm(
                 f"Nothing was exported: timm's features differ from the run's own by {difference:.3g}, more "
                 f"than {TOLERANCE:g}, for {checkpoint.path} with layer_scale = {layer_scale}."
             )
-        which = (
-            "student"
-            if student or "target.safetensors" not in checkpoint.run["files"]
-            else "momentum teacher"
-        )
-        (folder / "README.md").write_text(
-            model_card(checkpoint.run, config, which, difference, license, repository)
-        )
+        averaged = not student and "target.safetensors" in checkpoint.run["files"]
+        which = "momentum teacher" if averaged else "student"
+        card = model_card(checkpoint.run, config, which, difference, license, repository)
+        (folder / "README.md").write_text(card)
     return Export(out, checkpoint.path, config.model.name, difference)

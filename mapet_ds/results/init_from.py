@@ -1,12 +1,13 @@
-"""The ViT that pre-training begins from in place of fresh weights: model.init_from.
+"""The weights that pre-training begins from in place of fresh ones: model.init_from.
 
-The run computes at first what the source computes. Its classifier is left out; what only pre-training has (heads, mask token,
-second stream, projector) stays fresh from the seed.
+The run computes at first what the source computes. The source's classifier is left out; what only
+pre-training has (heads, mask token, second stream, projector) stays fresh from the seed.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -22,52 +23,45 @@ from mapet_ds.launch import once_per_node
 from mapet_ds.weights import LAYER_SCALE, UNREADABLE, fold_layer_scale, mismatches, shapes, timm_weights
 
 
-def _tag_file(tag: str) -> str:
-    """Path of a timm tag's weights, downloaded by the first rank of each node while the others wait."""
+def _tag_file(tag: str) -> Path:
+    """The weights of a timm tag, downloaded by the first rank of each node while the others wait."""
+    asked = f"model.init_from = {TIMM}{tag}"
 
     def download() -> str:
         try:
-            repository = timm.get_pretrained_cfg(tag, allow_unregistered=False).hf_hub_id
-            return hf_hub_download(repository, "model.safetensors")
+            repository: Any = timm.get_pretrained_cfg(tag, allow_unregistered=False)
+            return hf_hub_download(repository.hf_hub_id, "model.safetensors")
         except (RuntimeError, HFValidationError) as error:
-            raise ConfigError(
-                f"model.init_from = {TIMM}{tag}: timm has no such weights on Hugging Face's hub: {error}"
-            ) from error
+            raise ConfigError(f"{asked}: timm has no such weights on Hugging Face's hub: {error}") from error
         except OSError as error:
+            reason = str(error).partition("\n")[0]
             raise ConfigError(
-                f"model.init_from = {TIMM}{tag} can't be downloaded: {str(error).partition(chr(10))[0]} Fetch it where there is a "
-                "network (it is kept in HF_HOME), or name a local file or folder."
+                f"{asked} can't be downloaded: {reason} Fetch it where there is a network (it is kept in "
+                "HF_HOME), or name a local file or folder."
             ) from error
 
-    return once_per_node(download)[0]
+    return Path(once_per_node(download)[0])
 
 
 def _described(name: str, path: Path, source: str) -> VisionTransformer:
     """timm's own model of a folder or a tag, its weights loaded strictly."""
+    asked = f"model.init_from = {source}"
     try:
         model = timm.create_model(name, pretrained=False)
     except UNREADABLE as error:
-        raise ConfigError(
-            f"model.init_from = {source}: timm can't build it: {type(error).__name__} {error}."
-        ) from error
+        raise ConfigError(f"{asked}: timm can't build it: {type(error).__name__} {error}.") from error
     if type(model) is not VisionTransformer:
-        raise ConfigError(
-            f"model.init_from = {source} is a {type(model).__name__}, and only timm's plain VisionTransformer fits."
-        )
-    _refuse(
-        mismatches(
-            shapes(model.state_dict()),
-            shapes(state := timm_weights(path, model, f"model.init_from = {source}")),
-        ),
-        source,
-    )
+        kind = type(model).__name__
+        raise ConfigError(f"{asked} is a {kind}, and only timm's plain VisionTransformer fits.")
+    state = timm_weights(path, model, asked)
+    _refuse(mismatches(shapes(model.state_dict()), shapes(state)), source)
     model.load_state_dict(state)
     return model
 
 
 def _figures(vit: VisionTransformer) -> dict[str, object]:
-    """What makes another function of the same weights, or asks for others."""
-    block = vit.blocks[0]
+    """The figures in which two ViTs of the same names must agree to compute the same."""
+    block: Any = vit.blocks[0]
     return {
         "width": vit.embed_dim, "blocks": len(vit.blocks), "heads": block.attn.num_heads,
         "activation": type(block.mlp.act).__name__, "epsilon of norms": block.norm1.eps,
@@ -77,72 +71,87 @@ def _figures(vit: VisionTransformer) -> dict[str, object]:
 def _refuse(wrong: list[str], source: str) -> None:
     if wrong:
         raise ConfigError(
-            f"model.init_from = {source} doesn't fit: {len(wrong)} tensors differ, e.g. {'; '.join(wrong[:3])}. Give it the model "
-            "that model.name and model.args describe, or these what it is. (A run's own checkpoint goes through "
-            "tools/export_timm.py.)"
+            f"model.init_from = {source} doesn't fit: {len(wrong)} tensors differ, e.g. "
+            f"{'; '.join(wrong[:3])}. Name weights of the model that model.name and model.args describe, or "
+            "change these. (A run's own checkpoint goes through tools/export_timm.py.)"
         )
 
 
 def begin_from(vit: VisionTransformer, config: Config) -> tuple[str, list[str]]:
-    """Load model.init_from into the run's ViT; the sha256 of its file, and what changed on the way, in words. Every rank must
-    call it.
+    """Load model.init_from into the run's ViT. Every rank must call it.
 
-    The function stays: a LayerScale that the source hasn't begins at 1, one that the run hasn't is folded away. Another grid
-    or patch size is resampled by timm. A fine-tuned source with fc_norm, which is of the mean, leaves the run's norm fresh.
+    Gives the sha256 of its file, and phrases for what changed on the way. The function stays: a LayerScale
+    that the source lacks begins at 1, one that the run lacks is folded away. timm resamples another grid or
+    patch size. A fine-tuned source with fc_norm, which normalises the mean, leaves the run's norm fresh.
 
     Raises:
-        ConfigError: it can't be had or read, is of another architecture, or another file on another node; nothing is loaded in
-            part.
+        ConfigError: it can't be downloaded or read, is of another architecture, or is another file on another
+            node. Nothing is loaded in part.
     """
-    source, notes, size = config.model.init_from, [], (config.model.img_size, config.model.patch_size)
-    tag, folder = source.removeprefix(TIMM), Path(source)
-    path = (
-        Path(_tag_file(tag))
-        if source.startswith(TIMM)
-        else folder / "model.safetensors"
-        if folder.is_dir()
-        else folder
-    )
-    own = _figures(vit)
-    if path == folder:  # of a file alone neither heads nor activation are known
-        state = timm_weights(path, vit, f"model.init_from = {source}")
+    source = config.model.init_from
+    assert source is not None
+    asked, own, notes = f"model.init_from = {source}", _figures(vit), []
+    tag = source.removeprefix(TIMM) if source.startswith(TIMM) else None
+
+    # The source's tensors, resampled to the run's grid and patches, and the figures that it is known by.
+    if tag is None and not Path(source).is_dir():  # a file alone tells neither heads nor activation
+        path = Path(source)
+        state = timm_weights(path, vit, asked)
         blocks = {name.split(".")[1] for name in state if name.startswith("blocks.")}
         given = {"width": state["cls_token"].shape[-1], "blocks": len(blocks)} if "cls_token" in state else {}
     else:
-        model = _described(tag if source.startswith(TIMM) else f"local-dir:{source}", path, source)
-        given, was = _figures(model), (model.patch_embed.img_size[0], model.patch_embed.patch_size[0])
-        if was != size:
-            model.set_input_size(size[0], size[1])
-            notes.append(
-                f"resampled from {was[0]} px in patches of {was[1]} to {size[0]} px in patches of {size[1]}"
-            )
-        for name in ("mean", "std"):
-            if (used := tuple(model.pretrained_cfg[name])) != (here := getattr(config.data, name)):
-                notes.append(f"data.{name} = {list(here)}, but it has learnt with {list(used)}")
+        path = _tag_file(tag) if tag is not None else Path(source) / "model.safetensors"
+        model = _described(tag or f"local-dir:{source}", path, source)
+        given = _figures(model)
+        notes += _resize(model, config) + _other_colours(model, config)
         state = model.state_dict()
+
+    # The checks.
     if differing := [name for name in given if given[name] != own[name]]:
-        told = [", ".join(f"{name} {figures[name]}" for name in differing) for figures in (given, own)]
-        raise ConfigError(
-            f"model.init_from = {source} has {told[0]}; model.name = {config.model.name} has here {told[1]}."
-        )
+        theirs, ours = (", ".join(f"{name} {each[name]}" for name in differing) for each in (given, own))
+        raise ConfigError(f"{asked} has {theirs}; model.name = {config.model.name} has here {ours}.")
     sha256, all_nodes = once_per_node(lambda: checksum(path))
     if len(set(all_nodes)) > 1:
-        raise ConfigError(
-            f"model.init_from = {source}: the nodes read different weights; give all of them the same file."
-        )
+        raise ConfigError(f"{asked}: the nodes read different weights; give all of them the same file.")
+
     vit.load_state_dict(_adapted(state, vit, source, notes))
     return sha256, notes
+
+
+def _resize(model: VisionTransformer, config: Config) -> list[str]:
+    """Resample a ViT to the run's grid and patch size; gives a note of it."""
+    size, patch = config.model.img_size, config.model.patch_size
+    was: Any = model.patch_embed
+    old_size, old_patch = was.img_size[0], was.patch_size[0]
+    if (old_size, old_patch) == (size, patch):
+        return []
+    model.set_input_size(size, patch)
+    return [f"resampled from {old_size} px in patches of {old_patch} to {size} px in patches of {patch}"]
+
+
+def _other_colours(model: Any, config: Config) -> list[str]:
+    """A note of each of mean and std in which the source's images differ from the run's."""
+    notes = []
+    for name in ("mean", "std"):
+        theirs, ours = tuple(model.pretrained_cfg[name]), getattr(config.data, name)
+        if theirs != ours:
+            notes.append(f"data.{name} = {list(ours)}, but it has learnt with {list(theirs)}")
+    return notes
 
 
 def _adapted(
     state: dict[str, Tensor], vit: VisionTransformer, source: str, notes: list[str]
 ) -> dict[str, Tensor]:
-    """The state that this ViT needs for the source's function; adds to the notes."""
+    """The state with which this ViT computes the source's function; adds to the notes."""
     fresh = vit.state_dict()
+
+    # The classifier and its norm.
     if "fc_norm.weight" in state and "norm.weight" not in state:
         state |= {name: fresh[name] for name in fresh if name.startswith("norm.")}
         notes.append("norm is fresh, the source normalises the mean")
     state = {name: tensor for name, tensor in state.items() if not name.startswith(("head.", "fc_norm."))}
+
+    # LayerScale.
     wanted, scales = shapes(fresh), [name for name in fresh if LAYER_SCALE.fullmatch(name)]
     if missing := [name for name in scales if name not in state]:
         state |= {name: torch.ones_like(fresh[name]) for name in missing}

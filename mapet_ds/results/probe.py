@@ -1,10 +1,10 @@
-"""What frozen features are worth: nearest neighbours and a linear classifier on the mean patch token of a timm ViT."""
+"""Probes of frozen features: nearest neighbours and linear classifiers on a timm ViT's mean patch token."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import timm
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
-from timm.models.vision_transformer import VisionTransformer
+from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 from torchvision.datasets import ImageFolder
 
@@ -20,32 +20,35 @@ from mapet_ds.errors import ConfigError, DataError
 from mapet_ds.nearest import most_similar
 from mapet_ds.weights import UNREADABLE
 
+Features = NDArray[np.float32]
+"""[n, D], a row for each image."""
+Labels = NDArray[np.int64]
+"""[n], the class of each image."""
 K = 20
-"""Neighbours that vote."""
+"""The number of neighbours that vote."""
 EPOCHS = 90
+"""Passes of the linear probe by SGD over the features."""
 LEARNING_RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+"""The rates that the linear probe tries."""
 BATCH_SIZE = 256
-"""Of the linear probe by SGD: passes over the features; rates that are tried; images an update."""
+"""Images an update of the linear probe."""
 
 
-def load_timm(
-    path: Path, architecture: str | None = None, untrained: bool = False, seed: int = 0
-) -> VisionTransformer:
-    """A timm ViT for evaluation: a folder of config.json and model.safetensors, or weights and a name.
+def load_timm(path: Path, architecture: str | None = None, untrained: bool = False, seed: int = 0) -> Any:
+    """A timm ViT for evaluation, from a folder of config.json and model.safetensors, or weights and a name.
 
     untrained: the same architecture with fresh weights drawn from `seed`; no weights are read.
 
     Raises:
-        ConfigError: nothing there to load, or weights that don't fit.
+        ConfigError: there is nothing to load, or the weights don't fit.
     """
     folder = path.parent if path.is_file() and architecture is None else path
     torch.manual_seed(seed)
     try:
         if (folder / "config.json").is_file():
             if not untrained and not (folder / "model.safetensors").is_file():
-                raise ConfigError(
-                    f"--model {path}: there are no weights, {folder / 'model.safetensors'} is missing."
-                )
+                missing = folder / "model.safetensors"
+                raise ConfigError(f"--model {path}: there are no weights, {missing} is missing.")
             return timm.create_model(f"local-dir:{folder}", pretrained=not untrained, num_classes=0).eval()
         if not path.is_file():
             raise ConfigError(
@@ -53,9 +56,8 @@ def load_timm(
                 "tools/export_timm.py writes it, nor a file of weights."
             )
         if architecture is None:
-            raise ConfigError(
-                f"--model {path}: weights alone don't tell the model; add --arch, timm's name for it."
-            )
+            cure = "add --arch, timm's name for it"
+            raise ConfigError(f"--model {path}: weights alone don't tell the model; {cure}.")
         checkpoint = None if untrained else path
         return timm.create_model(architecture, checkpoint_path=checkpoint, num_classes=0).eval()
     except UNREADABLE as error:
@@ -67,43 +69,38 @@ def _read_rgb(path: str) -> Image.Image:
         with Image.open(path) as image:
             return image.convert("RGB")
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(
-            f"{path} is no image that can be read ({error}); tools/check_images.py lists all such."
-        ) from error
+        cure = "tools/check_images.py lists all such"
+        raise DataError(f"{path} is no image that can be read ({error}); {cure}.") from error
 
 
-def labelled_folders(train: Path, val: Path, model: VisionTransformer) -> tuple[ImageFolder, ImageFolder]:
-    """Two folders of classes of images, under timm's evaluation transform of the model.
+def labelled_folders(train: Path, val: Path, model: nn.Module) -> tuple[ImageFolder, ImageFolder]:
+    """Two folders that have a sub-folder of images for each class, under the model's evaluation transform.
 
     Raises:
-        DataError: a folder that isn't there, an empty class, classes that differ.
+        DataError: a folder isn't there, a class is empty, or the classes differ.
     """
-    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    transform: Any = create_transform(**resolve_model_data_config(model))
     folders = []
     for root in (train, val):
         try:
             folders.append(ImageFolder(str(root), transform, loader=_read_rgb))
         except OSError as error:
             raise DataError(f"{root} must hold a sub-folder with images for each class. {error}") from error
-    differing = sorted(set(folders[0].classes) ^ set(folders[1].classes))
-    if differing:
-        more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
-        raise DataError(
-            f"{train} and {val} must have the same classes; only in one of them: {', '.join(differing[:5])}{more}."
-        )
+    if differing := sorted(set(folders[0].classes) ^ set(folders[1].classes)):
+        some = ", ".join(differing[:5]) + (f" and {len(differing) - 5} more" if len(differing) > 5 else "")
+        raise DataError(f"{train} and {val} must have the same classes; only in one of them: {some}.")
     return folders[0], folders[1]
 
 
 @torch.inference_mode()
 def features(
-    model: VisionTransformer,
-    loader: Iterable[tuple[Tensor, Tensor]],
-    device: torch.device,
+    model: Any, loader: Iterable[tuple[Tensor, Tensor]], device: torch.device,
     pool: Literal["avg", "token"] = "avg",
-) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """[n, D] mean patch tokens after the final norm, or class tokens, and [n] labels, in the loader's order.
+) -> tuple[Features, Labels]:  # fmt: skip
+    """Mean patch tokens [n, D] after the final norm, or class tokens, and labels [n], in the loader's order.
 
-    Class and register tokens are no part of the mean: MaPeT's loss never reaches the class token. The host waits for the GPU.
+    model: a timm ViT. Its class and register tokens are no part of the mean, because MaPeT's loss never
+    reaches the class token. The host waits for the GPU.
     """
     model = model.to(device).eval()
     collected, labels = [], []
@@ -115,34 +112,28 @@ def features(
     return torch.cat(collected).numpy(), torch.cat(labels).numpy()
 
 
-def unit_length(features: NDArray[np.float32]) -> NDArray[np.float32]:
+def unit_length(features: Features) -> Features:
     """Rows [n, D] divided by their lengths."""
     return F.normalize(torch.from_numpy(features), dim=1).numpy()
 
 
 def knn(
-    train_features: NDArray[np.float32],
-    train_labels: NDArray[np.int64],
-    val_features: NDArray[np.float32],
-    val_labels: NDArray[np.int64],
-    k: int = K,
-    temperature: float = 0.07,
-    on_gpus: bool = True,
-) -> float:
-    """Accuracy in percent of a weighted vote: each of the k most similar training images gives its class
-    exp(cosine / temperature). Features [n, D] have length 1; the search is exact, on all GPUs that there are unless told not to.
+    train_features: Features, train_labels: Labels, val_features: Features, val_labels: Labels, k: int = K,
+    temperature: float = 0.07, on_gpus: bool = True,
+) -> float:  # fmt: skip
+    """The accuracy in percent of a weighted vote of neighbours, on features of length 1.
 
-    Memory: for ImageNet (1.28 million x 768 floats) the features and FAISS's copy of them are 4 GB each, the votes 0.4 GB.
+    Each of the k most similar training images gives exp(cosine / temperature) to its class. The search is
+    exact, and on all GPUs that there are unless `on_gpus` is False. Memory: for ImageNet (1.28 million x 768
+    floats) the features and FAISS's copy of them are 4 GB each, the votes 0.4 GB.
 
     Raises:
-        DataError: fewer training images than k.
+        DataError: there are fewer training images than k.
 
     Source: Wu et al., arXiv 1805.01978, section 3.4, with the values that DINO (arXiv 2104.14294) uses.
     """
-    if len(train_features) < k:
-        raise DataError(
-            f"k = {k} neighbours can't be found among {len(train_features)} training images; lower --k."
-        )
+    if (n := len(train_features)) < k:
+        raise DataError(f"k = {k} neighbours can't be found among {n} training images; lower --k.")
     cosines, neighbours = most_similar(train_features, val_features, k, on_gpus)
     votes = np.zeros((len(val_features), int(train_labels.max()) + 1))
     rows = np.arange(len(val_features))[:, None]
@@ -151,16 +142,13 @@ def knn(
 
 
 def linear(
-    train_features: NDArray[np.float32],
-    train_labels: NDArray[np.int64],
-    val_features: NDArray[np.float32],
-    val_labels: NDArray[np.int64],
+    train_features: Features, train_labels: Labels, val_features: Features, val_labels: Labels,
     penalty: float = 1e-4,
-) -> float:
-    """Accuracy in percent of a multinomial logistic regression on features [n, D], standardised by the training set's.
+) -> float:  # fmt: skip
+    """The accuracy in percent of a multinomial logistic regression, on standardised features.
 
-    For small sets: solved whole by L-BFGS, in float64 on the CPU, with `penalty` / 2 times the squared weights added to the
-    mean cross-entropy; the same figure each time.
+    It is for small sets: L-BFGS solves it whole, in float64 on the CPU, with `penalty` / 2 times the squared
+    weights added to the mean cross-entropy. The figure is the same each time.
     """
     x, y = torch.from_numpy(train_features).double(), torch.from_numpy(train_labels)
     mean, std = x.mean(0), x.std(0).clamp(min=1e-6)
@@ -179,49 +167,47 @@ def linear(
 
     solver.step(loss)
     with torch.no_grad():
-        found = ((torch.from_numpy(val_features).double() - mean) / std @ weight + bias).argmax(1)
-    return 100 * int((found == torch.from_numpy(val_labels)).sum()) / len(val_labels)
+        val = (torch.from_numpy(val_features).double() - mean) / std
+        predicted = (val @ weight + bias).argmax(1)
+    return 100 * int((predicted == torch.from_numpy(val_labels)).sum()) / len(val_labels)
 
 
 class LinearHeads(nn.Module):
-    """Linear classifiers side by side on the same features [B, D], behind one BatchNorm without weights, or none.
+    """Linear classifiers side by side on the same features [B, D], after a BatchNorm without weights or none.
 
-    Its running statistics are plain means over all batches: features don't change, and an average that forgets would begin at 0.
+    Its running statistics are plain means over all batches: features don't change, and a moving average would
+    begin at 0.
     """
 
     def __init__(self, heads: int, width: int, classes: int, batch_norm: bool) -> None:
         super().__init__()
-        self.norm = (
-            nn.BatchNorm1d(width, affine=False, eps=1e-6, momentum=None) if batch_norm else nn.Identity()
-        )
+        norm = nn.BatchNorm1d(width, affine=False, eps=1e-6, momentum=None)
+        self.norm = norm if batch_norm else nn.Identity()
         self.weight = nn.Parameter(torch.zeros(heads, width, classes))
         self.bias = nn.Parameter(torch.zeros(heads, 1, classes))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, D] -> logits [heads, B, classes]."""
+        """The logits [heads, B, classes] of features [B, D]."""
         return self.norm(x) @ self.weight + self.bias
 
     @torch.no_grad()
     def accuracies(self, x: Tensor, y: Tensor) -> list[float]:
-        """Of each head, in percent, on features [n, D] and labels [n]."""
-        hits = sum(
-            (self(rows).argmax(2) == labels).sum(1)
-            for rows, labels in zip(x.split(4096), y.split(4096), strict=True)
-        )
-        return (100 * hits.double() / len(y)).tolist()
+        """The accuracy of each head, in percent, on features [n, D] and labels [n]."""
+        hits = torch.zeros(len(self.weight), dtype=torch.float64, device=x.device)
+        for rows, labels in zip(x.split(4096), y.split(4096), strict=True):
+            hits += (self(rows).argmax(2) == labels).sum(1)
+        return (100 * hits / len(y)).tolist()
 
 
 def fit_heads(
-    x: Tensor,
-    y: Tensor,
-    rows: Tensor,
-    rates: Sequence[float],
-    epochs: int,
-    batch_norm: bool,
+    x: Tensor, y: Tensor, rows: Tensor, rates: Sequence[float], epochs: int, batch_norm: bool,
     generator: torch.Generator,
-) -> LinearHeads:
-    """One head a learning rate, trained side by side on these rows of features [n, D] and labels [n]: SGD with momentum, each
-    epoch in an order of the generator without its last, smaller batch, the rates following a cosine to 0."""
+) -> LinearHeads:  # fmt: skip
+    """Train one head a learning rate, side by side, on these rows of features [n, D] and labels [n].
+
+    SGD has momentum, and its rates follow a cosine to 0. The generator orders each epoch, whose last, smaller
+    batch is left out.
+    """
     heads = LinearHeads(len(rates), x.shape[1], int(y.max()) + 1, batch_norm).to(x.device)
     batch_size = min(BATCH_SIZE, len(rows))
     batches = len(rows) // batch_size
@@ -232,62 +218,60 @@ def fit_heads(
         order = rows[torch.randperm(len(rows), generator=generator)].to(x.device)
         for batch in order.split(batch_size)[:batches]:
             logits = heads(x[batch])
-            losses = F.cross_entropy(
-                logits.flatten(0, 1), y[batch].repeat(len(rates)), reduction="none"
-            ).view(len(rates), -1)
+            labels = y[batch].repeat(len(rates))
+            losses = F.cross_entropy(logits.flatten(0, 1), labels, reduction="none").view(len(rates), -1)
             solver.zero_grad()
-            (
-                losses.mean(1) * factors
-            ).sum().backward()  # a rate on the loss is one on the update: SGD is linear in gradients
+            # SGD is linear in gradients, so a rate on the loss is a rate on the update.
+            (losses.mean(1) * factors).sum().backward()
             solver.step()
             schedule.step()
     return heads.eval()
 
 
 class SGDProbe(NamedTuple):
+    """The result of the linear probe by SGD."""
+
     accuracy: float
     """In percent, on the validation images."""
     learning_rate: float
-    """The one that was chosen."""
+    """The rate that was chosen."""
     held_out: dict[float, float]
-    """Accuracy of each learning rate, in percent, on the training images it was chosen by."""
+    """The accuracy of each learning rate, in percent, on the training images it was chosen by."""
 
 
 def linear_sgd(
-    train_features: NDArray[np.float32],
-    train_labels: NDArray[np.int64],
-    val_features: NDArray[np.float32],
-    val_labels: NDArray[np.int64],
-    learning_rates: Sequence[float] = LEARNING_RATES,
-    epochs: int = EPOCHS,
-    batch_norm: bool = False,
-    seed: int = 0,
-    device: torch.device | str = "cpu",
-) -> SGDProbe:
-    """A linear classifier of features [n, D] as papers train it, in fp32; the same each time.
+    train_features: Features, train_labels: Labels, val_features: Features,
+    val_labels: Labels, learning_rates: Sequence[float] = LEARNING_RATES, epochs: int = EPOCHS,
+    batch_norm: bool = False, seed: int = 0, device: torch.device | str = "cpu",
+) -> SGDProbe:  # fmt: skip
+    """Train and judge a linear classifier of features [n, D] as papers do, in fp32; the same each time.
 
-    All learning rates are tried at once without a tenth of the training images, drawn from the seed. The best on that tenth, the
-    lowest of equals, is trained anew on all training images, and only it sees the validation images, once.
+    All learning rates are tried at once without a tenth of the training images, drawn from the seed. The best
+    on that tenth, the lowest of equals, is trained anew on all training images. It alone sees the validation
+    images, once.
 
     Raises:
         DataError: fewer than 20 training images.
 
-    Source: BatchNorm without weights before the head, 90 epochs: MAE, arXiv 2111.06377, A.1, and SAIM; SGD with momentum 0.9
-    without weight decay, cosine: DINO, arXiv 2104.14294; many rates at once: DINOv2, arXiv 2304.07193. Departures: features are
-    taken once, of central crops, without augmentation; batches of 256 and SGD instead of MAE's 16,384 and LARS; no validation
-    image chooses the rate.
+    Source: BatchNorm without weights before the head, 90 epochs: MAE, arXiv 2111.06377, A.1, and SAIM. SGD
+    with momentum 0.9 without weight decay, cosine: DINO, arXiv 2104.14294. Many rates at once: DINOv2, arXiv
+    2304.07193. Departures: features are computed once, of central crops, without augmentation; batches of 256
+    and SGD instead of MAE's 16,384 and LARS; no validation image chooses the rate.
     """
     if len(train_labels) < 20:
         raise DataError(f"{len(train_labels)} training images are too few to hold out a tenth of them.")
+
+    # The rate, by a tenth of the training images.
     x, y = (torch.from_numpy(each).to(device) for each in (train_features, train_labels))
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(y), generator=generator)
     tenth, rest = order[: len(y) // 10], order[len(y) // 10 :]
-    tried = fit_heads(x, y, rest, learning_rates, epochs, batch_norm, generator).accuracies(
-        x[tenth], y[tenth]
-    )
-    held_out = dict(zip(learning_rates, tried, strict=True))
+    heads = fit_heads(x, y, rest, learning_rates, epochs, batch_norm, generator)
+    held_out = dict(zip(learning_rates, heads.accuracies(x[tenth], y[tenth]), strict=True))
     chosen = max(sorted(held_out), key=held_out.__getitem__)
+
+    # The classifier.
     head = fit_heads(x, y, order, [chosen], epochs, batch_norm, generator)
-    (accuracy,) = head.accuracies(*(torch.from_numpy(each).to(device) for each in (val_features, val_labels)))
+    x, y = (torch.from_numpy(each).to(device) for each in (val_features, val_labels))
+    (accuracy,) = head.accuracies(x, y)
     return SGDProbe(accuracy, chosen, held_out)

@@ -1,7 +1,7 @@
-"""Checkpoints as MaPeT, ConMIM and SAIM were published, as timm models.
+"""The import of checkpoints as MaPeT, ConMIM and SAIM were published, as timm models.
 
-Every tensor of a file is used, or is one of those that a ViT does without (`Method.dropped`), or is a reason to refuse it.
-Sizes are read off the tensors.
+Every tensor of a file is used, or is one that a ViT does without (`Method.dropped`), or is a reason to refuse
+the file. Sizes are read off the tensors.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from mapet_ds.weights import HEAD_DIM, LAYER_SCALE, fold_layer_scale, mismatches
 
 
 class Method(NamedTuple):
-    """How a method's checkpoints differ from timm's."""
+    """The differences of a method's checkpoints from timm's."""
 
     architectures: dict[int, str]
     """timm's name by width."""
     positions: str
     """The tensor that tells the grid of patches."""
     qkv: dict[str, int]
-    """The layers that are timm's `qkv` one after another, and their thirds of its rows."""
+    """The layers that make up timm's `qkv` one after another, and the thirds of its rows that each has."""
     mark: str
-    """Part of a key that the others don't have."""
+    """A part of a key that no other method's checkpoints have."""
     dropped: frozenset[str]
     """Modules and tensors that served pre-training, or that timm computes."""
     crop_pct: float
-    """Of the published evaluation, below 384 pixels; from there on the whole central square."""
+    """The published evaluation's crop below 384 pixels. From there on it is the whole central square."""
 
 
 VITS = {
@@ -50,7 +50,8 @@ BEITS = {384: "beit_base_patch16_224", 768: "beit_base_patch16_224", 1024: "beit
 TABLE = "relative_position_bias_table"
 METHODS = {
     "mapet": Method(
-        VITS, "pos_embed", {"q": 1, "kv": 2}, ".attn.kv.", frozenset({"decoder", "mask_positional_token"}), 0.9,
+        VITS, "pos_embed", {"q": 1, "kv": 2}, ".attn.kv.",
+        frozenset({"decoder", "mask_positional_token"}), 0.9,
     ),
     "conmim": Method(
         BEITS, f"blocks.0.attn.{TABLE}", {"qkv": 3}, ".attn.q_bias",
@@ -65,6 +66,8 @@ METHODS = {
 
 
 class Import(NamedTuple):
+    """An import that was written."""
+
     folder: Path
     architecture: str
     num_classes: int
@@ -75,15 +78,12 @@ class Import(NamedTuple):
 
 def _refuse(wrong: list[str], path: Path, method: str, state: dict[str, Tensor]) -> None:
     if wrong:
-        others = [
-            name
-            for name, other in METHODS.items()
-            if name != method and any(other.mark in key for key in state)
-        ]
-        raise ConfigError(
-            f"{path} doesn't fit --method {method}: {len(wrong)} tensors differ, e.g. {'; '.join(sorted(wrong)[:6])}."
-            f"{f' Its keys are those of --method {others[0]}.' if others else ''}"
-        )
+        marked = [name for name in METHODS if any(METHODS[name].mark in key for key in state)]
+        others = [name for name in marked if name != method]
+        hint = f" Its keys are those of --method {others[0]}." if others else ""
+        examples = "; ".join(sorted(wrong)[:6])
+        problem = f"{path} doesn't fit --method {method}: {len(wrong)} tensors differ"
+        raise ConfigError(f"{problem}, e.g. {examples}.{hint}")
 
 
 def _blocks(state: dict[str, Tensor]) -> set[str]:
@@ -91,28 +91,27 @@ def _blocks(state: dict[str, Tensor]) -> set[str]:
 
 
 def _arguments(state: dict[str, Tensor], path: Path, method: str) -> dict[str, Any]:
-    """What timm.create_model needs, from the names and sizes of the tensors."""
+    """timm.create_model's arguments, by the names and sizes of the tensors."""
     architectures, positions = METHODS[method].architectures, METHODS[method].positions
-    dims = {
-        "patch_embed.proj.weight": 4,
-        "blocks.0.mlp.fc1.weight": 2,
-        positions: 2 if TABLE in positions else 3,
-    }
+    relative = TABLE in positions
+
+    # The tensors that tell sizes.
+    dims = {"patch_embed.proj.weight": 4, "blocks.0.mlp.fc1.weight": 2, positions: 2 if relative else 3}
     dims |= {"head.weight": 2} if "head.weight" in state else {}
     wrong = [f"{name} is missing" for name in dims if name not in state]
+    present = {name: n for name, n in dims.items() if name in state}
     wrong += [
-        f"{name} is {state[name].ndim}-d, not {n}-d"
-        for name, n in dims.items()
-        if name in state and state[name].ndim != n
+        f"{name} is {state[name].ndim}-d, not {n}-d" for name, n in present.items() if state[name].ndim != n
     ]
     _refuse(wrong, path, method, state)
+
+    # The sizes.
     width, _, patch_size, _ = state["patch_embed.proj.weight"].shape
     if width not in architectures:
-        raise ConfigError(
-            f"{path} is of width {width}; --method {method} knows {', '.join(map(str, architectures))}."
-        )
-    rows = state[positions].shape[0 if TABLE in positions else 1]
-    grid = (math.isqrt(max(rows - 3, 1)) + 1) // 2 if TABLE in positions else math.isqrt(max(rows - 1, 1))
+        known = ", ".join(map(str, architectures))
+        raise ConfigError(f"{path} is of width {width}; --method {method} knows {known}.")
+    rows = state[positions].shape[0 if relative else 1]
+    grid = (math.isqrt(max(rows - 3, 1)) + 1) // 2 if relative else math.isqrt(max(rows - 1, 1))
     scaled = any(LAYER_SCALE.fullmatch(name) for name in state)
     return {
         "model_name": architectures[width],
@@ -129,56 +128,58 @@ def _arguments(state: dict[str, Tensor], path: Path, method: str) -> dict[str, A
 
 
 def _sources(name: str, qkv: dict[str, int]) -> dict[str, int]:
-    """The published tensors that are timm's one after another, and the thirds of its rows that each has."""
+    """The published tensors that make up timm's one after another, and the thirds of its rows in each."""
     if ".attn.qkv." not in name:
         return {name: 3}
     return {name.replace(".qkv.", f".{layer}."): thirds for layer, thirds in qkv.items()}
 
 
 def _to_timm(state: dict[str, Tensor], path: Path, method: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """timm's arguments, and fp32 weights by timm's names.
-
-    ConMIM's one table of relative positions is copied to each block, which is what its fine-tuning begins from.
-    """
+    """timm's arguments, and fp32 weights by timm's names."""
+    # ConMIM's one table of relative positions goes to each block: its fine-tuning begins from that.
     if f"rel_pos_bias.{TABLE}" in state and not any(name.endswith(f"attn.{TABLE}") for name in state):
         state = dict(state)
         shared = state.pop(f"rel_pos_bias.{TABLE}")
         state |= {f"{block}.attn.{TABLE}": shared for block in _blocks(state)}
+
+    # timm's tensors, and the published ones of which each is made.
     arguments = _arguments(state, path, method)
     with torch.device("meta"):
         model = timm.create_model(**arguments)
+    weights, wanted = {}, {}
     sources = {name: _sources(name, METHODS[method].qkv) for name in model.state_dict()}
-    wanted = {
-        source: (len(tensor) * thirds // 3, *tensor.shape[1:])
-        for name, tensor in model.state_dict().items()
-        for source, thirds in sources[name].items()
-    }
+    for name, tensor in model.state_dict().items():
+        for source, thirds in sources[name].items():
+            wanted[source] = (len(tensor) * thirds // 3, *tensor.shape[1:])
     _refuse(mismatches(wanted, shapes(state)), path, method, state)
-    return arguments, {
-        name: torch.cat([state[source].float() for source in parts]) for name, parts in sources.items()
-    }
+    for name, parts in sources.items():
+        weights[name] = torch.cat([state[source].float() for source in parts])
+    return arguments, weights
 
 
 def import_weights(
     method: str, path: Path, out: Path, layer_scale: Literal["fold", "keep"] = "fold", ema: bool = False
 ) -> Import:
-    """Write a published checkpoint, of pre-training or fine-tuned, as model.safetensors and config.json in `out`, for
-    `timm.create_model("local-dir:OUT", pretrained=True)`: with its classifier, if it has one, and the published evaluation's
-    size, mean, std and crop.
+    """Write a published checkpoint, pre-trained or fine-tuned, as model.safetensors and config.json in `out`.
 
-    fold: LayerScale goes into the layers before it; keep: it stays, as `init_values`.
-    ema: the moving average, where the checkpoint has one beside the weights.
+    `timm.create_model("local-dir:OUT", pretrained=True)` loads it with its classifier, if it has one, and
+    with the published evaluation's size, mean, std and crop.
+
+    layer_scale: "fold" moves LayerScale into the layers before it; "keep" leaves it, as `init_values`.
+    ema: whether to take the moving average that the checkpoint has beside the weights.
 
     Raises:
         ConfigError: the file can't be read, or isn't wholly one of this method's.
     """
+    # timm's arguments and weights.
     state = read_tensors(path, str(path), ema=ema)
     left_out = {name: parts for name in state if (parts := METHODS[method].dropped & set(name.split(".")))}
-    arguments, weights = _to_timm(
-        {name: state[name] for name in state.keys() - left_out.keys()}, path, method
-    )
+    kept = {name: state[name] for name in state.keys() - left_out.keys()}
+    arguments, weights = _to_timm(kept, path, method)
     if layer_scale == "fold":
         weights, arguments["init_values"] = fold_layer_scale(weights), 0.0
+
+    # The model.
     vit = timm.create_model(pretrained_cfg_overlay=NO_PROVENANCE | {"tag": method}, **arguments)
     vit.load_state_dict(weights)
     size = arguments["img_size"]
@@ -190,7 +191,6 @@ def import_weights(
         "crop_pct": METHODS[method].crop_pct if size < 384 else 1.0,
     }
     with staged(out) as folder:
-        save_for_hf(vit, folder, safe_serialization=True, data_config=data_config)
-    return Import(
-        out, arguments["model_name"], arguments["num_classes"], sorted(set().union(*left_out.values()))
-    )
+        save_for_hf(vit, str(folder), safe_serialization=True, data_config=data_config)
+    dropped = sorted(set().union(*left_out.values()))
+    return Import(out, arguments["model_name"], arguments["num_classes"], dropped)

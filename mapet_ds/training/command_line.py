@@ -20,40 +20,34 @@ from mapet_ds.launchers import ancestors, check_hostfile
 
 
 def check_tokenizer_file(tokenizer: TokenizerConfig) -> None:
-    """Refuse a tokenizer whose file isn't there.
-
-    Raises:
-        ConfigError: no file at tokenizer.path.
-    """
+    """Refuse a tokenizer whose file isn't there, by a ConfigError."""
     writes = {"kclip": "tools/fit_codebook.py writes it", "vqkd": "BEiT v2 publishes it"}.get(tokenizer.name)
     if writes and not Path(tokenizer.path).is_file():
-        found = "is empty" if not tokenizer.path else f"= {tokenizer.path} is not a file"
-        raise ConfigError(
-            f"tokenizer.path {found}: name the file that the {tokenizer.name} tokenizer reads; {writes}."
-        )
+        state = f"= {tokenizer.path} is not a file" if tokenizer.path else "is empty"
+        cure = f"name the file that the {tokenizer.name} tokenizer reads; {writes}"
+        raise ConfigError(f"tokenizer.path {state}: {cure}.")
 
 
 def check_run_dir(config: RunConfig) -> None:
-    """Refuse a run whose folder can't be used, as far as a look at the path tells. Every rank may call it.
+    """Refuse a run whose folder can't be made or written, as far as its path shows, by a ConfigError.
 
-    Raises:
-        ConfigError: run_dir can't be made or written.
+    Every rank may call it.
     """
     folder = Path(os.path.abspath(config.run_dir))
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        why = "may not be written" if there.is_dir() else "is not a folder"
-        raise ConfigError(f"run_dir = {config.run_dir} can't be used: {there} {why}.")
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        why = "may not be written" if existing.is_dir() else "is not a folder"
+        raise ConfigError(f"run_dir = {config.run_dir} can't be used: {existing} {why}.")
 
 
 def check_files(config: Config) -> None:
-    """Refuse a run whose codebook, ids, first weights or folder can't be used, as far as a look at the paths tells.
+    """Refuse a run whose codebook, ids, first weights or folder can't be used, as far as their paths show.
 
     Weights to begin from matter only where the run starts. Every rank may call it.
 
     Raises:
-        ConfigError: no file at tokenizer.path, no ids of this recipe at tokenizer.ids, no weights at model.init_from, or
-            a run_dir that can't be made or written.
+        ConfigError: no file at tokenizer.path, no ids of this recipe at tokenizer.ids, no weights at
+            model.init_from, or a run_dir that can't be made or written.
     """
     if not any((Path(config.run_dir) / "checkpoints").glob("step_*")):
         refuse_broken(config.model.init_rules())
@@ -70,8 +64,9 @@ class Command(NamedTuple):
 
     settings: type[RunConfig]
     check: Callable[[Any, int], None]
-    """Of settings against each other and the number of ranks."""
+    """Called with the settings and the number of ranks; refuses what doesn't fit together."""
     check_files: Callable[[Any], None]
+    """Called with the settings; refuses what the paths in them show to be unusable."""
 
 
 PRETRAINING = Command(Config, check, check_files)
@@ -79,15 +74,13 @@ FINETUNING = Command(FinetuneConfig, check_finetune, check_run_dir)
 
 
 class _ShowKnobs(argparse.Action):
-    """--knobs [SECTION]: print the knobs and end."""
+    """The option --knobs [SECTION]: it prints the knobs and ends the program."""
 
     def __init__(self, *args: Any, settings: type[RunConfig], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.settings = settings
 
-    def __call__(
-        self, parser: Any, namespace: Any, values: Any, option_string: str | None = None
-    ) -> NoReturn:
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         text = describe(self.settings, values)
         if not text:
             sections = ", ".join(dict.fromkeys(key.partition(".")[0] for key in known_keys(self.settings)))
@@ -99,9 +92,10 @@ class _ShowKnobs(argparse.Action):
 def parse_command_line(
     argv: list[str], description: str | None, command: Command
 ) -> tuple[Any, dict[str, Any]]:
-    """Settings and DeepSpeed JSON of a training command; a mistake ends the program with code 2 and a sentence.
+    """The settings and the DeepSpeed JSON of a training command.
 
-    Takes what the launchers pass: `--local_rank` from deepspeed, the world size from the environment.
+    A mistake ends the program with code 2 and a sentence. It takes what the launchers pass: `--local_rank`
+    from deepspeed, the number of ranks from the environment.
     """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -124,6 +118,7 @@ def parse_command_line(
         "overrides", nargs="*", metavar="a.b=value", help="settings that replace the recipe's"
     )
     arguments = parser.parse_intermixed_args(argv)
+
     try:
         check_hostfile(ancestors())
         config = load_config(arguments.config, arguments.overrides, command.settings)
@@ -143,5 +138,5 @@ def parse_command_line(
 
 
 def refuse(parser: argparse.ArgumentParser, error: ConfigError) -> NoReturn:
-    """End the program with code 2 and the sentence, which one rank of each host says."""
+    """End the program with code 2 and the sentence, which one rank of each host prints."""
     parser.exit(2, f"{error}\n" if os.environ.get("LOCAL_RANK", "0") == "0" else None)

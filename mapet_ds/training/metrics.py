@@ -1,4 +1,4 @@
-"""What a run reports: TensorBoard, metrics.jsonl and a progress bar, from meters that stay on the device."""
+"""Meters that stay on the device, and the reports of them: metrics.jsonl, TensorBoard, a progress bar."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,7 @@ NOT_PREDICTED = -1
 
 
 def cut_after(path: Path, step: int) -> None:
-    """Drop the lines of later steps and one that was never finished: a resumed run writes them again."""
+    """Drop the lines of later steps, and one that is unfinished: a resumed run writes them again."""
     if not path.exists():
         return
     lines = path.read_text().splitlines(keepends=True)
@@ -38,7 +38,7 @@ def cut_after(path: Path, step: int) -> None:
 
 
 def token_colours(ids: Tensor) -> Tensor:
-    """long [...] -> float [..., 3] in [0, 1]: a fixed colour for each token id, never a grey; grey for -1."""
+    """A fixed colour for each token id, never a grey; grey for -1: long [...] -> float [..., 3] in [0, 1]."""
     number = ids.double() + 1
     hue = number * 0.618034 % 1  # the golden ratio spreads neighbouring ids over the circle
     value = 0.6 + 0.4 * (number * 0.754878 % 1)
@@ -50,9 +50,9 @@ def token_colours(ids: Tensor) -> Tensor:
 
 @torch.no_grad()
 def token_picture(config: Config, views: Tensor, target: Tensor, prediction: Tensor | None) -> Tensor:
-    """[3, H, W] in [0, 1]: the first views [B, 3, S, S], each beside its token map and the predicted one.
+    """The first views [B, 3, S, S], each beside its token map and the predicted one: [3, H, W] in [0, 1].
 
-    Ids are long [B, L]; -1, not predicted, is grey; a target of another kind is not shown. The host waits for the GPU.
+    Ids are long [B, L]; -1, not predicted, is grey. Other targets are not shown. The host waits for the GPU.
     """
     views = views[:IMAGES_SHOWN].float().cpu()
     mean, std = (torch.tensor(values)[:, None, None] for values in (config.data.mean, config.data.std))
@@ -65,7 +65,7 @@ def token_picture(config: Config, views: Tensor, target: Tensor, prediction: Ten
 
 
 class _Report:
-    """The files and the bar, on rank 0. A full disk is said aloud and stops nothing: lines wait, curves get a gap."""
+    """The files and the bar, on rank 0. A full disk stops nothing: lines wait, and curves get a gap."""
 
     def __init__(self, config: RunConfig, total_steps: int, first_step: int) -> None:
         self.folder = Path(config.run_dir)
@@ -73,20 +73,18 @@ class _Report:
         self.path, self.waiting = self.folder / "metrics.jsonl", ""
         cut_after(self.path, first_step)
         self.path.touch()
-        self.tensorboard: SummaryWriter | None = SummaryWriter(
-            self.folder / "tensorboard", purge_step=first_step + 1
-        )
+        self.boards = self.folder / "tensorboard"
+        self.tensorboard: SummaryWriter | None = SummaryWriter(self.boards, purge_step=first_step + 1)
         self.bar = tqdm(
-            total=total_steps,
-            initial=first_step,
-            unit="step",
-            dynamic_ncols=True,
-            mininterval=0.5 if sys.stderr.isatty() else 30,
+            total=total_steps, initial=first_step, unit="step", dynamic_ncols=True,
+            mininterval=0.5 if sys.stderr.isatty() else 30, disable=not config.log.progress,
             bar_format="{percentage:3.0f}%|{bar:20}| step {n_fmt}/{total_fmt} {elapsed}<{remaining}{postfix}",
-            disable=not config.log.progress,
-        )
+        )  # fmt: skip
 
     def write(self, record: dict[str, Any], epochs: float) -> None:
+        step = record["step"]
+
+        # A line of metrics.jsonl, after those that have waited for room.
         self.waiting += json.dumps(record) + "\n"
         size = self.path.stat().st_size
         try:
@@ -95,28 +93,30 @@ class _Report:
             self.waiting = ""
         except OSError as error:
             os.truncate(self.path, size)
-            self.bar.write(
-                f"NOT WRITTEN yet, {self.path} up to step {record['step']}: {error}.", file=sys.stderr
-            )
+            self.bar.write(f"NOT WRITTEN yet, {self.path} up to step {step}: {error}.", file=sys.stderr)
+
+        # Curves.
         values = {name: value for name, value in record.items() if name != "step"}
-        self.draw(
-            lambda board: [board.add_scalar(name, value, record["step"]) for name, value in values.items()]
-        )
-        self.bar.update(record["step"] - self.bar.n)
-        loss = f"loss {record['loss']:.4f}, " if "loss" in record else ""
-        self.bar.set_postfix_str(
-            f"epoch {min(record['epoch'], epochs):.2f}/{epochs:g}, {loss}{record['images_per_second']:.1f} img/s, "
-            f"data wait {record['data_wait_percent']:.0f} %"
-        )
+        self.draw(lambda board: [board.add_scalar(name, value, step) for name, value in values.items()])
+
+        # The bar.
+        self.bar.update(step - self.bar.n)
+        parts = [f"epoch {min(record['epoch'], epochs):.2f}/{epochs:g}"]
+        parts += [f"loss {record['loss']:.4f}"] if "loss" in record else []
+        parts += [
+            f"{record['images_per_second']:.1f} img/s",
+            f"data wait {record['data_wait_percent']:.0f} %",
+        ]
+        self.bar.set_postfix_str(", ".join(parts))
 
     def draw(self, add: Callable[[SummaryWriter], Any]) -> None:
-        """Add to TensorBoard's files; a writer that has failed once fails for good, so the next call gets a new one."""
+        """Add to TensorBoard's files. A writer that failed stays useless: the next call gets another."""
         try:
-            self.tensorboard = self.tensorboard or SummaryWriter(self.folder / "tensorboard")
+            self.tensorboard = self.tensorboard or SummaryWriter(self.boards)
             add(self.tensorboard)
             self.tensorboard.flush()
         except OSError as error:
-            self.bar.write(f"NOT WRITTEN, {self.folder / 'tensorboard'}: {error}.", file=sys.stderr)
+            self.bar.write(f"NOT WRITTEN, {self.boards}: {error}.", file=sys.stderr)
             self.tensorboard = None
 
     def close(self) -> None:
@@ -126,7 +126,7 @@ class _Report:
 
 
 class Metrics:
-    """Meters of one rank, averaged over micro-steps and ranks at log steps, and reported by rank 0.
+    """The meters of one rank, averaged over micro-steps and ranks at log steps, and reported by rank 0.
 
     A line of metrics.jsonl has the step (updates done), means over the steps since the line before, and what
     is measured: images_per_second (all ranks), data_wait_percent (of the wall clock, mean of ranks), seconds
@@ -150,8 +150,8 @@ class Metrics:
         self._waited = 0.0
         self._began = time.perf_counter()
 
-    def add(self, scalars: dict[str, Tensor | float]) -> None:
-        """Count in one micro-batch: the same names on every rank. The host does not wait for the GPU."""
+    def add(self, scalars: Mapping[str, Tensor | float]) -> None:
+        """Count one micro-batch, with the same names on every rank. The host does not wait for the GPU."""
         for name, value in scalars.items():
             value = value.detach().double() if isinstance(value, Tensor) else value
             self._sums[name] = self._sums.get(name, 0.0) + value
@@ -161,32 +161,34 @@ class Metrics:
             self._report.bar.update()
 
     def data_wait(self, seconds: float) -> None:
-        """Count in the time that this rank has waited for a batch."""
+        """Count the time that this rank has waited for a batch."""
         self._waited += seconds
 
     def leave_out(self, seconds: float) -> None:
-        """Don't count in the time of something else than training."""
+        """Don't count this time, in which the run did something other than training."""
         self._began += seconds
 
-    def log(self, step: int, extra: dict[str, Tensor | float]) -> dict[str, Any]:
-        """Read the meters, report, start them anew; gives the report. `extra` is taken as rank 0 has it.
+    def log(self, step: int, extra: Mapping[str, Tensor | float]) -> dict[str, Any]:
+        """Read the meters, report them with `extra` of rank 0, and start them anew; gives the report.
 
-        Every rank must call it (one all-reduce on the control group); the host waits for the GPU.
+        Every rank must call it, for one all-reduce on the control group. The host waits for the GPU.
         """
+        # Means over micro-steps and ranks.
         names = sorted(self._sums)
         sums, counts = [float(self._sums[name]) for name in names], [self._counts[name] for name in names]
         seconds = time.perf_counter() - self._began
         vector = torch.tensor([*sums, *counts, self._waited, seconds], dtype=torch.float64)
         dist.all_reduce(vector, group=self.ranks.control)
         totals, numbers, (waited, elapsed) = vector.split([len(names), len(names), 2])
-        record: dict[str, Any] = {"step": step, "epoch": step / self.steps_per_epoch}
-        record |= dict(zip(names, (totals / numbers).tolist(), strict=True))
+        means = dict(zip(names, (totals / numbers).tolist(), strict=True))
+
+        # The report.
+        record: dict[str, Any] = {"step": step, "epoch": step / self.steps_per_epoch, **means}
         record |= {
             name: value.item() if isinstance(value, Tensor) else value for name, value in extra.items()
         }
-        record["images_per_second"] = (
-            (step - self.logged_step) * self.config.train.global_batch_size / seconds
-        )
+        images = (step - self.logged_step) * self.config.train.global_batch_size
+        record["images_per_second"] = images / seconds
         record["data_wait_percent"] = 100 * (waited / elapsed).item()
         record["seconds"] = seconds
         if self.ranks.device.type == "cuda":
@@ -198,7 +200,7 @@ class Metrics:
         return record
 
     def show(self, step: int, picture: Tensor) -> None:
-        """Show a picture [3, H, W] in [0, 1] in TensorBoard. Only rank 0 does anything."""
+        """Show a picture [3, H, W] in [0, 1] in TensorBoard. On other ranks than 0 it does nothing."""
         if self._report:
             self._report.draw(lambda board: board.add_image("view_tokens_predicted", picture, step))
 

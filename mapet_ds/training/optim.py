@@ -14,9 +14,10 @@ NO_DECAY = ("pos_embed", "cls_token", "reg_token")
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two AdamW groups: weights decay; biases, norms, LayerScale, positions and prefix tokens don't. A mask token decays.
+    """Two AdamW groups: one whose weights decay, one of those that don't.
 
-    Call it before DeepSpeed takes the module: ZeRO-3 leaves no shapes to go by.
+    Biases, norms, LayerScale, positions and prefix tokens don't decay; a mask token does. Call it before
+    DeepSpeed takes the module, because ZeRO-3 leaves no shapes to go by.
 
     Source: MaPeT, released settings (arXiv 2306.07346).
     """
@@ -30,10 +31,10 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
     ]
 
 
-def layerwise_groups(vit: nn.Module, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
-    """timm's groups of a ViT, two a layer, with `lr_scale` = layer_decay ** (layers above it).
+def layerwise_groups(vit: Any, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
+    """timm's groups of one of its models, two a layer, with `lr_scale` = layer_decay ** (layers above it).
 
-    The head and what follows the blocks' mean have an lr_scale of 1.
+    The head and the norm of the mean have an lr_scale of 1.
 
     Source: BEiT, arXiv 2106.08254, as in timm.
     """
@@ -42,7 +43,7 @@ def layerwise_groups(vit: nn.Module, weight_decay: float, layer_decay: float) ->
 
 
 def learning_rate(step: int, config: OptimConfig, steps_per_epoch: float, total_steps: int) -> float:
-    """Absolute rate of update `step` (0 first): linear from warmup_lr to lr, then a cosine that ends at min_lr.
+    """The absolute rate of update `step` (0 first): linear from warmup_lr to lr, then a cosine to min_lr.
 
     Source: Loshchilov and Hutter, SGDR, arXiv 1608.03983, equation 5, without restarts.
     """

@@ -1,4 +1,4 @@
-"""What a run writes about itself at its start: its settings, and what ran them."""
+"""The record that a run writes at its start: its settings, and the versions that run them."""
 
 from __future__ import annotations
 
@@ -15,42 +15,33 @@ from mapet_ds.config.sections import REPOSITORY, RunConfig
 from mapet_ds.files import write_whole
 
 PACKAGES = (
-    "torch",
-    "deepspeed",
-    "timm",
-    "open_clip_torch",
-    "nvidia-dali-cuda130",
-    "faiss-gpu",
-    "numpy",
-    "pillow",
-)
+    "torch", "deepspeed", "timm", "open_clip_torch", "nvidia-dali-cuda130", "faiss-gpu", "numpy", "pillow",
+)  # fmt: skip
+"""The packages on which results depend."""
 
 
 def versions() -> dict[str, str]:
-    """Installed versions of what results depend on."""
+    """The installed versions of the packages on which results depend."""
     return {d.name: d.version for d in distributions() if d.name in PACKAGES}
 
 
 def _git(*arguments: str) -> str | None:
-    """What git says of the repository; None where there is no git."""
+    """git's answer about the repository; None where there is no git."""
+    command = ["git", *arguments]
     try:
-        return subprocess.run(
-            ["git", *arguments], cwd=REPOSITORY, capture_output=True, text=True
-        ).stdout.strip()
+        return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True).stdout.strip()
     except FileNotFoundError:
         return None
 
 
 def write_record(config: RunConfig, engine_config: dict[str, Any], folder: Path) -> None:
-    """Write the resolved settings (config.yaml) and what ran them (environment.json)."""
+    """Write the resolved settings (config.yaml), and command, commit and versions (environment.json)."""
     write_whole(folder / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
+    changed = (_git("status", "--porcelain") or "").splitlines()
     environment = {
         "command": sys.argv,
         "deepspeed_config": engine_config,
-        "git": {
-            "commit": _git("rev-parse", "HEAD"),
-            "changed": (_git("status", "--porcelain") or "").splitlines(),
-        },
+        "git": {"commit": _git("rev-parse", "HEAD"), "changed": changed},
         "python": sys.version,
         "versions": versions(),
     }

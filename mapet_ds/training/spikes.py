@@ -1,8 +1,9 @@
-"""A loss that jumps is undone: back to a checkpoint from before, and past the samples that may have done it.
+"""Undoing a jump of the loss: back to a checkpoint from before, and past the samples that may have caused it.
 
-Those are the log window whose mean jumped and the one before from which something was learnt: a step's loss is from before its
-update, and what rises in the last steps of a window hardly shows in its mean. RUN/rollbacks.json keeps what was found, so that
-a run which is started again passes over the same.
+Those are the samples of the log window whose mean jumped, and of the window before it from which something
+was
+learnt: a step's loss is from before its update, and a rise in the last steps of a window hardly shows in its
+mean. RUN/rollbacks.json keeps the jumps, so that a run which is started again passes over the same steps.
 """
 
 from __future__ import annotations
@@ -13,36 +14,35 @@ import statistics
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mapet_ds.config.sections import Config
+from mapet_ds.config.sections import RunConfig
 from mapet_ds.errors import RunError
 from mapet_ds.files import write_whole
 from mapet_ds.launch import Ranks
 
 WINDOWS = 20
-"""Log windows whose median loss is the usual one."""
+"""The usual loss is the median of this many log windows."""
 FEWEST = 5
-"""Of them, before anything is called a spike."""
+"""Before so many of them there is no usual loss, and nothing is called a jump."""
 
 
 class Rollback(NamedTuple):
-    """Steps first .. last - 1 are passed over: their samples are drawn, and nothing is learnt from them.
-
-    loss: the mean of the later one of their log windows.
-    """
+    """A jump of the loss, by which steps first .. last - 1 are passed over: nothing is learnt from them."""
 
     first: int
     last: int
     loss: float
+    """The mean of the later one of their log windows."""
     usual: float
 
 
 class SpikeGuard:
-    """Judges the mean loss of each log window against those before it. Every rank must build one, and ask it the same.
+    """A judge of the mean loss of each log window, by those before it.
 
-    passed_over: steps from whose samples nothing is to be learnt.
+    Every rank must build one, and give it the same records. `passed_over` has the steps from whose samples
+    the run must not learn.
     """
 
-    def __init__(self, config: Config, folder: Path, ranks: Ranks) -> None:
+    def __init__(self, config: RunConfig, folder: Path, ranks: Ranks) -> None:
         self._config, self._folder, self._ranks = config, folder, ranks
         self._path = folder / "rollbacks.json"
         text = ranks.from_first(lambda: self._path.read_text() if self._path.exists() else "[]")
@@ -50,42 +50,43 @@ class SpikeGuard:
             self.rollbacks = [Rollback(**each) for each in json.loads(text)]
             self.passed_over = {step for each in self.rollbacks for step in range(each.first, each.last)}
         except (ValueError, TypeError) as error:
-            raise RunError(
-                f"{self._path} is damaged ({error}): restore it, or remove it to learn from all steps."
-            ) from error
+            cure = "restore it, or remove it to learn from all steps"
+            raise RunError(f"{self._path} is damaged ({error}): {cure}.") from error
         self._usual: list[float] = []
         self._window_before = 0
 
     def recall(self, step: int) -> None:
-        """Take what was seen up to a step from RUN/metrics.jsonl, as an uninterrupted run would remember it."""
+        """Take the losses up to a step from RUN/metrics.jsonl, as an uninterrupted run would remember them.
+
+        Every rank must call it.
+        """
         self._usual, self._window_before = self._ranks.from_first(lambda: self._seen(step))
 
     def _seen(self, step: int) -> tuple[list[float], int]:
-        """The usual losses up to a step, and where the window before it began."""
+        """The usual losses up to a step, and the step at which the window before it began."""
         path, window = self._folder / "metrics.jsonl", self._config.log.every_steps
+        text = path.read_text() if path.exists() else ""
         usual, before, end = [], 0, 0
-        if path.exists():
-            for line in map(
-                json.loads, (text for text in path.read_text().splitlines() if text.endswith("}"))
-            ):
-                if line["step"] > step:
-                    break
-                if (loss := line.get("loss")) is not None:
-                    before = end
-                    usual += [loss] * (math.isfinite(loss) and line["step"] - end == window)
-                end = line["step"]
-        return usual[-WINDOWS:], before if end == step else max(
-            0, step - window
-        )  # a lost line was a window's, most likely
+        for line in (json.loads(line) for line in text.splitlines() if line.endswith("}")):
+            if line["step"] > step:
+                break
+            if (loss := line.get("loss")) is not None:
+                before = end
+                if math.isfinite(loss) and line["step"] - end == window:
+                    usual.append(loss)
+            end = line["step"]
+        if end != step:  # a line was lost, most likely that of a whole window
+            before = max(0, step - window)
+        return usual[-WINDOWS:], before
 
     def judge(self, first: int, record: dict[str, Any]) -> Rollback | None:
-        """What to pass over, if the record of steps first .. record["step"] - 1 is a spike: already on disk. Every rank must
-        call it, with every record.
+        """The jump, already on disk, if the record of steps first .. record["step"] - 1 shows one; else None.
 
-        A loss that is not finite is none: its steps were left out (run.Run). No more is part of a window, which a pause makes.
+        Every rank must call it, with every record. A loss that is not finite is no jump, because its steps
+        were left out (run.Run). Nor is a part of a window, which a pause makes.
 
         Raises:
-            RunError: it is one too many, or can't be noted.
+            RunError: the loss has jumped too often, or the jump can't be noted.
         """
         loss, factor = record.get("loss"), self._config.train.spike_factor
         if loss is None:
@@ -97,22 +98,24 @@ class SpikeGuard:
         if factor is None or not loss > factor * usual:
             self._usual = [*self._usual, loss][-WINDOWS:]
             return None
-        found = Rollback(before, record["step"], loss, usual)
-        self.rollbacks.append(found)
-        self.passed_over.update(range(found.first, found.last))
+
+        # It is a jump.
+        jump = Rollback(before, record["step"], loss, usual)
+        self.rollbacks.append(jump)
+        self.passed_over.update(range(jump.first, jump.last))
         if len(self.rollbacks) > self._config.train.max_rollbacks:
             raise RunError(
-                f"The loss has jumped {len(self.rollbacks)} times, more than train.max_rollbacks allows: now to {loss:.4g} before "
-                f"step {found.last}, usually {usual:.4g}; {self._path} has those before. Passing over samples does not "
-                "help: lower optim.lr or optim.clip_grad in a new run_dir, go on from a copy of an older checkpoint, or raise "
-                "train.spike_factor if such jumps are usual."
+                f"The loss has jumped {len(self.rollbacks)} times, more than train.max_rollbacks allows: now "
+                f"to {loss:.4g} before step {jump.last}, usually {usual:.4g}; {self._path} has those before. "
+                "Passing over samples does not help: lower optim.lr or optim.clip_grad in a new run_dir, go "
+                "on from a copy of an older checkpoint, or raise train.spike_factor if such jumps are usual."
             )
         self._ranks.from_first(self._write)
-        return found
+        return jump
 
     def _write(self) -> None:
         try:
             write_whole(self._path, json.dumps([each._asdict() for each in self.rollbacks], indent=1))
         except OSError as error:
-            says = f"The loss jumped, and that could not be noted in {self._path}: {error}"
-            raise RunError(f"{says}. Start again with room.") from error
+            problem = f"The loss jumped, and that could not be noted in {self._path}: {error}"
+            raise RunError(f"{problem}. Start again with room.") from error

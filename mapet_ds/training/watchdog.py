@@ -1,7 +1,8 @@
-"""A run that stands still names the rank that holds it up, and ends; ranks whose launcher is gone don't outlive it.
+"""The watchdog: it ends a run that stands still, names the rank at fault, and ends ranks without a launcher.
 
-Collectives wait for each other for half an hour, in silence, and the main thread can't look around meanwhile. So each rank
-has a thread that says, every few seconds, in the launch's own key-value store, how far its rank has come.
+Collectives wait for each other for half an hour, in silence, and the main thread can't look around meanwhile.
+So each rank has a thread that writes every few seconds, into the launch's own key-value store, how far its
+rank is.
 """
 
 from __future__ import annotations
@@ -25,28 +26,31 @@ SAVING = "saving a checkpoint"
 PROBING = "judging features for all ranks"
 GOING_BACK = "going back to a checkpoint"
 FOR_ALL = (SAVING, PROBING)
-"""What rank 0 does while the others wait, who are not hanging either."""
+"""The activities of rank 0 during which the others wait and don't hang."""
 UNTIMED = (*FOR_ALL, GOING_BACK)
-"""May take as long as a disk takes, or a CPU."""
+"""The activities that may take as long as a disk or a CPU takes."""
 ORPHAN_SECONDS = 25
-"""Without progress, after the launcher's death; ranks that still make progress stop by themselves (launch.StopRequest)."""
+"""The limit once the launcher is dead. Ranks that make progress stop by themselves (launch.StopRequest)."""
 ANSWER_SECONDS = 60
+"""The store, where it answers at all, answers within this time."""
 EXIT_CODE = 3
 
 
 class Watchdog:
-    """Watches over this rank's training from now until `close`. Every rank must build one, and report as many activities.
+    """A watch over this rank's training until `close`. Every rank must build one and note as many activities.
 
-    limit: seconds without progress after which the run is taken for hung. It ends the process with EXIT_CODE, what it knows
-    and where the threads stand on standard error; the launcher then ends the other ranks.
+    limit: seconds without progress after which the run counts as hung. The watchdog then writes the cause and
+    the threads' stacks to standard error and ends the process with EXIT_CODE; the launcher ends the other
+    ranks.
     """
 
     def __init__(self, limit: float, ranks: Ranks) -> None:
         self._limit, self._ranks, self._launchers = limit, ranks, launchers()
         self._interval, self._beats = min(5.0, limit / 4), 0
         self._state = 0, "starting", time.monotonic()  # activities so far, the present one, its beginning
-        self._store = None
-        if ranks.world_size > 1:  # a connection of its own: the main thread's may be waiting for an answer
+        self._store: dist.TCPStore | None = None
+        if ranks.world_size > 1:
+            # It has a connection of its own, because the main thread's may be waiting for an answer.
             address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             self._store = dist.TCPStore(*address, is_master=False, wait_for_workers=False)
             self._beat()
@@ -56,7 +60,7 @@ class Watchdog:
         self._thread.start()
 
     def doing(self, activity: str) -> None:
-        """Note that the last activity is over and this one begins. No host wait."""
+        """Note that the last activity is over and this one begins. The host waits for nothing."""
         self._state = self._state[0] + 1, activity, time.monotonic()
 
     def close(self) -> None:
@@ -81,12 +85,12 @@ class Watchdog:
             orphaned = any(map(has_ended, self._launchers))
             if doing in UNTIMED or still < (min(self._limit, ORPHAN_SECONDS) if orphaned else self._limit):
                 continue
-            found = "its launcher is gone" if orphaned else self._ask()
-            if found and self._state[0] == progress:
-                self._end(doing, still, found)
+            cause = "its launcher is gone" if orphaned else self._ask()
+            if cause and self._state[0] == progress:
+                self._end(doing, still, cause)
 
     def _ask(self) -> str:
-        """`_who_holds_it_up`, in a thread of its own: a frozen store may never answer, whatever its timeout says."""
+        """The cause by the ranks' own beats, asked in a thread: a frozen store may ignore its timeout."""
         answers: list[str] = []
 
         def ask() -> None:
@@ -96,52 +100,49 @@ class Watchdog:
         asking = threading.Thread(target=ask, daemon=True)
         asking.start()
         asking.join(ANSWER_SECONDS if self._limit > ANSWER_SECONDS else 5 * self._interval)
-        return (
-            answers[0]
-            if answers
-            else "rank 0 or the launcher, one of which keeps the launch's store, does not answer"
-        )
+        if not answers:
+            return "rank 0 or the launcher, one of which keeps the launch's store, does not answer"
+        return answers[0]
 
-    def _everyone(self) -> list[list[Any]]:
+    def _beats_of_all(self, store: dist.TCPStore) -> list[list[Any]]:
         keys = [f"watchdog/{rank}" for rank in range(self._ranks.world_size)]
-        return [json.loads(beat) for beat in self._store.multi_get(keys)]
+        return [json.loads(beat) for beat in store.multi_get(keys)]
 
     def _who_holds_it_up(self) -> str:
-        """Who does not answer, else who is behind; empty where rank 0 does what may take long."""
+        """The ranks that don't answer, else those that are behind; empty while rank 0 may take its time."""
         if self._store is None:
             return "it is the only rank"
-        before = self._everyone()
-        time.sleep(3 * self._interval)  # each living rank has beaten in between
+
+        # Ranks that don't answer: each living rank beats between the two looks.
+        before = self._beats_of_all(self._store)
+        time.sleep(3 * self._interval)
         self._beat()
-        now = self._everyone()
+        now = self._beats_of_all(self._store)
         names = [f"rank {rank} (process {pid} on {host})" for rank, (*_, host, pid) in enumerate(now)]
-        silent = [
-            names[rank]
-            for rank, (old, new) in enumerate(zip(before, now))
-            if old[0] == new[0] and rank != self._ranks.rank
-        ]
-        if silent:
+        others = [rank for rank in range(len(now)) if rank != self._ranks.rank]
+        if silent := [names[rank] for rank in others if before[rank][0] == now[rank][0]]:
             return f"{', '.join(silent)} does not answer: stopped, swapped out, or its host is gone"
+
+        # Ranks that are behind.
         least = min(beat[1] for beat in now)
         behind = [rank for rank, beat in enumerate(now) if beat[1] == least]
         if any(now[rank][2] in FOR_ALL for rank in behind):
             return ""
         if len(behind) == len(now):
             return (
-                "all ranks answer and are as far: one has not come to a collective, or the network is down. Compare the stacks "
-                "below: the rank that is in no collective holds the others up"
+                "all ranks answer and are as far: one has not come to a collective, or the network is down. "
+                "Compare the stacks below: the rank that is in no collective holds the others up"
             )
-        return "; ".join(
-            f"{names[rank]} is behind: {now[rank][2]} for {now[rank][3]:.0f} s" for rank in behind
-        )
+        return "; ".join(f"{names[i]} is behind: {now[i][2]} for {now[i][3]:.0f} s" for i in behind)
 
-    def _end(self, doing: str, still: float, found: str) -> None:
+    def _end(self, doing: str, still: float, cause: str) -> None:
+        message = (
+            f"HANGING: rank {self._ranks.rank} has been {doing} for {still:.0f} s without progress; {cause}. "
+            "The newest checkpoint is whole; the same command continues from it. (train.hang_seconds sets "
+            "this limit.)"
+        )
         try:
-            print(
-                f"HANGING: rank {self._ranks.rank} has been {doing} for {still:.0f} s without progress; {found}. "
-                "The newest checkpoint is whole; the same command continues from it. (train.hang_seconds sets this limit.)",
-                file=sys.stderr, flush=True,
-            )  # fmt: skip
+            print(message, file=sys.stderr, flush=True)
             faulthandler.dump_traceback(all_threads=True)
         finally:  # also where nobody is left to read it
             os._exit(EXIT_CODE)
