@@ -1,18 +1,16 @@
-"""The errors that end a program with a sentence for the person at the terminal and exit code 2.
+"""The errors that end a program with exit code 2 and a sentence for the person at the terminal.
 
-`BadImage` (data/formats.py) is none of them: one unreadable image costs only itself.
+`BadImage` (data/formats.py) is not one of them: one unreadable image costs only itself.
 """
 
 from __future__ import annotations
 
 
 class UserError(Exception):
-    """The message says what is wrong, the value, where it comes from and what to do.
-
-    said: another rank ends for the same reason and says so.
-    """
+    """An error whose message names the mistake, the value, its source and what to do."""
 
     said = False
+    """Whether another rank prints the same message."""
 
 
 class ConfigError(UserError):

@@ -1,6 +1,7 @@
-"""Files and folders that are there whole or not at all, and their checksums.
+"""Files and folders that exist whole or not at all, and their checksums.
 
-What is written takes its name last, after every byte is on the disk. Loader workers import this module, so it knows no torch.
+A file takes its name last, after every byte is on the disk. Nothing here imports torch, because loader
+workers import this module.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 
 
 def checksum(path: Path) -> str:
-    """sha256 of a file."""
+    """The sha256 of a file."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 22):
@@ -24,7 +25,7 @@ def checksum(path: Path) -> str:
 
 
 def flush(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
+    """Waits until a file, or the names in a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -38,7 +39,7 @@ def _beside(path: Path) -> Path:
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Gives a path to write; the file takes the name `path` when the block ends without an error."""
+    """Gives a path to write to. The file takes the name `path` when the block ends without an error."""
     beside = _beside(path)
     try:
         yield beside
@@ -51,7 +52,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """Gives a new folder to write in; it replaces `path` when the block ends without an error."""
+    """Gives a new folder to write in. It replaces `path` when the block ends without an error."""
     beside = _beside(path)
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
@@ -69,15 +70,14 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def staged(out: Path) -> Iterator[Path]:
-    """Gives a folder to write in; its files replace those of `out` when the block ends without an error.
+    """Gives a folder to write in. Its files replace those of `out` when the block ends without an error.
 
-    It lies in `out` where that is there, which may be a mount or all that one may write to; else beside it. What else `out`
-    holds stays.
+    The folder lies in `out` where that exists, because `out` may be a mount or the only place that may be
+    written; else it lies beside it. Other files of `out` stay.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(
-        dir=out if out.is_dir() else out.parent, prefix=f".{out.name}."
-    ) as folder:
+    parent = out if out.is_dir() else out.parent
+    with tempfile.TemporaryDirectory(dir=parent, prefix=f".{out.name}.") as folder:
         yield Path(folder)
         out.mkdir(exist_ok=True)
         for file in sorted(Path(folder).iterdir(), reverse=True):  # weights before their description
@@ -87,6 +87,6 @@ def staged(out: Path) -> Iterator[Path]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a text file that is there whole or not at all."""
+    """Writes a text file that exists whole or not at all."""
     with whole_file(path) as beside:
         beside.write_text(text)

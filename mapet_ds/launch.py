@@ -1,6 +1,6 @@
-"""The launch: which rank this process is, what ranks tell each other on CPUs, the lock on a run's folder, requests to stop.
+"""The launch: this process's rank, messages between ranks, the lock on a run's folder, requests to stop.
 
-deepspeed, torchrun and plain python all end up here; everything is read from the environment they set.
+deepspeed, torchrun and plain python all end up here. Everything is read from the environment that they set.
 """
 
 from __future__ import annotations
@@ -28,9 +28,8 @@ from mapet_ds.launchers import has_ended, launchers
 T = TypeVar("T")
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 STEP_TIMEOUT = timedelta(minutes=30)
-CONTROL_TIMEOUT = timedelta(
-    hours=6
-)  # ranks wait here while the first one lists a large data set; a dead one is seen at once
+CONTROL_TIMEOUT = timedelta(hours=6)
+"""Time that ranks wait while the first one lists a large data set. They notice a dead one at once."""
 
 
 class Ranks(NamedTuple):
@@ -44,7 +43,7 @@ class Ranks(NamedTuple):
     """A gloo process group for messages between hosts that must not touch a GPU."""
 
     def from_first(self, work: Callable[[], T]) -> T:
-        """What `work` gives on rank 0, which alone does it. Every rank must call it; no GPU waits.
+        """Does `work` on rank 0 alone and gives its result to all. Every rank must call it; no GPU waits.
 
         Raises:
             UserError: on every rank, where rank 0 raised one, so that none is left waiting.
@@ -62,7 +61,7 @@ class Ranks(NamedTuple):
         return outcome[0]
 
     def first_then_all(self, work: Callable[[], T]) -> T:
-        """What `work` gives on this rank; the others begin when rank 0 has done it. Every rank must call it.
+        """Does `work` on every rank; the others begin when rank 0 has done it. Every rank must call it.
 
         Raises:
             UserError: on every rank, where rank 0 raised one.
@@ -72,48 +71,52 @@ class Ranks(NamedTuple):
         return done[0] if done else work()
 
     def gather(self, value: T) -> list[T]:
-        """The value of each rank, in their order. Every rank must call it; no GPU waits."""
+        """Gives the value of each rank, in their order. Every rank must call it; no GPU waits."""
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value, group=self.control)
         return values
 
 
 def use_gpu() -> bool:
-    """Whether this process trains on a GPU: where torch sees one, unless DS_ACCELERATOR=cpu, which DeepSpeed obeys too."""
+    """Whether this process trains on a GPU: torch sees one, and DeepSpeed's DS_ACCELERATOR isn't cpu."""
     return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
 
 
 def ranks_per_host() -> int:
-    """Ranks that the launcher has started on this host: LOCAL_SIZE is deepspeed's word for it, LOCAL_WORLD_SIZE torchrun's."""
+    """Number of ranks on this host: deepspeed sets LOCAL_SIZE, torchrun LOCAL_WORLD_SIZE."""
     return int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def _meet(world_size: int, seconds: float) -> dist.Store:
-    """The launch's key-value store, once the ranks have come to it."""
+    """The key-value store of the launch, once all ranks have come to it."""
     try:
         store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=seconds)))
         return store
     except (dist.DistStoreError, dist.DistNetworkError) as error:
-        came = re.search(r"(\d+)/\d+ clients joined", str(error))
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         if "address already in use" in str(error):
             raise ConfigError(f"The port of {address} is taken: choose another --master_port.") from error
+        if joined := re.search(r"(\d+)/\d+ clients joined", str(error)):
+            raise ConfigError(
+                f"Only {joined[1]} of {world_size} ranks came to {address} within {seconds:.0f} s: look "
+                "above for the host that failed."
+            ) from error
         raise ConfigError(
-            f"Only {came[1]} of {world_size} ranks came to {address} within {seconds:.0f} s: look above for the host that failed."
-            if came
-            else f"Rank 0 at {address} can't be reached: {str(error).splitlines()[0]}. --master_addr and --master_port name it."
+            f"Rank 0 at {address} can't be reached: {str(error).splitlines()[0]}. --master_addr and "
+            "--master_port name it."
         ) from error
 
 
 def init_distributed(join_seconds: float = 600) -> Ranks:
-    """Join the launch: NCCL on GPUs, gloo on CPUs; a plain process is a launch of one. Every rank must call it.
+    """Joins the launch: NCCL on GPUs, gloo on CPUs; a plain process is alone. Every rank must call it.
 
-    join_seconds: how long it waits for the others.
+    join_seconds: time that it waits for the other ranks.
 
     Raises:
-        ConfigError: the launcher's variables are incomplete, ranks don't come, or there are
-            more of them on this host than GPUs.
+        ConfigError: the launcher's variables are incomplete, ranks don't come, or this host has more ranks
+            than GPUs.
     """
+    # Read the variables of the launcher, or set those of a single process.
     single = {
         "RANK": "0",
         "LOCAL_RANK": "0",
@@ -126,10 +129,12 @@ def init_distributed(join_seconds: float = 600) -> Ranks:
             os.environ.setdefault(name, value)
     if missing := [name for name in single if name not in os.environ]:
         raise ConfigError(
-            f"WORLD_SIZE = {os.environ['WORLD_SIZE']}, but {', '.join(missing)} is not set: start with deepspeed or torchrun, "
-            "which set them, or unset WORLD_SIZE to run one process."
+            f"WORLD_SIZE = {os.environ['WORLD_SIZE']}, but {', '.join(missing)} is not set: start with "
+            "deepspeed or torchrun, which set them, or unset WORLD_SIZE to run one process."
         )
     rank, local_rank, world_size = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+
+    # Take the GPU of this rank.
     device = torch.device("cpu")
     if use_gpu():
         if local_rank >= torch.cuda.device_count():
@@ -139,40 +144,42 @@ def init_distributed(join_seconds: float = 600) -> Ranks:
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
+
+    # Meet the other ranks.
     backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
     store = _meet(world_size, join_seconds)
     dist.init_process_group(
         backend, store=store, rank=rank, world_size=world_size, timeout=STEP_TIMEOUT, device_id=device_id
-    )  # fmt: skip
-    return Ranks(
-        rank, local_rank, world_size, device, dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
     )
+    control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
+    return Ranks(rank, local_rank, world_size, device, control)
 
 
 def claim(run_dir: Path, seconds: float = 60) -> IO[bytes]:
-    """A lock on a run's folder, for as long as the file that it gives is open. For rank 0.
+    """Locks a run's folder for as long as the returned file is open. For rank 0.
 
-    One that is held is waited for: a run that was killed or asked to stop ends within a minute. Where the file system has no
-    locks, none is taken.
+    It waits for a lock that is held, because a run that was killed or asked to stop ends within a minute. On
+    a file system without locks it takes none.
 
     Raises:
-        ConfigError: another process still holds it.
+        ConfigError: another process still holds the lock.
     """
     file = (run_dir / ".lock").open("ab+", buffering=0)
-    deadline, told = time.monotonic() + seconds, False
+    deadline, printed = time.monotonic() + seconds, False
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            says = f"run_dir = {run_dir} is in use by {file.read().decode(errors='replace') or 'another run'}"
+            holder = file.read().decode(errors="replace") or "another run"
+            message = f"run_dir = {run_dir} is in use by {holder}"
             if time.monotonic() >= deadline:
-                raise ConfigError(
-                    f"{says}: end that run (touch {run_dir}/STOP), or name another run_dir."
-                ) from None
-            if not told:
-                print(f"{says}; its end is waited for, up to {seconds:.0f} s.", file=sys.stderr, flush=True)
-            told = True
+                advice = f"end that run (touch {run_dir}/STOP), or name another run_dir."
+                raise ConfigError(f"{message}: {advice}") from None
+            if not printed:
+                wait = f"its end is waited for, up to {seconds:.0f} s."
+                print(f"{message}; {wait}", file=sys.stderr, flush=True)
+            printed = True
             time.sleep(1)
         except OSError:  # no locks on this file system
             return file
@@ -184,10 +191,10 @@ def claim(run_dir: Path, seconds: float = 60) -> IO[bytes]:
 
 
 class StopRequest:
-    """Whether anybody has asked this run to stop: a signal to any rank, RUN/STOP, or the launcher's death.
+    """The requests to stop this run: a signal to any rank, RUN/STOP, or the end of the launcher.
 
-    A killed deepspeed launcher leaves its ranks behind, and they would train on unseen: so the end of the launcher counts
-    as a request. A RUN/STOP left from before is removed. Every rank must build one.
+    A deepspeed launcher that is killed leaves its ranks behind, and they would train on unseen, so its end
+    counts as a request. A RUN/STOP from an earlier run is removed. Every rank must build one.
     """
 
     def __init__(self, run_dir: Path, ranks: Ranks) -> None:
@@ -203,21 +210,22 @@ class StopRequest:
         self.asked = True
 
     def agreed(self) -> bool:
-        """True as soon as one rank has been asked. Every rank must call it at each step boundary; no GPU waits."""
-        asked = (
-            self.asked or any(map(has_ended, self.launchers)) or (self.ranks.rank == 0 and self.file.exists())
-        )
-        flag = torch.tensor(float(asked))
+        """Whether any rank has a request. Every rank must call it at each step boundary; no GPU waits."""
+        stop_file = self.ranks.rank == 0 and self.file.exists()
+        flag = torch.tensor(float(self.asked or stop_file or any(map(has_ended, self.launchers))))
         dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.ranks.control)
         return bool(flag)
 
 
 def once_per_node(work: Callable[[], str]) -> tuple[str, list[str]]:
-    """What `work` gives on the first rank of this node, and of every node. Every rank must call it.
+    """Does `work` on the first rank of each node. Gives the result of this node and those of all.
+
+    Every rank must call it; no GPU waits.
 
     Raises:
-        ConfigError: on every rank, where it was raised on one, so that none is left waiting.
+        ConfigError: on every rank, where one raised it, so that none is left waiting.
     """
+    # Result and error of each rank: both None on a rank that is not the first of its node.
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     outcome: tuple[str | None, str | None] = (None, None)
     if local_rank == 0:
@@ -225,14 +233,15 @@ def once_per_node(work: Callable[[], str]) -> tuple[str, list[str]]:
             outcome = (work(), None)
         except ConfigError as error:
             outcome = (None, str(error))
-    outcomes = [outcome]
+
+    # Exchange them in a group that waits for downloads, which may take longer than a step.
+    outcomes, first = [outcome], 0
     if dist.is_initialized():
-        outcomes = [outcome] * dist.get_world_size()
-        patient = dist.new_group(
-            backend="gloo", timeout=CONTROL_TIMEOUT
-        )  # a download may take longer than a step
-        dist.all_gather_object(outcomes, outcome, group=patient)
-    if failed := [error for _, error in outcomes if error]:
-        raise ConfigError(failed[0])
-    mine = outcomes[dist.get_rank() - local_rank][0] if dist.is_initialized() else outcome[0]
+        outcomes, first = [outcome] * dist.get_world_size(), dist.get_rank() - local_rank
+        group: Any = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
+        dist.all_gather_object(outcomes, outcome, group=group)
+    if errors := [error for _, error in outcomes if error]:
+        raise ConfigError(errors[0])
+    mine = outcomes[first][0]
+    assert mine is not None, "the first rank of a node has a result or an error"
     return mine, [result for result, _ in outcomes if result is not None]

@@ -1,4 +1,4 @@
-"""Which programs started this process, by the command lines of its ancestors."""
+"""The programs that started this process, known by the command lines of its ancestors."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ TORCHRUN = {"torchrun", "torch.distributed.run"}
 
 
 def command_line(process: psutil.Process) -> list[str]:
+    """The words of a process's command line; none where they can't be read."""
     try:
         return process.cmdline()
-    except psutil.Error:  # another user's, or it has just ended
+    except psutil.Error:  # it is another user's, or has just ended
         return []
 
 
@@ -26,18 +27,18 @@ def ancestors() -> list[list[str]]:
 
 
 def runs_one_of(words: list[str], programs: set[str]) -> bool:
+    """Whether a command line runs one of these programs."""
     return any(Path(word).name in programs for word in words)
 
 
 def launchers() -> list[psutil.Process]:
-    """The ancestors that started this rank: torchrun, or deepspeed's runner and the launch under it; none for plain python."""
-    return list(
-        takewhile(lambda p: runs_one_of(command_line(p), DEEPSPEED | TORCHRUN), psutil.Process().parents())
-    )
+    """The ancestors that started this rank: torchrun, or deepspeed's two programs; none for plain python."""
+    programs = DEEPSPEED | TORCHRUN
+    return list(takewhile(lambda p: runs_one_of(command_line(p), programs), psutil.Process().parents()))
 
 
 def has_ended(process: psutil.Process) -> bool:
-    """Whether it is gone, or dead and only not yet waited for."""
+    """Whether a process is gone, or dead and only not yet waited for."""
     try:
         return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -45,12 +46,13 @@ def has_ended(process: psutil.Process) -> bool:
 
 
 def check_hostfile(command_lines: list[list[str]]) -> None:
-    """Refuse a launch whose hostfile is missing: DeepSpeed 0.19.8 only warns and trains on the local node alone.
+    """Refuses a launch whose hostfile is missing. DeepSpeed 0.19.8 only warns and trains on this host alone.
 
-    command_lines: those of this process's ancestors; only deepspeed's are looked at (mpirun's -H lists hosts).
+    command_lines: those of this process's ancestors. Only deepspeed's are checked, because mpirun's -H lists
+        hosts.
 
     Raises:
-        ConfigError: a `--hostfile` or `-H` of deepspeed names a file that is not there.
+        ConfigError: a `--hostfile` or `-H` of deepspeed names a file that does not exist.
     """
     for words in (words for words in command_lines if runs_one_of(words, DEEPSPEED)):
         for i, word in enumerate(words):
@@ -60,6 +62,7 @@ def check_hostfile(command_lines: list[list[str]]) -> None:
             path = value if equals else words[i + 1] if i + 1 < len(words) else ""
             if not Path(path).is_file():
                 raise ConfigError(
-                    f"The hostfile {path or '(no name)'} does not exist, and DeepSpeed would train on this host alone. "
-                    "Write it (one line a host: NAME slots=GPUS), or leave --hostfile out to use one host."
+                    f"The hostfile {path or '(no name)'} does not exist, and DeepSpeed would train on this "
+                    "host alone. Write it (one line a host: NAME slots=GPUS), or leave --hostfile out to use "
+                    "one host."
                 )

@@ -1,8 +1,11 @@
-"""Nearest neighbours and k-means, the only import of FAISS. Both are exact, and run on all GPUs that FAISS sees, else on the CPU."""
+"""Nearest neighbours and k-means, the only import of FAISS.
+
+Both are exact. They run on all GPUs that FAISS sees, else on the CPU.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import faiss
 import numpy as np
@@ -10,7 +13,7 @@ from numpy.typing import NDArray
 
 
 class Clusters(NamedTuple):
-    """What k-means found."""
+    """The result of k-means."""
 
     centroids: NDArray[np.float32]
     """[K, C]."""
@@ -19,7 +22,7 @@ class Clusters(NamedTuple):
     inertia: float
     """Sum of the squared distances of all points from their centroids."""
     where: str
-    """FAISS's version and what it ran on."""
+    """FAISS's version and the device it ran on."""
 
 
 def kmeans(
@@ -30,9 +33,9 @@ def kmeans(
     points_per_centroid: int,
     seed: int,
 ) -> Clusters:
-    """Euclidean k-means of [n, C] points. The same points in the same order give the same bits on a CPU."""
+    """Clusters [n, C] points by Euclidean k-means. On a CPU equal points in equal order give equal bits."""
     gpus = faiss.get_num_gpus()
-    solver = faiss.Kmeans(
+    solver: Any = faiss.Kmeans(
         points.shape[1], clusters, niter=iterations, nredo=redo, seed=seed, gpu=gpus,
         max_points_per_centroid=points_per_centroid, min_points_per_centroid=1,
     )  # fmt: skip
@@ -45,7 +48,10 @@ def kmeans(
 def most_similar(
     rows: NDArray[np.float32], queries: NDArray[np.float32], k: int, on_gpus: bool = True
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """[m, k] inner products of each query with the k rows that it has the largest with, and which rows they are."""
+    """Finds the k rows with the largest inner product for each query, [m, C].
+
+    Returns [m, k] products, largest first, and [m, k] numbers of the rows.
+    """
     index = faiss.IndexFlatIP(rows.shape[1])
     if on_gpus and faiss.get_num_gpus() > 0:
         index = faiss.index_cpu_to_all_gpus(index)

@@ -1,7 +1,7 @@
-"""Weights that others wrote: read without executing anything, compared by name and shape, changed without changing the function.
+"""The weights of others: read without executing anything, compared by name and shape, folded.
 
-Files are PyTorch's checkpoints or safetensors. What training programs put around the tensors, dictionaries and prefixes, is
-taken off.
+Files are PyTorch's checkpoints or safetensors. The dictionaries and prefixes that training programs put
+around the tensors are taken off.
 """
 
 from __future__ import annotations
@@ -24,29 +24,29 @@ from torch._subclasses.fake_tensor import FakeTensor
 from mapet_ds.errors import ConfigError
 
 Tensors = dict[str, Any]
-"""Name -> tensor, or a lazy slice of a safetensors file: both are read by indexing."""
+"""Name -> tensor, or a lazy slice of a safetensors file. Both are read by indexing."""
 UNREADABLE = (
-    safetensors.SafetensorError, pickle.UnpicklingError, struct.error, OSError, RuntimeError, EOFError, AttributeError,
-    LookupError, TypeError, ValueError,
+    safetensors.SafetensorError, pickle.UnpicklingError, struct.error, OSError, RuntimeError, EOFError,
+    AttributeError, LookupError, TypeError, ValueError,
 )  # fmt: skip
-"""What PyTorch's and timm's readers raise at a file that is damaged or of another kind: nearly anything."""
+"""The errors of PyTorch's and timm's readers at a file that is damaged or of another kind: nearly any."""
 NESTS = ("state_dict", "model", "module")
 AVERAGES = ("state_dict_ema", "model_ema")
 PREFIXES = ("module.", "_orig_mod.", "encoder.")
 HEAD_DIM = 64
-"""Width of a head in the published ViTs, the one size that no tensor tells: 12 heads of 768."""
+"""Width of a head in the published ViTs (12 heads of 768), the one size that no tensor's shape gives."""
 LAYER_SCALE = re.compile(r"(?P<block>.+)\.(?:ls|gamma_)(?P<branch>[12])(?:\.gamma)?")
 
 
 def read_tensors(path: Path, source: str, *, ema: bool | None = False, slices: bool = False) -> Tensors:
-    """The tensors of a file by name. Nothing in the file is ever executed.
+    """Reads the tensors of a file by name. Nothing in the file is ever executed.
 
-    source: how the user named the file, for the sentences, e.g. "tokenizer.path = FILE".
-    ema: True takes the moving average beside the weights, None takes it where there is one.
+    source: the user's name of the file, for the sentences, e.g. "tokenizer.path = FILE".
+    ema: True takes the moving average beside the weights; None takes it where there is one.
     slices: a safetensors file gives lazy slices, so that a rank reads no more than it keeps.
 
     Raises:
-        ConfigError: no such file, one that can't be read without executing it, or no tensors by name.
+        ConfigError: the file is missing, can't be read without executing it, or has no tensors by name.
     """
     if not path.is_file():
         raise ConfigError(f"{source} is not a file: name a checkpoint of PyTorch's or a safetensors file.")
@@ -54,49 +54,44 @@ def read_tensors(path: Path, source: str, *, ema: bool | None = False, slices: b
     if ema and not (isinstance(held, dict) and any(name in held for name in AVERAGES)):
         raise ConfigError(f"{source} holds no moving average ({' or '.join(AVERAGES)}); leave --ema out.")
 
-    # Take off the dictionaries, then check what is in them, then take off the prefixes.
+    # Take off the dictionaries around the tensors.
     nests = NESTS if ema is False else AVERAGES + NESTS
-    while isinstance(held, dict) and (
-        nest := next((n for n in nests if isinstance(held.get(n), dict)), None)
-    ):
-        held = held[nest]
+    while isinstance(held, dict) and (inner := [n for n in nests if isinstance(held.get(n), dict)]):
+        held = held[inner[0]]
     if not isinstance(held, dict) or not held or not all(map(_is_named_tensor, held.items())):
         raise ConfigError(_no_tensors(held, source))
-    while prefix := next(
-        (prefix for prefix in PREFIXES if all(name.startswith(prefix) for name in held)), None
-    ):
-        held = {name.removeprefix(prefix): tensor for name, tensor in held.items()}
+
+    # Take off the prefixes that all names have.
+    while common := [prefix for prefix in PREFIXES if all(name.startswith(prefix) for name in held)]:
+        held = {name.removeprefix(common[0]): tensor for name, tensor in held.items()}
     return held
 
 
 def _read(path: Path, source: str, slices: bool) -> Any:
-    """What a file holds, read by safetensors or by PyTorch's reader of tensors alone."""
+    """The content of a file, read by safetensors or by PyTorch's reader of tensors alone."""
     try:
         if path.suffix == ".safetensors":
             if not slices:
                 return load_file(path)
             handle = safetensors.safe_open(path, "pt")
             return {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118, it is no dictionary
-        if zipfile.is_zipfile(path) and any(
-            n.endswith("/constants.pkl") for n in zipfile.ZipFile(path).namelist()
-        ):
+        members = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
+        if any(name.endswith("/constants.pkl") for name in members):
             raise ConfigError(
-                f"{source} is a TorchScript archive, which is a program (OpenAI's originals are such). Name the tag "
-                "instead, teacher.weights=openai, or convert it once to safetensors."
+                f"{source} is a TorchScript archive, which is a program (OpenAI's originals are such). Name "
+                "the tag instead, teacher.weights=openai, or convert it once to safetensors."
             )
-        with torch.serialization.safe_globals(
-            [argparse.Namespace]
-        ):  # training keeps its options beside the weights
+        # Training programs keep their options beside the weights.
+        with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except UNREADABLE as error:
-        program = re.search(
-            r"GLOBAL (\S+)", str(error)
-        )  # PyTorch's reader goes on to advise reading it all the same
+        # Only the start of PyTorch's message: the rest advises to read the file all the same.
+        program = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"it holds {program[1]}" if program else str(error).partition(". ")[0].partition("\n")[0]
         raise ConfigError(
-            f"{source} can't be read as plain tensors by name: {reason}. An archive must be unpacked first; a file that "
-            "holds more than tensors, numbers and text is not read, because that could run a program: save its tensors "
-            "alone, as safetensors."
+            f"{source} can't be read as plain tensors by name: {reason}. An archive must be unpacked first; "
+            "a file that holds more than tensors, numbers and text is not read, because that could run a "
+            "program: save its tensors alone, as safetensors."
         ) from error
 
 
@@ -115,7 +110,7 @@ def _no_tensors(held: Any, source: str) -> str:
 
 
 def timm_weights(path: Path, model: nn.Module, source: str) -> dict[str, Tensor]:
-    """The tensors of a file by timm's names, positions and patch embedding resampled to the model's.
+    """Reads tensors by timm's names, and resamples positions and patch embedding to the model's.
 
     A moving average is taken where the file has one, as timm does.
 
@@ -127,9 +122,8 @@ def timm_weights(path: Path, model: nn.Module, source: str) -> dict[str, Tensor]
     try:
         return convert(state, model) if convert else state
     except UNREADABLE as error:
-        raise ConfigError(
-            f"{source}: timm can't fit its tensors to the model: {type(error).__name__} {error}."
-        ) from error
+        reason = f"{type(error).__name__} {error}"
+        raise ConfigError(f"{source}: timm can't fit its tensors to the model: {reason}.") from error
 
 
 def shapes_only() -> bool:
@@ -138,23 +132,24 @@ def shapes_only() -> bool:
 
 
 def shapes(tensors: Tensors) -> dict[str, tuple[int, ...]]:
-    """Name -> shape."""
+    """The shape of each tensor by its name."""
     return {name: tuple(t.shape if isinstance(t, Tensor) else t.get_shape()) for name, t in tensors.items()}
 
 
 def mismatches(wanted: dict[str, tuple[int, ...]], given: dict[str, tuple[int, ...]]) -> list[str]:
-    """A sentence, sorted, for each tensor that keeps `given` from loading strictly into `wanted`; empty where they fit."""
+    """Lists, sorted, what keeps tensors of the shapes `given` from loading strictly into `wanted`."""
     wrong = [f"{name} is missing" for name in wanted.keys() - given.keys()]
     wrong += [f"{name} is not in the model" for name in given.keys() - wanted.keys()]
-    both = wanted.keys() & given.keys()
-    wrong += [
-        f"{name} is {given[name]}, the model's {wanted[name]}" for name in both if given[name] != wanted[name]
-    ]
+    differing = [name for name in wanted.keys() & given.keys() if given[name] != wanted[name]]
+    wrong += [f"{name} is {given[name]}, the model's {wanted[name]}" for name in differing]
     return sorted(wrong)
 
 
 def fold_layer_scale(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same function without LayerScale, of timm's ViT or BEiT: each gamma multiplies the linear layer before it."""
+    """Multiplies each LayerScale's gamma, of timm's ViT or BEiT, into the linear layer before it.
+
+    The model computes the same function without its LayerScales.
+    """
     scales = {name: match for name in state if (match := LAYER_SCALE.fullmatch(name))}
     folded = {name: tensor for name, tensor in state.items() if name not in scales}
     for name, match in scales.items():

@@ -1,4 +1,4 @@
-"""The DeepSpeed JSON: which keys it may hold, and which belong to the recipe."""
+"""The DeepSpeed JSON: which keys it may hold, and which knob of the recipe owns the others."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import Any
 from mapet_ds.errors import ConfigError
 
 ENGINE_KEYS = {
-    "zero_optimization", "bf16", "data_types", "communication_data_type", "wall_clock_breakdown", "comms_logger",
-    "flops_profiler", "memory_breakdown", "dump_state", "prescale_gradients", "gradient_predivide_factor",
+    "zero_optimization", "bf16", "data_types", "communication_data_type", "wall_clock_breakdown",
+    "dump_state", "comms_logger", "flops_profiler", "memory_breakdown", "prescale_gradients",
+    "gradient_predivide_factor",
 }  # fmt: skip
 OWNED_KEYS = {
     "train_batch_size": "train.global_batch_size", "train_micro_batch_size_per_gpu": "train.micro_batch_size",
@@ -22,10 +23,11 @@ OWNED_KEYS = {
 
 
 def load_deepspeed_config(path: str | Path) -> dict[str, Any]:
-    """A DeepSpeed JSON that holds engine knobs only: DeepSpeed itself ignores misspelt keys.
+    """Reads a DeepSpeed JSON that holds engine knobs only. DeepSpeed itself ignores misspelt keys.
 
     Raises:
-        ConfigError: unreadable, unknown keys, keys that the recipe owns, a ZeRO stage other than 1, 2, 3.
+        ConfigError: the file can't be read, holds an unknown key or one that the recipe owns, offloads the
+            optimizer, or has a ZeRO stage other than 1, 2, 3.
     """
     try:
         engine = json.loads(Path(path).read_text())
@@ -33,20 +35,20 @@ def load_deepspeed_config(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"The DeepSpeed config {path} can't be read: {error}.") from error
     if not isinstance(engine, dict):
         raise ConfigError(f"The DeepSpeed config {path} must be a JSON object.")
+
     for key in engine:
         if key in OWNED_KEYS:
             raise ConfigError(f"{path} sets {key}, which belongs to the recipe: use {OWNED_KEYS[key]} there.")
         if key not in ENGINE_KEYS:
             close = difflib.get_close_matches(key, ENGINE_KEYS, n=1)
-            raise ConfigError(
-                f"{path} sets {key}, which is not an engine knob{f' (meant {close[0]}?)' if close else ''}."
-            )
+            hint = f" (meant {close[0]}?)" if close else ""
+            raise ConfigError(f"{path} sets {key}, which is not an engine knob{hint}.")
+
     zero = engine.get("zero_optimization", {})
     if not isinstance(zero, dict) or zero.get("stage") not in (1, 2, 3):
         raise ConfigError(f"{path}: zero_optimization.stage must be 1, 2 or 3.")
-    for key in ("offload_optimizer", "offload_param"):
-        if key in zero:
-            raise ConfigError(
-                f"{path} sets zero_optimization.{key}: offloading uses an Adam that can't resume exactly."
-            )
+    if offload := [key for key in ("offload_optimizer", "offload_param") if key in zero]:
+        raise ConfigError(
+            f"{path} sets zero_optimization.{offload[0]}: offloading uses an Adam that can't resume exactly."
+        )
     return engine

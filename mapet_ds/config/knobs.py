@@ -1,4 +1,4 @@
-"""What a knob may be: a strictly typed, bounded value of a frozen dataclass, with its meaning in the string below it."""
+"""The decorator that makes a section of knobs, the types of their values, and a list of them in words."""
 
 from __future__ import annotations
 
@@ -6,11 +6,22 @@ import dataclasses
 import json
 import textwrap
 import types
-from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    NamedTuple,
+    TypeVar,
+    Union,
+    dataclass_transform,
+    get_args,
+    get_origin,
+)
 
 import pydantic
 from pydantic import ConfigDict, Field
 
+T = TypeVar("T")
 Positive = Annotated[int, Field(gt=0)]
 Natural = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -22,9 +33,11 @@ WORDS = {bool: "true or false", int: "integer", float: "number", str: "text", ty
 BOUNDS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 
 
-def knobs(cls: type) -> type:
-    """Class decorator: a frozen, strictly typed dataclass that refuses unknown keys."""
-    return pydantic.dataclasses.dataclass(cls, frozen=True, config=STRICT)
+@dataclass_transform(frozen_default=True, field_specifiers=(Field,))
+def knobs(cls: type[T]) -> type[T]:
+    """Class decorator: makes a frozen, strictly typed dataclass that refuses unknown keys."""
+    section: Any = pydantic.dataclasses.dataclass(cls, frozen=True, config=STRICT)
+    return section
 
 
 class Knob(NamedTuple):
@@ -37,30 +50,29 @@ class Knob(NamedTuple):
     """Meaning, unit and source."""
 
 
-def knobs_of(settings: type, prefix: str = "") -> dict[str, Knob]:
-    """Every knob of nested sections by its dotted name."""
-    found: dict[str, Knob] = {}
-    for name, field in settings.__pydantic_fields__.items():
+def knobs_of(section: Any, prefix: str = "") -> dict[str, Knob]:
+    """Every knob of a section and of those inside it, by its dotted name."""
+    by_name: dict[str, Knob] = {}
+    for name, field in section.__pydantic_fields__.items():
         if dataclasses.is_dataclass(field.annotation):
-            found |= knobs_of(field.annotation, f"{prefix}{name}.")
+            by_name |= knobs_of(field.annotation, f"{prefix}{name}.")
             continue
         # pydantic reads the string below a field in the class that defines it, not in those that inherit it.
-        owners = [each.__pydantic_fields__ for each in settings.__mro__ if dataclasses.is_dataclass(each)]
-        texts = [fields[name].description for fields in owners if name in fields and fields[name].description]
+        fields = [vars(each).get("__pydantic_fields__", {}).get(name) for each in section.__mro__]
+        texts = [each.description for each in fields if each and each.description]
+        text = " ".join("".join(texts[:1]).split())
         default = field.get_default(call_default_factory=True)
-        found[prefix + name] = Knob(
-            _type(field.annotation, field.metadata), default, " ".join("".join(texts[:1]).split())
-        )
-    return found
+        by_name[prefix + name] = Knob(_kind(field.annotation, field.metadata), default, text)
+    return by_name
 
 
 def known_keys(settings: type) -> list[str]:
-    """All knobs as dotted names."""
+    """Names all knobs, dotted."""
     return list(knobs_of(settings))
 
 
 def describe(settings: type, section: str = "") -> str:
-    """Every knob of a section, or all, with type, default and meaning; empty where there is none of that name."""
+    """Lists the knobs of a section, or all, with type, default and meaning; empty for an unknown section."""
     paragraphs = []
     for name, knob in knobs_of(settings).items():
         if f"{name}.".startswith(f"{section}." if section else ""):
@@ -69,28 +81,23 @@ def describe(settings: type, section: str = "") -> str:
     return "\n".join(paragraphs)
 
 
-def _type(annotation: Any, metadata: list[Any] | tuple[Any, ...] = ()) -> str:
-    """A knob's type and bounds in words."""
+def _kind(annotation: Any, metadata: Any = ()) -> str:
+    """Type and bounds of a knob in words."""
     if get_origin(annotation) is Annotated:
         annotation, *metadata = get_args(annotation)
-    bounds = [
-        f"{sign} {getattr(each, key)}"
-        for each in _bounds(metadata)
-        for key, sign in BOUNDS.items()
-        if getattr(each, key, None) is not None
-    ]
+
+    # Inside unions pydantic nests the constraints in a Field.
+    constraints = [one for each in metadata for one in getattr(each, "metadata", None) or [each]]
+    values = [(sign, getattr(one, key, None)) for one in constraints for key, sign in BOUNDS.items()]
+    bounds = ", ".join(f"{sign} {value}" for sign, value in values if value is not None)
+
     if get_origin(annotation) is Literal:
         words = " | ".join(map(str, get_args(annotation)))
     elif get_origin(annotation) in (Union, types.UnionType):
-        words = " or ".join(_type(each) for each in get_args(annotation))
+        words = " or ".join(_kind(each) for each in get_args(annotation))
     elif get_origin(annotation) is tuple:
         each = get_args(annotation)
-        words = f"{len(each)} of: {_type(each[0])}"
+        words = f"{len(each)} of: {_kind(each[0])}"
     else:
         words = WORDS.get(annotation, "mapping of names to values")
-    return " ".join([words, ", ".join(bounds)]).strip()
-
-
-def _bounds(metadata: Any) -> list[Any]:
-    """The single constraints in an annotation's metadata: pydantic nests them in a Field inside unions."""
-    return [one for each in metadata for one in getattr(each, "metadata", None) or [each]]
+    return f"{words} {bounds}".strip()

@@ -1,8 +1,9 @@
-"""The section of each objective: its knobs, whether the teacher takes part, how many patches it hides, what contradicts it."""
+"""The section of each objective: its knobs, its need of a teacher, its hidden patches, its contradictions."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
@@ -12,44 +13,46 @@ from mapet_ds.config.knobs import Positive, Share, knobs
 if TYPE_CHECKING:
     from mapet_ds.config.sections import Config
 
-Rules = list[tuple[bool, str]]
-"""(broken, the sentence for it) of each thing that must hold."""
-
 
 class ObjectiveConfig:
-    """The section of one objective; its name in Config is the objective's name."""
+    """The section of one objective. Its name in Config is the objective's name."""
 
     predicts_ids: ClassVar[bool] = True
     """Whether a tokenizer takes part."""
     hidden_share: float
-    """Share of the patches that is predicted; a section without this knob says by itself how many are hidden."""
+    """Share of the patches that is predicted. A section without this knob overrides `num_hidden` and
+    `rules`."""
 
     def uses_teacher(self, config: Config) -> bool:
         """Whether the frozen open_clip tower takes part."""
         return self.predicts_ids and config.tokenizer.name == "kclip" and not config.tokenizer.ids
 
     def num_hidden(self, config: Config) -> int:
-        """Patches of an image that are predicted, at most."""
+        """Number of patches of an image that are predicted, at most."""
         return round(self.hidden_share * config.num_patches)
 
-    def rules(self, config: Config) -> Rules:
-        hidden, where = self.num_hidden(config), f"{config.objective}.hidden_share = {self.hidden_share}"
-        return [
-            (
-                not 1 <= hidden < config.num_patches,
-                f"{where} hides {hidden} of {config.num_patches} patches; at least one must be hidden and one visible.",
+    def rules(self, config: Config) -> Iterator[str]:
+        """Yields a sentence for each contradiction between this section and the others."""
+        hidden, patches = self.num_hidden(config), config.num_patches
+        if not 1 <= hidden < patches:
+            yield (
+                f"{config.objective}.hidden_share = {self.hidden_share} hides {hidden} of {patches} patches; "
+                "at least one must be hidden and one visible."
             )
-        ]
 
 
 @knobs
 class MaPeTConfig(ObjectiveConfig):
+    """Masked and permuted prediction of token ids. MaPeT, arXiv 2306.07346."""
+
     hidden_share: Share = 0.75
     """Share of the patches that is predicted: the last ones of the permutation (147 of 196)."""
 
 
 @knobs
 class BlockMaskConfig(ObjectiveConfig):
+    """What the objectives that hide BEiT's rectangles have in common."""
+
     hidden_share: Share = 0.383
     """Share of the patches that is hidden by rectangles (75 of 196)."""
     exact: bool = False
@@ -75,7 +78,7 @@ class MVPConfig(BlockMaskConfig):
 
 @knobs
 class SAIMConfig(ObjectiveConfig):
-    """Every patch from those before it in a random order. SAIM, arXiv 2212.01610."""
+    """Prediction of every patch from those before it in a random order. SAIM, arXiv 2212.01610."""
 
     target: Literal["pixels", "features"] = "pixels"
     """pixels: blurred and normalised per patch; features: the frozen CLIP's (SemAIM)."""
@@ -91,8 +94,8 @@ class SAIMConfig(ObjectiveConfig):
     def num_hidden(self, config: Config) -> int:
         return config.num_patches
 
-    def rules(self, config: Config) -> Rules:
-        return []
+    def rules(self, config: Config) -> Iterator[str]:
+        yield from ()
 
 
 @knobs
@@ -106,7 +109,7 @@ class ConMIMConfig(ObjectiveConfig):
     temperature: Annotated[float, Field(gt=0)] = 0.1
     """Cosines are divided by it before the softmax."""
     momentum: Share = 0.996
-    """Of the teacher at the first step; a cosine takes it to 1 at the last."""
+    """The teacher's momentum at the first step; a cosine takes it to 1 at the last."""
     projector_dim: Positive = 4096
     """Width of the projector's two hidden layers; its output has 256."""
     bn_group: Positive = 64
@@ -116,17 +119,17 @@ class ConMIMConfig(ObjectiveConfig):
     def num_hidden(self, config: Config) -> int:
         return math.ceil(self.hidden_share * (config.grid // self.cell) ** 2) * self.cell**2
 
-    def rules(self, config: Config) -> Rules:
+    def rules(self, config: Config) -> Iterator[str]:
+        yield from super().rules(config)
+        if config.grid % self.cell != 0:
+            yield (
+                f"conmim.cell = {self.cell} does not divide the student's grid of {config.grid} patches a "
+                "side."
+            )
         micro = config.train.micro_batch_size
-        return [
-            *super().rules(config),
-            (
-                config.grid % self.cell != 0,
-                f"conmim.cell = {self.cell} does not divide the student's grid of {config.grid} patches a side.",
-            ),
-            (
-                micro % self.bn_group != 0,
-                f"conmim.bn_group = {self.bn_group} does not divide train.micro_batch_size = {micro}; BatchNorm is over whole "
-                f"groups. Keep the group through a run, e.g. conmim.bn_group={math.gcd(micro, self.bn_group)}.",
-            ),
-        ]
+        if micro % self.bn_group != 0:
+            yield (
+                f"conmim.bn_group = {self.bn_group} does not divide train.micro_batch_size = {micro}; "
+                "BatchNorm is over whole groups. Keep the group through a run, e.g. "
+                f"conmim.bn_group={math.gcd(micro, self.bn_group)}."
+            )

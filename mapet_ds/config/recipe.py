@@ -1,4 +1,4 @@
-"""A Config from a YAML recipe and `a.b=value` overrides, mistakes answered with a sentence."""
+"""The reader of recipes: a YAML file and `a.b=value` overrides become settings, mistakes become sentences."""
 
 from __future__ import annotations
 
@@ -19,14 +19,13 @@ Settings = TypeVar("Settings", bound=RunConfig)
 
 
 class RecipeLoader(yaml.SafeLoader):
-    """YAML 1.2 numbers and single keys: PyYAML alone reads 1e-3 as a string, and takes the last of two equal keys."""
+    """Reads YAML 1.2's numbers and refuses double keys; PyYAML reads 1e-3 as text and takes the last key."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value]
         if twice := [key for key in keys if keys.count(key) > 1]:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"the key {twice[0]} is there twice", node.start_mark
-            )
+            problem = f"the key {twice[0]} is there twice"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
         return super().construct_mapping(node, deep)
 
 
@@ -47,21 +46,19 @@ def _read_recipe(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"The recipe {path} can't be read: {error}. Shipped ones: mapet_ds/recipes/."
-        ) from error
+        message = f"The recipe {path} can't be read: {error}. Shipped ones: mapet_ds/recipes/."
+        raise ConfigError(message) from error
     recipe = _parse_yaml(text, f"The recipe {path}")
     if recipe is None:
         return {}
     if not isinstance(recipe, dict):
-        raise ConfigError(
-            f"The recipe {path} must be a mapping of keys to values, not {type(recipe).__name__}."
-        )
+        kind = type(recipe).__name__
+        raise ConfigError(f"The recipe {path} must be a mapping of keys to values, not {kind}.")
     return recipe
 
 
 def _put(values: dict[str, Any], leaf: str, value: Any) -> None:
-    """Set one value; a mapping adds its keys to those that are there."""
+    """Sets one value; a mapping adds its keys to those that are there."""
     if isinstance(value, dict) and isinstance(values.get(leaf), dict):
         for key, inner in value.items():
             _put(values[leaf], key, inner)
@@ -83,48 +80,46 @@ def _apply_override(values: dict[str, Any], override: str) -> str:
 
 
 def _sentence(error: Any, recipe: str, overridden: set[str], cls: type[RunConfig]) -> str:
+    """The sentence for pydantic's record of an error: the knob, the value, its source and what to do."""
     key = ".".join(str(part) for part in error["loc"])
     of_command = any(f"{key}.".startswith(f"{k}.") or k.startswith(f"{key}.") for k in overridden)
-    source = "the command line" if of_command else recipe
     value = json.dumps(error["input"], default=str)
+    source = f"(from {'the command line' if of_command else recipe})"
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         known = known_keys(cls)
-        close = [name for name in known if name.endswith(f".{key}")] or difflib.get_close_matches(
-            key, known, n=1
-        )
+        close = [name for name in known if name.endswith(f".{key}")]
+        close = close or difflib.get_close_matches(key, known, n=1)
         hint = f"; did you mean {' or '.join(close)}?" if close else ". --knobs lists them all."
-        return f"{key} = {value} (from {source}) is not a knob{hint}"
+        return f"{key} = {value} {source} is not a knob{hint}"
     if error["type"] == "missing":
-        return f"{key.rpartition('.')[0]} = {value} (from {source}) has too few values."
+        return f"{key.rpartition('.')[0]} = {value} {source} has too few values."
     if isinstance(error["input"], list) and key.endswith(("img_size", "patch_size")):
-        return f"{key} = {value} (from {source}): views and patches are square; give one number, the side in pixels."
-    says = (
-        error["msg"]
-        .replace("a valid array", "a list, e.g. [1, 2]")
-        .replace("an object", "a mapping of keys to values")
-    )
-    return f"{key} = {value} (from {source}): {says[0].lower()}{says[1:]}."
+        return f"{key} = {value} {source}: views and patches are square; give one number, the side in pixels."
+    message = error["msg"].replace("a valid array", "a list, e.g. [1, 2]")
+    message = message.replace("an object", "a mapping of keys to values")
+    return f"{key} = {value} {source}: {message[0].lower()}{message[1:]}."
 
 
 def load_config(
     recipe: str | Path, overrides: list[str] | tuple[str, ...] = (), cls: type[Settings] = Config
 ) -> Settings:
-    """The typed settings, a `cls`, of a recipe with `a.b=value` overrides on top. Not yet checked against each other.
+    """Reads a recipe with `a.b=value` overrides on top. The values are not yet checked against each other.
+
+    cls: the settings that it gives, Config or FinetuneConfig.
 
     Raises:
-        ConfigError: unreadable file, bad YAML, unknown key, wrong type or range.
+        ConfigError: the file can't be read or is no YAML, a key is unknown, a value has a wrong type or
+            range.
     """
     values = _read_recipe(Path(recipe))
     overridden = {_apply_override(values, override) for override in overrides}
     try:
         text = json.dumps(values)
     except (TypeError, ValueError) as error:
-        raise ConfigError(
-            f"The recipe {recipe} holds a value that is no number, string or list: {error}."
-        ) from error
+        message = f"The recipe {recipe} holds a value that is no number, string or list: {error}."
+        raise ConfigError(message) from error
     try:
         return pydantic.TypeAdapter(cls).validate_json(text)
     except pydantic.ValidationError as errors:
-        raise ConfigError(
-            "\n".join(_sentence(e, str(recipe), overridden, cls) for e in errors.errors())
-        ) from errors
+        sentences = [_sentence(error, str(recipe), overridden, cls) for error in errors.errors()]
+        raise ConfigError("\n".join(sentences)) from errors

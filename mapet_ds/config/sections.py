@@ -1,7 +1,8 @@
 """Every knob of pre-training: frozen dataclasses, which recipe.py fills.
 
-A dataclass owns a knob's type, default, unit, meaning and source; a DeepSpeed JSON owns engine knobs only. Nothing in config/
-imports torch or open_clip, so that a mistake in a recipe is answered in a fraction of a second.
+A dataclass owns a knob's type, default, unit, meaning and source. A DeepSpeed JSON owns engine knobs only.
+Nothing in config/ imports torch or open_clip, so that a mistake in a recipe is answered in a fraction of a
+second.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,16 +23,15 @@ from mapet_ds.config.objectives import (
     MaPeTConfig,
     MVPConfig,
     ObjectiveConfig,
-    Rules,
     SAIMConfig,
 )
 from mapet_ds.draws import Place, first_slot
 
 TIMM = "timm:"
-"""Before timm's name of weights, where a path could stand."""
+"""Prefix that marks a name of timm's weights where a path could stand."""
 REPOSITORY = Path(__file__).resolve().parents[2]
 LOGITS = 2**24
-"""Logits that a loss holds at once: 64 MiB of fp32, and as much again for their gradient."""
+"""Number of logits that a loss holds at once: 64 MiB of fp32, and as much again for their gradient."""
 
 
 @knobs
@@ -50,39 +51,40 @@ class ModelConfig:
     args: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of timm's VisionTransformer, e.g. {depth: 6}."""
     init_from: str | None = None
-    """Weights to begin from: a folder that tools/export_timm.py or import_weights.py wrote, a file of timm's weights of this
-    model, or timm:NAME.TAG; null: fresh ones. Read at the start alone: a resumed run has its own."""
+    """Weights to begin from: a folder that tools/export_timm.py or import_weights.py wrote, a file of timm's
+    weights of this model, or timm:NAME.TAG; null: fresh ones. A resumed run has its own and doesn't read
+    them."""
 
-    def init_rules(self) -> Rules:
-        """What must hold of init_from where a run starts, as far as a look at the path tells."""
+    def init_rules(self) -> Iterator[str]:
+        """Yields a sentence where a run can't start from init_from, as far as a look at the path tells."""
         source = self.init_from
         if source is None or (source.startswith(TIMM) and source != TIMM):
-            return []
+            return
         path = Path(source)
         missing = [name for name in ("config.json", "model.safetensors") if not (path / name).is_file()]
-        return [
-            (
-                not source or not path.exists(),
-                f"model.init_from = {source or '(empty)'} is neither a folder nor a file that this host can see, nor "
-                f"{TIMM}NAME.TAG; null begins from fresh weights.",
-            ),
-            (
-                bool(source) and path.is_dir() and bool(missing),
-                f"model.init_from = {source} is no timm model: it lacks {' and '.join(missing)}. A run or a checkpoint becomes "
-                f"one by python tools/export_timm.py {source} OUT; then model.init_from=OUT.",
-            ),
-        ]
+        if not source or not path.exists():
+            yield (
+                f"model.init_from = {source or '(empty)'} is neither a folder nor a file that this host can "
+                f"see, nor {TIMM}NAME.TAG; null begins from fresh weights."
+            )
+        elif path.is_dir() and missing:
+            yield (
+                f"model.init_from = {source} is no timm model: it lacks {' and '.join(missing)}. A run or a "
+                f"checkpoint becomes one by python tools/export_timm.py {source} OUT; then "
+                "model.init_from=OUT."
+            )
 
 
 @knobs
 class StrongViewConfig:
-    """The teacher's view of objectives that ask for a strong one: colours changed, the geometry shared.
+    """The teacher's view in objectives that ask for a strong one: its colours change, its geometry is shared.
 
     Source: ConMIM's released settings (Yi et al., arXiv 2205.09616).
     """
 
     jitter: tuple[NonNegative, NonNegative, NonNegative, NonNegative] = (0.4, 0.4, 0.2, 0.1)
-    """Brightness, contrast and saturation factors are uniform in 1 +- this; hue in +- this share of a full turn."""
+    """Factors of brightness, contrast and saturation are uniform in 1 +- this; hue in +- this share of a
+    turn."""
     jitter_share: Share = 0.8
     """Share of the views whose colours are jittered."""
     grey_share: Share = 0.2
@@ -97,13 +99,13 @@ class StrongViewConfig:
 
 @knobs
 class DataConfig:
-    """Images in, two views of one crop out."""
+    """The images, and the two views of one crop that are made of each."""
 
     train: str = ""
     """Folder of images (labels optional: the name of the first sub-folder) or of tar shards."""
     shuffle_window: Natural = 0
-    """Samples among which the order is shuffled: those of neighbouring chunks of 256, themselves in random order, so that storage
-    is read nearly in sequence. Rounded up to whole chunks; 0: the whole data set at once."""
+    """Samples among which the order is shuffled: those of neighbouring chunks of 256, themselves in random
+    order, so that storage is read nearly in sequence. Rounded up to whole chunks; 0: the whole data set."""
     crop: Literal["center", "random"] = "center"
     """center: the largest central square (published MaPeT); random: scale, ratio and flip below."""
     crop_scale: tuple[float, float] = (0.2, 1.0)
@@ -116,13 +118,13 @@ class DataConfig:
     """Brightness, contrast and saturation factors are uniform in 1 +- this; student's view only."""
     strong: StrongViewConfig = Field(default_factory=StrongViewConfig)
     mean: Triple = (0.485, 0.456, 0.406)
-    """Taken off the student's view per channel, of values in 0 .. 1."""
+    """Subtracted from the student's view per channel, whose values are in 0 .. 1."""
     std: Triple = (0.229, 0.224, 0.225)
-    """The student's view is divided by it per channel."""
+    """Divisor of the student's view per channel, after the mean."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """Where JPEGs are decoded; auto: gpu where the rank has one."""
     threads: Positive = 2
-    """DALI's CPU threads per rank; without workers, one more than the rank's cores was fastest on two (docs/benchmarks.md)."""
+    """DALI's CPU threads per rank. Without workers, three were fastest on two cores (docs/benchmarks.md)."""
     workers: Natural = 0
     """Processes per rank that read and check files; 0 reads in the rank's own process."""
     prefetch: Positive = 2
@@ -145,36 +147,36 @@ class TeacherConfig:
     layer: int = -1
     """Index into the tower's intermediates; -1 is the last (layer4 of a ResNet, before pooling)."""
     features: Literal["tokens", "normed", "projected"] = "tokens"
-    """tokens: the layer's output; normed: after ln_post; projected: into the space that CLIP compares in (both: ViTs only)."""
+    """tokens: the layer's output; normed: after ln_post; projected: where CLIP compares (both: ViTs only)."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 on a GPU, fp32 on a CPU."""
     shard: Literal["none", "node", "world"] = "node"
     """Spread the weights over the ranks of a node (replicated across nodes), over all, or not."""
     ahead: bool = False
-    """Compute the next micro-batch's target on a GPU stream of its own while the student learns from this one; not
-    where the target follows the student (conmim) or costs next to nothing (pixels, stored ids).
-    With a sharded teacher two groups of ranks then communicate at a time, which NCCL has not been tried with here."""
+    """Compute the next micro-batch's target on its own GPU stream while the student learns from this one.
+    Not done where the target follows the student (conmim) or costs next to nothing (pixels, stored ids). With
+    a sharded teacher two groups of ranks then communicate at a time, which has not been tried with NCCL."""
 
 
 @knobs
 class TokenizerConfig:
-    """What turns an image into one id per patch, and how k-CLIP's codebook is fitted (published settings)."""
+    """The tokenizer, which gives each patch an id, and the published fit of k-CLIP's codebook."""
 
     name: str = "kclip"
-    """kclip: the nearest k-means centroid of the teacher's feature; vqkd: BEiT v2's tokenizer, which needs no teacher;
+    """kclip: the nearest k-means centroid of the teacher's feature; vqkd: BEiT v2's tokenizer, no teacher;
     package.module:factory: your own, called as factory(config, device)."""
     path: str = ""
-    """kclip: codebook.safetensors, written by tools/fit_codebook.py; vqkd: its published checkpoint (.pth or safetensors)."""
+    """kclip: codebook.safetensors of tools/fit_codebook.py; vqkd: its published .pth or safetensors."""
     ids: str = ""
-    """Folder of ids that tools/tokenize_images.py has written for the whole of data.train; empty: computed on the fly."""
+    """Folder of ids of tools/tokenize_images.py for all of data.train; empty: computed on the fly."""
     vocab_size: Positive = 8192
     """Number of ids."""
     iterations: Positive = 20
-    """Of k-means."""
+    """Iterations of k-means."""
     redo: Positive = 5
     """Times that k-means begins anew; the best is kept."""
     points_per_centroid: Positive = 512
-    """Patch features that k-means takes for each centroid, at most."""
+    """Largest number of patch features that k-means takes for each centroid."""
 
 
 @knobs
@@ -190,11 +192,11 @@ class OptimConfig:
     warmup_epochs: NonNegative = 10.0
     """Epochs of linear warm-up, fractions too."""
     weight_decay: NonNegative = 0.05
-    """Of weights; biases, norms, LayerScale, positions and prefix tokens don't decay."""
+    """Decay of weights; biases, norms, LayerScale, positions and prefix tokens don't decay."""
     betas: tuple[Share, Share] = (0.9, 0.999)
-    """AdamW's, of the first and the second moment."""
+    """AdamW's decay rates of the first and the second moment."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
-    """AdamW's, added to the root of the second moment."""
+    """AdamW's epsilon, added to the root of the second moment."""
     clip_grad: NonNegative = 3.0
     """Largest norm of the whole gradient; 0 never clips."""
     adamw: Literal["auto", "deepspeed", "torch"] = "auto"
@@ -204,6 +206,8 @@ class OptimConfig:
 
 @knobs
 class TrainConfig:
+    """The length, the batches and the patience of a run."""
+
     epochs: Annotated[float, Field(gt=0)] = 300.0
     """Passes over the data set; the number of steps is rounded up."""
     global_batch_size: Positive = 2048
@@ -223,55 +227,62 @@ class TrainConfig:
     max_skipped_steps: Natural = 10
     """Steps in a row with a non-finite gradient that are skipped before the run stops."""
     spike_factor: Annotated[float, Field(gt=1)] | None = 1.5
-    """A log window's mean loss above this many times the usual one is undone, its samples passed over; null: never."""
+    """A log window with a mean loss above this many times the usual one is undone and passed over; null:
+    never."""
     max_rollbacks: Natural = 3
-    """Spikes that a run undoes before one stops it."""
+    """Jumps of the loss that a run undoes before one stops it."""
     hang_seconds: Annotated[float, Field(gt=0, le=1e6)] = 600.0
-    """A run without progress for so long names the rank that holds it up, and ends; so long a start waits for all ranks."""
+    """A run without progress for so long names the rank that holds it up and ends; a start waits as long."""
 
 
 @knobs
 class CheckpointConfig:
+    """The checkpoints of a run."""
+
     every_steps: Positive = 1000
     """Steps from one checkpoint to the next; the last step has one too."""
     keep: Positive = 2
-    """Newest checkpoints kept."""
+    """Number of newest checkpoints that are kept."""
 
 
 @knobs
 class LogConfig:
+    """The metrics of a run."""
+
     every_steps: Positive = 50
-    """Steps from one line of metrics to the next, also a window whose mean loss is judged for a jump."""
+    """Steps from one line of metrics to the next. The mean loss between two lines is judged for a jump."""
     images_every_steps: Natural = 1000
-    """TensorBoard images: views, token map, predicted token map; 0 for never."""
+    """Steps between TensorBoard's images (views, token map, predicted token map); 0: never."""
     progress: bool = True
     """Show a progress bar."""
 
 
 @knobs
 class EvaluateConfig:
-    """k-NN and a linear probe of the features while pre-training runs, which learns nothing from them."""
+    """k-NN and a linear probe of the features while pre-training runs, which learns nothing from either."""
 
     train: str = ""
-    """Folder of class folders, or of tar shards with `.cls`, to learn from; empty: no evaluation. May be data.train."""
+    """Folder of class folders, or of tar shards with `.cls`, to learn from; may be data.train. Empty: no
+    evaluation."""
     val: str = ""
     """The same classes, other images."""
     every_epochs: Annotated[float, Field(gt=0)] = 10.0
-    """Evaluation is at the first line of metrics after so many epochs, and at the end."""
+    """Epochs between evaluations, each at the next line of metrics; the end has one too."""
     max_images: Positive = 10_000
-    """Of each of the two at most so many, evenly spaced over its sorted names: always the same ones."""
+    """Largest number of images of each folder, evenly spaced over its sorted names: always the same ones."""
 
 
 @knobs
 class RunConfig:
-    """What every run has, whatever it learns."""
+    """The settings of every run, whatever it learns."""
 
     run_dir: str = ""
-    """Everything a run writes. On a cluster: a path that all hosts share."""
+    """Folder of everything that a run writes. On a cluster: a path that all hosts share."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Of all randomness: initial weights, order, crops, colours, masks, stochastic depth."""
+    """Seed of all randomness: initial weights, order, crops, colours, masks, stochastic depth."""
     resume: Literal["auto", "never"] = "auto"
-    """auto: continue from the newest whole checkpoint in run_dir, else start; never: refuse a used run_dir."""
+    """auto: continue from the newest whole checkpoint in run_dir, else start; never: refuse a used
+    run_dir."""
     optim: OptimConfig = Field(default_factory=OptimConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
@@ -279,26 +290,26 @@ class RunConfig:
 
     @property
     def idle_sections(self) -> set[str]:
-        """Sections that change nothing in this run."""
+        """The sections that change nothing in this run."""
         return set()
 
     def grad_accum_steps(self, world_size: int) -> int:
-        """Forwards per update on each rank."""
+        """Number of forwards per update on each rank."""
         return self.train.global_batch_size // (self.train.micro_batch_size * world_size)
 
     def place(self, micro_step: int, rank: int, world_size: int) -> Place:
-        """Where a rank's micro-batch stands; micro_step counts from the start of the run, over all steps."""
+        """The place of a rank's micro-batch. micro_step counts from the start of the run, over all steps."""
         step, micro = divmod(micro_step, self.grad_accum_steps(world_size))
         return Place(step, first_slot(micro, rank, world_size, self.train.micro_batch_size))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain nested dictionaries, as they are written to the run folder."""
+        """Nested plain dictionaries, as the run folder holds them."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
 
 @knobs
 class Config(RunConfig):
-    """A pre-training run."""
+    """The settings of a pre-training run."""
 
     objective: str = "mapet"
     """mapet, beit, mvp, saim, conmim, or one of your own (docs/extending.md)."""
@@ -315,10 +326,8 @@ class Config(RunConfig):
 
     @property
     def objectives(self) -> list[str]:
-        """The objectives that there are: each has a section of its name."""
-        return [
-            f.name for f in dataclasses.fields(self) if isinstance(getattr(self, f.name), ObjectiveConfig)
-        ]
+        """The names of all objectives: each has a section of its name."""
+        return [name for name, section in vars(self).items() if isinstance(section, ObjectiveConfig)]
 
     @property
     def idle_sections(self) -> set[str]:
@@ -327,21 +336,22 @@ class Config(RunConfig):
 
     @property
     def method(self) -> ObjectiveConfig:
-        """The section of the objective."""
+        """The section of this run's objective."""
         return getattr(self, self.objective)
 
     @property
     def grid(self) -> int:
-        """Patches along one side of the student's view."""
+        """Number of patches along one side of the student's view."""
         return self.model.img_size // self.model.patch_size
 
     @property
     def num_patches(self) -> int:
+        """Number of patches of the student's view."""
         return self.grid**2
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries as one, by dotted names."""
+    """Merges nested dictionaries into one with dotted names."""
     flat = {}
     for key, value in values.items():
         if isinstance(value, dict):
@@ -352,5 +362,5 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def total_steps(config: RunConfig, num_samples: int) -> int:
-    """Updates in the whole run: epochs * samples / global batch, rounded up."""
+    """Number of updates in the whole run: epochs * samples / global batch, rounded up."""
     return math.ceil(config.train.epochs * num_samples / config.train.global_batch_size)

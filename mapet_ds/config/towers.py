@@ -1,4 +1,4 @@
-"""open_clip's image towers as its own JSON files describe them: neither open_clip nor torch is imported."""
+"""Sizes of open_clip's image towers, read from its JSON files. Neither open_clip nor torch is imported."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from mapet_ds.errors import ConfigError
 
 
 def teacher_model_config(name: str) -> dict[str, Any]:
-    """open_clip's own description of a model, read from its JSON without importing it.
+    """Reads open_clip's own description of a model, with its `vision_cfg`.
 
     Raises:
-        ConfigError: no such model, or no open_clip_config.json in the folder.
+        ConfigError: open_clip has no such model, or the folder has no open_clip_config.json that describes
+            one.
     """
     if name.startswith("local-dir:"):
         path = Path(name.removeprefix("local-dir:")) / "open_clip_config.json"
@@ -32,7 +33,10 @@ def teacher_model_config(name: str) -> dict[str, Any]:
             raise ConfigError(
                 f"{path} does not describe an open_clip model: {type(error).__name__} {error}."
             ) from error
-    folder = Path(importlib.util.find_spec("open_clip").submodule_search_locations[0]) / "model_configs"
+
+    package = importlib.util.find_spec("open_clip")
+    assert package is not None and package.origin is not None  # requirements.txt installs it
+    folder = Path(package.origin).parent / "model_configs"
     path = folder / f"{name}.json"
     if not path.is_file():
         close = difflib.get_close_matches(name, [p.stem for p in folder.glob("*.json")], n=3)
@@ -43,15 +47,16 @@ def teacher_model_config(name: str) -> dict[str, Any]:
 
 
 def teacher_layers(teacher: TeacherConfig) -> int | None:
-    """How many layers teacher.layer chooses from; None where only building the tower can tell."""
-    layers = teacher_model_config(teacher.name)["vision_cfg"].get("layers", 12)
-    if teacher_model_config(teacher.name)["vision_cfg"].get("timm_model_name"):
+    """Number of layers that teacher.layer chooses from; None where only building the tower can tell."""
+    vision = teacher_model_config(teacher.name)["vision_cfg"]
+    if vision.get("timm_model_name"):
         return None
+    layers = vision.get("layers", 12)
     return 5 if isinstance(layers, list) else layers  # a ModifiedResNet: stem, layer1 .. layer4
 
 
 def teacher_grid(teacher: TeacherConfig) -> int | None:
-    """Patches along one side of the teacher's feature map; None where only building it can tell."""
+    """Patches along one side of the teacher's feature map; None where only building the tower can tell."""
     vision = teacher_model_config(teacher.name)["vision_cfg"]
     if isinstance(vision.get("layers"), list):  # ModifiedResNet: stem 4, then 1, 2, 4, 8
         stage = teacher.layer % 5  # stem, layer1 .. layer4

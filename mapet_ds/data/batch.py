@@ -1,6 +1,6 @@
-"""What a loader hands to the run: two views of one crop, where they stand in the run, and the draw made for them.
+"""The batch that a loader gives to a run: two views of one crop, their place in the run, and their draw.
 
-Imports no torch: loader workers import this room.
+Nothing here imports torch, because loader workers import this folder.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 
 class View(NamedTuple):
-    """What a view is to look like."""
+    """The look of a view."""
 
     size: int
     """Side in pixels."""
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     strong: bool = False
-    """Colours changed by data.strong; the teacher's view only."""
+    """Whether data.strong changes its colours; the teacher's view only."""
 
 
 class Draw(NamedTuple):
@@ -34,41 +34,47 @@ class Draw(NamedTuple):
     mask: Tensor | None
     """bool [B, L], True = hidden from the student, hence predicted; None where nothing is hidden."""
     order: Tensor | None
-    """long [B, L], rank of each patch in its image's permutation, 0 first; None where nothing is permuted."""
+    """long [B, L], the rank of each patch in its image's permutation, from 0; None without one."""
     keep: Tensor
-    """float [B, decisions], uniforms of the stochastic depth decisions, two a block."""
+    """float [B, 2 * blocks], the uniforms in [0, 1) that decide about stochastic depth, two a block."""
 
     def to(self, device: torch.device) -> Draw:
-        """The same on a device. The host waits for nothing."""
-        return Draw(*(None if x is None else x.to(device, non_blocking=True) for x in self))
+        """Copies the draw to a device. The host waits for nothing."""
+        mask, order = (x if x is None else x.to(device, non_blocking=True) for x in self[:2])
+        return Draw(mask, order, self.keep.to(device, non_blocking=True))
 
 
 class Batch(NamedTuple):
-    """One micro-batch of a rank. Images lie on the loader's device, float32; index and draw on the CPU."""
+    """One micro-batch of a rank. Images are float32 on the loader's device; index and draw are on the CPU."""
 
     images: Tensor | None
-    """[B, 3, S, S] the student's view."""
+    """[B, 3, S, S], the student's view, normalised."""
     teacher_images: Tensor | None
-    """[B, 3, T, T] the same crop for the teacher."""
+    """[B, 3, T, T], the same crop for the teacher."""
     index: Tensor
-    """[B] long: place in the index."""
+    """long [B], the place of each image in the index."""
     place: Place
+    """The step and the slot of the first image."""
     draw: Draw | None = None
-    """None where the loader was given nothing to draw with."""
+    """None where the loader has no function to draw with."""
 
     def to(self, device: torch.device) -> Batch:
-        """The same with images and draw on `device`; the index stays on the CPU."""
-        images, teacher_images, draw = (
-            x if x is None else x.to(device) for x in (self.images, self.teacher_images, self.draw)
+        """Copies images and draw to `device`; the index stays on the CPU."""
+        images, teacher_images = self.images, self.teacher_images
+        return self._replace(
+            images=None if images is None else images.to(device),
+            teacher_images=None if teacher_images is None else teacher_images.to(device),
+            draw=None if self.draw is None else self.draw.to(device),
         )
-        return self._replace(images=images, teacher_images=teacher_images, draw=draw)
 
 
 class DrawsAhead:
-    """An iterator of the draws at these places, `ahead` of which a thread makes while the rank trains.
+    """An iterator of the draws at these places. A thread makes `ahead` of them while the rank trains.
 
-    draw: called with step, first slot and number of slots. Drawing takes NumPy 17 to 41 ms for 256 images on one core
-    (docs/log.md), for which a GPU would wait between two steps.
+    Drawing takes NumPy 17 to 41 ms for 256 images on one core (docs/log.md), and a GPU would wait for it
+    between two steps.
+
+    draw: called with step, first slot and number of slots.
     """
 
     def __init__(
@@ -88,5 +94,5 @@ class DrawsAhead:
         return self._begun.popleft().result()
 
     def close(self) -> None:
-        """Stop drawing."""
+        """Stops the thread."""
         self._thread.shutdown(cancel_futures=True)

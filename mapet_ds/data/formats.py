@@ -1,7 +1,7 @@
-"""Whether bytes are an image that can be decoded, and how large: one rule, the same on every device.
+"""The one rule, on every device, for whether bytes are an image that can be decoded, and of which size.
 
-It looks at the structure only. What passes and still can't be decoded is found by the loader, with DALI's CPU decoder
-as the judge.
+It looks at the structure only. The loader finds the images that pass it and still can't be decoded: there
+DALI's CPU decoder is the judge.
 """
 
 from __future__ import annotations
@@ -14,30 +14,34 @@ import zlib
 from PIL import Image, TiffImagePlugin
 
 MAX_PIXELS = 200_000_000
+JPEG_FRAMES = {0xC0, 0xC1, 0xC2, 0xC9, 0xCA}
+TIFF_MODES = {"RGB", "RGBA", "L", "P", "CMYK", "YCbCr", "I;16", "I;16B"}
+TIFF_STRIPS_OR_TILES = (
+    (TiffImagePlugin.STRIPOFFSETS, TiffImagePlugin.TILEOFFSETS),
+    (TiffImagePlugin.STRIPBYTECOUNTS, TiffImagePlugin.TILEBYTECOUNTS),
+)
 
 
 class BadImage(Exception):
-    """One image is unreadable; the message is the reason. It is skipped, counted and listed."""
+    """Raised for one unreadable image, with the reason. The image is skipped, counted and listed."""
 
 
 def inspect(data: bytes) -> tuple[int, int]:
-    """(width, height) in pixels from the structure of an encoded image, EXIF orientation ignored. No pixel is decoded.
+    """Reads (width, height) in pixels from the structure of an encoded image. No pixel is decoded.
 
-    Reads JPEG (8 bits, Huffman or arithmetic, baseline or progressive), PNG, WebP, BMP and TIFF, as far as both DALI and
-    Pillow decode them to the same RGB. Everything is there to the end marker; PNG's checksums are verified.
+    Takes JPEG (8 bits, Huffman or arithmetic, baseline or progressive), PNG, WebP, BMP and TIFF, as far as
+    both DALI and Pillow decode them to the same RGB. EXIF's orientation is ignored. The data must reach to
+    the end marker, and PNG's checksums must be right.
 
     Raises:
-        BadImage: damaged, cut off, of another kind, or of more than MAX_PIXELS.
+        BadImage: the image is damaged, cut off, of another kind, or has more than MAX_PIXELS.
     """
-    for magic, parse in PARSERS.items():
-        if data.startswith(magic):
-            break
-    else:
-        raise BadImage(
-            f"neither JPEG, PNG, WebP, BMP nor TIFF: {len(data)} bytes that begin with {data[:8]!r}"
-        )
+    parsers = [parse for magic, parse in PARSERS.items() if data.startswith(magic)]
+    if not parsers:
+        start = f"{len(data)} bytes that begin with {data[:8]!r}"
+        raise BadImage(f"neither JPEG, PNG, WebP, BMP nor TIFF: {start}")
     try:
-        width, height = parse(data)
+        width, height = parsers[0](data)
     except (struct.error, IndexError) as error:
         raise BadImage("cut off") from error
     if width < 1 or height < 1:
@@ -48,13 +52,10 @@ def inspect(data: bytes) -> tuple[int, int]:
 
 
 def smallest_jpeg() -> bytes:
-    """A black JPEG of one pixel."""
+    """Encodes a black JPEG of one pixel."""
     stream = io.BytesIO()
     Image.new("RGB", (1, 1)).save(stream, "JPEG")
     return stream.getvalue()
-
-
-JPEG_FRAMES = {0xC0, 0xC1, 0xC2, 0xC9, 0xCA}
 
 
 def _inspect_jpeg(data: bytes) -> tuple[int, int]:
@@ -78,9 +79,8 @@ def _inspect_jpeg(data: bytes) -> tuple[int, int]:
         at += 2 + (data[at + 2] << 8 | data[at + 3])
     if size is None:
         raise BadImage("JPEG scan before its frame header")
-    if (
-        data.rfind(b"\xff\xd9", at) < 0
-    ):  # scans escape 0xFF, so this is none of their bytes, nor a thumbnail's end
+    # Scans escape 0xFF, so the marker is none of their bytes; a thumbnail's end stands before them.
+    if data.rfind(b"\xff\xd9", at) < 0:
         raise BadImage("JPEG cut off: no end marker after its scans")
     return size
 
@@ -125,20 +125,11 @@ def _inspect_bmp(data: bytes) -> tuple[int, int]:
     return width, abs(height)
 
 
-TIFF_MODES = {"RGB", "RGBA", "L", "P", "CMYK", "YCbCr", "I;16", "I;16B"}
-
-TIFF_STRIPS_OR_TILES = (
-    (TiffImagePlugin.STRIPOFFSETS, TiffImagePlugin.TILEOFFSETS),
-    (TiffImagePlugin.STRIPBYTECOUNTS, TiffImagePlugin.TILEBYTECOUNTS),
-)
-
-
 def _inspect_tiff(data: bytes) -> tuple[int, int]:
     try:
-        with (
-            warnings.catch_warnings(action="ignore"),
-            Image.open(io.BytesIO(data), formats=("TIFF",)) as image,
-        ):
+        file = io.BytesIO(data)
+        with warnings.catch_warnings(action="ignore"), Image.open(file, formats=("TIFF",)) as image:
+            assert isinstance(image, TiffImagePlugin.TiffImageFile)
             if image.mode not in TIFF_MODES:
                 raise BadImage(f"TIFF of a kind that is not decoded ({image.mode})")
             tags = image.tag_v2
@@ -151,6 +142,6 @@ def _inspect_tiff(data: bytes) -> tuple[int, int]:
 
 
 PARSERS = {
-    b"\xff\xd8": _inspect_jpeg, b"\x89PNG\r\n\x1a\n": _inspect_png, b"RIFF": _inspect_webp, b"BM": _inspect_bmp,
-    b"II*\0": _inspect_tiff, b"MM\0*": _inspect_tiff,
+    b"\xff\xd8": _inspect_jpeg, b"\x89PNG\r\n\x1a\n": _inspect_png, b"RIFF": _inspect_webp,
+    b"BM": _inspect_bmp, b"II*\0": _inspect_tiff, b"MM\0*": _inspect_tiff,
 }  # fmt: skip

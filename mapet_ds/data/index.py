@@ -1,7 +1,7 @@
-"""What a data set holds, in a fixed order, and where its bytes lie: an image folder or a folder of tar shards.
+"""The index of an image folder or of tar shards: all samples in a fixed order, and where their bytes lie.
 
-The index is memory-mapped: opening it costs the same for a thousand images as for a billion. Loader workers import this
-module, so it knows neither torch nor DALI.
+The index is memory-mapped: opening it costs the same for a thousand images as for a billion. Nothing here
+imports torch or DALI, because loader workers import this module.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,21 +27,24 @@ from mapet_ds.errors import DataError
 from mapet_ds.files import whole_folder
 
 SUFFIXES = {b"jpg", b"jpeg", b"png", b"webp", b"bmp", b"tif", b"tiff", b"gif"}
-"""Files that count as samples; GIF is among them so that it is reported as unreadable, not passed over."""
+"""Endings of the files that are samples. GIF is among them so that it is reported as unreadable."""
 SAMPLE = np.dtype([("file", "<u4"), ("offset", "<u8"), ("length", "<u8"), ("label", "<i4")])
 MAX_LABEL = 1_000_000
 MAX_BYTES = 1 << 30
 RETRY_PAUSES_S = (0.1, 1.0, 4.0)
 OPEN_SHARDS = 64
 OF_THE_FILE = {
-    errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO,
-    errno.ESPIPE,
+    errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG,
+    errno.ENXIO, errno.ESPIPE,
 }  # fmt: skip
-"""Errors that say something about one file; any other is taken for a fault of the storage."""
+"""Errors that concern one file. Any other is taken for a fault of the storage."""
 
 
 def _walk(folder: bytes, ancestors: tuple[tuple[int, int], ...] = ()) -> Iterator[tuple[bytes, int]]:
-    """(path, length) of every file below a folder, sorted by the bytes of the names; links are followed, loops are not."""
+    """Yields (path, length) of every file below a folder, sorted by the bytes of the names.
+
+    Links are followed, except to a folder that is above them.
+    """
     try:
         with os.scandir(folder) as listing:
             entries = sorted(listing, key=lambda entry: entry.name)
@@ -56,7 +59,7 @@ def _walk(folder: bytes, ancestors: tuple[tuple[int, int], ...] = ()) -> Iterato
         except OSError as error:
             if error.errno not in OF_THE_FILE:
                 raise DataError(f"{os.fsdecode(entry.path)} can't be looked at: {error.strerror}.") from error
-            yield entry.path, 0  # listed all the same, so that reading it reports it
+            yield entry.path, 0  # in the list all the same, so that it is reported when it is read
             continue
         if stat.S_ISDIR(status.st_mode):
             yield from _walk(entry.path, (*ancestors, (here.st_dev, here.st_ino)))
@@ -69,26 +72,31 @@ def _suffix(name: bytes) -> bytes:
 
 
 class Member(NamedTuple):
-    """A sample as the index lists it: its path below the root, the number of its shard (0 without), where its bytes lie there."""
+    """A sample as the index lists it."""
 
     path: bytes
+    """Below the root; of a member of a shard, as if the shard were a folder."""
     file: int
+    """Number of its shard; 0 without shards."""
     offset: int
+    """Where its bytes begin in the file."""
     length: int
     label: int
 
 
 def _key(name: str) -> str:
-    """WebDataset's key: the member's path up to the first dot of its last part."""
+    """WebDataset's key: the path of a member up to the first dot of its last part."""
     folder, slash, last = name.rpartition("/")
     return folder + slash + last.partition(".")[0]
 
 
 def _shard_members(path: bytes, number: int, name: bytes) -> Iterator[Member]:
+    """Yields the samples of a shard, whose labels may stand before or after them."""
     labels: dict[str, int] = {}
     images: list[tarfile.TarInfo] = []
     try:
-        with tarfile.open(os.fsdecode(path), "r:") as shard:
+        with tarfile.open(os.fsdecode(path), "r:") as archive:
+            shard: Any = archive  # its `members` have no type
             for member in shard:
                 if member.isreg() and _suffix(os.fsencode(member.name)) in SUFFIXES:
                     images.append(member)
@@ -109,7 +117,7 @@ def _shard_members(path: bytes, number: int, name: bytes) -> Iterator[Member]:
 
 
 def _members(root: bytes, shards: list[bytes], classes: list[str]) -> Iterator[Member]:
-    """Every sample below the root in its fixed order; fills `shards` and `classes` on the way."""
+    """Yields every sample below the root in its fixed order; fills `shards` and `classes` on the way."""
     images = False
     for path, length in _walk(root):
         relative = os.path.relpath(path, root)
@@ -131,37 +139,37 @@ def _members(root: bytes, shards: list[bytes], classes: list[str]) -> Iterator[M
 
 
 def build_index(source: str | Path, folder: Path, classes: list[str] | None = None) -> None:
-    """Write the index of an image folder or a folder of tar shards into `folder`, whole or not at all. One process calls it.
+    """Writes the index of an image folder or a folder of tar shards into `folder`. One process calls it.
 
-    The order is that of the names' bytes, whatever the file system lists first. `classes` names the labels of shards.
+    The order is that of the names' bytes, whatever the file system lists first.
+
+    classes: the names of the labels of shards.
 
     Raises:
-        DataError: unreadable folder or shard, nothing in it, images and shards mixed.
+        DataError: a folder or a shard can't be read, there is no image, or images and shards are mixed.
     """
     root = os.path.abspath(source)
     shards: list[bytes] = []
-    found: list[str] = []
-    write_index(
-        folder,
-        root,
-        _members(os.fsencode(root), shards, found),
-        shards,
-        found if classes is None else classes,
-    )
+    folders: list[str] = []
+    members = _members(os.fsencode(root), shards, folders)
+    write_index(folder, root, members, shards, folders if classes is None else classes)
 
 
 def write_index(
     folder: Path, root: str, members: Iterable[Member], shards: list[bytes], classes: list[str]
 ) -> None:
-    """Write the index of these samples, which lie below `root`, into `folder`: whole or not at all, and with memory for none of
-    them. `shards` and `classes` are looked at when the last sample has come; with shards and no classes, labels name themselves.
+    """Writes the index of these samples, which lie below `root`, into `folder`, whole or not at all.
+
+    No sample is held in memory. `shards` and `classes` are read after the last sample, because `members` may
+    fill them. With shards and no classes, the names of the classes are their numbers.
 
     Raises:
-        DataError: there is none.
+        DataError: there is no sample.
     """
     digest = hashlib.sha256()
     kinds = {"samples": SAMPLE, "path_ends": np.dtype("<u8")}
     with whole_folder(folder) as written:
+        # The samples go to plain files as they come, of unknown number.
         raw = {name: written / f"{name}.raw" for name in kinds}
         end, last_label = 0, -1
         with (
@@ -176,9 +184,12 @@ def write_index(
                 digest.update(member.path + b"\0" + struct.pack("<Q", member.length))
                 last_label = max(last_label, member.label)
         if not end:
+            endings = ", ".join("." + suffix.decode() for suffix in sorted(SUFFIXES))
             raise DataError(
-                f"{root} holds no image: looked in it and below for {_listing()} and for .tar shards."
+                f"{root} holds no image: looked in it and below for {endings} and for .tar shards."
             )
+
+        # NumPy's headers hold the number.
         for name, path in raw.items():
             np.save(written / f"{name}.npy", np.memmap(path, kinds[name], "r"))
             path.unlink()
@@ -191,15 +202,11 @@ def write_index(
         (written / "index.json").write_text(json.dumps(description, indent=1))
 
 
-def _listing() -> str:
-    return ", ".join("." + suffix.decode() for suffix in sorted(SUFFIXES))
-
-
 class Index:
-    """A memory-mapped list of samples. Pickles as its two paths, so workers map the same pages."""
+    """A memory-mapped list of samples. It pickles as its two paths, so that workers map the same pages."""
 
     def __init__(self, folder: Path, root: Path) -> None:
-        """Open what `build_index` wrote into `folder` for the data set that now lies at `root`.
+        """Opens the index that `build_index` wrote into `folder`, for the data set that now lies at `root`.
 
         Raises:
             DataError: the index or the root can't be read.
@@ -216,7 +223,7 @@ class Index:
                 f"The index {folder} of {root} can't be opened: {error}. Delete it to have it built anew."
             ) from error
         self.fingerprint: str = description["fingerprint"]
-        """sha256 over relative paths and lengths: the same wherever the data set lies."""
+        """sha256 of relative paths and lengths, which doesn't depend on where the data set lies."""
         self.classes: list[str] = description["classes"]
         self._shards: list[str] = description["shards"]
         self._open_shards: OrderedDict[int, int] = OrderedDict()
@@ -228,32 +235,32 @@ class Index:
         return len(self._samples)
 
     def path(self, i: int) -> str:
-        """Where a sample lies; one inside a shard as if the shard were a folder."""
+        """Path of a sample, as if its shard were a folder."""
         start = int(self._path_ends[i - 1]) if i else 0
         return os.path.join(self.root, os.fsdecode(self._paths[start : int(self._path_ends[i])].tobytes()))
 
     def label(self, i: int) -> int:
-        """Position of a sample's class in `classes`; -1 where it has none."""
+        """Place of a sample's class in `classes`; -1 where it has none."""
         return int(self._samples[i]["label"])
 
     def labels(self) -> NDArray[np.int32]:
-        """`label` of every sample."""
+        """[n] `label` of every sample."""
         return self._samples["label"]
 
     def empty_folders(self) -> list[str]:
-        """Folders beside those of the classes: none of them holds a sample."""
+        """Names of the folders beside those of the classes, which hold no sample; none with shards."""
+        if self._shards:
+            return []
         with os.scandir(self.root) as entries:
-            found = sorted(
-                entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")
-            )
-        return [] if self._shards else [name for name in found if name not in self.classes]
+            names = sorted(entry.name for entry in entries if entry.is_dir())
+        return [name for name in names if not name.startswith(".") and name not in self.classes]
 
     def read(self, i: int) -> bytes:
-        """The bytes of a sample.
+        """Reads the bytes of a sample. Tries again, after a pause, where the storage fails.
 
         Raises:
-            BadImage: the file is gone, forbidden, shorter than recorded or absurdly long.
-            DataError: the storage failed more often than is tried again, or the data set's folder is gone.
+            BadImage: the file is gone, forbidden, shorter than the index recorded, or longer than MAX_BYTES.
+            DataError: the storage failed at every try, or the data set's folder is gone.
         """
         file, offset, length, _ = self._samples[i].item()
         if length > MAX_BYTES:
@@ -269,8 +276,9 @@ class Index:
                     raise BadImage(f"can't be read: {error.strerror}") from error
                 if pause_s is None:
                     raise DataError(
-                        f"{self.path(i)} can't be read, tried {len(RETRY_PAUSES_S) + 1} times: {error.strerror}. "
-                        "The storage fails, not the image: see to it and start the same command again."
+                        f"{self.path(i)} can't be read, tried {len(RETRY_PAUSES_S) + 1} times: "
+                        f"{error.strerror}. The storage fails, not the image: see to it and start the same "
+                        "command again."
                     ) from error
                 time.sleep(pause_s)
         if len(data) < length:
@@ -298,17 +306,18 @@ class Index:
             there = False
         if not there:
             raise DataError(
-                f"The folder {self.root} is gone or no longer mounted. Start the same command when it is back."
+                f"The folder {self.root} is gone or no longer mounted. Start the same command when it is "
+                "back."
             )
 
     def close(self) -> None:
-        """Close the shards held open; reading opens them again."""
+        """Closes the shards that are open. Reading opens them again."""
         while self._open_shards:
             os.close(self._open_shards.popitem()[1])
 
 
 class Selection:
-    """At most `limit` images of an index, evenly spaced over its order and read as those of an index are."""
+    """A view of an index with at most `limit` of its images, evenly spaced over its order."""
 
     def __init__(self, index: Index, limit: int) -> None:
         self._index, self._length = index, min(limit, len(index))
@@ -330,6 +339,10 @@ class Selection:
         return self._index.read(self._place(i))
 
 
+Images = Index | Selection
+"""Images that are read by their place."""
+
+
 def _open(path: str) -> int:
     return os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a named pipe must not hold up the run
 
@@ -342,13 +355,13 @@ def _pread(descriptor: int, length: int, offset: int) -> bytes:
 
 
 def open_index(source: str, cache: Path) -> Index:
-    """The index of the data set at `source`: its own (`source/index`), the one in `cache`, or one built there now.
+    """Opens the index of the data set at `source`: its own (`source/index`), or else the one in `cache`.
 
-    An index in `cache` is kept for as long as it is of the same folder: images added later are not seen, on purpose.
-    One process per job builds: rank 0 calls first, the others after a barrier.
+    The one in `cache` is built where it is missing or of another folder. Images added later are not seen, on
+    purpose. Rank 0 calls first, the others after a barrier, so that one process builds.
 
     Raises:
-        DataError: see `build_index` and `Index`.
+        DataError: the data set is no folder; or see `build_index` and `Index`.
     """
     root = Path(os.path.abspath(source))
     if not root.is_dir():

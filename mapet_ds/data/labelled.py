@@ -1,4 +1,4 @@
-"""Labelled images as they are evaluated: read, decoded by Pillow, each counted once, on any number of ranks."""
+"""Labelled images for evaluation: read, decoded by Pillow, each counted once, on any number of ranks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from mapet_ds.config.sections import RunConfig
 from mapet_ds.data.formats import BadImage, inspect
-from mapet_ds.data.index import Index, Selection
+from mapet_ds.data.index import Images, Index
 from mapet_ds.data.samples import allowed_bad, too_many_bad
 from mapet_ds.errors import DataError
 from mapet_ds.launch import Ranks
@@ -26,15 +26,18 @@ Bad = list[tuple[int, str]]
 
 
 class EvaluationBatch(NamedTuple):
+    """One batch of a rank, on the CPU."""
+
     images: Tensor
     """float32 [B, 3, S, S], normalised."""
     label: Tensor
-    """long [B]; -1 where there is nothing to count: the image is unreadable, or fills up the last batch."""
+    """long [B]; -1 for an image that doesn't count: it is unreadable, or fills up the last batch."""
     bad: Bad
+    """The unreadable images of this batch."""
 
 
 def decode(data: bytes) -> Image.Image:
-    """The RGB image, EXIF orientation ignored, as in pre-training.
+    """Decodes an image to RGB. EXIF's orientation is ignored, as in pre-training.
 
     Raises:
         BadImage: its structure is damaged, or Pillow can't decode it.
@@ -48,8 +51,14 @@ def decode(data: bytes) -> Image.Image:
 
 
 class Batches(Dataset):
-    """An item is a whole batch of a rank, so that a worker makes all of it; or the DataError that was met, which would leave a
-    worker as a traceback."""
+    """A data set whose items are a rank's whole batches, so that a worker makes all of one.
+
+    A DataError is an item too, because it would leave a worker as a traceback.
+    """
+
+    def batch(self, number: int) -> Any:
+        """Makes the batch of this number."""
+        raise NotImplementedError
 
     def __getitem__(self, number: int) -> Any:
         try:
@@ -59,16 +68,12 @@ class Batches(Dataset):
 
 
 class EvaluationBatches(Batches):
-    """A rank's share of a data set, in as many batches on each rank."""
+    """A rank's share of a data set. Every rank has the same number of batches."""
 
     def __init__(
-        self,
-        config: RunConfig,
-        index: Index | Selection,
-        transform: Callable[[Image.Image], Tensor],
-        rank: int,
+        self, config: RunConfig, index: Images, transform: Callable[[Image.Image], Tensor], rank: int,
         world_size: int,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.index, self.transform, self.rank, self.world_size = index, transform, rank, world_size
         self.batch_size = config.train.micro_batch_size
 
@@ -76,6 +81,7 @@ class EvaluationBatches(Batches):
         return math.ceil(len(self.index) / (self.world_size * self.batch_size))
 
     def batch(self, number: int) -> EvaluationBatch:
+        """Reads and decodes the images of a batch, which lie `world_size` apart in the index."""
         bad: Bad = []
         images, labels = [], []
         for i in range(number * self.batch_size, (number + 1) * self.batch_size):
@@ -92,14 +98,14 @@ class EvaluationBatches(Batches):
 
 
 def served(dataset: Batches, numbers: Iterator[int] | range, workers: int, ranks: Ranks) -> Iterator[Any]:
-    """The batches of these numbers in order, made ahead by workers.
+    """Yields the batches of these numbers in order. Workers make them ahead.
 
     Raises:
-        DataError: one that is among them.
+        DataError: a batch could not be made.
     """
     loader = DataLoader(
-        dataset, batch_size=None, sampler=numbers, num_workers=workers, pin_memory=ranks.device.type == "cuda",
-        multiprocessing_context="spawn" if workers else None,
+        dataset, batch_size=None, sampler=numbers, num_workers=workers,
+        pin_memory=ranks.device.type == "cuda", multiprocessing_context="spawn" if workers else None,
     )  # fmt: skip
     for item in loader:
         if isinstance(item, DataError):
@@ -107,52 +113,57 @@ def served(dataset: Batches, numbers: Iterator[int] | range, workers: int, ranks
         yield item
 
 
-def report_unreadable(config: RunConfig, index: Index | Selection, bad: Bad, ranks: Ranks) -> None:
-    """Say which images an evaluation has left out; `bad` are this rank's. Every rank must call it.
+def report_unreadable(config: RunConfig, index: Images, bad: Bad, ranks: Ranks) -> None:
+    """Prints on rank 0 how many images an evaluation has left out. Every rank must call it with its own.
 
     Raises:
-        DataError: more than data.max_bad_share of them, on every rank.
+        DataError: on every rank, where more than data.max_bad_share of the images are unreadable.
     """
-    found = sorted(each for rank in ranks.gather(bad) for each in rank)
-    if len(found) > allowed_bad(config, index):
-        raise too_many_bad(config, index, [i for i, _ in found])
-    if found and ranks.rank == 0:
-        i, reason = found[0]
-        says = f"Unreadable and left out of the evaluation: {len(found)} of {len(index)}, e.g. {index.path(i)}: {reason}."
-        print(says, file=sys.stderr, flush=True)
+    all_bad = sorted(image for rank in ranks.gather(bad) for image in rank)
+    if len(all_bad) > allowed_bad(config, index):
+        raise too_many_bad(config, index, [i for i, _ in all_bad])
+    if all_bad and ranks.rank == 0:
+        count, (i, reason) = f"{len(all_bad)} of {len(index)}", all_bad[0]
+        message = f"Unreadable and left out of the evaluation: {count}, e.g. {index.path(i)}: {reason}."
+        print(message, file=sys.stderr, flush=True)
+
+
+def _check_labels(name: str, index: Index) -> None:
+    """Refuses images without a label, and labels without images or without a name."""
+    labels, classes = index.labels(), index.classes
+    if (unlabelled := np.flatnonzero(labels < 0)).size:
+        raise DataError(
+            f"{name}: {unlabelled.size} of {len(index)} images have no label, e.g. "
+            f"{index.path(int(unlabelled[0]))}. Put images into a sub-folder for each class, or a .cls "
+            "beside each image of a tar shard."
+        )
+    counts = np.bincount(labels, minlength=len(classes))
+    empty = [classes[i] for i in np.flatnonzero(counts[: len(classes)] == 0)] + index.empty_folders()
+    if empty or len(counts) > len(classes):
+        unnamed = f"label {len(counts) - 1} names no class"
+        problem = f"class {', '.join(empty[:5])} has no image" if empty else unnamed
+        raise DataError(
+            f"{name} = {index.root}: {problem}. Add images, or take the class out of training and validation."
+        )
 
 
 def check_classes(train: Index, val: Index, section: str = "data", num_classes: int | None = None) -> None:
-    """Refuse data whose labels can't be learnt, named by the section of the two knobs. Every rank may call it.
+    """Refuses data whose labels can't be learnt. Every rank may call it.
+
+    section: the section of the knobs `train` and `val`, for the sentences.
 
     Raises:
-        DataError: images without a label, a class without images, classes that differ, another number of them than
-            data.num_classes.
+        DataError: images have no label, a class has no images, the two sets have different classes, or there
+            are not
+            data.num_classes of them.
     """
-    for name, index in ((f"{section}.train", train), (f"{section}.val", val)):
-        labels = index.labels()
-        if (unlabelled := np.flatnonzero(labels < 0)).size:
-            raise DataError(
-                f"{name}: {unlabelled.size} of {len(index)} images have no label, e.g. {index.path(int(unlabelled[0]))}. Put "
-                "images into a sub-folder for each class, or a .cls beside each image of a tar shard."
-            )
-        present = np.bincount(labels, minlength=len(index.classes))
-        empty = [
-            index.classes[i] for i in np.flatnonzero(present[: len(index.classes)] == 0)
-        ] + index.empty_folders()
-        if empty or len(present) > len(index.classes):
-            what = (
-                f"class {', '.join(empty[:5])} has no image"
-                if empty
-                else f"label {len(present) - 1} names no class"
-            )
-            raise DataError(
-                f"{name} = {index.root}: {what}. Add images, or take the class out of training and validation."
-            )
+    _check_labels(f"{section}.train", train)
+    _check_labels(f"{section}.val", val)
     if differing := sorted(set(train.classes) ^ set(val.classes)):
         more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
         raise DataError(
-            f"{train.root} and {val.root} must have the same classes; only in one of them: {', '.join(differing[:5])}{more}."
+            f"{train.root} and {val.root} must have the same classes; only in one of them: "
+            f"{', '.join(differing[:5])}{more}."
         )
     if train.classes != val.classes:
         raise DataError(

@@ -1,7 +1,7 @@
-"""Batches: from (seed, step, slot) over the index and DALI to two normalised views of one crop. The only import of DALI.
+"""The loader of pre-training, the only import of DALI: two normalised views of one crop of each image.
 
-Student and teacher view show the same crop, flipped alike; colours are jittered in the student's view only,
-and changed in the teacher's where it asks for a strong one.
+The views of student and teacher show the same crop, flipped alike. Colours are jittered in the student's view
+only, and changed in the teacher's where it asks for a strong one.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from nvidia.dali import Pipeline, fn, types
+from nvidia import dali
 from torch import Tensor
 
 from mapet_ds.config.sections import Config
@@ -25,17 +25,19 @@ from mapet_ds.data.samples import JITTER_NUMBERS, STRONG_VALUES, SampleSource, a
 from mapet_ds.errors import ConfigError, DataError
 from mapet_ds.launch import use_gpu
 
+fn: Any = dali.fn  # DALI makes operators and constants when it is imported; its stubs know few of them
+types: Any = dali.types
 logger = logging.getLogger(__name__)
 ALONE_LIMIT = 10
-"""Micro-batches in a row that may fail in the pipeline and succeed alone on the CPU."""
+"""Number of micro-batches in a row that may fail in the pipeline and succeed alone on the CPU."""
 
 
 def _jitter(image: Any, brightness: Any, contrast: Any, saturation: Any, hue: Any = 0.0) -> Any:
-    """Factors and, in degrees, a turn of the hue.
+    """Changes colours by factors of brightness, contrast and saturation, and by a turn of the hue in degrees.
 
-    Deviations from torchvision's ColorJitter: one fixed order (hue and saturation, contrast, brightness), contrast turns
-    about middle grey instead of the image's own mean, hue is turned in YIQ instead of HSV, and there is one rounding, at
-    the end.
+    Deviations from torchvision's ColorJitter: the order is fixed (hue and saturation, contrast, brightness),
+    contrast turns about middle grey instead of the image's own mean, hue is turned in YIQ instead of HSV, and
+    there is one rounding, at the end.
     """
     return fn.color_twist(image, brightness=brightness, contrast=contrast, saturation=saturation, hue=hue)
 
@@ -43,10 +45,11 @@ def _jitter(image: Any, brightness: Any, contrast: Any, saturation: Any, hue: An
 def _strengthen(
     image: Any, brightness: Any, contrast: Any, saturation: Any, hue: Any, sigma: Any, solarize: Any
 ) -> Any:
-    """The colours of a strong view: jitter or grey, then blur, then solarisation, from the six values of a sample.
+    """Changes colours for a strong view, by six values: jitter or grey, then blur, then solarisation.
 
-    Deviations from torchvision's and Pillow's, beside those of `_jitter`: grey is a saturation of 0, so it comes before
-    contrast and brightness instead of after; the blur is a Gaussian cut at three sigmas instead of three boxes.
+    Deviations from torchvision and Pillow, beside those of `_jitter`: grey is a saturation of 0, so it comes
+    before contrast and brightness instead of after; the blur is a Gaussian cut at three sigmas instead of
+    three boxes.
     """
     image = _jitter(image, brightness, contrast, saturation, hue)
     image = fn.gaussian_blur(image, sigma=sigma)
@@ -57,7 +60,7 @@ def _strengthen(
 def _define(
     source: SampleSource, device: str, student: View | None, teacher: View | None, parallel: bool
 ) -> list[Any]:
-    """DALI's graph: decode the crop once, resize it to each view, change its colours, normalise."""
+    """DALI's graph: decodes the crop once, resizes it to each view, changes its colours, normalises."""
     jitter, strong = JITTER_NUMBERS * source.jitter, STRONG_VALUES * source.strong
     data, anchor, shape, mirror, index, *colours = fn.external_source(
         source=source, num_outputs=5 + jitter + strong, batch=False, parallel=parallel
@@ -67,23 +70,24 @@ def _define(
         device="mixed" if device == "gpu" else "cpu", output_type=types.RGB, adjust_orientation=False,
     )  # fmt: skip
 
-    def view(asked: View, recolour: Callable[..., Any], values: list[Any]) -> Any:
-        image = fn.resize(crop, size=[asked.size, asked.size], interp_type=types.INTERP_CUBIC, antialias=True)
+    def render(view: View, recolour: Callable[..., Any], values: list[Any]) -> Any:
+        image = fn.resize(crop, size=[view.size, view.size], interp_type=types.INTERP_CUBIC, antialias=True)
         if values:
             image = recolour(image, *values)
+        mean, std = [255 * m for m in view.mean], [255 * s for s in view.std]
         return fn.crop_mirror_normalize(
-            image, mirror=mirror, mean=[255 * m for m in asked.mean], std=[255 * s for s in asked.std], dtype=types.FLOAT,
-            output_layout="CHW",
-        )  # fmt: skip
+            image, mirror=mirror, mean=mean, std=std, dtype=types.FLOAT, output_layout="CHW"
+        )
 
-    views = [view(student, _jitter, colours[:jitter])] if student else []
-    views += [view(teacher, _strengthen, colours[jitter:])] if teacher else []
+    views = [render(student, _jitter, colours[:jitter])] if student else []
+    views += [render(teacher, _strengthen, colours[jitter:])] if teacher else []
     return [*views, index]
 
 
 @functools.lru_cache(maxsize=1)
-def _judge() -> Pipeline:
-    pipeline = Pipeline(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1)
+def _judge() -> dali.Pipeline:
+    """The pipeline that decodes one image with DALI's CPU decoder."""
+    pipeline = dali.Pipeline(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1)
     with pipeline:
         data = fn.external_source(name="data", batch=True)
         pipeline.set_outputs(fn.decoders.image(data, output_type=types.RGB, adjust_orientation=False))
@@ -91,14 +95,15 @@ def _judge() -> Pipeline:
 
 
 def check_decodes(data: bytes) -> None:
-    """Decode a whole image alone with DALI's CPU decoder, the last word on whether it is readable.
+    """Decodes a whole image alone with DALI's CPU decoder, which decides whether it is readable.
 
     Raises:
-        BadImage: it is refused here or by `inspect`.
+        BadImage: the decoder or `inspect` refuses it.
     """
     width, height = inspect(data)
     try:
-        decoded = _judge().run(data=[np.frombuffer(data, np.uint8)])[0].at(0).shape
+        outputs: Any = _judge().run(data=[np.frombuffer(data, np.uint8)])
+        decoded = outputs[0].at(0).shape
     except RuntimeError as error:
         _judge.cache_clear()
         raise BadImage("its structure is whole, but it can't be decoded") from error
@@ -114,51 +119,51 @@ def _refuse_placeholders(outputs: Sequence[Any]) -> None:
 class Loader:
     """An endless iterator of micro-batches, in the order of the run from `first_step` on.
 
-    The same batches come whatever the number of ranks, workers and threads. An unreadable image is replaced, remembered
-    and reported by `new_bad`; those in `bad` are replaced without being read.
+    Ranks, workers and threads change nothing in the batches. An unreadable image is replaced, remembered and
+    reported by `new_bad`; those in `bad` are replaced without being read.
     """
 
     def __init__(
-        self, config: Config, index: Index, *, student: bool, teacher: View | None, rank: int, world_size: int,
-        local_rank: int, first_step: int = 0, bad: Collection[int] = (), in_order: bool = False,
-        draw: Callable[[int, int, int], Draw] | None = None,
+        self, config: Config, index: Index, *, student: bool, teacher: View | None, rank: int,
+        world_size: int, local_rank: int, first_step: int = 0, bad: Collection[int] = (),
+        in_order: bool = False, draw: Callable[[int, int, int], Draw] | None = None,
     ) -> None:  # fmt: skip
-        """Every rank builds its own.
+        """Starts the pipeline and its workers. Every rank builds its own loader.
 
-        teacher: the second view; None for none.
+        student: whether the batches have the student's view.
+        teacher: the teacher's view; None for none.
+        bad: places in the index of images known to be unreadable.
         in_order: the index's order instead of the run's.
         draw: makes the draw of each micro-batch, ahead of it, in a thread.
 
         Raises:
             ConfigError: data.device = gpu on a host without one.
         """
-        gpu = use_gpu()
-        if config.data.device == "gpu" and not gpu:
+        gpu, data = use_gpu(), config.data
+        if data.device == "gpu" and not gpu:
             raise ConfigError(
                 "data.device = gpu, but torch sees no GPU on this host; set data.device=cpu or auto."
             )
-        self.device = (
-            torch.device("cuda", local_rank) if gpu and config.data.device != "cpu" else torch.device("cpu")
-        )
+        on_gpu = gpu and data.device != "cpu"
+        self.device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
         self._config, self._index, self._ranks, self._in_order = config, index, (rank, world_size), in_order
-        self._student = View(config.model.img_size, config.data.mean, config.data.std) if student else None
+        self._student = View(config.model.img_size, data.mean, data.std) if student else None
         self._teacher = teacher
-        self._bad, self._new_bad = dict.fromkeys(bad, ""), []
+        self._bad: dict[int, str] = dict.fromkeys(bad, "")
+        self._new_bad: list[tuple[int, str]] = []
         self._micro_step = first_step * config.grad_accum_steps(world_size)
         self._alone = 0
         self._draws = None
         if draw:
-            places = (
-                config.place(micro_step, rank, world_size) for micro_step in itertools.count(self._micro_step)
-            )
-            self._draws = DrawsAhead(draw, places, config.train.micro_batch_size, config.data.prefetch)
+            places = (config.place(n, rank, world_size) for n in itertools.count(self._micro_step))
+            self._draws = DrawsAhead(draw, places, config.train.micro_batch_size, data.prefetch)
         self._build(self._micro_step)
 
     def __iter__(self) -> Loader:
         return self
 
     def __next__(self) -> Batch:
-        """The next micro-batch. On a GPU ordered with torch's current stream, without making the host wait for it.
+        """Gives the next micro-batch, on a GPU in the order of torch's stream. The host doesn't wait for it.
 
         Raises:
             DataError: the storage fails, or more than data.max_bad_share of the data set is unreadable.
@@ -178,20 +183,20 @@ class Loader:
         )
 
     def new_bad(self) -> list[tuple[int, str]]:
-        """(index, reason) of the images this rank found unreadable since it was last asked."""
-        found, self._new_bad = self._new_bad, []
-        return found
+        """(place in the index, reason) of the images that this rank found unreadable since the last call."""
+        new, self._new_bad = self._new_bad, []
+        return new
 
     def close(self) -> None:
-        """End the workers and give the pipeline's memory back."""
-        self._pipeline = self._source = None
+        """Ends the workers and frees the pipeline's memory."""
+        self._pipeline = None
         if self._draws:
             self._draws.close()
         self._index.close()
 
-    def _pipeline_of(self, device: str, workers: int, prefetch: int) -> Pipeline:
+    def _pipeline_of(self, device: str, workers: int, prefetch: int) -> dali.Pipeline:
         data = self._config.data
-        pipeline = Pipeline(
+        pipeline = dali.Pipeline(
             batch_size=self._config.train.micro_batch_size, num_threads=data.threads,
             device_id=self.device.index if device == "gpu" else None, prefetch_queue_depth=prefetch,
             py_num_workers=max(workers, 1), py_start_method="spawn",
@@ -202,8 +207,8 @@ class Loader:
         return pipeline
 
     def _build(self, micro_step: int) -> None:
-        """Start the pipeline, anew after a micro-batch failed."""
-        self._pipeline = None
+        """Starts the pipeline from a micro-batch on, also after one that failed."""
+        self._pipeline: dali.Pipeline | None = None  # ends the workers of the one before
         jitter = self._student is not None and self._config.data.color_jitter > 0
         strong = self._teacher is not None and self._teacher.strong
         self._source = SampleSource(
@@ -213,37 +218,39 @@ class Loader:
         self._pipeline = self._pipeline_of(device, data.workers, data.prefetch)
 
     def _run(self) -> tuple[Any, ...]:
+        """Runs the pipeline for the micro-batch that is due, until it has no image that can't be decoded."""
+        stream = [torch.cuda.current_stream(self.device)] if self.device.type == "cuda" else []
         while True:
+            assert self._pipeline is not None, "closed"
             try:
-                outputs = self._pipeline.run(
-                    *([torch.cuda.current_stream(self.device)] if self.device.type == "cuda" else [])
-                )
+                outputs = self._pipeline.run(*stream)
                 _refuse_placeholders(outputs)
                 self._alone = 0
                 return outputs
             except RuntimeError as error:
-                found = self._undecodable()
-                if not found:
+                undecodable = self._undecodable()
+                if not undecodable:
                     return self._run_alone(error)
-                self._add_bad(found)
+                self._add_bad(undecodable)
                 self._build(self._micro_step)
 
     def _run_alone(self, error: RuntimeError) -> tuple[Any, ...]:
-        """The micro-batch that is due, read here and decoded on the CPU: of its images the CPU's decoder refuses none, so
-        the GPU's did, or the storage failed for a moment.
+        """Reads the micro-batch that is due here and decodes it on the CPU.
+
+        The CPU's decoder refuses none of its images. So the GPU's did, or the storage failed for a moment.
 
         Raises:
-            DataError: that was so too often in a row: something else is broken, and going on would only be slow.
+            DataError: this happened too often in a row. Something else is broken, and going on would be slow.
         """
         self._alone += 1
         if self._alone > ALONE_LIMIT:
             raise DataError(
-                f"DALI failed on {self._alone} micro-batches in a row in whose images the CPU's decoder finds nothing wrong: "
-                f"{str(error).splitlines()[0]} If it is the GPU's decoder, data.device=cpu goes on without it."
+                f"DALI failed on {self._alone} micro-batches in a row in whose images the CPU's decoder "
+                f"finds nothing wrong: {str(error).splitlines()[0]} If it is the GPU's decoder, "
+                "data.device=cpu goes on without it."
             ) from error
-        logger.warning(
-            "Micro-batch %d is done again on the CPU: %s", self._micro_step, str(error).splitlines()[0]
-        )
+        reason = str(error).splitlines()[0]
+        logger.warning("Micro-batch %d is done again on the CPU: %s", self._micro_step, reason)
         self._pipeline = None  # ends its workers; the source is used anew from here
         self._source.first_micro_step = self._micro_step
         outputs = self._pipeline_of("cpu", workers=0, prefetch=1).run()
@@ -252,35 +259,38 @@ class Loader:
         return outputs
 
     def _undecodable(self) -> dict[int, str]:
-        """Index and reason of each sample of the micro-batch that is due which the CPU decoder refuses.
+        """Index and reason of the samples that the CPU's decoder refuses in the micro-batch that is due.
 
         Raises:
-            DataError: the one that the source met and could not raise through DALI.
+            DataError: the source met it and could not raise it through DALI.
         """
-        found = {}
+        refused = {}
         for place in range(self._config.train.micro_batch_size):
             sample = self._source.sample(self._micro_step, place)
             try:
                 check_decodes(sample.data)
             except BadImage as reason:
-                found[sample.index] = str(reason)
-        return found
+                refused[sample.index] = str(reason)
+        return refused
 
     def _note_replaced(self, passed_over: list[int]) -> None:
-        """Remember what the source passed over, and why: workers hand over samples only, so it is read once more."""
-        found = {}
+        """Remembers the images that the source passed over, and why.
+
+        Workers hand over samples only, so each of these images is read once more for its reason.
+        """
+        reasons = {}
         for place in np.flatnonzero(passed_over).tolist():
             for passed in self._source.passed_over(self._micro_step, place, passed_over[place]):
                 if passed not in self._bad:
                     try:
                         inspect(self._index.read(passed))
-                        found[passed] = "was unreadable when its turn came"
+                        reasons[passed] = "was unreadable when its turn came"
                     except BadImage as reason:
-                        found[passed] = str(reason)
-        self._add_bad(found)
+                        reasons[passed] = str(reason)
+        self._add_bad(reasons)
 
-    def _add_bad(self, found: dict[int, str]) -> None:
-        new = {index: reason for index, reason in found.items() if index not in self._bad}
+    def _add_bad(self, reasons: dict[int, str]) -> None:
+        new = {index: reason for index, reason in reasons.items() if index not in self._bad}
         self._bad |= new
         self._new_bad += new.items()
         if new and len(self._bad) > allowed_bad(self._config, self._index):
@@ -288,8 +298,7 @@ class Loader:
 
     def _to_torch(self, view: Any) -> Tensor:
         images = torch.from_dlpack(view.as_tensor())
-        if images.device == self.device:
-            return (
-                images.clone() if images.is_cuda else images
-            )  # on a GPU, memory that torch's streams know of
-        return images.to(self.device)
+        if images.device != self.device:
+            return images.to(self.device)
+        # On a GPU a copy is memory that torch's streams know.
+        return images.clone() if images.is_cuda else images

@@ -1,4 +1,4 @@
-"""The unreadable images of a run, as a file in its folder."""
+"""The file in a run's folder that lists the unreadable images."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from mapet_ds.launch import Ranks
 
 
 class Quarantine:
-    """RUN/quarantine.tsv: the unreadable images that any rank has met: place in the index, path, reason.
+    """RUN/quarantine.tsv: place in the index, path and reason of each unreadable image that a rank has met.
 
-    Its first line is the index's fingerprint: a list of another data set is not believed.
+    Its first line is the index's fingerprint. The list of another data set is not read.
     """
 
     def __init__(self, config: RunConfig, index: Index) -> None:
         self.config, self.index = config, index
-        self.path = path = Path(config.run_dir) / "quarantine.tsv"
-        head, *lines = path.read_text(errors="replace").split("\n")[:-1] or [""] if path.exists() else [""]
+        self.path = Path(config.run_dir) / "quarantine.tsv"
+        text = self.path.read_text(errors="replace") if self.path.exists() else ""
+        head, *lines = text.split("\n")[:-1] or [""]
         self.lines = lines if head == self._head else []
         self.known = {int(line.split("\t")[0]) for line in self.lines}
         self.written = len(self.lines)
@@ -31,21 +32,21 @@ class Quarantine:
     def _head(self) -> str:
         return f"# unreadable images of the data set {self.index.fingerprint}"
 
-    def merge(self, found: list[tuple[int, str]], ranks: Ranks) -> None:
-        """Add what the ranks have met since the last call. Every rank must call it.
+    def merge(self, bad: list[tuple[int, str]], ranks: Ranks) -> None:
+        """Adds the images that the ranks have met since the last call. Every rank must call it.
+
+        bad: place in the index and reason of each image that this rank has met.
 
         Raises:
             DataError: more than data.max_bad_share of the data set is unreadable.
         """
-        everyone = ranks.gather(found)
-        new = {i: reason for rank in everyone for i, reason in rank if i not in self.known}
+        new = {i: reason for rank in ranks.gather(bad) for i, reason in rank if i not in self.known}
         if not new and self.written == len(self.lines):
             return
         self.known |= new.keys()
-        # json.dumps, without its quotes, keeps any name on one line
-        self.lines += [
-            f"{i}\t{json.dumps(self.index.path(i))[1:-1]}\t{reason}" for i, reason in sorted(new.items())
-        ]
+        for i, reason in sorted(new.items()):
+            path = json.dumps(self.index.path(i))[1:-1]  # any name on one line
+            self.lines.append(f"{i}\t{path}\t{reason}")
         self.written = len(self.lines)
         if ranks.rank == 0:
             try:
@@ -53,9 +54,7 @@ class Quarantine:
             except OSError as error:
                 self.written = 0
                 print(f"NOT WRITTEN yet, {self.path}: {error}.", file=sys.stderr, flush=True)
-            print(
-                f"Unreadable and replaced: {len(new)} more, {len(self.known)} in all, listed in {self.path}.",
-                flush=True,
-            )
+            counts = f"{len(new)} more, {len(self.known)} in all"
+            print(f"Unreadable and replaced: {counts}, listed in {self.path}.", flush=True)
         if len(self.known) > allowed_bad(self.config, self.index):
             raise too_many_bad(self.config, self.index, sorted(self.known))

@@ -1,6 +1,7 @@
-"""Which sample comes when, and which part of it is seen: what DALI calls, in the rank's process or in its workers.
+"""The source of samples, called by DALI in a rank or its workers: the image that is due, and its crop.
 
-Everything here is a function of (seed, step, slot). Loader workers import this module, so it knows neither torch nor DALI.
+Everything here is a function of (seed, step, slot). Nothing imports torch or DALI, because loader workers
+import this module.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from numpy.typing import NDArray
 from mapet_ds import draws
 from mapet_ds.config.sections import Config, DataConfig, StrongViewConfig
 from mapet_ds.data.formats import BadImage, inspect, smallest_jpeg
-from mapet_ds.data.index import Index
+from mapet_ds.data.index import Images, Index
 from mapet_ds.errors import DataError
 
 
 class Crop(NamedTuple):
-    """The part of an image that both views show, in pixels, and whether they show it mirrored."""
+    """The part of an image that both views show, in pixels, and whether it is mirrored."""
 
     top: int
     left: int
@@ -39,20 +40,21 @@ JITTER_NUMBERS = 3
 STRONG_NUMBERS = 9
 STRONG_VALUES = 6
 UNBLURRED = 0.01
-"""A sigma in pixels that leaves every pixel as it is: the neighbour's weight is exp(-5000). DALI refuses 0."""
-PLACEHOLDER = smallest_jpeg()
+"""A sigma in pixels that changes no pixel: the neighbour's weight is exp(-5000). DALI refuses 0."""
 SOLARIZE_FROM, NEVER = 128, 256
 """Grey levels from which pixels are inverted."""
 
 
 def central_square(width: int, height: int) -> Crop:
-    """The largest one, the crop of the published MaPeT tokens."""
+    """The largest central square of an image, the crop of the published MaPeT tokens."""
     side = min(width, height)
     return Crop((height - side) // 2, (width - side) // 2, side, side, False)
 
 
 def random_crop(width: int, height: int, numbers: NDArray[np.float64], data: DataConfig) -> Crop:
-    """torchvision's RandomResizedCrop, ten tries and central fallback included, and a flip, from CROP_NUMBERS uniforms.
+    """Draws a crop as torchvision's RandomResizedCrop does (ten tries, then a central one), and a flip.
+
+    numbers: [CROP_NUMBERS] uniforms in [0, 1).
 
     Source: Szegedy et al. 2015 (the crop); torchvision.transforms.RandomResizedCrop.get_params (the details).
     """
@@ -71,8 +73,12 @@ def random_crop(width: int, height: int, numbers: NDArray[np.float64], data: Dat
 
 
 def strong_values(numbers: NDArray[np.float64], strong: StrongViewConfig) -> NDArray[np.float32]:
-    """[slots, 6] factors of brightness, contrast and saturation, hue in degrees, sigma of the blur in pixels and the level
-    from which pixels are inverted, from [slots, STRONG_NUMBERS] uniforms. Grey is a saturation of 0.
+    """[slots, 6] values of the strong view, of which a grey one has a saturation of 0.
+
+    They are: factors of brightness, contrast and saturation, the turn of the hue in degrees, the sigma of the
+    blur in pixels, and the grey level from which pixels are inverted.
+
+    numbers: [slots, STRONG_NUMBERS] uniforms in [0, 1).
 
     Source: ConMIM's released settings (Yi et al., arXiv 2205.09616).
     """
@@ -82,18 +88,16 @@ def strong_values(numbers: NDArray[np.float64], strong: StrongViewConfig) -> NDA
     jitter[grey, 2:] = -1, 0
     low, high = strong.blur_sigma
     sigma = np.where(blurred, low + (high - low) * numbers[:, 8], 0)
-    return np.column_stack(
-        [
-            np.maximum(1 + jitter[:, :3], 0), 360 * jitter[:, 3], np.maximum(sigma, UNBLURRED),
-            np.where(solarized, SOLARIZE_FROM, NEVER),
-        ]
-    ).astype(np.float32)  # fmt: skip
+    factors, hue = np.maximum(1 + jitter[:, :3], 0), 360 * jitter[:, 3]
+    level = np.where(solarized, SOLARIZE_FROM, NEVER)
+    return np.column_stack([factors, hue, np.maximum(sigma, UNBLURRED), level]).astype(np.float32)
 
 
 class Sample(NamedTuple):
-    """What one place of a micro-batch gets."""
+    """The sample at one place of a micro-batch."""
 
     data: bytes
+    """The encoded image."""
     size: tuple[int, int]
     """Width and height of the whole image, pixels."""
     crop: Crop
@@ -103,13 +107,24 @@ class Sample(NamedTuple):
     """The strong view's `strong_values`."""
     index: int
     passed_over: int
-    """How many unreadable ones it stands in for."""
+    """Number of unreadable samples that it stands in for."""
+
+
+NOTHING = Sample(
+    data=smallest_jpeg(), size=(1, 1), crop=Crop(0, 0, 1, 1, False), jitter=np.ones(JITTER_NUMBERS),
+    strong=np.ones(STRONG_VALUES, np.float32), index=-1, passed_over=0,
+)  # fmt: skip
+"""Stands where there is no sample. It is an image, because other bytes can crash DALI 2.4.0."""
 
 
 class _Draws(NamedTuple):
+    """The random decisions for one micro-batch."""
+
     micro_step: int
     first: int
+    """Number, in the run, of its first sample."""
     indices: list[int]
+    """The index that is due at each place."""
     crops: NDArray[np.float64]
     jitter: NDArray[np.float64]
     strong: NDArray[np.float32]
@@ -122,10 +137,10 @@ def _end_with(parent: int) -> None:
 
 
 class SampleSource:
-    """The samples of one rank as a function of (micro-step, place in the micro-batch): nothing to store or to restore.
+    """The samples of one rank, a function of micro-step and place in the micro-batch, without a state.
 
-    `micro_step` counts from the start of the run, over all steps. A sample that can't be read is replaced by the next place
-    of the order; one known to be bad is not read again, with the same result.
+    `micro_step` counts from the start of the run, over all steps. The next place of the order stands in for a
+    sample that can't be read. A sample known to be bad is not read again, with the same result.
     """
 
     def __init__(
@@ -143,31 +158,25 @@ class SampleSource:
         return vars(self) | {"rank_process": os.getpid()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """In a worker, which gets its source pickled: end when the rank has ended. DALI 2.4.0 leaves that to the rank, and
-        the workers of one that was killed stay for ever."""
+        """Runs in a worker, which gets its source pickled, and ends it when the rank has ended.
+
+        DALI 2.4.0 leaves that to the rank, so that the workers of a killed rank would stay for ever.
+        """
         vars(self).update(state)
         threading.Thread(target=_end_with, args=(state["rank_process"],), daemon=True).start()
 
     def __call__(self, info: Any) -> tuple[NDArray, ...]:
-        """What DALI's external_source asks for: bytes, anchor, shape, mirror, (index, passed over); then, where asked
-        for, the three factors of the jitter and the six values of the strong view.
+        """Gives DALI's external_source bytes, anchor, shape, mirror and (index, passed over) of a sample.
 
-        Where `sample` raises, a placeholder of index -1: DALI would lose the type of an error on its way from a worker, so
-        the loader gets it by asking again. (Bytes that no decoder takes can end DALI 2.4.0 with a segmentation fault.)
+        The three factors of the jitter and the six values of the strong view follow where they are in use.
+
+        Where `sample` raises, it gives NOTHING, whose index is -1. DALI would lose the type of an error on
+        its way from a worker, so the loader asks again to get the error.
         """
         try:
             sample = self.sample(self.first_micro_step + info.iteration, info.idx_in_batch)
         except DataError:
-            nothing = Crop(0, 0, 1, 1, False)
-            sample = Sample(
-                PLACEHOLDER,
-                (1, 1),
-                nothing,
-                np.ones(JITTER_NUMBERS),
-                np.ones(STRONG_VALUES, np.float32),
-                -1,
-                0,
-            )
+            sample = NOTHING
         top, left, height, width, flip = sample.crop
         return (
             np.frombuffer(sample.data, np.uint8),
@@ -180,7 +189,7 @@ class SampleSource:
         )
 
     def sample(self, micro_step: int, i: int) -> Sample:
-        """The i-th sample of a micro-batch, read and inspected.
+        """Reads and inspects the i-th sample of a micro-batch.
 
         Raises:
             DataError: the storage fails, or more than data.max_bad_share of the data set is unreadable.
@@ -190,46 +199,49 @@ class SampleSource:
             if index not in self.bad:
                 try:
                     data = self.index.read(index)
-                    size = inspect(data)
+                    width, height = inspect(data)
                     break
                 except BadImage:
                     pass
-        random = self.config.data.crop == "random"
-        crop = random_crop(*size, drawn.crops[i], self.config.data) if random else central_square(*size)
-        return Sample(data, size, crop, drawn.jitter[i], drawn.strong[i], index, tries)
+        crop = central_square(width, height)
+        if self.config.data.crop == "random":
+            crop = random_crop(width, height, drawn.crops[i], self.config.data)
+        return Sample(data, (width, height), crop, drawn.jitter[i], drawn.strong[i], index, tries)
 
     def passed_over(self, micro_step: int, i: int, number: int) -> list[int]:
-        """The first indices that were due at the i-th place of a micro-batch."""
+        """The first `number` indices that were due at the i-th place of a micro-batch."""
         return list(itertools.islice(self._candidates(self._draw(micro_step), i), number))
 
     def _candidates(self, drawn: _Draws, i: int) -> Iterator[int]:
         return candidates(self.config, self.index, self.order, drawn.first + i, drawn.indices[i])
 
     def _draw(self, micro_step: int) -> _Draws:
-        """Everything random of one micro-batch; kept until another one is asked for."""
-        if self._drawn is None or self._drawn.micro_step != micro_step:
-            config, slots = self.config, self.config.train.micro_batch_size
-            step, slot = config.place(micro_step, self.rank, self.world_size)
-            first = step * config.train.global_batch_size + slot
-            epochs, places = np.divmod(np.arange(first, first + slots), len(self.index))
-            indices = [
-                self.order.epoch_places(epoch, places[epochs == epoch])
-                for epoch in range(epochs[0], epochs[-1] + 1)
-            ]
-            crops = draws.uniforms(config.seed, draws.Purpose.CROP, step, slot, slots, CROP_NUMBERS)
-            jitter = draws.uniforms(config.seed, draws.Purpose.JITTER, step, slot, slots, JITTER_NUMBERS)
-            factors = np.maximum(1 + config.data.color_jitter * (2 * jitter - 1), 0)
-            strong = draws.uniforms(config.seed, draws.Purpose.STRONG, step, slot, slots, STRONG_NUMBERS)
-            strong = strong_values(strong, config.data.strong)
-            self._drawn = _Draws(micro_step, first, np.concatenate(indices).tolist(), crops, factors, strong)
+        """Everything random of one micro-batch, kept until another one is asked for."""
+        if self._drawn is not None and self._drawn.micro_step == micro_step:
+            return self._drawn
+        config, slots = self.config, self.config.train.micro_batch_size
+        step, slot = config.place(micro_step, self.rank, self.world_size)
+
+        # The samples that are due, which may lie in several epochs.
+        first = step * config.train.global_batch_size + slot
+        epochs, places = np.divmod(np.arange(first, first + slots), len(self.index))
+        due = [self.order.epoch_places(e, places[epochs == e]) for e in range(epochs[0], epochs[-1] + 1)]
+
+        # Their crops and colours.
+        crops = draws.uniforms(config.seed, draws.Purpose.CROP, step, slot, slots, CROP_NUMBERS)
+        jitter = draws.uniforms(config.seed, draws.Purpose.JITTER, step, slot, slots, JITTER_NUMBERS)
+        factors = np.maximum(1 + config.data.color_jitter * (2 * jitter - 1), 0)
+        numbers = draws.uniforms(config.seed, draws.Purpose.STRONG, step, slot, slots, STRONG_NUMBERS)
+        strong = strong_values(numbers, config.data.strong)
+        self._drawn = _Draws(micro_step, first, np.concatenate(due).tolist(), crops, factors, strong)
         return self._drawn
 
 
-def candidates(config: Any, index: Index, order: draws.SampleOrder, n: int, due: int) -> Iterator[int]:
-    """The index that is due as sample n, then the ones that stand in for it.
+def candidates(config: Any, index: Images, order: draws.SampleOrder, n: int, due: int) -> Iterator[int]:
+    """Yields the index that is due as sample n, then those that stand in for it.
 
     Raises:
-        DataError: they are more than data.max_bad_share allows.
+        DataError: so many are asked for that more than data.max_bad_share must be unreadable.
     """
     yield due
     passed = [due]
@@ -239,17 +251,17 @@ def candidates(config: Any, index: Index, order: draws.SampleOrder, n: int, due:
     raise too_many_bad(config, index, passed)
 
 
-def allowed_bad(config: Any, index: Index) -> int:
-    """Unreadable images that the run puts up with: data.max_bad_share of them, rounded up, but never all."""
+def allowed_bad(config: Any, index: Images) -> int:
+    """Number of unreadable images that a run puts up with: data.max_bad_share, rounded up, but never all."""
     return min(math.ceil(config.data.max_bad_share * len(index)), len(index) - 1)
 
 
-def too_many_bad(config: Any, index: Index, bad: Collection[int]) -> DataError:
-    """The sentence with which a run stops when more than that are unreadable."""
+def too_many_bad(config: Any, index: Images, bad: Collection[int]) -> DataError:
+    """The error that stops a run when more than `allowed_bad` images are unreadable."""
     bad = list(dict.fromkeys(bad))
     some, allowed = ", ".join(index.path(i) for i in bad[:3]), allowed_bad(config, index)
     return DataError(
-        f"Unreadable images: at least {len(bad)} of {len(index)}, more than the {allowed} that data.max_bad_share "
-        f"= {config.data.max_bad_share} allows; among them {some}. tools/check_images.py lists them all. Raise the share; or mend "
-        "the data, and start in a new run_dir."
+        f"Unreadable images: at least {len(bad)} of {len(index)}, more than the {allowed} that "
+        f"data.max_bad_share = {config.data.max_bad_share} allows; among them {some}. tools/check_images.py "
+        "lists them all. Raise the share; or mend the data, and start in a new run_dir."
     )

@@ -1,11 +1,11 @@
-"""Token ids on disk, written once for a whole index by tools/tokenize_images.py and read by training in the teacher's place.
+"""Token ids on disk: tools/tokenize_images.py writes them for a whole index, training needs no teacher then.
 
     OUT/ids.bin    uint16, little-endian, [images, patches]: a row for each image, in the index's order
-        ids.json   what they are the ids of, the images without any, and a checksum of each chunk of rows
-        index/     the index of the images
+        ids.json   settings, tokenizer and index of the ids, images without ids, a checksum of each chunk of
+        rows index/     the index of the images
 
-A folder that has its final name is whole: it grows as OUT.partial and is renamed. Knows neither torch nor DALI, so that a
-folder of another recipe is refused in a fraction of a second.
+A folder that has its final name is whole: it grows as OUT.partial and is renamed. Nothing here imports torch
+or DALI, so that a folder of another recipe is refused in a fraction of a second.
 """
 
 from __future__ import annotations
@@ -26,32 +26,37 @@ from mapet_ds.errors import ConfigError
 from mapet_ds.files import write_whole
 
 NO_ID = 0xFFFF
-"""Fills the row of an image that could not be read; so there are at most 65535 ids."""
+"""Fills the row of an image that could not be read, so that at most 65535 ids are left."""
 CHUNKS = 256
-"""Parts that the rows are cut into, each with its checksum: what a killed pass loses is less than one of them."""
+"""Number of parts of the rows, each with a checksum. A pass that is killed loses less than one of them."""
 
 
 def check_storable(config: Config) -> None:
-    """Refuse settings whose ids can't be a function of the image alone, or don't fit 16 bits.
+    """Refuses settings whose ids can't be a function of the image alone, or don't fit 16 bits.
 
     Raises:
-        ConfigError: random crops, or too many ids.
+        ConfigError: crops are random, or there are too many ids.
     """
     if config.data.crop != "center":
         raise ConfigError(
-            f"tokenizer.ids = {config.tokenizer.ids} is for one crop of each image, data.crop = {config.data.crop} makes new ones "
-            "every epoch: set data.crop=center, or leave tokenizer.ids empty."
+            f"tokenizer.ids = {config.tokenizer.ids} is for one crop of each image, data.crop = "
+            f"{config.data.crop} makes new ones every epoch: set data.crop=center, or leave tokenizer.ids "
+            "empty."
         )
     if config.tokenizer.vocab_size > NO_ID:
         raise ConfigError(
-            f"tokenizer.vocab_size = {config.tokenizer.vocab_size}: at most {NO_ID} ids can be stored, in 16 bits each. Leave "
-            "tokenizer.ids empty to compute them on the fly."
+            f"tokenizer.vocab_size = {config.tokenizer.vocab_size}: at most {NO_ID} ids can be stored, in 16 "
+            "bits each. Leave tokenizer.ids empty to compute them on the fly."
         )
 
 
 def settings_of(config: Config) -> dict[str, Any]:
-    """The settings that decide about ids, by name; tokenizer.path by the checksum of its bytes, null where there is no file."""
+    """Lists the settings that decide about ids, by name.
+
+    The checksum of its bytes stands for tokenizer.path; None where there is no file.
+    """
     path = Path(config.tokenizer.path)
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
     teacher = {f"teacher.{name}": value for name, value in dataclasses.asdict(config.teacher).items()}
     del teacher["teacher.shard"], teacher["teacher.ahead"]
     return {
@@ -60,9 +65,7 @@ def settings_of(config: Config) -> dict[str, Any]:
         "tokenizer.name": config.tokenizer.name,
         "tokenizer.vocab_size": config.tokenizer.vocab_size,
         **teacher,
-        "the sha256 of tokenizer.path": hashlib.sha256(path.read_bytes()).hexdigest()
-        if path.is_file()
-        else None,
+        "the sha256 of tokenizer.path": sha256,
     }
 
 
@@ -71,29 +74,27 @@ def _partial(folder: Path) -> Path:
 
 
 def _difference(then: dict[str, Any], now: dict[str, Any], free: Iterable[str] = ()) -> str | None:
-    """The first setting that differs, with both values. A tokenizer's file that isn't there now says nothing."""
-    for name in sorted(then.keys() | now.keys()):
-        if (
-            name not in free
-            and then.get(name) != now.get(name)
-            and not (name.startswith("the sha256") and now[name] is None)
-        ):
+    """The first setting that differs, with both values. A tokenizer's file that is gone is not compared."""
+    for name in sorted((then.keys() | now.keys()) - {*free}):
+        no_file = name.startswith("the sha256") and now[name] is None
+        if then.get(name) != now.get(name) and not no_file:
             return f"{name} = {str(then.get(name))[:80]}, but this recipe has {str(now.get(name))[:80]}"
     return None
 
 
 class StoredIds:
-    """The ids of a whole index, memory-mapped: opening them costs the same for a thousand images as for a billion.
+    """The ids of a whole index, memory-mapped: opening them costs the same for any number of images.
 
-    Attributes: images, num_patches; settings, what they were computed with; fingerprint, of the index; identity, the
-    tokenizer's own; unreadable, place in the index (as text) -> path and reason of the images without ids.
+    rows: uint16 [images, num_patches], the ids.
+    settings: the settings they were computed with. identity: the tokenizer's own. fingerprint: the index's.
+    unreadable: place in the index (as text) -> path and reason, of the images without ids.
     """
 
     def __init__(self, folder: str | Path) -> None:
-        """Open what `IdsWriter` has finished. The files' sizes are checked; their checksums by `damaged`.
+        """Opens a folder that `IdsWriter` has finished. Sizes are checked here, checksums by `damaged`.
 
         Raises:
-            ConfigError: nothing there, not finished, cut off, or of another kind.
+            ConfigError: the folder is missing, not finished, cut off, or of another kind.
         """
         self.folder = Path(os.path.abspath(folder))
         try:
@@ -103,59 +104,60 @@ class StoredIds:
             self.settings, self.identity = description["settings"], description["identity"]
             self.fingerprint, self.unreadable = description["fingerprint"], description["unreadable"]
             self.sha256, self._chunk = description["sha256"], description["images_per_chunk"]
-            if size == 2 * self.images * self.num_patches and len(self.sha256) == -(
-                -self.images // self._chunk
-            ):
+            chunks = -(-self.images // self._chunk)
+            if size == 2 * self.images * self.num_patches and len(self.sha256) == chunks:
                 rows = np.memmap(self.folder / "ids.bin", "<u2", "r", shape=(self.images, self.num_patches))
                 self.rows = rows.view(np.ndarray)
                 return
         except FileNotFoundError as error:
-            found = (
-                "is not finished"
-                if _partial(self.folder).is_dir() and not self.folder.is_dir()
-                else f"has no {error.filename}"
-            )
+            begun = _partial(self.folder).is_dir() and not self.folder.is_dir()
+            state = "is not finished" if begun else f"has no {error.filename}"
             raise ConfigError(
-                f"tokenizer.ids = {folder} {found}: tools/tokenize_images.py writes it; the same command goes on where it was."
+                f"tokenizer.ids = {folder} {state}: tools/tokenize_images.py writes it; the same command "
+                "goes on where it was."
             ) from error
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(
-                f"tokenizer.ids = {folder} can't be opened: {type(error).__name__} {error}. Delete the folder and write it anew."
+                f"tokenizer.ids = {folder} can't be opened: {type(error).__name__} {error}. Delete the "
+                "folder and write it anew."
             ) from error
         raise ConfigError(
-            f"tokenizer.ids = {folder} is damaged: ids.bin has {size} bytes for {self.images} images of {self.num_patches} ids. "
-            "Delete the folder and write it anew with tools/tokenize_images.py."
+            f"tokenizer.ids = {folder} is damaged: ids.bin has {size} bytes for {self.images} images of "
+            f"{self.num_patches} ids. Delete the folder and write it anew with tools/tokenize_images.py."
         )
 
     def check(self, config: Config, free: Iterable[str] = ()) -> None:
-        """Refuse ids of another recipe. free: names of settings that may differ.
+        """Refuses ids of another recipe. The teacher's weights are compared by their names, not read.
 
-        The weights of the teacher are not read: they are known by name, and by a codebook, where tokenizer.path has one.
+        free: names of settings that may differ.
 
         Raises:
-            ConfigError: naming the setting with both values.
+            ConfigError: a setting differs; the sentence names it with both values.
         """
-        if found := _difference(self.settings, settings_of(config), free):
+        if difference := _difference(self.settings, settings_of(config), free):
             raise ConfigError(
-                f"tokenizer.ids = {self.folder} was written with {found}. Write other ids into another folder with "
-                "tools/tokenize_images.py and this recipe, or change the recipe."
+                f"tokenizer.ids = {self.folder} was written with {difference}. Write other ids into another "
+                "folder with tools/tokenize_images.py and this recipe, or change the recipe."
             )
 
     def check_data(self, data: str, fingerprint: str) -> None:
-        """Refuse ids of other images than those in the folder `data`, whose index has this fingerprint.
+        """Refuses ids of other images than those in the folder `data`, whose index has this fingerprint.
 
         Raises:
             ConfigError: the names or the lengths of files differ.
         """
         if self.fingerprint != fingerprint:
             raise ConfigError(
-                f"tokenizer.ids = {self.folder} was written for other images than data.train = {data} holds (names and lengths "
-                "are compared). Write ids for these into another folder with tools/tokenize_images.py, or name the other images."
+                f"tokenizer.ids = {self.folder} was written for other images than data.train = {data} holds "
+                "(names and lengths are compared). Write ids for these into another folder with "
+                "tools/tokenize_images.py, or name the other images."
             )
 
     def damaged(self, part: int = 0, parts: int = 1) -> int | None:
-        """The first chunk of every `parts`-th one, from number `part` on, that hasn't its checksum; None where all have. Reads
-        them from the disk."""
+        """The first damaged chunk among part, part + parts, part + 2 * parts, ...; None if all are whole.
+
+        Reads the rows of these chunks from the disk.
+        """
         for number in range(part, len(self.sha256), parts):
             if _sha256(self.rows[number * self._chunk : (number + 1) * self._chunk]) != self.sha256[number]:
                 return number
@@ -167,16 +169,19 @@ def _sha256(rows: NDArray[np.uint16]) -> str:
 
 
 class IdsWriter:
-    """Writes the rows of an index in their order, and goes on where an earlier pass was cut off. One process per job has one.
+    """Writes the rows of an index in order, from where an earlier pass was cut off. One process has one.
 
-    Attributes: done, rows that are safely on the disk; unreadable, place in the index (as text) -> path and reason.
+    done: number of rows that are safely on the disk.
+    unreadable: place in the index (as text) -> path and reason.
     """
 
     def __init__(self, folder: str | Path, about: dict[str, Any], images: int, num_patches: int) -> None:
-        """about: settings, identity and fingerprint, which a pass that is gone on with must share.
+        """Opens the beginning of an earlier pass, or begins one.
+
+        about: settings, identity and fingerprint, which an earlier pass must share.
 
         Raises:
-            ConfigError: the pass that was cut off there is of another recipe.
+            ConfigError: the earlier pass is of another recipe.
         """
         self.folder = Path(os.path.abspath(folder))
         self.partial = self.make_folder(folder)
@@ -192,10 +197,10 @@ class IdsWriter:
 
     @staticmethod
     def make_folder(folder: str | Path) -> Path:
-        """Where a pass writes until it is whole. Every rank may call it.
+        """Makes the folder that a pass writes to until it is whole. Every rank may call it.
 
         Raises:
-            ConfigError: it can't be made or written.
+            ConfigError: the folder can't be made or written.
         """
         partial = _partial(Path(os.path.abspath(folder)))
         try:
@@ -205,34 +210,34 @@ class IdsWriter:
             raise ConfigError(f"tokenizer.ids = {folder} can't be written: {error}.") from error
         return partial
 
-    def _go_on(self, found: dict[str, Any]) -> None:
+    def _go_on(self, record: dict[str, Any]) -> None:
+        """Takes over the chunks of an earlier pass, up to the first that hasn't its checksum."""
         then, now = (
-            {
-                **about["settings"],
-                **flatten(about["identity"], "the tokenizer's "),
-                "the index's fingerprint": about["fingerprint"],
-            }
-            for about in (found, self.about)
+            about["settings"]
+            | flatten(about["identity"], "the tokenizer's ")
+            | {"the index's fingerprint": about["fingerprint"]}
+            for about in (record, self.about)
         )
         if difference := _difference(then, now):
             raise ConfigError(
-                f"{self.partial} is the beginning of a pass with {difference}. Name another tokenizer.ids, or delete that folder."
+                f"{self.partial} is the beginning of a pass with {difference}. Name another tokenizer.ids, "
+                "or delete that folder."
             )
-        self.unreadable = found["unreadable"]
+        self.unreadable = record["unreadable"]
         with self.path.open("rb") as file:
-            for sha256 in found["sha256"]:
-                size = (
-                    2 * found["num_patches"] * min(self._chunk, self.images - len(self.sha256) * self._chunk)
-                )
-                if hashlib.sha256(file.read(size)).hexdigest() != sha256:
+            for sha256 in record["sha256"]:
+                rows = min(self._chunk, self.images - len(self.sha256) * self._chunk)
+                if hashlib.sha256(file.read(2 * record["num_patches"] * rows)).hexdigest() != sha256:
                     break
                 self.sha256.append(sha256)
 
     def add(self, first: int, rows: NDArray[np.uint16], unreadable: dict[int, str]) -> None:
-        """The next rows, from image `first` on; those that are there already, and those past the last image, are left out.
+        """Adds rows, from image `first` on. Rows that are there already or past the last image are left out.
+
+        rows: uint16 [n, num_patches]. unreadable: place in the index -> path and reason.
 
         Raises:
-            OSError: the disk is full or fails; `done` says what is safe.
+            OSError: the disk is full or fails; `done` rows are safe.
         """
         self.unreadable |= {str(i): reason for i, reason in unreadable.items()}
         fresh = rows[self._next - first : self.images - first]
@@ -256,6 +261,6 @@ class IdsWriter:
         write_whole(self._record, json.dumps(record, indent=1))
 
     def finish(self) -> None:
-        """Give the folder its final name."""
+        """Gives the folder its final name."""
         assert self.done == self.images
         self.partial.rename(self.folder)
