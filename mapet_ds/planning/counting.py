@@ -130,7 +130,7 @@ def with_micro(config: Config, micro: int) -> Config:
 def allows(config: Config, micro: int) -> bool:
     """Whether nothing that the objective's section says contradicts this micro-batch."""
     other = with_micro(config, micro)
-    return not any(broken for broken, _ in other.method.rules(other))
+    return not any(other.method.rules(other))
 
 
 def _countable(config: Config) -> tuple[Config, int, int]:

@@ -248,7 +248,7 @@ def choose_micro(request: Request, model: Student, goal: Target) -> tuple[Reques
     if not possible:
         most = next((whole // m for m in range(1, whole + 1) if whole % m == 0 and allows(config, m)), 0)
         alone = with_micro(config, each)
-        broken = [sentence for is_broken, sentence in alone.method.rules(alone) if is_broken]
+        broken = list(alone.method.rules(alone))
         raise ConfigError(
             "\n".join(
                 [f"{ranks} GPUs leave {each} of {whole} images a step to each: at most {most} GPUs.", *broken]
