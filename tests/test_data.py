@@ -710,7 +710,7 @@ def test_shards_in_random_order_hold_the_same_images(photos, tmp_path):
     assert packed != listed and sorted(packed) == sorted(listed) and shards.classes == photos.classes
     assert len({label for _, label in packed[:7]}) > 1, "the first shard holds more than the first class"
     refused = run_tool("make_shards.py", photos.root, tmp_path / "no", "--shuffle_seed", -1)
-    assert refused.returncode == 2 and "--shuffle_seed at least 0" in refused.stderr
+    assert refused.returncode == 2 and "--shuffle_seed: -1 must be at least 0" in refused.stderr
 
 
 def test_shards_overwrite_nothing(photos, tmp_path):
@@ -721,11 +721,8 @@ def test_shards_overwrite_nothing(photos, tmp_path):
         assert refused.returncode == 2 and words in refused.stderr and "Traceback" not in refused.stderr
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "precious"]
     nowhere = run_tool("make_shards.py", photos.root, tmp_path / "out/precious/shards")
-    assert (
-        nowhere.returncode == 2
-        and "can't be written as a folder" in nowhere.stderr
-        and "Traceback" not in nowhere.stderr
-    )
+    assert nowhere.returncode == 2 and "Traceback" not in nowhere.stderr
+    assert "shards can't be written" in nowhere.stderr
 
 
 def test_shards_stay_below_their_size(photos, tmp_path):

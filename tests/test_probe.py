@@ -269,10 +269,9 @@ def test_the_command(model_folder, image_folders):
 def run_tool_with(monkeypatch, capsys):
     """The program in this process, without seconds of imports: exit code and what it prints."""
 
-    def run(*arguments):
-        monkeypatch.setattr(
-            sys, "argv", [str(a) for a in (EVALUATE, *arguments, "--device", "cpu", "--workers", "0")]
-        )
+    def run(command, *arguments):
+        words = (EVALUATE, command, "--device", "cpu", "--workers", "0", *arguments)
+        monkeypatch.setattr(sys, "argv", [str(word) for word in words])
         with pytest.raises(SystemExit) as exit:
             runpy.run_path(str(EVALUATE), run_name="__main__")
         return exit.value.code, capsys.readouterr()
