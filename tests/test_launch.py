@@ -191,3 +191,39 @@ def test_a_folder_that_another_run_uses_is_waited_for_and_then_refused(tmp_path,
     with hold(tmp_path, 2):
         claim(tmp_path, 60).close()
     assert "its end is waited for" in capsys.readouterr().err
+
+
+TELL = """
+import sys
+from mapet_ds.errors import DataError
+from mapet_ds.launch import init_distributed
+
+ranks = init_distributed()
+done = []
+
+def refuse():
+    raise DataError("nothing there")
+
+assert ranks.gather(ranks.rank * 10) == [0, 10]
+assert ranks.from_first(lambda: done.append(ranks.rank) or "from rank 0") == "from rank 0"
+assert done == [0] * (ranks.rank == 0)
+assert ranks.first_then_all(lambda: ranks.rank) == ranks.rank
+try:
+    ranks.from_first(refuse)
+except DataError as error:
+    print(f"rank {ranks.rank}: {error}, said by another: {error.said}", flush=True)
+"""
+
+
+def test_ranks_tell_each_other_and_none_is_left_waiting(tmp_path):
+    (tmp_path / "tell.py").write_text(TELL)
+    environment = {**ENVIRONMENT, "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(
+        [*TORCHRUN, tmp_path / "tell.py"], capture_output=True, text=True, env=environment, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = sorted(line for line in done.stdout.splitlines() if line.startswith("rank"))
+    assert lines == [
+        "rank 0: nothing there, said by another: False",
+        "rank 1: nothing there, said by another: True",
+    ]

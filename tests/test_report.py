@@ -21,7 +21,7 @@ from mapet_ds.config.recipe import load_config
 from mapet_ds.data.index import open_index
 from mapet_ds.data.loader import Loader
 from mapet_ds.methods import METHODS, build_objective, build_target
-from mapet_ds.results import report
+from mapet_ds.results.report import sample as report
 from mapet_ds.targets.codebook import Codebook
 from mapet_ds.training import checkpoint
 from tools import report as program

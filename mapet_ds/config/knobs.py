@@ -37,12 +37,12 @@ class Knob(NamedTuple):
     """Meaning, unit and source."""
 
 
-def _knobs_of(settings: type, prefix: str = "") -> dict[str, Knob]:
+def knobs_of(settings: type, prefix: str = "") -> dict[str, Knob]:
     """Every knob of nested sections by its dotted name."""
     found: dict[str, Knob] = {}
     for name, field in settings.__pydantic_fields__.items():
         if dataclasses.is_dataclass(field.annotation):
-            found |= _knobs_of(field.annotation, f"{prefix}{name}.")
+            found |= knobs_of(field.annotation, f"{prefix}{name}.")
             continue
         # pydantic reads the string below a field in the class that defines it, not in those that inherit it.
         owners = [each.__pydantic_fields__ for each in settings.__mro__ if dataclasses.is_dataclass(each)]
@@ -56,13 +56,13 @@ def _knobs_of(settings: type, prefix: str = "") -> dict[str, Knob]:
 
 def known_keys(settings: type) -> list[str]:
     """All knobs as dotted names."""
-    return list(_knobs_of(settings))
+    return list(knobs_of(settings))
 
 
 def describe(settings: type, section: str = "") -> str:
     """Every knob of a section, or all, with type, default and meaning; empty where there is none of that name."""
     paragraphs = []
-    for name, knob in _knobs_of(settings).items():
+    for name, knob in knobs_of(settings).items():
         if f"{name}.".startswith(f"{section}." if section else ""):
             paragraphs.append(f"{name} = {json.dumps(knob.default)}   ({knob.kind})")
             paragraphs.append(textwrap.indent(textwrap.fill(knob.text, 96), "    "))

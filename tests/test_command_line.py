@@ -1,0 +1,93 @@
+"""--knobs lists every knob, --check answers without a launcher, and a run needs no git."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from mapet_ds.config.finetune import FinetuneConfig
+from mapet_ds.config.knobs import describe, knobs_of, known_keys
+from mapet_ds.config.sections import REPOSITORY, Config
+from mapet_ds.training.record import write_record
+
+PROGRAMS = {"mapet_ds/pretrain.py": Config, "tools/finetune.py": FinetuneConfig}
+RECIPE = ["--config", "mapet_ds/recipes/mapet_vitb16.yaml", "--deepspeed_config", "ds_configs/zero2.json"]
+
+
+def run(*words, **environment):
+    command = [sys.executable, *map(str, words)]
+    environment = {**os.environ, **environment}
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, env=environment)
+
+
+@pytest.mark.parametrize("settings", PROGRAMS.values(), ids=lambda settings: settings.__name__)
+def test_every_knob_has_a_type_a_default_and_a_meaning(settings):
+    for name, knob in knobs_of(settings).items():
+        assert (knob.text.endswith((".", ")")) and knob.text[0].isupper()) or knob.text[0].islower(), name
+        assert len(knob.text) > 10 and knob.kind, name
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_the_knobs_are_listed(program):
+    listed = run(program, "--knobs").stdout
+    for key in known_keys(PROGRAMS[program]):
+        assert f"\n{key} = " in f"\n{listed}", key
+    optim = run(program, "--knobs", "optim")
+    assert (optim.returncode, optim.stderr) == (0, "")
+    assert optim.stdout.count("\noptim.") == sum(
+        key.startswith("optim.") for key in known_keys(Config)
+    ) - 1 + ("finetune" in program)
+    wrong = run(program, "--knobs", "optimizer")
+    assert wrong.returncode == 2 and "no such section or knob; there are run_dir, " in wrong.stderr
+
+
+def test_what_a_knob_may_be_is_said_in_words():
+    text = describe(Config)
+    assert "optim.lr = 0.0015   (number > 0)\n    Learning rate" in text
+    assert "train.spike_factor = 1.5   (number > 1 or null)" in text
+    assert 'resume = "auto"   (auto | never)' in text
+    assert "optim.betas = [0.9, 0.999]   (2 of: number >= 0, <= 1)" in text
+    assert describe(Config, "train.epochs") == (
+        "train.epochs = 300.0   (number > 0)\n    Passes over the data set; the number of steps is rounded up."
+    )
+
+
+@pytest.fixture
+def sound(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "codebook.safetensors").touch()
+    words = [f"data.train={tmp_path}/images", f"tokenizer.path={tmp_path}/codebook.safetensors"]
+    return [*RECIPE, *words, f"run_dir={tmp_path}/run"]
+
+
+def test_settings_are_checked_without_a_launcher(sound, tmp_path):
+    done = run("mapet_ds/pretrain.py", "--check", *sound)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "sound for 1 ranks" in done.stdout and not (tmp_path / "run").exists()
+    assert "sound for 8 ranks" in run("mapet_ds/pretrain.py", "--check", *sound, "train.world_size=8").stdout
+    for wrong, sentence in (
+        ("train.world_size=3", "is not a multiple of train.micro_batch_size 128 x 3 ranks"),
+        ("optim.lrr=3", "did you mean optim.lr"),
+        ("data.train=/nowhere", "data.train = /nowhere is not a folder"),
+        (f"tokenizer.path={tmp_path}/no", f"{tmp_path}/no is not a file"),
+    ):
+        done = run("mapet_ds/pretrain.py", "--check", *sound, wrong)
+        assert done.returncode == 2 and sentence in done.stderr, wrong
+
+
+def test_a_check_imports_no_torch(sound):
+    script = (
+        "import sys, runpy, atexit; atexit.register(lambda: print('torch' in sys.modules));"
+        "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    assert run("-c", script, "mapet_ds/pretrain.py", "--check", *sound).stdout.splitlines()[-1] == "False"
+
+
+def test_a_run_without_git_records_no_commit(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    write_record(Config(), {}, tmp_path)
+    environment = json.loads((tmp_path / "environment.json").read_text())
+    assert environment["git"] == {"commit": None, "changed": []} and environment["versions"]["torch"]
+    assert (tmp_path / "config.yaml").read_text().startswith("run_dir: ''")
