@@ -92,7 +92,8 @@ class DenseMasks(Dataset):
 def dense_step(run: Run) -> tuple[Callable[[], None], Iterator[Any]]:
     """A training step as published, and the batches of masks that it takes.
 
-    It has raster order and a dense mask an image, and is never compiled. As many worker processes as the loader has threads make the masks ahead, two each.
+    It has raster order and a dense mask an image, and is never compiled. As many worker
+    processes as the loader has threads make the masks ahead, two each.
     """
     device, config = run.ranks.device, run.config
     engine: Any = run.engine

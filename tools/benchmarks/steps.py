@@ -61,7 +61,7 @@ def dense_twin(model: Any) -> Any:
 
 
 class Steps:
-    """Forward and backward of an objective on a batch of noise, and of its dense twin with the same weights."""
+    """Forward and backward of an objective on noise, and of its dense twin with the same weights."""
 
     def __init__(self, config: Config, device: torch.device, dtype: str) -> None:
         self.device, self.dtype, batch = device, dtype, config.train.micro_batch_size
@@ -133,7 +133,7 @@ def peak_memory(name: str, config: Config, device: torch.device, dtype: str, thr
         step()
         return torch.cuda.max_memory_allocated() - before
 
-    # getrusage's maximum begins at the parent's. Writing 5 here sets VmHWM, the peak, back to what is used now.
+    # getrusage's maximum begins at the parent's. Writing 5 sets VmHWM, the peak, back to what is used now.
     Path("/proc/self/clear_refs").write_text("5")
     before = psutil.Process().memory_info().rss
     step()
