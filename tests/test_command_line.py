@@ -25,8 +25,7 @@ def run(*words, **environment):
 @pytest.mark.parametrize("settings", PROGRAMS.values(), ids=lambda settings: settings.__name__)
 def test_every_knob_has_a_type_a_default_and_a_meaning(settings):
     for name, knob in knobs_of(settings).items():
-        assert (knob.text.endswith((".", ")")) and knob.text[0].isupper()) or knob.text[0].islower(), name
-        assert len(knob.text) > 10 and knob.kind, name
+        assert knob.text.endswith((".", ")")) and len(knob.text) > 10 and knob.kind, name
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
@@ -49,9 +48,8 @@ def test_what_a_knob_may_be_is_said_in_words():
     assert "train.spike_factor = 1.5   (number > 1 or null)" in text
     assert 'resume = "auto"   (auto | never)' in text
     assert "optim.betas = [0.9, 0.999]   (2 of: number >= 0, <= 1)" in text
-    assert describe(Config, "train.epochs") == (
-        "train.epochs = 300.0   (number > 0)\n    Passes over the data set; the number of steps is rounded up."
-    )
+    epochs = "train.epochs = 300.0   (number > 0)\n    Passes over the data set; the number of steps is rounded up."
+    assert describe(Config, "train.epochs") == epochs
 
 
 @pytest.fixture
@@ -65,7 +63,7 @@ def sound(tmp_path):
 def test_settings_are_checked_without_a_launcher(sound, tmp_path):
     done = run("mapet_ds/pretrain.py", "--check", *sound)
     assert (done.returncode, done.stderr) == (0, "")
-    assert "sound for 1 ranks" in done.stdout and not (tmp_path / "run").exists()
+    assert "sound for 1 rank." in done.stdout and not (tmp_path / "run").exists()
     assert "sound for 8 ranks" in run("mapet_ds/pretrain.py", "--check", *sound, "train.world_size=8").stdout
     for wrong, sentence in (
         ("train.world_size=3", "is not a multiple of train.micro_batch_size 128 x 3 ranks"),

@@ -14,9 +14,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mapet_ds.config.engine import load_deepspeed_config
-from mapet_ds.config.recipe import known_keys, load_config
+from mapet_ds.config.finetune import FinetuneConfig
+from mapet_ds.config.knobs import known_keys
+from mapet_ds.config.recipe import RecipeLoader, load_config
 from mapet_ds.config.rules import check, check_inputs
-from mapet_ds.config.sections import REPOSITORY, Config, total_steps
+from mapet_ds.config.sections import REPOSITORY, Config, flatten, total_steps
 from mapet_ds.config.towers import teacher_grid
 from mapet_ds.errors import ConfigError
 from mapet_ds.training.command_line import check_files
@@ -342,3 +344,21 @@ def test_whatever_bytes_a_recipe_or_engine_file_has_it_is_a_sentence(tmp_path, d
     for load in (load_config, load_deepspeed_config):
         with contextlib.suppress(ConfigError):
             load(path)
+
+
+@pytest.mark.parametrize(
+    "path", sorted((REPOSITORY / "mapet_ds/recipes").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_a_recipe_holds_what_differs_or_under_one_comment_what_is_published(path):
+    text, cls = path.read_text(), FinetuneConfig if path.stem.startswith("finetune") else Config
+    published = "# Published values follow" in text
+    assert published != ("# What differs from the defaults follows." in text)
+    values = flatten(load_config(path, [], cls).to_dict())
+    defaults = flatten(cls().to_dict())
+    named = flatten(yaml.load(text, Loader=RecipeLoader))
+    same = (
+        [name for name in named if name in defaults and values[name] == defaults[name]]
+        if not published
+        else []
+    )
+    assert same == []

@@ -194,7 +194,7 @@ def test_a_folder_that_another_run_uses_is_waited_for_and_then_refused(tmp_path,
 
 
 TELL = """
-import sys
+import torch.distributed as dist
 from mapet_ds.errors import DataError
 from mapet_ds.launch import init_distributed
 
@@ -212,6 +212,8 @@ try:
     ranks.from_first(refuse)
 except DataError as error:
     print(f"rank {ranks.rank}: {error}, said by another: {error.said}", flush=True)
+dist.barrier()
+dist.destroy_process_group()
 """
 
 

@@ -9,7 +9,8 @@ import pytest
 
 from mapet_ds.config.engine import load_deepspeed_config
 from mapet_ds.config.finetune import FinetuneConfig
-from mapet_ds.config.recipe import known_keys, load_config
+from mapet_ds.config.knobs import known_keys
+from mapet_ds.config.recipe import load_config
 from mapet_ds.config.sections import REPOSITORY, Config
 
 DOCUMENTS = [*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md")]

@@ -128,9 +128,9 @@ def parse_command_line(
     except ConfigError as error:
         refuse(parser, error)
     if arguments.check:
-        parser.exit(
-            0, f"Settings, files and folders are sound for {world_size} ranks. Nothing was started.\n"
-        )
+        ranks = "1 rank" if world_size == 1 else f"{world_size} ranks"
+        print(f"Settings, files and folders are sound for {ranks}. Nothing was started.")
+        parser.exit(0)
     return config, engine_config
 
 
