@@ -1,4 +1,4 @@
-"""tools/benchmark.py by its own command, on sizes that take seconds. No test looks at how fast anything is."""
+"""tools/benchmark.py by its own command, on sizes that take seconds. No test asks how fast anything is."""
 
 import json
 import sys
@@ -127,7 +127,7 @@ def test_step():
 
 
 def check_breakdown(found, *more):
-    """Parts and rest make up the step, each part's figures fit together, and FLOPs are where the model does them."""
+    """Parts and rest make up the step, a part's figures fit together, FLOPs are where the model does them."""
     parts, peak, copy = (
         found["breakdown"]["parts"],
         found["ceiling_tflops"],
@@ -159,7 +159,7 @@ def check_breakdown(found, *more):
 
 
 def test_the_breakdown_of_a_step_of_another_objective(tmp_path):
-    """Each part's FLOPs and bytes by hand, for BEiT: 2 images of 16 patches of 192 numbers, of which 6 are hidden."""
+    """FLOPs and bytes of each part of BEiT by hand: 2 images of 16 patches of 192 numbers, 6 hidden."""
     recipe = ["--config", "mapet_ds/recipes/beit_vitb16.yaml", "--plot", tmp_path / "parts.png"]
     sizes = [
         "--model",

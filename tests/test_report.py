@@ -1,4 +1,4 @@
-"""The page about a run: its figures are those of the run, what it is given is inert, what is missing is said."""
+"""The page about a run: figures are the run's, what it is given is inert, what is missing is said."""
 
 import dataclasses
 import json
@@ -133,7 +133,8 @@ def replay(config, target, objective):
     train = dataclasses.replace(config.train, micro_batch_size=config.train.global_batch_size)
     index = open_index(config.data.train, Path(config.run_dir) / "index")
     loader = Loader(
-        dataclasses.replace(config, train=train), index, student=True, teacher=target.teacher_view, rank=0, world_size=1,
+        dataclasses.replace(config, train=train), index, student=True, teacher=target.teacher_view, rank=0,
+        world_size=1,
         local_rank=0,
     )  # fmt: skip
     batch = next(loader)
