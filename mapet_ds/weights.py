@@ -19,6 +19,7 @@ import safetensors
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from mapet_ds.errors import ConfigError
 
@@ -129,6 +130,11 @@ def timm_weights(path: Path, model: nn.Module, source: str) -> dict[str, Tensor]
         raise ConfigError(
             f"{source}: timm can't fit its tensors to the model: {type(error).__name__} {error}."
         ) from error
+
+
+def shapes_only() -> bool:
+    """Whether tensors made now have shapes but no values (FakeTensorMode): costs are counted, and no file is read."""
+    return isinstance(torch.empty(0), FakeTensor)
 
 
 def shapes(tensors: Tensors) -> dict[str, tuple[int, ...]]:

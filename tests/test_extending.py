@@ -1,5 +1,6 @@
 """What docs/extending.md shows works as it stands there: objective, tokenizer, teachers and students."""
 
+import json
 import os
 import re
 import shutil
@@ -54,7 +55,7 @@ def apply(diff, root):
         (root / name).write_text(text.replace(before, after))
 
 
-def test_an_objective_is_a_file_and_three_lines(recipe, tmp_path):
+def test_an_objective_is_its_file_its_section_and_two_lines(recipe, tmp_path):
     for folder in ("mapet_ds", "ds_configs"):
         shutil.copytree(REPOSITORY / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "mapet_ds/objectives/pixels.py").write_text(FILES["objectives/pixels.py"])
@@ -62,11 +63,17 @@ def test_an_objective_is_a_file_and_three_lines(recipe, tmp_path):
     end = run(tmp_path, recipe, "objective=pixels", "pixels.hidden_share=0.4")
     assert end.load("model")["head.weight"].shape == (3 * 8**2, 32)
     assert load_file(end.path / "optimizer.safetensors")["exp_avg.mask_token"].abs().sum() > 0, "it learns"
-    plan = [sys.executable, "tools/plan.py", "--gpu", "h100", "--config", recipe, "objective=pixels"]
-    done = subprocess.run(
-        plan, cwd=REPOSITORY, env={**ENVIRONMENT, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True
-    )
-    assert done.returncode == 2 and "objective = pixels can't be counted" in done.stderr
+    environment = {**ENVIRONMENT, "PYTHONPATH": str(tmp_path)}
+    plan = [sys.executable, "tools/plan.py", "--gpu", "h100", "--gpus_per_node", "1", "--json"]
+    plan += ["--config", recipe, "objective=pixels"]
+    done = subprocess.run(plan, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found, learnt = json.loads(done.stdout)["predicted"], end.load("model").values()
+    rows, patches, hidden, width, pixels = 17, 16, 10, 32, 3 * 8**2
+    blocks = 3 * (24 * rows * width**2 + 4 * rows**2 * width)
+    flops = 4 * patches * pixels * width + 3 * (blocks + 2 * hidden * width * pixels)
+    assert found["gflop_per_image"]["student"] == flops / 1e9
+    assert found["parameters"] == sum(tensor.numel() for tensor in learnt)
 
 
 def test_a_tokenizer_of_ones_own(recipe, tmp_path):

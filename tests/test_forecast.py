@@ -1,4 +1,4 @@
-"""mapet_ds/forecast.py: what DeepSpeed keeps and sends, against real engines on two ranks; and the arithmetic of a cluster."""
+"""mapet_ds/planning/forecast.py: what DeepSpeed keeps and sends, by real engines on two ranks; a cluster's sums."""
 
 import json
 import sys
@@ -9,9 +9,9 @@ from line import start
 from mapet_ds.config.engine import load_deepspeed_config
 from mapet_ds.config.recipe import load_config
 from mapet_ds.config.sections import REPOSITORY
-from mapet_ds.cost import student
 from mapet_ds.errors import ConfigError
-from mapet_ds.forecast import GPUS, Cluster, Request, Speeds, engine_costs, predict, scaling
+from mapet_ds.planning.counting import student
+from mapet_ds.planning.forecast import GPUS, Cluster, Request, Speeds, engine_costs, predict, scaling
 
 ENGINES = ("zero1", "zero2", "zero3", "zero2_cpu")
 BUCKET = 1_000_000
@@ -82,6 +82,7 @@ def measured(tmp_path_factory):
         "model": {
             "name": "vit_tiny_patch16_224", "img_size": 64, "args": {"depth": 2, "embed_dim": 384, "num_heads": 6},
         },
+        "teacher": {"img_size": 128},
         "tokenizer": {"vocab_size": 64},
         "train": {"global_batch_size": 8, "micro_batch_size": 2},
     }  # fmt: skip

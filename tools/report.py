@@ -1,6 +1,7 @@
-"""One self-contained HTML page about a run, or several compared: `python tools/report.py RUN [RUN ...] --out page.html`.
+"""Write one self-contained HTML page about a run, or about several compared.
 
-For runs in progress, stopped or done. What the page shows is in mapet_ds/results/report/page.py.
+`python tools/report.py RUN [RUN ...] --out page.html` takes runs in progress, stopped or done. What the page
+shows is in mapet_ds/results/report/page.py.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from mapet_ds.results.report.page import Sizes, render
 
 
 def positive(text: str) -> int:
-    """A type for argparse."""
+    """A whole number of at least 1, as a type for argparse."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} must be at least 1")

@@ -81,6 +81,16 @@ class ConMIM(Objective):
         ]
         return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
 
+    @torch.no_grad()
+    def patch_predictions(self, images: Tensor, target: Tensor, draw: Draw) -> dict[str, Tensor]:
+        """See Objective. Gives `distance`, and `hit`: whether a patch finds its own place in its image."""
+        assert draw.mask is not None
+        queries = self.project(images, draw.mask)
+        own = torch.arange(target.shape[1], device=target.device)
+        matched = (queries @ target.transpose(1, 2)).argmax(dim=-1) == own
+        distance = 1 - F.cosine_similarity(queries, target, dim=-1)
+        return {"hit": matched & draw.mask, "distance": distance.where(draw.mask, torch.nan)}
+
     def forward(self, images: Tensor, target: Tensor, draw: Draw) -> Loss:
         """images [B, 3, S, S]; target: keys [B, L, target_dim] of length 1, of the teacher's full view. No host wait.
 

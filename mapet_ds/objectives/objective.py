@@ -40,6 +40,43 @@ class Objective(nn.Module):
         """images [B, 3, S, S]; target [B, L] or [B, L, C] in raster order; the draw of these images."""
         raise NotImplementedError
 
+    @torch.no_grad()
+    def patch_predictions(self, images: Tensor, target: Tensor, draw: Draw) -> dict[str, Tensor]:
+        """Each patch's prediction held against its target: [B, L] by name, in raster order. See forward.
+
+        Of token ids: `prediction`, the likeliest id, long, -1 where nothing is predicted; `hit` and `top5`, bool,
+        whether the target is the likeliest id or among the five likeliest. Of vectors: `distance`, float,
+        1 - cosine of prediction and target, NaN where nothing is predicted.
+
+        The module `head` must make the predictions, for equally many patches in each image: the hidden ones by
+        rank or in raster order, after visible ones where an image hides fewer.
+        """
+        assert draw.mask is not None
+        outputs: list[Tensor] = []
+        head = self.get_submodule("head")
+        hook = head.register_forward_hook(lambda _, __, rows: outputs.append(rows.float()))
+        loss = self(images, target, draw)
+        hook.remove()
+
+        # The patch of each row of the head.
+        rows, num_patches = torch.cat(outputs), target.shape[1]
+        rank = torch.arange(num_patches, device=target.device) if draw.order is None else draw.order
+        patch = (rank + num_patches * draw.mask).argsort(dim=1)[:, -rows.shape[1] :]
+        wanted = target.take_along_dim(patch if target.ndim == 2 else patch[:, :, None], dim=1)
+
+        # From rows to patches.
+        if target.is_floating_point():
+            values, empty = 1 - F.cosine_similarity(rows, wanted.float(), dim=-1), torch.nan
+        else:
+            likeliest = rows.topk(min(5, rows.shape[2])).indices
+            values, empty = (likeliest == wanted[:, :, None]).any(dim=-1), False
+        values = values.where(draw.mask.gather(1, patch), empty)
+        everywhere = values.new_full(draw.mask.shape, empty).scatter(1, patch, values)
+        if target.is_floating_point():
+            return {"distance": everywhere}
+        assert loss.prediction is not None
+        return {"prediction": loss.prediction, "hit": loss.prediction == target, "top5": everywhere}
+
 
 def seed_weights(seed: int) -> None:
     """Set torch's generator for the initial weights of a run."""

@@ -1,7 +1,8 @@
-"""What a run leaves to look at: its records, and what its newest checkpoint makes of a sample of its own images.
+"""A sample of a run's own images as its newest checkpoint sees them: predictions, codes, attention maps.
 
-One process, on a GPU where it sees one, without DeepSpeed. The sample is what step 0 drew: the same images, crops and
-permutations at every checkpoint, and in every run of equal data, seed, batch and crop. Nothing is written into the run's folder.
+One process computes it, on a GPU where there is one, without DeepSpeed. The sample begins with what step 0
+drew: the same images, crops and permutations at every checkpoint, and in every run of equal data, seed, batch
+and crop. Nothing is written into the run's folder.
 """
 
 from __future__ import annotations
@@ -13,49 +14,48 @@ import os
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from timm.utils import AttentionExtract
 from torch import Tensor
 from tqdm import tqdm
 
 from mapet_ds.config.sections import Config, flatten
-from mapet_ds.data.batch import Batch, Draw
+from mapet_ds.data.batch import Batch, View
 from mapet_ds.data.index import Index, open_index
 from mapet_ds.data.loader import Loader
 from mapet_ds.errors import DataError, ExportError, ResumeError
 from mapet_ds.launch import use_gpu
 from mapet_ds.methods import build_objective, build_target
-from mapet_ds.objectives.objective import Objective
 from mapet_ds.results.export import read_vit
 from mapet_ds.targets.kclip import KClip
 from mapet_ds.targets.target import Target
 from mapet_ds.training.checkpoint import Checkpoint, newest
-from mapet_ds.vit import build_vit, take_rows
+from mapet_ds.vit import build_vit
 
 
 class Trained(NamedTuple):
-    """A run's newest checkpoint and the images it learns from."""
+    """A run's newest checkpoint and the images that the run learns from."""
 
     checkpoint: Checkpoint
     config: Config
-    """The run's, for one process that loads them where they lie now."""
+    """The run's settings, changed so that one process loads the images from where they lie now."""
     vit: dict[str, Tensor]
+    """The weights of the ViT to export."""
     index: Index
     device: torch.device
 
 
 def open_trained(folder: Path) -> Trained | None:
-    """None where the run has no checkpoint yet.
+    """The newest checkpoint of a run of pre-training, with its images; None where it has no checkpoint yet.
 
     Raises:
         ResumeError: every checkpoint is damaged.
-        ExportError: it is none of pre-training.
-        DataError: the images are not where they were.
+        ExportError: the checkpoint's settings are not of this program.
+        DataError: the run is not one of pre-training, or its images are not where they were.
     """
     checkpoint = newest(folder)
     if checkpoint is None:
@@ -65,30 +65,28 @@ def open_trained(folder: Path) -> Trained | None:
             "This is shown of runs of pre-training; what fine-tuning has measured is among the curves."
         )
     config, vit = read_vit(checkpoint)
+
+    # A relative path started where the run was started; the index holds the whole one.
     root, cache = config.data.train, folder / "index"
-    if (
-        cache / "index.json"
-    ).is_file():  # relative paths start where the run was started: the index knows the whole one
+    if (cache / "index.json").is_file():
         root = json.loads((cache / "index.json").read_text())["root"]
     elif not Path(root, "index", "index.json").is_file():
         raise DataError(f"{cache}, the list of the run's images, is gone.")
     index = open_index(root, cache)
     if index.fingerprint != checkpoint.run["identity"]["data.fingerprint"]:
         raise DataError(f"{root} holds other images than those of the run.")
+
     micro = getattr(config.method, "bn_group", math.gcd(config.train.global_batch_size, 32))
-    config = dataclasses.replace(
-        config, run_dir=str(folder), data=dataclasses.replace(config.data, train=root, workers=0, device="auto"),
-        train=dataclasses.replace(config.train, micro_batch_size=micro, compile=False),
-    )  # fmt: skip
+    data = dataclasses.replace(config.data, train=root, workers=0, device="auto")
+    train = dataclasses.replace(config.train, micro_batch_size=micro, compile=False)
+    config = dataclasses.replace(config, run_dir=str(folder), data=data, train=train)
     return Trained(checkpoint, config, vit, index, torch.device("cuda" if use_gpu() else "cpu"))
 
 
-def _batches(trained: Trained, images: int, target: Target | None) -> Iterator[Batch]:
-    """The micro-batches of at least `images` first samples of the run, none of them twice."""
+def _batches(trained: Trained, images: int, teacher: View | None) -> Iterator[Batch]:
+    """The run's first micro-batches, until they hold `images` images or all there are, none of them twice."""
     config, micro = trained.config, trained.config.train.micro_batch_size
-    loader = Loader(
-        config, trained.index, student=True, teacher=target and target.teacher_view, rank=0, world_size=1, local_rank=0
-    )  # fmt: skip
+    loader = Loader(config, trained.index, student=True, teacher=teacher, rank=0, world_size=1, local_rank=0)
     for _ in tqdm(range(-(-min(images, len(trained.index)) // micro)), "images", unit="batch", disable=None):
         yield next(loader).to(trained.device)
     loader.close()
@@ -102,20 +100,21 @@ def _pixels(images: Tensor, config: Config) -> Tensor:
 
 @torch.no_grad()
 def attention(trained: Trained, images: int) -> tuple[Tensor, Tensor]:
-    """The student's views of the run's first images, uint8 [n, S, S, 3], and what the last block of the ViT to export attends
-    to in them: float [n, heads, L], each head's weights of the patches, mean over the queries of all patches.
+    """The student's views of the run's first images, and the attention of the exported ViT's last block.
 
-    The class token isn't asked: in the last block no loss of pre-training reaches its query.
+    Gives uint8 [n, S, S, 3] and float [n, heads, L]: each head's weights of the patches as keys, mean over
+    all patches as queries. The class token is no query here, since no loss of pre-training reaches its query
+    in the last block.
     """
     vit = build_vit(trained.config.model)
     vit.load_state_dict(trained.vit)
-    last = vit.blocks[-1].attn
+    last: Any = vit.blocks[-1].attn
     last.fused_attn = False  # so that the weights pass through attn_drop, where timm picks them up
-    extract = AttentionExtract(
-        vit.to(trained.device), [f"blocks.{len(vit.blocks) - 1}.attn.attn_drop"], method="hook"
-    )
+    name = f"blocks.{len(vit.blocks) - 1}.attn.attn_drop"
+    extract = AttentionExtract(vit.to(trained.device), [name], method="hook")
     views, maps = [], []
     for batch in _batches(trained, images, None):
+        assert batch.images is not None
         (weights,) = extract(batch.images).values()
         maps.append(weights[:, :, vit.num_prefix_tokens :, vit.num_prefix_tokens :].mean(dim=2).cpu())
         views.append(_pixels(batch.images, trained.config))
@@ -123,73 +122,39 @@ def attention(trained: Trained, images: int) -> tuple[Tensor, Tensor]:
 
 
 class Sample(NamedTuple):
-    """What the run makes of n of its images, on the CPU, patches in raster order; None where it doesn't apply."""
+    """n of a run's images and what is predicted for their patches, on the CPU.
+
+    Patches are in raster order. A field is None where it doesn't apply to the objective.
+    """
 
     index: Tensor
     """long [n], place in the data set."""
     views: Tensor
-    """uint8 [n, S, S, 3], the student's."""
+    """uint8 [n, S, S, 3], the student's views."""
     mask: Tensor
     """bool [n, L], True = hidden, hence predicted."""
     order: Tensor | None = None
     """long [n, L], rank of each patch in its permutation."""
     ids: Tensor | None = None
-    """long [n, L], the target."""
+    """long [n, L], the target, where it is token ids."""
     code_distance: Tensor | None = None
-    """float [n, L], of the teacher's feature from the centroid of its id; k-CLIP's only."""
+    """float [n, L], distance of the teacher's feature from the centroid of its id; k-CLIP's only."""
     prediction: Tensor | None = None
-    """long [n, L], the likeliest id; -1 where none is predicted."""
-    top5: Tensor | None = None
-    """bool [n, L], the id is among the five likeliest."""
+    """long [n, L]; this and the next three are those of Objective.patch_predictions."""
     hit: Tensor | None = None
-    """bool [n, L], the id is the likeliest; of ConMIM: the patch finds its own place."""
+    """bool [n, L]."""
+    top5: Tensor | None = None
+    """bool [n, L]."""
     distance: Tensor | None = None
-    """float [n, L], 1 - cosine of a predicted vector and its target; NaN where none is predicted."""
-
-
-def _per_patch(objective: Objective, images: Tensor, target: Tensor, draw: Draw) -> dict[str, Tensor]:
-    """The fields of a Sample that are predictions. The host waits for the GPU."""
-    if hasattr(objective, "project"):  # ConMIM: of each patch's own place among all
-        queries = objective.project(images, draw.mask)
-        own = torch.arange(target.shape[1], device=target.device)
-        hit = ((queries @ target.transpose(1, 2)).argmax(dim=-1) == own) & draw.mask
-        return {
-            "hit": hit,
-            "distance": (1 - F.cosine_similarity(queries, target, dim=-1)).where(draw.mask, math.nan),
-        }
-    rows: list[Tensor] = []
-    hook = objective.head.register_forward_hook(lambda module, inputs, output: rows.append(output.float()))
-    loss = objective(images, target, draw)
-    hook.remove()
-    outputs, num_patches = torch.cat(rows), target.shape[1]
-    rank = torch.arange(num_patches, device=target.device) if draw.order is None else draw.order
-    patch = (rank + num_patches * ~draw.mask).argsort(dim=1)[
-        :, : outputs.shape[1]
-    ]  # the head's rows: hidden ones, by rank
-    hidden = draw.mask.gather(1, patch)
-
-    def everywhere(values: Tensor, empty: float) -> Tensor:
-        whole = torch.full(target.shape[:2], empty, dtype=values.dtype, device=values.device)
-        return whole.scatter(1, patch, values.where(hidden, empty))
-
-    if target.is_floating_point():
-        return {
-            "distance": everywhere(
-                1 - F.cosine_similarity(outputs, take_rows(target, patch).float(), dim=-1), math.nan
-            )
-        }
-    likeliest = outputs.topk(min(5, outputs.shape[2])).indices
-    top5 = everywhere((likeliest == target.gather(1, patch)[:, :, None]).any(dim=-1), False)
-    return {"prediction": loss.prediction, "top5": top5, "hit": loss.prediction == target}
+    """float [n, L]."""
 
 
 def _check_target(checkpoint: Checkpoint, target: Target) -> None:
-    """Refuse a teacher or codebook that isn't the run's; its precision, that of the device, may differ."""
+    """Refuse a teacher or codebook that isn't the run's. Its precision, that of the device, may differ."""
     now, then = json.loads(json.dumps(flatten({"target": target.identity}))), checkpoint.run["identity"]
     if other := [k for k in now if not k.endswith("dtype") and now[k] != then.get(k)]:
-        raise ResumeError(
-            f"What is predicted is not that of the run any more: {', '.join(other)} differ from {checkpoint.path}."
-        )
+        difference = f"{', '.join(other)} differ from {checkpoint.path}"
+        raise ResumeError(f"What is predicted is not that of the run any more: {difference}.")
 
 
 @torch.no_grad()
@@ -197,8 +162,8 @@ def take_sample(trained: Trained, images: int) -> Sample:
     """The run's first `images` images, or all there are, as its newest checkpoint predicts them.
 
     Raises:
-        ConfigError, DataError, ResumeError: teacher, codebook, ids or images are gone, or others than the run's.
-        ExportError: weights that are not the objective's.
+        ConfigError, DataError, ResumeError: teacher, codebook, ids or images are gone, or are not the run's.
+        ExportError: the checkpoint's weights are not the objective's.
     """
     config, device = trained.config, trained.device
     target = build_target(config, device)
@@ -209,35 +174,33 @@ def take_sample(trained: Trained, images: int) -> Sample:
     try:
         objective.load_state_dict(trained.checkpoint.load("model"))
     except RuntimeError as error:
-        raise ExportError(
-            f"{trained.checkpoint.path} doesn't hold the weights of its objective: {error}"
-        ) from error
+        problem = f"{trained.checkpoint.path} doesn't hold the weights of its objective: {error}"
+        raise ExportError(problem) from error
     objective.to(device).eval()
-    tokenizer, found = getattr(target, "tokenizer", None), defaultdict(list)
-    for batch in _batches(trained, images, target):
-        fields = {"index": batch.index, "views": _pixels(batch.images, config)}
+
+    tokenizer, parts = getattr(target, "tokenizer", None), defaultdict(list)
+    for batch in _batches(trained, images, target.teacher_view):
+        assert batch.images is not None
         draw = objective.draw(*batch.place, len(batch.index)).to(device)
+        fields: dict[str, Tensor | None] = {"index": batch.index, "mask": draw.mask, "order": draw.order}
+        fields["views"] = _pixels(batch.images, config)
         if isinstance(tokenizer, KClip):
             features = tokenizer.teacher(batch.teacher_images)
             wanted = tokenizer.codebook.assign(features)
             fields["code_distance"] = (features.float() - tokenizer.codebook.centroids[wanted]).norm(dim=-1)
         else:
             wanted = target(batch)
-        fields |= {
-            "mask": draw.mask,
-            "order": draw.order,
-            **_per_patch(objective, batch.images, wanted, draw),
-        }
         fields["ids"] = None if wanted.is_floating_point() else wanted
-        for name, value in fields.items():
+        for name, value in (fields | objective.patch_predictions(batch.images, wanted, draw)).items():
             if value is not None:
-                found[name].append(value.cpu())
-    number = min(images, len(trained.index))
-    return Sample(**{name: torch.cat(values)[:number] for name, values in found.items()})
+                parts[name].append(value.cpu())
+    size = min(images, len(trained.index))
+    return Sample(**{name: torch.cat(values)[:size] for name, values in parts.items()})
 
 
 def mean_by_rank(sample: Sample, values: Tensor) -> tuple[list[int], list[float]]:
     """Each predicted rank of the permutations, and the mean of values [n, L] there."""
+    assert sample.order is not None
     rank = sample.order[sample.mask]
     counts = torch.bincount(rank)
     means = torch.bincount(rank, values[sample.mask].double()) / counts
@@ -251,19 +214,23 @@ def mean_by_image(sample: Sample, values: Tensor) -> list[float]:
 
 
 def code_counts(sample: Sample, vocab_size: int) -> NDArray[np.int64]:
-    """How often each token id is the target in the sample; 0 of a dead code."""
+    """How often each token id is the target in the sample: [vocab_size], 0 for a dead code."""
+    assert sample.ids is not None
     return np.bincount(sample.ids.flatten().numpy(), minlength=vocab_size)
 
 
 def codes_to_show(counts: NDArray[np.int64], number: int) -> list[int]:
-    """Codes from the commonest to the rarest that is in use, evenly spaced."""
+    """At most `number` codes, evenly spaced from the commonest to the rarest that is in use."""
     used = np.argsort(-counts, kind="stable")[: int((counts > 0).sum())]
     return used[np.unique(np.linspace(0, len(used) - 1, number).round().astype(int))].tolist()
 
 
 def patches_of(sample: Sample, code: int, number: int) -> list[tuple[int, int]]:
-    """(image, patch) of a code: the nearest to its centroid first, at most one of an image; in the sample's order where the
-    tokenizer gives no distance."""
+    """At most `number` patches of a code as (image, patch), at most one of an image.
+
+    The nearest to the code's centroid come first, or the sample's first if the tokenizer gives no distance.
+    """
+    assert sample.ids is not None
     image, patch = (sample.ids == code).nonzero(as_tuple=True)
     if sample.code_distance is not None:
         nearest = sample.code_distance[image, patch].argsort(stable=True)
@@ -275,15 +242,15 @@ def patches_of(sample: Sample, code: int, number: int) -> list[tuple[int, int]]:
 
 
 def surroundings(view: Tensor, patch: int, patch_size: int) -> NDArray[np.uint8]:
-    """The patch amid its neighbours, which are darkened: [3 P, 3 P, 3] of a view [S, S, 3]; black beyond its border."""
-    padded = np.pad(view.numpy(), ((patch_size, patch_size), (patch_size, patch_size), (0, 0)))
-    row, column = (patch_size * i for i in divmod(patch, view.shape[0] // patch_size))
-    tile = padded[row : row + 3 * patch_size, column : column + 3 * patch_size].astype(float)
-    light = np.full((3 * patch_size, 3 * patch_size, 1), 0.45)
-    light[patch_size : 2 * patch_size, patch_size : 2 * patch_size] = 1
-    return (tile * light).astype(np.uint8)
+    """A patch of a view [S, S, 3] amid its darkened neighbours, [3 P, 3 P, 3]; black beyond the border."""
+    size = patch_size
+    padded = np.pad(view.numpy(), ((size, size), (size, size), (0, 0)))
+    row, column = (size * i for i in divmod(patch, view.shape[0] // size))
+    light = np.full((3 * size, 3 * size, 1), 0.45)
+    light[size : 2 * size, size : 2 * size] = 1
+    return (padded[row : row + 3 * size, column : column + 3 * size] * light).astype(np.uint8)
 
 
 def relative_name(index: Index, i: int) -> str:
-    """A sample's path below the data set's folder."""
+    """The path of an index's i-th image below the data set's folder."""
     return os.path.relpath(index.path(i), index.root)

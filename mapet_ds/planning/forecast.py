@@ -1,22 +1,22 @@
-"""What a recipe will take on a cluster: memory, micro-batch, time, input, scaling. Arithmetic, nothing is run.
+"""What a recipe will take on a cluster: memory, micro-batch, time, input, scaling. Arithmetic on counts.
 
-What DeepSpeed 0.19.8 keeps and sends was found on real engines with CPU ranks (tests/test_forecast.py). In bf16, stage 1
-keeps every gradient in fp32, and its bf16 twin from one micro-step to the next. Stages 1 and 2 sum gradients by a whole
-all-reduce, stage 2 at every micro-step. Stage 3 keeps a model below stage3_max_reuse_distance gathered from its forward to
-its backward pass.
+What DeepSpeed 0.19.8 keeps and sends was found on real engines with CPU ranks (tests/test_forecast.py). In
+bf16, stage 1 keeps every gradient in fp32, and its bf16 twin from one micro-step to the next. Stages 1 and
+2 sum gradients by a whole all-reduce, stage 2 at every micro-step. Stage 3 keeps a model below
+stage3_max_reuse_distance gathered from its forward to its backward pass.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from typing import Any, NamedTuple
 
 from mapet_ds.config.sections import Config, total_steps
-from mapet_ds.cost import FP32, Student, Target, student, target
 from mapet_ds.errors import ConfigError
+from mapet_ds.planning.counting import Student, Target, allows, student, target, with_micro
 
 GIB = 2**30
+FP32 = 4
 USABLE = 0.95
 """Share of the memory that the caching allocator can use: the rest is lost between blocks."""
 CONTEXT = 1.5 * GIB
@@ -26,7 +26,7 @@ DECODER = 1.0 * GIB
 LAUNCH_SECONDS = 0.015
 """Least duration of a micro-step: the host can't launch its kernels faster."""
 LINK_SHARE, MEMORY_SHARE, FP32_SHARE, TF32_SHARE = 0.8, 0.7, 0.7, 0.5
-"""Attained shares of a link's, the memory's, the fp32 units' and, in TF32, half the bf16 units' data sheet."""
+"""Attained shares of the data sheet of links, memory, fp32 units and, in TF32, half the bf16 units."""
 HOP_SECONDS = 1e-5
 """Latency of one hop of a collective."""
 LARGEST = 1024
@@ -54,7 +54,10 @@ class Engine(NamedTuple):
 
 
 def engine_costs(engine_config: dict[str, Any], parameters: int, ranks: int, accumulate: bool) -> Engine:
-    """Of a checked DeepSpeed JSON and so many trainable parameters. accumulate: more than one micro-step an update."""
+    """Of a checked DeepSpeed JSON and so many trainable parameters.
+
+    accumulate: an update has more than one micro-step.
+    """
     zero, bf16 = engine_config["zero_optimization"], engine_config.get("bf16", {}).get("enabled", False)
     stage, size, part = zero["stage"], 2 if bf16 else FP32, -(-parameters // ranks)
     bucket = zero.get("reduce_bucket_size", 500_000_000)
@@ -141,7 +144,10 @@ class Cluster(NamedTuple):
         return self._replace(nodes=ranks // each, gpus_per_node=each)
 
     def seconds(self, size: float, ranks: int, passes: int) -> float:
-        """Of a ring that takes `size` bytes round so often: 2 for an all-reduce, 1 for a gather or a scatter."""
+        """Seconds of a ring that takes `size` bytes round `passes` times.
+
+        An all-reduce has 2 passes, a gather or a scatter 1.
+        """
         if ranks == 1:
             return 0.0
         within = ranks <= self.gpus_per_node
@@ -162,13 +168,8 @@ class Request(NamedTuple):
     def size(self) -> int:
         return 2 if self.engine.get("bf16", {}).get("enabled") else 4
 
-    @property
-    def teacher_size(self) -> int:
-        return 4 if self.config.teacher.precision == "fp32" else 2
-
     def with_micro(self, micro: int) -> Request:
-        train = dataclasses.replace(self.config.train, micro_batch_size=micro)
-        return self._replace(config=dataclasses.replace(self.config, train=train))
+        return self._replace(config=with_micro(self.config, micro))
 
 
 def memory(request: Request, model: Student, goal: Target) -> dict[str, float]:
@@ -177,22 +178,18 @@ def memory(request: Request, model: Student, goal: Target) -> dict[str, float]:
     accumulate = config.grad_accum_steps(cluster.ranks) > 1
     engine = engine_costs(request.engine, model.parameters, cluster.ranks, accumulate)
     group = {"none": 1, "node": cluster.gpus_per_node, "world": cluster.ranks}[config.teacher.shard]
-    views = [config.model.img_size]
-    if config.objective == "conmim" or (config.method.predicts_ids and config.tokenizer.name != "kclip"):
-        views.append(config.model.img_size)
-    elif config.method.uses_teacher(config):
-        views.append(config.teacher.img_size)
+    views = [config.model.img_size] + ([goal.view] if goal.view else [])
     gathered = goal.sharded / 10 if group > 1 else 0  # the part in use, and the next
-    ahead = config.teacher.ahead and len(views) == 2 and config.objective != "conmim"
+    both = sum if goal.ahead else max
     return {
         "student weights": engine.weights + request.size * model.constants,
         "optimizer": engine.optimizer,
         "gradients": engine.gradients,
         "reduction buckets": engine.buffers,
         "teacher": goal.sharded / group + gathered + goal.whole,
-        "activations": micro
-        * (sum if ahead else max)((model.activations(config) + goal.output, goal.working)),
-        "images": DECODER + (config.data.prefetch + 1 + ahead) * micro * sum(12 * view**2 for view in views),
+        "activations": both((model.peak(micro) + micro * goal.output, goal.peak(micro))),
+        "images": DECODER
+        + (config.data.prefetch + 1 + goal.ahead) * micro * sum(12 * view**2 for view in views),
         "context": CONTEXT,
     }
 
@@ -203,9 +200,8 @@ def step_seconds(request: Request, model: Student, goal: Target) -> dict[str, fl
     ranks, micro, accum = cluster.ranks, config.train.micro_batch_size, config.grad_accum_steps(cluster.ranks)
     engine = engine_costs(request.engine, model.parameters, ranks, accum > 1)
     peaks = {2: 1e12 * gpu.bf16_tflops, 4: 1e12 * gpu.fp32_tflops}
-    recomputed = model.recomputed if config.train.grad_checkpointing else 0
-    learn = micro * (model.flops + recomputed) / (peaks[request.size] * speeds.student * speeds.whole)
-    teach = micro * goal.flops / (peaks[request.teacher_size] * speeds.teacher * speeds.whole)
+    learn = micro * (model.flops + model.recomputed) / (peaks[request.size] * speeds.student * speeds.whole)
+    teach = micro * goal.flops / (peaks[2] * speeds.teacher * speeds.whole)
     exact = goal.fp32_flops / (peaks[4] * speeds.fp32) + goal.tf32_flops / (peaks[2] / 2 * speeds.tf32)
     assign = micro * exact / speeds.whole
     group = {"none": 1, "node": cluster.gpus_per_node, "world": ranks}[config.teacher.shard]
@@ -217,11 +213,9 @@ def step_seconds(request: Request, model: Student, goal: Target) -> dict[str, fl
     reduce += accum * max(0.0, cluster.seconds(engine.gathered_per_micro_step, ranks, 1) - learn / 3)
     reduce += cluster.seconds(engine.gathered_per_step, ranks, 1)
     update = 40 * model.parameters / ranks  # bytes that AdamW, clipping and the cast read and write
-    if config.objective == "conmim":
-        reduce += cluster.seconds(
-            4 * model.parameters, ranks, 2
-        )  # the momentum teacher follows the master weights
-        update += 12 * model.parameters
+    if goal.follows:
+        reduce += cluster.seconds(goal.follows, ranks, 2)  # of the master weights
+        update += 3 * goal.follows
     seconds = {
         "student": accum * learn, "teacher": accum * (teach + weights), "assignment": accum * assign,
         "optimizer": update / (1e9 * gpu.memory_gbyte_s * MEMORY_SHARE), "link": reduce,
@@ -246,22 +240,25 @@ def choose_micro(request: Request, model: Student, goal: Target) -> tuple[Reques
     if whole % ranks:
         near = max(ranks, round(whole / ranks) * ranks)
         raise ConfigError(
-            f"train.global_batch_size = {whole} can't be divided among {ranks} GPUs; take train.global_batch_size={near} (another "
-            "batch, another run), or another number of GPUs."
+            f"train.global_batch_size = {whole} can't be divided among {ranks} GPUs; take "
+            f"train.global_batch_size={near} (another batch, another run), or another number of GPUs."
         )
     each = whole // ranks
-    unit = config.conmim.bn_group if config.objective == "conmim" else 1
-    possible = [m for m in range(each, 0, -1) if each % m == 0 and m % unit == 0]
-    fitting = [m for m in possible if sum(memory(request.with_micro(m), model, goal).values()) <= room]
+    possible = [m for m in range(each, 0, -1) if each % m == 0 and allows(config, m)]
     if not possible:
+        most = next((whole // m for m in range(1, whole + 1) if whole % m == 0 and allows(config, m)), 0)
+        alone = with_micro(config, each)
+        broken = [sentence for is_broken, sentence in alone.method.rules(alone) if is_broken]
         raise ConfigError(
-            f"{ranks} GPUs leave {each} of {whole} images a step to each, fewer than conmim.bn_group = {unit}: at most "
-            f"{whole // unit} GPUs."
+            "\n".join(
+                [f"{ranks} GPUs leave {each} of {whole} images a step to each: at most {most} GPUs.", *broken]
+            )
         )
+    fitting = [m for m in possible if sum(memory(request.with_micro(m), model, goal).values()) <= room]
     if request.fixed and micro not in possible:
         raise ConfigError(
-            f"train.micro_batch_size = {micro} does not divide the {each} images that each of {ranks} GPUs has of a step; "
-            f"take one of {', '.join(map(str, possible[:8]))}."
+            f"train.micro_batch_size = {micro} does not divide the {each} images that each of {ranks} GPUs "
+            f"has of a step; take one of {', '.join(map(str, possible[:8]))}."
         )
     if not fitting or (request.fixed and micro not in fitting):
         asked = micro if request.fixed else possible[-1]
@@ -284,7 +281,7 @@ def predict(request: Request) -> dict[str, Any]:
     Raises:
         ConfigError: the recipe can't run there, or its costs can't be counted.
     """
-    model, goal = student(request.config, request.size), target(request.config, request.teacher_size)
+    model, goal = student(request.config, request.size), target(request.config)
     request, largest = choose_micro(request, model, goal)
     config, cluster = request.config, request.cluster
     seconds, held = step_seconds(request, model, goal), memory(request, model, goal)
@@ -292,12 +289,15 @@ def predict(request: Request) -> dict[str, Any]:
     speed = config.train.global_batch_size / step
     steps = total_steps(config, request.images)
     peak = 1e12 * (cluster.gpu.bf16_tflops if request.size == 2 else cluster.gpu.fp32_tflops)
+
+    # what a step waits for beyond all work on the GPU binds, however short the rest of the wait
+    binds = next((name for name in ("input", "launch") if seconds[name] > 0), max(seconds, key=seconds.get))
     return {
         "gpus": cluster.ranks,
         "parameters": model.parameters,
         "gflop_per_image": {
             "student": model.flops / 1e9, "student_minimum": model.minimum / 1e9,
-            "recomputed": model.recomputed / 1e9 if config.train.grad_checkpointing else 0.0,
+            "recomputed": model.recomputed / 1e9,
             "teacher": goal.flops / 1e9, "fp32": goal.fp32_flops / 1e9, "tf32": goal.tf32_flops / 1e9,
         },
         "memory_gib": {name: size / GIB for name, size in held.items()} | {"total": sum(held.values()) / GIB},
@@ -311,8 +311,7 @@ def predict(request: Request) -> dict[str, Any]:
         "hours": steps * step / 3600,
         "gpu_hours": steps * step / 3600 * cluster.ranks,
         "input_mbyte_s_per_node": speed / cluster.nodes * cluster.image_kbyte / 1e3,
-        # what a step waits for beyond all work on the GPU binds, however short the rest of the wait
-        "binds": next((name for name in ("input", "launch") if seconds[name] > 0), max(seconds, key=seconds.get)),
+        "binds": binds,
     }  # fmt: skip
 
 
@@ -345,29 +344,28 @@ def scaling(request: Request) -> list[dict[str, Any]]:
 def assumptions(request: Request) -> list[str]:
     """What a plan rests on, in words."""
     known = f"measured: {'; '.join(request.speeds.measured)}; the rest ASSUMED"
-    gpu, speeds, cluster, config = request.cluster.gpu, request.speeds, request.cluster, request.config
+    gpu, speeds, cluster = request.cluster.gpu, request.speeds, request.cluster
     lines = [
-        f"{gpu.name}: {gpu.bf16_tflops:g} bf16 and {gpu.fp32_tflops:g} fp32 TFLOP/s, {gpu.memory_gbyte_s:g} GB/s memory, "
-        f"{gpu.nvlink_gbyte_s:g} GB/s NVLink each way (NVIDIA's data sheet, SXM, dense), {gpu.gib:g} GiB",
-        f"attained: student {speeds.student:.2f}, teacher {speeds.teacher:.2f} of that, fp32 {speeds.fp32:.2f}, TF32, half as "
-        f"fast as bf16, {speeds.tf32:.2f}; "
+        f"{gpu.name}: {gpu.bf16_tflops:g} bf16 and {gpu.fp32_tflops:g} fp32 TFLOP/s, "
+        f"{gpu.memory_gbyte_s:g} GB/s memory, {gpu.nvlink_gbyte_s:g} GB/s NVLink each way "
+        f"(NVIDIA's data sheet, SXM, dense), {gpu.gib:g} GiB",
+        f"attained: student {speeds.student:.2f}, teacher {speeds.teacher:.2f} of that, "
+        f"fp32 {speeds.fp32:.2f}, TF32, half as fast as bf16, {speeds.tf32:.2f}; "
         + (known if speeds.measured else "ASSUMED, not yet measured (--calibrate)"),
-        f"links at {LINK_SHARE:g} and memory at {MEMORY_SHARE:g} of their data sheet; rings, whose slowest link is "
-        f"{cluster.link_gbit:g} Gbit/s of a node; {1e6 * HOP_SECONDS:g} us a hop",
-        "gradients are summed behind the backward pass where overlap_comm is on (stages 2, 3), weights gathered in the open",
+        f"links at {LINK_SHARE:g} and memory at {MEMORY_SHARE:g} of their data sheet; rings, whose slowest "
+        f"link is {cluster.link_gbit:g} Gbit/s of a node; {1e6 * HOP_SECONDS:g} us a hop",
+        "gradients are summed behind the backward pass where overlap_comm is on (stages 2, 3), weights "
+        "gathered in the open",
         f"a micro-step takes at least {1e3 * LAUNCH_SECONDS:g} ms: the host launches its kernels",
         f"{request.images} images (--images), a file of {cluster.image_kbyte:g} kB each (ImageNet-1k's mean)",
-        f"a node reads {cluster.storage_gbyte_s:g} GB/s, and a GPU's loader prepares {speeds.images_per_second:g} images/s, "
-        "while the GPU computes",
-        f"memory: {CONTEXT / GIB:g} GiB of contexts, {DECODER / GIB:g} GiB for DALI, {USABLE:.0%} of the GPU usable; activations "
-        "as in eager mode (torch.compile keeps up to an eighth less)",
+        f"a node reads {cluster.storage_gbyte_s:g} GB/s, and a GPU's loader prepares "
+        f"{speeds.images_per_second:g} images/s, while the GPU computes",
+        f"memory: {CONTEXT / GIB:g} GiB of contexts, {DECODER / GIB:g} GiB for DALI, {USABLE:.0%} of the GPU "
+        "usable; activations as in eager mode (torch.compile keeps up to an eighth less)",
     ]
-    if config.teacher.ahead:
+    if target(request.config).ahead:
         lines.append(
-            "teacher.ahead: the memory of teacher and student at once; what time it may save is not known and not counted"
-        )
-    if not target(config).counted:
-        lines.append(
-            f"tokenizer.name = {config.tokenizer.name}: its costs are not known and counted as nothing"
+            "teacher.ahead: the memory of teacher and student at once; what time it may save is not known "
+            "and not counted"
         )
     return lines
