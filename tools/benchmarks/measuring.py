@@ -24,6 +24,9 @@ from mapet_ds.config.sections import Config
 from mapet_ds.errors import ConfigError
 
 Figures = dict[str, Any]
+Times = dict[str, list[float]]
+"""Seconds by the name of what was timed."""
+Work = Callable[[], Any]
 ALONE: dict[str, Any] = {"rank": 0, "world_size": 1, "local_rank": 0}
 """A loader's place where nothing else runs."""
 
@@ -77,12 +80,10 @@ def bandwidth(device: torch.device) -> float:
     return 2 * len(source) / min(timed(device, copy.copy_, source)[0] for _ in range(5))
 
 
-def in_turns(
-    device: torch.device, works: dict[str, Callable[[], Any]], repeats: int
-) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+def in_turns(device: torch.device, works: dict[str, Work], repeats: int) -> tuple[Times, Times]:
     """Wall-clock and CPU seconds of each work by name, measured one after the other, again and again."""
-    wall: dict[str, list[float]] = {name: [] for name in works}
-    cpu: dict[str, list[float]] = {name: [] for name in works}
+    wall: Times = {name: [] for name in works}
+    cpu: Times = {name: [] for name in works}
     for _ in range(repeats):
         for name, work in works.items():
             seconds, used, _ = timed(device, work)
@@ -150,8 +151,8 @@ def race(arguments: argparse.Namespace, contestants: dict[str, Callable[[], Any]
     """
     first, *others = contestants
     device, number = device_of(arguments.device), arguments.batch_size * arguments.batches
-    wall: dict[str, list[float]] = {name: [] for name in contestants}
-    cpu: dict[str, list[float]] = {name: [] for name in contestants}
+    wall: Times = {name: [] for name in contestants}
+    cpu: Times = {name: [] for name in contestants}
     for _ in range(arguments.repeats):
         for name, contestant in contestants.items():
             with contextlib.closing(contestant()) as batches:

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mapet_ds.config.sections import Config
-from mapet_ds.cost import student
+from mapet_ds.planning.counting import modules
 
 RANGE = "part of a step: "
 BACKWARD = "autograd::engine::evaluate_function"
@@ -128,11 +128,19 @@ class Traffic(TorchDispatchMode):
         return result
 
 
-def flops_by_part(config: Config) -> dict[str, int]:
-    """Of the student on one image; torch.compile makes a block one piece, named `norms and rest` here."""
-    parts = student(config).parts
-    flops = {"patch_embed": parts.pop("embedding"), HEAD: parts.pop("head")}
-    return flops | ({REST: sum(parts.values())} if config.train.compile else parts)
+def flops_by_part(config: Config) -> dict[str, float]:
+    """FLOPs of a step by part, of the student on one image.
+
+    torch.compile makes a block one piece, whose part is REST.
+    """
+    counts, flops = modules(config), {}
+    ends = {"patch_embed": ".patch_embed", "qkv": ".qkv", "proj": ".attn.proj", "mlp": ".mlp"}
+    for part, end in (ends | {"attention": ".attn"}).items():
+        flops[part] = sum(count for name, count in counts.items() if name.endswith(end))
+    flops["attention"] -= flops["qkv"] + flops["proj"]
+    head, embedding = counts["Global"] - sum(flops.values()), flops.pop("patch_embed")
+    blocks = {REST: sum(flops.values())} if config.train.compile else flops
+    return {"patch_embed": embedding, HEAD: head, **blocks}
 
 
 def breakdown(

@@ -13,19 +13,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from benchmarks.measuring import (
-    Figures,
-    ceiling,
-    circumstances,
-    counted_flops,
-    draw_batches,
-    in_turns,
-    ratio,
-    repeatedly,
-    settings,
-    summary,
-    timed,
-)
+from benchmarks import measuring
+from benchmarks.measuring import Figures, Times, Work, in_turns, ratio, repeatedly, summary, timed
 from benchmarks.roofline import GRADIENTS, Parts, breakdown, flops_by_part, show
 from benchmarks.steps import check_twin, dense_twin
 from torch import Tensor
@@ -33,14 +22,16 @@ from torch.utils.data import DataLoader, Dataset
 
 from mapet_ds.config.engine import load_deepspeed_config
 from mapet_ds.config.sections import Config
-from mapet_ds.cost import student as student_costs
 from mapet_ds.draws import permutations
 from mapet_ds.errors import ConfigError
 from mapet_ds.launch import init_distributed
 from mapet_ds.methods import build_objective
+from mapet_ds.planning.counting import student as student_costs
 from mapet_ds.run import Run
 from mapet_ds.task import Pretraining
 from mapet_ds.training.engine import gather_state
+
+Flops = dict[str, float]
 
 
 @contextlib.contextmanager
@@ -53,7 +44,7 @@ def open_run(arguments: argparse.Namespace) -> Iterator[Run]:
     with contextlib.ExitStack() as stack:
         folder = ranks.from_first(lambda: stack.enter_context(tempfile.TemporaryDirectory()))
         images = arguments.batch_size * ranks.world_size
-        config = settings(
+        config = measuring.settings(
             arguments, f"data.train={json.dumps(arguments.data)}", f"run_dir={json.dumps(folder)}",
             "log.progress=false", "log.images_every_steps=0", "train.spike_factor=null",
             f"train.global_batch_size={images}",
@@ -66,13 +57,16 @@ def open_run(arguments: argparse.Namespace) -> Iterator[Run]:
         dist.barrier(ranks.control)
 
 
-def flops_per_image(run: Run, target: Tensor, batch: Any) -> dict[str, float]:
+def flops_per_image(run: Run, target: Tensor, batch: Any) -> Flops:
     """Counted FLOPs of the student's forward and backward, on one image on the CPU, and of its target."""
     student = build_objective(run.config, run.target.dim)
     draw = student.draw(0, 0, 1)
     images = torch.zeros(1, *batch.images.shape[1:])
-    of_student = counted_flops(lambda: student(images, target[:1].cpu(), draw).loss.backward())
-    return {"student": of_student, "target": counted_flops(lambda: run.target(batch)) / len(batch.index)}
+    of_student = measuring.counted_flops(lambda: student(images, target[:1].cpu(), draw).loss.backward())
+    return {
+        "student": of_student,
+        "target": measuring.counted_flops(lambda: run.target(batch)) / len(batch.index),
+    }
 
 
 class DenseMasks(Dataset):
@@ -121,7 +115,7 @@ def measure_train(arguments: argparse.Namespace) -> Figures | None:
 
     The parts say what they would take back to back, and how much of it the step hides.
     """
-    check_twin(arguments, settings(arguments))
+    check_twin(arguments, measuring.settings(arguments))
     with open_run(arguments) as run:
         ranks, engine = run.ranks, run.engine
         batch = next(run.loader).to(ranks.device)
@@ -131,7 +125,7 @@ def measure_train(arguments: argparse.Namespace) -> Figures | None:
             engine.backward(engine(batch.images, target, batch.draw).loss)
             engine.step()
 
-        parts: dict[str, Callable[[], Any]] = {
+        parts: dict[str, Work] = {
             "data": lambda: next(run.loader).to(ranks.device), "target": lambda: run.target(batch),
             "student": student, "train": run.train_step,
         }  # fmt: skip
@@ -140,13 +134,13 @@ def measure_train(arguments: argparse.Namespace) -> Figures | None:
             parts["dense"], masks = dense_step(run)
 
         # Take the parts in turns; the first round is a warm-up.
-        seconds: dict[str, list[float]] = {name: [] for name in parts}
+        seconds: Times = {name: [] for name in parts}
         waits = []
         for repeat in range(arguments.repeats + 1):
             for name, part in parts.items():
                 run.metrics.log(run.step, {})
                 if name == "dense":
-                    draw_batches(masks, 2 * run.config.data.threads)
+                    measuring.draw_batches(masks, 2 * run.config.data.threads)
                 spent = timed(ranks.device, repeatedly, part, arguments.steps)[0] / arguments.steps
                 if repeat:
                     seconds[name].append(spent)
@@ -155,7 +149,7 @@ def measure_train(arguments: argparse.Namespace) -> Figures | None:
         # Compare them with what the chip can do.
         flops = flops_per_image(run, target, batch)
         dtype = torch.bfloat16 if run.identity["engine.bf16"] else torch.float32
-        peak = ceiling(ranks.device, dtype)
+        peak = measuring.ceiling(ranks.device, dtype)
         figures = train_figures(arguments, run, seconds, waits[1:], flops, peak)
         where = train_breakdown(arguments, run, flops["target"], peak)
         if figures is None:
@@ -187,12 +181,7 @@ def train_breakdown(arguments: argparse.Namespace, run: Run, target_flops: float
 
 
 def train_figures(
-    arguments: argparse.Namespace,
-    run: Run,
-    seconds: dict[str, list[float]],
-    waits: list[float],
-    flops: dict[str, float],
-    peak: float,
+    arguments: argparse.Namespace, run: Run, seconds: Times, waits: list[float], flops: Flops, peak: float
 ) -> Figures | None:
     """The figures of seconds a step by part, on rank 0; None elsewhere."""
     ranks, config = run.ranks, run.config
@@ -204,7 +193,7 @@ def train_figures(
     parts = [target + student for target, student in zip(seconds["target"], seconds["student"], strict=True)]
     useful = student_costs(config).minimum + flops["target"]
     attained = {name: [flops[name] * each / 1e12 / peak for each in speed[name]] for name in flops}
-    figures = circumstances(config, arguments) | {
+    figures = measuring.circumstances(config, arguments) | {
         "objective": config.objective, "ranks": ranks.world_size,
         "images_per_second": {name: summary(values) for name, values in everywhere.items()},
         "target_and_student_over_train": ratio(parts, seconds["train"]),
@@ -246,7 +235,7 @@ def measure_checkpoint(arguments: argparse.Namespace) -> Figures | None:
         written = sum(path.stat().st_size for path in (run.folder / "checkpoints").rglob("*.*"))
         if run.ranks.rank:
             return None
-        return circumstances(run.config, arguments) | {
+        return measuring.circumstances(run.config, arguments) | {
             "ranks": run.ranks.world_size, "checkpoint_bytes": written,
             "seconds": {name: summary(values) for name, values in found.items()} | {"cost": summary(cost)},
             "percent_of_ten_minutes": summary([each / 6 for each in cost]),

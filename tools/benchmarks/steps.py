@@ -14,23 +14,15 @@ from typing import Any
 import psutil
 import torch
 import torch.nn.functional as F
-from benchmarks.measuring import (
-    Figures,
-    ceiling,
-    circumstances,
-    device_of,
-    in_turns,
-    ratio,
-    settings,
-    summary,
-)
+from benchmarks import measuring
+from benchmarks.measuring import Figures, Times, circumstances, device_of, in_turns, ratio, summary
 from benchmarks.roofline import Parts, breakdown, flops_by_part, show
 from torch import Tensor
 
 from mapet_ds.config.sections import REPOSITORY, Config
-from mapet_ds.cost import student, target_dim
 from mapet_ds.errors import ConfigError
 from mapet_ds.methods import build_objective
+from mapet_ds.planning.counting import shape_of_target, student
 
 
 def check_twin(arguments: argparse.Namespace, config: Config) -> None:
@@ -65,14 +57,15 @@ class Steps:
 
     def __init__(self, config: Config, device: torch.device, dtype: str) -> None:
         self.device, self.dtype, batch = device, dtype, config.train.micro_batch_size
-        self.model = build_objective(config, target_dim(config)).to(device)
+        dim = shape_of_target(config).dim
+        self.model = build_objective(config, dim).to(device)
         generator = torch.Generator().manual_seed(config.seed)
         side, patches = config.model.img_size, (batch, config.num_patches)
         images = torch.randn(batch, 3, side, side, generator=generator)
         if config.method.predicts_ids:
             target = torch.randint(config.tokenizer.vocab_size, patches, generator=generator)
         else:
-            noise = torch.randn(*patches, target_dim(config), generator=generator)
+            noise = torch.randn(*patches, dim, generator=generator)
             target = F.normalize(noise, dim=-1)
         self.draw = self.model.draw(0, 0, batch)
         self.batch = images.to(device), target.to(device), self.draw.to(device)
@@ -144,7 +137,9 @@ def peak_memory(name: str, config: Config, device: torch.device, dtype: str, thr
 def measure_step(arguments: argparse.Namespace) -> Figures:
     """One step, and its dense twin's where --against asks for it."""
     device, threads = device_of(arguments.device), arguments.threads
-    config = settings(arguments, f"model.name={arguments.model}", "model.drop_path=0", "train.compile=false")
+    config = measuring.settings(
+        arguments, f"model.name={arguments.model}", "model.drop_path=0", "train.compile=false"
+    )
     check_twin(arguments, config)
     names = ["step"] if arguments.against == "none" else ["step", "dense"]
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as child:
@@ -162,7 +157,7 @@ def measure_step(arguments: argparse.Namespace) -> Figures:
     wall, cpu = in_turns(device, works, arguments.repeats)
 
     # Compare them with what the chip can do.
-    peak = ceiling(device, torch.bfloat16 if arguments.dtype == "bf16" else torch.float32)
+    peak = measuring.ceiling(device, torch.bfloat16 if arguments.dtype == "bf16" else torch.float32)
     useful = student(config).minimum * arguments.batch_size / 1e12 / peak
     figures = circumstances(config, arguments) | {
         "objective": config.objective, "vocab_size": config.tokenizer.vocab_size,
@@ -179,9 +174,7 @@ def measure_step(arguments: argparse.Namespace) -> Figures:
     return figures
 
 
-def compare(
-    wall: dict[str, list[float]], cpu: dict[str, list[float]], peaks: Figures, losses: Figures
-) -> Figures:
+def compare(wall: Times, cpu: Times, peaks: Figures, losses: Figures) -> Figures:
     """Ratios of MaPeT's dense twin over the step as it is."""
     whole = [step + mask for step, mask in zip(wall["dense"], wall["masks"])]
     return {

@@ -11,19 +11,8 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from benchmarks.measuring import (
-    ALONE,
-    Figures,
-    ceiling,
-    circumstances,
-    counted_flops,
-    device_of,
-    in_turns,
-    ratio,
-    settings,
-    summary,
-    timed,
-)
+from benchmarks import measuring
+from benchmarks.measuring import Figures, circumstances, device_of, in_turns, ratio, settings, summary
 
 from mapet_ds.data.batch import View
 from mapet_ds.data.index import open_index
@@ -56,8 +45,8 @@ def measure_teacher(arguments: argparse.Namespace) -> Figures | None:
             teachers.append(build_teacher(whole, device, compiled))
         side = config.teacher.img_size
         images = torch.randn(arguments.batch_size, 3, side, side, device=device)
-        figures["gflop_per_image"] = counted_flops(partial(teachers[-1], images[:1])) / 1e9
-        peak = ceiling(device, teachers[0].dtype)
+        figures["gflop_per_image"] = measuring.counted_flops(partial(teachers[-1], images[:1])) / 1e9
+        peak = measuring.ceiling(device, teachers[0].dtype)
         works = {str(i): partial(teacher, images) for i, teacher in enumerate(teachers)}
         wall, _ = in_turns(device, works, arguments.repeats + 1)
 
@@ -93,17 +82,17 @@ def measure_assign(arguments: argparse.Namespace) -> Figures:
     with tempfile.TemporaryDirectory() as cache:
         view = View(config.teacher.img_size, *teacher_mean_std(config.teacher))
         index = open_index(arguments.data, Path(cache) / "index")
-        loader = Loader(config, index, student=False, teacher=view, **ALONE)
+        loader = Loader(config, index, student=False, teacher=view, **measuring.ALONE)
         with contextlib.closing(loader):
             for _ in range(1 + -(-arguments.images // arguments.batch_size)):
                 images, found = next(loader).teacher_images, {}
                 assert images is not None
                 images = images.to(device)
                 for name, teacher in teachers.items():
-                    seconds, _, found[name] = timed(device, teacher, images)
+                    seconds, _, found[name] = measuring.timed(device, teacher, images)
                     milliseconds[name].append(1000 * seconds / len(images))
                 for name, source in assigns.items():
-                    seconds, _, found[name] = timed(device, codebook.assign, found[source])
+                    seconds, _, found[name] = measuring.timed(device, codebook.assign, found[source])
                     milliseconds[name].append(1000 * seconds / len(images))
                 ids, rounded = found["assign_fp32"], found["assign_bf16"]
                 exact = codebook.assign(found["teacher_bf16"].float())
