@@ -1,4 +1,4 @@
-"""Two hosts, n1 and n2, on this machine: reached by ssh, and as a SLURM cluster of Debian's packages. Needs root.
+"""Two hosts, n1 and n2, on this machine: reached by ssh, and as a SLURM cluster. Needs root.
 
 Everything lies in one folder and ends with it, except for two lines in /etc/hosts, which are taken out again.
 """
@@ -128,7 +128,7 @@ def hosts(folder: Path) -> Iterator[dict[str, str]]:
 
 @contextlib.contextmanager
 def slurm(folder: Path, environment: dict[str, str]) -> Iterator[dict[str, str]]:
-    """The environment in which sbatch finds a cluster of n1 and n2, one GPU each by name; partitions low and high."""
+    """The environment in which sbatch finds n1 and n2, one GPU each by name, in partitions low and high."""
     hostname = subprocess.run(["hostname", "-s"], capture_output=True, text=True).stdout.strip()
     text = SLURM.format(folder=folder, hostname=hostname, port=free_port(), ports=(free_port(), free_port()))
     (folder / "slurm.conf").write_text(text)
@@ -142,8 +142,10 @@ def slurm(folder: Path, environment: dict[str, str]) -> Iterator[dict[str, str]]
     environment = {**environment, "SLURM_CONF": str(folder / "slurm.conf")}
     daemons = [
         _daemon(
-            shutil.which("munged"), "--foreground", "--force", f"--socket={folder}/munge.socket", f"--key-file={key}",
-            f"--pid-file={folder}/munged.pid", f"--log-file={folder}/munged.log", f"--seed-file={folder}/munged.seed",
+            shutil.which("munged"), "--foreground", "--force", f"--socket={folder}/munge.socket",
+            f"--key-file={key}",
+            f"--pid-file={folder}/munged.pid", f"--log-file={folder}/munged.log",
+            f"--seed-file={folder}/munged.seed",
         )
     ]  # fmt: skip
     try:

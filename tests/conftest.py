@@ -1,4 +1,4 @@
-"""The longest files first, so that no worker ends long before the other: pytest-xdist hands out whole files in this order."""
+"""The longest files first: pytest-xdist hands out whole files in this order, so all workers end together."""
 
 import pytest
 import torch

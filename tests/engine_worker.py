@@ -1,9 +1,11 @@
-"""A few steps of a tiny MaPeT engine on made-up batches, for each engine config; started by test_engine.py under torchrun.
+"""A few steps of a tiny MaPeT engine on made-up batches, a case an engine config; test_engine.py starts it.
 
     engine_worker.py FOLDER CASE[,CASE...] accum
 
-With two ranks each case trains 6 steps straight, then 3, gathers, scatters into a fresh engine, and trains the other 3.
-With another number of ranks it trains the last 3 from what two ranks have gathered. Losses go to FOLDER/CASE.RANKS.json.
+With two ranks each case trains 6 steps straight, then 3, gathers, scatters into a fresh engine,
+and trains the
+other 3. With another number of ranks it trains the last 3 from what two ranks have gathered. Losses go to
+FOLDER/CASE.RANKS.json.
 """
 
 import json

@@ -1,7 +1,8 @@
 """pretrain.py with a fault in it, named by the variable FAULT = "KIND RANK FIRST LAST".
 
-In steps FIRST .. LAST (counted from 0) rank RANK has, by KIND: nan, a loss that is none; jump, a loss a hundred times as
-large; stuck, images that never come; slow, a disk that takes ten seconds for the checkpoint; full, one without room for it.
+In steps FIRST .. LAST (counted from 0) rank RANK has, by KIND: nan, a loss that is none; jump, a loss a
+hundred times as large; stuck, images that never come; slow, a disk that takes ten seconds for the
+checkpoint; full, one without room for it.
 """
 
 import errno

@@ -1,4 +1,4 @@
-"""A rank of tests/test_launch.py: joins the launch, then asks at each step whether to stop; prints nothing but its end."""
+"""A rank of tests/test_launch.py: joins the launch, asks at each step whether to stop, and prints its end."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""A whole small line for the tests of the programs: images, a tiny teacher, a codebook, a recipe, and the user's commands."""
+"""A small line for the programs' tests: images, a tiny teacher, a codebook, a recipe, the user's commands."""
 
 import json
 import os
@@ -18,7 +18,7 @@ IMAGES = 45  # 5.6 steps of 8 an epoch: a run passes an epoch's end in the middl
 
 
 def make_line(folder: Path, **data: object) -> Path:
-    """The recipe of a run of 12 steps, all that it names beside it; `data` replaces settings of that section."""
+    """The recipe of a run of 12 steps, beside all that it names; `data` replaces settings of that section."""
     generator = np.random.default_rng(0)
     for number in range(IMAGES):
         width, height = generator.integers(40, 120, 2)
@@ -35,7 +35,8 @@ def make_line(folder: Path, **data: object) -> Path:
         },
         "data": {"train": str(folder / "train"), "crop": "random", "flip": 0.5, "threads": 1, **data},
         "teacher": {"name": f"local-dir:{folder}/teacher", "img_size": 64},
-        "tokenizer": {"path": str(folder / "codebook.safetensors"), "vocab_size": 16, "redo": 1, "iterations": 5},
+        "tokenizer": {"path": str(folder / "codebook.safetensors"), "vocab_size": 16,
+                      "redo": 1, "iterations": 5},
         "optim": {"lr": 2e-3, "warmup_epochs": 0.5},
         "train": {"epochs": 2, "global_batch_size": 8, "micro_batch_size": 4},
         "checkpoint": {"every_steps": 3},

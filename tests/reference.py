@@ -1,4 +1,7 @@
-"""Slow twins: one row at a time, in raster order, straight from the papers' tables. They share only weights with the package."""
+"""Slow twins: one row at a time, in raster order, straight from the papers' tables.
+
+They share only weights with the package.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,10 @@ from torch import Tensor, nn
 
 
 def mapet_visible_keys(order: Tensor, num_visible: int) -> dict[tuple[str, int], list[tuple[str, int]]]:
-    """For each row of one image, the keys it may attend to; rows and keys are named (kind, patch), patch -1 = class token.
+    """For each row of one image, the keys it may attend to, named (kind, patch); patch -1 = class token.
 
-    Kinds: x content, m position token, g query. Source: arXiv 2306.07346, the table of attention masks, ranks counted with
-    the class token at rank 0.
+    Kinds: x content, m position token, g query. Source: arXiv 2306.07346, the table of attention masks,
+    ranks counted with the class token at rank 0.
     """
     num_patches = len(order)
     rank = {-1: 0} | {p: int(order[p]) + 1 for p in range(num_patches)}
@@ -93,7 +96,7 @@ def _mapet_image_loss(
 
 
 def _through(block: nn.Module, rows: Tensor, context: list[Tensor], keep: Tensor) -> Tensor:
-    """Rows [N, D] through one block, the i-th attending to the rows of context[i] [any, D]; keep: its two uniforms."""
+    """Rows [N, D] through a block, the i-th attending to rows context[i] [any, D]; keep: its two uniforms."""
     kept1, kept2 = _kept(block.drop_path1, keep[0]), _kept(block.drop_path2, keep[1])
     after = []
     for row, keys in zip(rows, context):
@@ -138,7 +141,7 @@ def mvp_loss(model: nn.Module, images: Tensor, features: Tensor, draw: tuple[Ten
 
 
 def projected(model: nn.Module, rows: list[Tensor], group: int) -> list[Tensor]:
-    """ConMIM's projector on the rows [N, D] of each image, statistics over each group of images; vectors of length 1."""
+    """ConMIM's projector on rows [N, D] of each image, statistics over each group; vectors of length 1."""
     for layer in model.projector:
         if isinstance(layer, nn.Linear):
             rows = [row @ layer.weight.T for row in rows]
@@ -207,7 +210,7 @@ class DenseMaPeT(nn.Module):
 
     @staticmethod
     def masks(order: Tensor, num_visible: int) -> tuple[Tensor, Tensor]:
-        """Additive float masks [B, 1 + L + t, 1 + L + t] of the content rows and [B, t, 1 + L + t] of the queries."""
+        """Additive float masks: [B, 1 + L + t, 1 + L + t] of content rows, [B, t, 1 + L + t] of queries."""
         rank = F.pad(order + 1, (1, 0))
         border = num_visible + 1
         hidden = [(r >= border).nonzero()[:, 0] for r in rank]

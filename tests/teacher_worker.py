@@ -24,8 +24,10 @@ from mapet_ds.targets import teacher as module
 open_file = safetensors.safe_open
 
 CASES = [
-    ("vit", "fp32", "world"), ("vit", "bf16", "node"), ("resnet", "fp32", "node"), ("resnet", "bf16", "world"),
-    ("timm", "fp32", "world"), ("relpos", "fp32", "node"), ("vit", "fp32", "none"), ("vit.pt", "fp32", "world"),
+    ("vit", "fp32", "world"), ("vit", "bf16", "node"), ("resnet", "fp32", "node"),
+    ("resnet", "bf16", "world"),
+    ("timm", "fp32", "world"), ("relpos", "fp32", "node"), ("vit", "fp32", "none"),
+    ("vit.pt", "fp32", "world"),
 ]  # fmt: skip
 
 
@@ -60,7 +62,7 @@ def images(kind):
 
 
 def settings(towers, case):
-    """TeacherConfig of a case: a folder, or <kind>.pt, the same weights as a pickled file under the model's name."""
+    """TeacherConfig of a case: a folder, or <kind>.pt, the same weights pickled under the model's name."""
     name, precision, shard = case
     kind = name.removesuffix(".pt")
     named = (
@@ -95,7 +97,7 @@ def download_results(towers, out, device):
 
 
 def compiled_features(towers, device):
-    """What blocks give that were traced beneath the hooks which gather their weights, twice, and the graphs that there are."""
+    """What blocks traced beneath the hooks that gather their weights give, twice; and how many graphs."""
     compiler, results = torch.compile, {}
     torch.compile = lambda forward, dynamic, options: compiler(
         forward, dynamic=dynamic, backend="aot_eager"

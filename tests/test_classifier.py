@@ -1,4 +1,4 @@
-"""The parts of fine-tuning: batches that no split changes, mixing, layers' rates, weights and classes that must fit."""
+"""Fine-tuning's parts: batches that no split changes, mixing, layers' rates, weights and classes that fit."""
 
 import random
 import runpy
@@ -184,10 +184,12 @@ def test_layers_learn_at_the_rates_of_a_table(config):
     found = {names[p]: (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
     assert len(found) == len(names)
     table = {
-        "cls_token": (2 * 0.7**4, 0.0), "pos_embed": (2 * 0.7**4, 0.0), "patch_embed.proj.weight": (2 * 0.7**4, 0.05),
+        "cls_token": (2 * 0.7**4, 0.0), "pos_embed": (2 * 0.7**4, 0.0),
+        "patch_embed.proj.weight": (2 * 0.7**4, 0.05),
         "patch_embed.proj.bias": (2 * 0.7**4, 0.0), "blocks.0.attn.qkv.weight": (2 * 0.7**3, 0.05),
         "blocks.0.norm1.weight": (2 * 0.7**3, 0.0), "blocks.1.mlp.fc1.weight": (2 * 0.7**2, 0.05),
-        "blocks.2.mlp.fc2.weight": (2 * 0.7, 0.05), "blocks.2.mlp.fc2.bias": (2 * 0.7, 0.0), "fc_norm.weight": (2.0, 0.0),
+        "blocks.2.mlp.fc2.weight": (2 * 0.7, 0.05), "blocks.2.mlp.fc2.bias": (2 * 0.7, 0.0),
+        "fc_norm.weight": (2.0, 0.0),
         "head.weight": (2.0, 0.05), "head.bias": (2.0, 0.0),
     }  # fmt: skip
     for name, (lr, decay) in table.items():
@@ -264,12 +266,14 @@ def test_a_head_for_as_many_classes_is_kept(folder, tmp_path):
 @pytest.mark.parametrize(
     ("model", "says"),
     [
-        ({"path": "{}/timm/model.safetensors", "name": "vit_tiny_patch16_224"}, "is of another architecture than vit_tiny"),
+        ({"path": "{}/timm/model.safetensors", "name": "vit_tiny_patch16_224"},
+         "is of another architecture than vit_tiny"),
         ({"path": "{}/timm/config.json"}, "config.json can't be read as plain tensors"),
         ({"path": "{}/train"}, "timm can't build local-dir:.*train"),
         ({"name": "vit_tinny", "untrained": True}, "timm can't build vit_tinny"),
         ({"name": "resnet18", "untrained": True}, "ResNet has a state beside its parameters"),
-        ({"name": "swin_tiny_patch4_window7_224", "untrained": True, "pool": "token"}, "timm can't build swin.*model.pool"),
+        ({"name": "swin_tiny_patch4_window7_224", "untrained": True, "pool": "token"},
+         "timm can't build swin.*model.pool"),
     ],
 )  # fmt: skip
 def test_weights_that_do_not_fit_are_refused(folder, model, says):

@@ -48,7 +48,8 @@ def test_what_a_knob_may_be_is_said_in_words():
     assert "train.spike_factor = 1.5   (number > 1 or null)" in text
     assert 'resume = "auto"   (auto | never)' in text
     assert "optim.betas = [0.9, 0.999]   (2 of: number >= 0, <= 1)" in text
-    epochs = "train.epochs = 300.0   (number > 0)\n    Passes over the data set; the number of steps is rounded up."
+    text = "Passes over the data set; the number of steps is rounded up."
+    epochs = f"train.epochs = 300.0   (number > 0)\n    {text}"
     assert describe(Config, "train.epochs") == epochs
 
 

@@ -1,4 +1,4 @@
-"""The loader: pixels, exact order at any split, unreadable images, storage faults, and the programs on data sets."""
+"""The loader: pixels, exact order at any split, bad images, storage faults; and data sets' programs."""
 
 import dataclasses
 import itertools
@@ -169,7 +169,7 @@ def test_no_split_changes_a_windowed_order(many):
     config = settings(60, shuffle_window=256)
     source = SampleSource(config, many, 0, 1)
     whole = [[source.sample(step, slot).index for slot in range(60)] for step in range(30)]
-    served = sum(whole, [])
+    served = list(itertools.chain(*whole))
     assert served == [source.order(n) for n in range(1800)]
     assert all(sorted(served[start : start + 700]) == list(range(700)) for start in (0, 700))
     assert served != [SampleSource(settings(60), many, 0, 1).order(n) for n in range(1800)]
@@ -219,8 +219,9 @@ def test_batches_kept_are_not_overwritten(photos):
 
 # ---- pixels
 
-# Mean absolute difference to Pillow's decode, crop and bicubic resize, of 255. Measured: at most 0.22, and 1.1 for dithered
-# black and white. The decoded pixels are equal; Pillow rounds and clips between its two resize passes, DALI does not.
+# Mean absolute difference to Pillow's decode, crop and bicubic resize, of 255. Measured: at most 0.22, and
+# 1.1 for dithered black and white. The decoded pixels are equal; Pillow rounds and clips between its two
+# resize passes, DALI does not.
 TOLERANCE = 0.3
 TOLERANCE_BILEVEL = 1.5
 
@@ -344,8 +345,9 @@ def test_random_crop_falls_back_inside_the_image(width, height):
 
 # ---- the strong view
 
-# Tolerances are mean absolute differences, of 255. Measured: at most 0.26 to the twin of the jitter, 0.17 to Pillow's grey,
-# 0.26 to the Gaussian and 0.75 to Pillow's GaussianBlur, which is three boxes and differs most near the borders.
+# Tolerances are mean absolute differences, of 255. Measured: at most 0.26 to the twin of the jitter, 0.17 to
+# Pillow's grey, 0.26 to the Gaussian and 0.75 to Pillow's GaussianBlur, which is three boxes and differs most
+# near the borders.
 
 PLAIN = {"jitter_share": 0.0, "grey_share": 0.0, "blur_share": 0.0, "solarize_share": 0.0}
 
@@ -451,7 +453,8 @@ def test_published_shares_of_the_strong_view():
         and (values[~solarized, 5] == NEVER).all()
     )
     for column, low, high, rows in (
-        (0, 0.6, 1.4, jittered), (1, 0.6, 1.4, jittered), (2, 0.8, 1.2, jittered & ~grey), (3, -36, 36, jittered & ~grey),
+        (0, 0.6, 1.4, jittered), (1, 0.6, 1.4, jittered), (2, 0.8, 1.2, jittered & ~grey),
+        (3, -36, 36, jittered & ~grey),
         (4, 0.1, 2.0, blurred),
     ):  # fmt: skip
         counts = np.histogram(values[rows, column], bins=10, range=(low, high))[0]
@@ -491,7 +494,7 @@ def test_a_strong_view_leaves_the_students_alone(photos, color_jitter):
 
 
 def test_a_strong_view_shows_the_students_crop_and_flip(photos):
-    """Both views of one size and, but for the teacher's blur, of one colour: pixel for pixel the same but near edges."""
+    """Both views have one size and, but for the blur, one colour: the same pixels but near edges."""
     blurred = StrongViewConfig(**PLAIN | {"blur_share": 1.0, "blur_sigma": (0.6, 0.6)})
     config = settings(23, side=64, color_jitter=0.0, strong=blurred, **RANDOM)
     batch = load(config, photos, 1, teacher=STRONG)[0]
@@ -509,7 +512,7 @@ def test_a_strong_view_shows_the_students_crop_and_flip(photos):
 
 @pytest.fixture(scope="module")
 def damaged(tmp_path_factory) -> tuple[Index, Index, set[str]]:
-    """A data set of which many are bad, the same with good images in their places, and the names of the bad."""
+    """A data set with many bad images, the same with good ones in their places, and the names of the bad."""
     bad = {
         f"class_1/{name}": data
         for name, data in {**images.bad_by_structure(), **images.bad_by_decoding()}.items()
@@ -608,7 +611,7 @@ def test_nothing_readable_is_a_sentence(tmp_path, workers):
 
 
 def test_one_too_many_in_a_large_batch_is_a_sentence_not_a_crash(tmp_path):
-    """Placed in the middle of a batch of 32, bytes that are no image make DALI 2.4.0 fail in its own memory."""
+    """Amid a batch of 32, bytes that are no image make DALI 2.4.0 fail in its own memory."""
     index = make_index(tmp_path, {**images.photos(39), "note.jpg": b"nothing to decode"})
     with pytest.raises(DataError, match="1 of 40"):
         load(settings(32, workers=0, max_bad_share=0.0), index, 2)
@@ -710,7 +713,7 @@ def test_shards_in_random_order_hold_the_same_images(photos, tmp_path):
     assert packed != listed and sorted(packed) == sorted(listed) and shards.classes == photos.classes
     assert len({label for _, label in packed[:7]}) > 1, "the first shard holds more than the first class"
     refused = run_tool("make_shards.py", photos.root, tmp_path / "no", "--shuffle_seed", -1)
-    assert refused.returncode == 2 and "--shuffle_seed at least 0" in refused.stderr
+    assert refused.returncode == 2 and "--shuffle_seed: -1 must be at least 0" in refused.stderr
 
 
 def test_shards_overwrite_nothing(photos, tmp_path):
@@ -721,11 +724,8 @@ def test_shards_overwrite_nothing(photos, tmp_path):
         assert refused.returncode == 2 and words in refused.stderr and "Traceback" not in refused.stderr
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "precious"]
     nowhere = run_tool("make_shards.py", photos.root, tmp_path / "out/precious/shards")
-    assert (
-        nowhere.returncode == 2
-        and "can't be written as a folder" in nowhere.stderr
-        and "Traceback" not in nowhere.stderr
-    )
+    assert nowhere.returncode == 2 and "Traceback" not in nowhere.stderr
+    assert "shards can't be written" in nowhere.stderr
 
 
 def test_shards_stay_below_their_size(photos, tmp_path):

@@ -22,7 +22,7 @@ def test_each_sample_comes_once_an_epoch(n):
 def test_the_call_is_the_epochs_order():
     order = SampleOrder(37, seed=1)
     epochs = [order.epoch_places(epoch, np.arange(37)).tolist() for epoch in range(3)]
-    assert [order(n) for n in range(111)] == sum(epochs, [])
+    assert [order(n) for n in range(111)] == list(itertools.chain(*epochs))
     assert epochs[0] != epochs[1] != epochs[2]
     assert epochs[0] != SampleOrder(37, seed=2).epoch_places(0, np.arange(37)).tolist()
 

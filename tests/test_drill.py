@@ -1,4 +1,4 @@
-"""Faults for minutes on end, through the user's own commands; `make drill` runs it, docs/reliability.md has the table."""
+"""Faults for minutes on end, by the user's own commands: `make drill` and docs/reliability.md's table."""
 
 import contextlib
 import json
@@ -32,7 +32,8 @@ SETTINGS = [
 ]
 KILLS = [
     "rank", "torchrun", "deepspeed", "deepspeed.launcher.launch", "while starting", "while saving",
-    "SIGTERM to torchrun", "SIGUSR1 to torchrun", "SIGINT to torchrun", "SIGTERM to deepspeed", "SIGUSR1 to a rank",
+    "SIGTERM to torchrun", "SIGUSR1 to torchrun", "SIGINT to torchrun", "SIGTERM to deepspeed",
+    "SIGUSR1 to a rank",
 ] * 2  # fmt: skip
 
 
@@ -137,7 +138,8 @@ def test_other_numbers_of_ranks_see_the_same_run(recipe, straight, stage):
     run_dir = recipe.parent / f"elastic{stage}"
     for ranks, micro, last in ((2, 4, 31), (1, 2, 62), (4, 1, 93), (2, 2, 124)):
         done = pretrain(
-            recipe, ranks, f"run_dir={run_dir}", *SETTINGS, f"train.micro_batch_size={micro}", f"train.stop_at_step={last}",
+            recipe, ranks, f"run_dir={run_dir}", *SETTINGS, f"train.micro_batch_size={micro}",
+            f"train.stop_at_step={last}",
             engine=f"ds_configs/zero{stage}_cpu.json",
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
@@ -176,7 +178,7 @@ def test_a_full_disk_costs_checkpoints_and_not_the_run(recipe, straight, tmp_pat
 
 
 def test_bad_images_at_five_percent(recipe, straight, tmp_path):
-    """The good ones' order and crops stay, all and only the bad are listed, also after a resume and with workers."""
+    """The good ones keep order and crops; just the bad are listed, also after a resume and with workers."""
     import images
 
     data = tmp_path / "data"
@@ -219,7 +221,8 @@ def test_soak(recipe):
         "data.prefetch=4",
     ]
     process = subprocess.Popen(
-        command(recipe, 2, f"run_dir={run_dir}", *words), cwd=REPOSITORY, env=ENVIRONMENT, stdout=subprocess.DEVNULL,
+        command(recipe, 2, f"run_dir={run_dir}", *words), cwd=REPOSITORY, env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )  # fmt: skip
     seen: dict[int, list[tuple[int, int, int]]] = {}

@@ -58,7 +58,8 @@ def by_hostfile(two_hosts, tmp_path):
         ]
         words[0] = os.path.join(os.path.dirname(sys.executable), "deepspeed")
         return subprocess.Popen(
-            [str(word) for word in words], cwd=REPOSITORY, env={**two_hosts, "DS_ENV_FILE": str(environment)}, text=True,
+            [str(word) for word in words], cwd=REPOSITORY,
+            env={**two_hosts, "DS_ENV_FILE": str(environment)}, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
 
@@ -135,7 +136,8 @@ def submit(slurm, recipe, tmp_path):
 
     def submit(*options):
         environment = {
-            **slurm, "DATA": str(recipe.parent / "train"), "RUN_DIR": str(tmp_path / "run"), "RECIPE": str(recipe),
+            **slurm, "DATA": str(recipe.parent / "train"), "RUN_DIR": str(tmp_path / "run"),
+            "RECIPE": str(recipe),
             "CODEBOOK": str(recipe.parent / "codebook.safetensors"), "ENGINE": "ds_configs/zero2_cpu.json",
         }  # fmt: skip
         words = [

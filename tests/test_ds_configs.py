@@ -1,4 +1,4 @@
-"""The shipped DeepSpeed JSONs: every key is known to DeepSpeed (which ignores misspelt ones), and each builds an engine."""
+"""The shipped DeepSpeed JSONs: DeepSpeed, which ignores misspelt keys, knows each, and builds an engine."""
 
 import json
 import os
@@ -57,7 +57,8 @@ for path in sys.argv[2:]:
     torch.manual_seed(0)
     objective = build_objective(config, config.tokenizer.vocab_size)
     engine = build_engine(
-        objective, parameter_groups(objective, 0.05), config, load_deepspeed_config(path), 1, torch.device("cpu")
+        objective, parameter_groups(objective, 0.05), config, load_deepspeed_config(path), 1,
+        torch.device("cpu")
     )
     dtype, accumulate = engine.get_data_types()
     ids = torch.arange(4 * config.num_patches).view(4, -1) % config.tokenizer.vocab_size
@@ -67,7 +68,8 @@ for path in sys.argv[2:]:
         engine.backward(loss)
         engine.step()
         losses.append(loss.item())
-    facts[path] = [engine.zero_optimization_stage(), str(dtype), str(accumulate), str(engine.communication_data_type), losses]
+    types = [str(dtype), str(accumulate), str(engine.communication_data_type)]
+    facts[path] = [engine.zero_optimization_stage(), *types, losses]
     engine.destroy()
 print("FACTS", json.dumps(facts))
 """

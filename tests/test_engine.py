@@ -88,7 +88,7 @@ def test_unknown_zero_key_is_a_sentence():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: NCCL, FusedAdam and bf16 kernels")
 def test_gpu_engines_agree_with_the_cpu(results):
-    """On one GPU from the states of the two CPU ranks: fp32 over NCCL, FusedAdam, and bf16 within its precision."""
+    """On one GPU from the two CPU ranks' states: fp32 over NCCL, FusedAdam, and bf16 within its precision."""
     folder, losses = results
     cases = ["zero2_cuda@zero2", "zero2_cuda_fused@zero2", "zero2_cuda_bf16@zero2"]
     torchrun(1, HERE / "engine_worker.py", folder, ",".join(cases), 1)

@@ -82,7 +82,8 @@ def test_a_graph_that_computes_something_else_is_not_written(tmp_path, tool, mon
         ("onnxscript", "ONNX needs onnxscript, not installed here: python -m pip install -e '.[onnx]'"),
         (
             None,
-            "empty is no timm model: it lacks config.json and model.safetensors. tools/export_timm.py RUN OUT writes one.",
+            "empty is no timm model: it lacks config.json and model.safetensors. "
+            "tools/export_timm.py RUN OUT writes one.",
         ),
     ],
 )

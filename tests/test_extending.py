@@ -1,4 +1,4 @@
-"""What docs/extending.md shows works as it stands there: its objective, its tokenizer, its teachers and students."""
+"""What docs/extending.md shows works as it stands there: objective, tokenizer, teachers and students."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def recipe(tmp_path_factory):
 
 
 def run(root, recipe, *words):
-    """Three steps of the repository at `root`, by the user's own command; the losses and the newest checkpoint."""
+    """Three steps of the repository at `root`, by the user's command; losses and newest checkpoint."""
     python, program, *rest = command(recipe, 1, f"run_dir={root}/run", "train.stop_at_step=3", *words)
     path = f"{root}{os.pathsep}{REPOSITORY}"
     words = [python, root / program if (root / program).exists() else program, *rest]

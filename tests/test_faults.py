@@ -45,8 +45,10 @@ def test_a_step_without_a_number_is_left_out_on_all_ranks(recipe):
 
 
 def test_a_jump_of_the_loss_is_undone_and_its_samples_passed_over(recipe):
-    """The run is then the one that has passed over them from the start, bit for bit. The cause may lie in step 8: the checkpoint
-    of step 9 is not taken."""
+    """The run is then the one that has passed over them from the start, bit for bit.
+
+    The cause may lie in step 8: the checkpoint of step 9 is not taken.
+    """
     jumped, told = recipe.parent / "jumped", recipe.parent / "told"
     done = start(*faulty(recipe, jumped, "jump", 1, 9, 9))
     assert done.returncode == 0, done.stderr[-3000:]
@@ -141,7 +143,7 @@ def test_a_save_that_fails_is_said_and_the_run_goes_on(recipe):
 
 
 def hang(words, run_dir, then=lambda process: None, rank="1"):
-    """Start, wait for step 4, do `then` to a rank; gives the exit code, standard error and the ranks' process ids."""
+    """Start, wait for step 4, do `then` to a rank; gives exit code, standard error and the ranks' ids."""
     process = subprocess.Popen(
         words, cwd=REPOSITORY, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )

@@ -1,4 +1,4 @@
-"""finetune.py by the user's own commands: exact resume, other ranks, a model that timm loads, mistakes as sentences."""
+"""finetune.py by the user's own commands: exact resume, other ranks, a timm model, mistakes as sentences."""
 
 import json
 import shutil
@@ -19,7 +19,8 @@ from mapet_ds.config.sections import REPOSITORY, ModelConfig
 from mapet_ds.results.export import export_timm
 
 MODEL = ModelConfig(
-    name="vit_tiny_patch16_224", img_size=32, patch_size=8, args={"depth": 3, "embed_dim": 32, "num_heads": 2}, layer_scale=None
+    name="vit_tiny_patch16_224", img_size=32, patch_size=8,
+    args={"depth": 3, "embed_dim": 32, "num_heads": 2}, layer_scale=None
 )  # fmt: skip
 
 BAD_TRAIN, BAD_VAL = "train/b/001.png", "val/a/003.png"
@@ -27,7 +28,7 @@ BAD_TRAIN, BAD_VAL = "train/b/001.png", "val/a/003.png"
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
-    """16 steps of 8 images, of 45 and 26 for evaluation, one of each unreadable; an exported model of random weights."""
+    """16 steps of 8 images, of 45 and 26 for evaluation, one of each bad; an export of random weights."""
     folder = tmp_path_factory.mktemp("finetune")
     write_classes(folder / "train", 45, 0)
     write_classes(folder / "val", 26, 1)

@@ -15,7 +15,7 @@ from mapet_ds.config.sections import REPOSITORY, Config
 PACKAGE = sorted((REPOSITORY / "mapet_ds").rglob("*.py"))
 PROGRAMS = sorted((REPOSITORY / "tools").rglob("*.py"))
 FLOORS = [
-    {"errors", "draws", "launchers", "files"},
+    {"errors", "draws", "launchers", "files", "terminal"},
     {"launch", "weights", "nearest"},
     {"config"},
     {"data", "vit"},
@@ -106,7 +106,8 @@ def test_imports_run_one_way():
 def test_what_loader_workers_import_knows_neither_torch_nor_dali():
     names = ["config.sections", "config.rules", "config.recipe", "draws"]
     names += [f"data.{name}" for name in ("formats", "index", "samples", "batch", "stored_ids")]
-    script = f"import sys, json; [__import__(f'mapet_ds.{{name}}') for name in {names}]; print(json.dumps(list(sys.modules)))"
+    script = f"import sys, json; [__import__(f'mapet_ds.{{name}}') for name in {names}]; "
+    script += "print(json.dumps(list(sys.modules)))"
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True, check=True
     )

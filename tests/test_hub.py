@@ -1,4 +1,4 @@
-"""The card of an export says where the weights are from and nothing of the machine; what is pushed is the export."""
+"""An export's card says where the weights are from, nothing of the machine; what is pushed is the export."""
 
 import inspect
 import json
@@ -35,7 +35,8 @@ def run(tmp_path):
     run |= {
         "images": 12345, "versions": {"torch": "2.14.1"},
         "identity": {
-            "objective": "mapet", "train.global_batch_size": 2048, "model.init_from": f"/{SECRET}/vit_from_before",
+            "objective": "mapet", "train.global_batch_size": 2048,
+            "model.init_from": f"/{SECRET}/vit_from_before",
             "init_from.sha256": "b" * 64, "data.fingerprint": "f" * 64,
             "target.teacher.sha256": "c" * 64, "target.codebook": "d" * 64,
         },
@@ -52,16 +53,21 @@ def test_the_card_names_everything_by_value_and_no_folder(run, tmp_path):
     assert (data.library_name, data.license, data.base_model) == ("timm", "apache-2.0", None)
     assert "mapet" in data.tags
     for row in (
-        "| steps | 5 of 1809 |", "| images per step | 2048 |", "| data | 12345 images, `train` |", "| teacher | demo_teacher |",
-        f"| fingerprint of the data | {'f' * 64} |", "| began from | vit_from_before |", f"| sha256 of these | {'b' * 64} |",
-        f"| sha256 of the teacher | {'c' * 64} |", f"| sha256 of the codebook | {'d' * 64} |", "| weights | student |",
-        f"| sha256 of the checkpoint | {newest(run).run['files']['model.safetensors']} |", "| versions | torch 2.14.1 |",
+        "| steps | 5 of 1809 |", "| images per step | 2048 |", "| data | 12345 images, `train` |",
+        "| teacher | demo_teacher |",
+        f"| fingerprint of the data | {'f' * 64} |", "| began from | vit_from_before |",
+        f"| sha256 of these | {'b' * 64} |",
+        f"| sha256 of the teacher | {'c' * 64} |", f"| sha256 of the codebook | {'d' * 64} |",
+        "| weights | student |",
+        f"| sha256 of the checkpoint | {newest(run).run['files']['model.safetensors']} |",
+        "| versions | torch 2.14.1 |",
         f"to the run's | {export.difference:.3g} |", 'timm.create_model("hf-hub:me/vit", pretrained=True)',
     ):  # fmt: skip
         assert row in text
     settings = yaml.safe_load(text.partition("```yaml\n")[2].partition("```")[0])
     assert settings == {
-        "objective": "mapet", "train.global_batch_size": 2048, "model.init_from": "vit_from_before", "data.fingerprint": "f" * 64
+        "objective": "mapet", "train.global_batch_size": 2048, "model.init_from": "vit_from_before",
+        "data.fingerprint": "f" * 64
     }  # fmt: skip
 
 
@@ -123,7 +129,8 @@ def test_the_command_pushes_the_export(run, tmp_path, monkeypatch, capsys):
 def test_without_a_token_or_with_a_wrong_name_nothing_is_done(run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(hub, "get_token", lambda: None)
     for name, says in (
-        ("me/vit", "needs a token that may write: `hf auth login`"), ("a/b/c", "the hub names models USER/NAME"),
+        ("me/vit", "needs a token that may write: `hf auth login`"),
+        ("a/b/c", "the hub names models USER/NAME"),
         ("vit", "the user is missing"),
     ):  # fmt: skip
         code, _, error = push(run, tmp_path / "out", monkeypatch, capsys, name)

@@ -37,7 +37,8 @@ def tar(path: Path, members: list[tuple[str, bytes]], mode: str = "w", **options
 
 
 FILES = {
-    "b/deep/er/2.PNG": b"two", "b/1.jpeg": b"one", "a/ü.webp": b"u", "b/notes.txt": b"no", "root.bmp": b"r", "a.jpg": b"a",
+    "b/deep/er/2.PNG": b"two", "b/1.jpeg": b"one", "a/ü.webp": b"u", "b/notes.txt": b"no", "root.bmp": b"r",
+    "a.jpg": b"a",
     "c/x.gif": b"g", "empty_class/readme.md": b"",
 }  # fmt: skip
 LISTED = [
@@ -174,9 +175,9 @@ def test_shards_give_members_labels_and_bytes(tmp_path):
     for number, options in enumerate(({"format": tarfile.GNU_FORMAT}, {"format": tarfile.PAX_FORMAT})):
         tar(
             data / f"{number}.tar",
-            [("00.cls", b"7"), ("00.jpg", b"zero"), ("01.png", b"one"), ("01.cls", b" 2\n"), ("02.jpg", b"two"),
-             (long, b"long"), ("02.cls", b"seven"), ("02.json", b"{}"), ("../../etc/evil.jpg", b"up"), ("/abs.jpg", b"abs"),
-             ("ü.jpg", b"umlaut")],
+            [("00.cls", b"7"), ("00.jpg", b"zero"), ("01.png", b"one"), ("01.cls", b" 2\n"),
+             ("02.jpg", b"two"), (long, b"long"), ("02.cls", b"seven"), ("02.json", b"{}"),
+             ("../../etc/evil.jpg", b"up"), ("/abs.jpg", b"abs"), ("ü.jpg", b"umlaut")],
             **options,
         )  # fmt: skip
     before = sorted(tmp_path.rglob("*"))

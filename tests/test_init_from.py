@@ -214,9 +214,10 @@ def test_a_mistaken_path_is_answered_before_torch(tmp_path):
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "codebook").touch()
     for source, says in (
-        ("", "(empty) is neither"), ("timm:", "timm: is neither"), (f"{tmp_path}/none", "none is neither a folder nor a file"),
-        (f"{tmp_path}/run", f"lacks config.json and model.safetensors. A run or a checkpoint becomes one by python "
-         f"tools/export_timm.py {tmp_path}/run OUT"),
+        ("", "(empty) is neither"), ("timm:", "timm: is neither"),
+        (f"{tmp_path}/none", "none is neither a folder nor a file"),
+        (f"{tmp_path}/run", f"lacks config.json and model.safetensors. A run or a checkpoint becomes one by "
+         f"python tools/export_timm.py {tmp_path}/run OUT"),
     ):  # fmt: skip
         config = Config(objective="saim", model=ModelConfig(init_from=source), run_dir=str(tmp_path / "run"))
         with pytest.raises(ConfigError) as raised:
@@ -241,7 +242,7 @@ def test_saims_fixed_positions_become_the_sources(tmp_path):
 
 
 def test_a_run_begins_from_it_and_resumes_without_it(tmp_path):
-    """Student and momentum teacher; a first learning rate of 0 leaves the first weights in the first checkpoint."""
+    """Student and momentum teacher. A first learning rate of 0 leaves the first weights as they were."""
     recipe, folder = make_line(tmp_path), tmp_path / "source"
     source = write_source(folder, depth=3, init_values=0.5).state_dict()
     words = [f"model.init_from={folder}", "objective=conmim", "optim.warmup_lr=0", "conmim.bn_group=4",

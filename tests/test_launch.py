@@ -101,7 +101,7 @@ def test_an_incomplete_environment_is_named(monkeypatch, missing):
 
 @pytest.fixture
 def step_on(tmp_path):
-    """Starts launch_worker.py, a STOP from before in its folder; gives the process once each rank has passed step 5."""
+    """Starts launch_worker.py beside a STOP from before; gives the process once all have passed step 5."""
     started = []
 
     def start_ranks(launcher: list[str], ranks: int) -> subprocess.Popen:
@@ -136,7 +136,7 @@ def pid(folder: Path, rank: int) -> int:
 
 
 def ends(folder: Path, ranks: int) -> list[list[int]]:
-    """Local rank, world size, sum of ones over the ranks and step of the stop, of each rank; [] while it goes on."""
+    """Of each rank: local rank, world size, sum of ones over ranks, step of the stop; [] while it goes on."""
     paths = [folder / f"end{rank}" for rank in range(ranks)]
     return [[int(word) for word in path.read_text().split()] if path.exists() else [] for path in paths]
 

@@ -1,4 +1,4 @@
-"""The demo's images and teacher, with few of both: the program whole, in seconds; and a demo that is interrupted."""
+"""The demo's images and teacher, by the whole program in seconds; and a demo that is interrupted."""
 
 import importlib.util
 import os
@@ -102,7 +102,7 @@ def test_the_same_again_and_never_over_something_else(run, tmp_path, capsys):
 
 @pytest.mark.parametrize("pattern", make_demo.PATTERNS)
 def test_mean_colours_do_not_tell_the_class(pattern):
-    """A picture's mean is a mixture of two colours drawn at random: it varies more within a class than between classes."""
+    """A picture's mean mixes two random colours: it varies more within a class than between classes."""
     means = {
         name: np.array(
             [np.asarray(make_demo.render(np.random.default_rng(i), name)[0]).mean((0, 1)) for i in range(60)]
@@ -119,7 +119,8 @@ def test_an_interrupted_command_has_its_last_word():
         "import signal, sys; signal.signal(signal.SIGINT, lambda *_: sys.exit(print('saved'))); "
         "print('ready', flush=True); signal.pause()"
     )
-    demo = f"import sys; sys.path.insert(0, 'tools'); import demo; demo.run('A command', sys.executable, '-c', {saves!r})"
+    demo = "import sys; sys.path.insert(0, 'tools'); import demo; "
+    demo += f"demo.run('A command', sys.executable, '-c', {saves!r})"
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(
         [sys.executable, "-c", demo], cwd=REPOSITORY, start_new_session=True, **pipes

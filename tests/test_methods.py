@@ -1,4 +1,4 @@
-"""Every objective through the user's own command: golden losses, exact resume, other ranks and ZeRO stages, export."""
+"""Every objective by the user's own command: golden losses, resume, other ranks, ZeRO stages, export."""
 
 import json
 import math
@@ -21,8 +21,8 @@ SETTINGS = {
     "mapet": [], "beit": [], "mvp": ["teacher.features=projected"], "saim": ["model.layer_scale=null"],
     "conmim": ["conmim.bn_group=4", "conmim.projector_dim=32", "data.color_jitter=0", "optim.lr=2e-4"],
 }  # fmt: skip
-"""What positions have in common is most of ConMIM's features, and taking it off costs digits: at the others' rate, two kinds of
-CPU are 1 % apart after 20 steps, at this one 1e-5 (docs/log.md)."""
+"""What positions have in common is most of ConMIM's features, and taking it off costs digits: at the others'
+rate, two kinds of CPU are 1 % apart after 20 steps, at this one 1e-5 (docs/log.md)."""
 
 
 def words(name, run_dir, *more):
@@ -92,11 +92,12 @@ def test_the_export_is_the_runs_own_vit(run, tmp_path):
 
 @pytest.mark.parametrize("name", ["saim", "conmim"])
 def test_other_ranks_and_stages_go_on_with_the_same_run(name, recipe):
-    """A momentum teacher and a constant table, at 2 -> 1 ranks under ZeRO-3 -> 1, against the golden losses."""
+    """A momentum teacher and a constant table, 2 -> 1 ranks under ZeRO-3 -> 1 against the golden losses."""
     run_dir = recipe.parent / f"{name}_elastic"
     for ranks, micro, stage, last in ((2, 4, 3, 4), (1, 8, 1, 14)):
         done = pretrain(
-            recipe, ranks, *words(name, run_dir, f"train.micro_batch_size={micro}", f"train.stop_at_step={last}"),
+            recipe, ranks,
+            *words(name, run_dir, f"train.micro_batch_size={micro}", f"train.stop_at_step={last}"),
             engine=f"ds_configs/zero{stage}_cpu.json",
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]

@@ -34,8 +34,10 @@ def tiny_config(objective="mapet", **changes):
     model = ModelConfig(name="vit_tiny_patch16_224", img_size=16, patch_size=4, drop_path=0.3, args=TINY)
     settings = {
         "objective": objective, "model": model, "tokenizer": TokenizerConfig(vocab_size=VOCAB),
-        "mapet": MaPeTConfig(hidden_share=0.67), "beit": BEiTConfig(hidden_share=0.5), "mvp": MVPConfig(hidden_share=0.5),
-        "saim": SAIMConfig(query_depth=3), "conmim": ConMIMConfig(hidden_share=0.5, projector_dim=16, bn_group=GROUP),
+        "mapet": MaPeTConfig(hidden_share=0.67), "beit": BEiTConfig(hidden_share=0.5),
+        "mvp": MVPConfig(hidden_share=0.5),
+        "saim": SAIMConfig(query_depth=3),
+        "conmim": ConMIMConfig(hidden_share=0.5, projector_dim=16, bn_group=GROUP),
     }  # fmt: skip
     return Config(**(settings | changes))
 
@@ -147,7 +149,7 @@ def test_grad_checkpointing_changes_nothing(any_model):
 
 
 def test_compiled_blocks_change_nothing(any_model, monkeypatch):
-    """As torch.compile traces and differentiates them; aot_eager then runs PyTorch's own kernels, without a C++ compiler."""
+    """As torch.compile traces and differentiates them; aot_eager runs PyTorch's kernels, uncompiled."""
     images, target, draw = tiny_batch(any_model)
     trained = [p for p in any_model.parameters() if p.requires_grad]
     plain = any_model(images, target, draw).loss
@@ -175,7 +177,7 @@ def test_the_same_seed_gives_the_same_weights_and_another_does_not(name):
 
 @pytest.mark.parametrize("name", ["beit", "mvp", "conmim"])
 def test_hidden_patches_do_not_reach_the_loss_and_differ_from_one_another(name):
-    """At the first step already: the mask token is one vector, and positions tell the hidden patches apart."""
+    """Already at the first step: the mask token is one vector, and positions tell hidden patches apart."""
     model = build_objective(tiny_config(name), DIMS[name]).double().eval()
     images, target, draw = tiny_batch(model)
     images.requires_grad_()
@@ -242,7 +244,7 @@ def test_mapet_masks_agree_with_the_table_bit_for_bit(model):
 
 
 def test_mapet_does_not_leak(model):
-    """The loss at one rank has exactly no gradient at any pixel of its own or a later patch, and some at each earlier one."""
+    """The loss at a rank has no gradient at a pixel of its own or a later patch, some at each earlier one."""
     images, ids, draw = tiny_batch(model, slots=1)
     images.requires_grad_()
     order = draw.order[0]
@@ -382,7 +384,7 @@ def test_conmim_loss_at_initialisation_is_near_ln_196(conmim_at_start):
 
 
 def test_conmim_can_not_answer_by_position_alone(conmim_at_start):
-    """Of images that hardly differ, what is left in the keys is what differs: it points elsewhere in each image."""
+    """Of images that hardly differ, keys keep what differs: it points elsewhere in each image."""
     _, teacher, images = conmim_at_start
     with torch.no_grad():
         same = images[:1].expand(16, -1, -1, -1)

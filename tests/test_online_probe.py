@@ -1,4 +1,4 @@
-"""Evaluation during pre-training: it moves no loss, knows no ranks, and finds what tools/evaluate.py finds on the export."""
+"""Evaluation in pre-training moves no loss, knows no ranks, and finds what tools/evaluate.py finds."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""pretrain.py by the user's own commands: every launcher, exact resume, orderly stops, and mistakes as sentences."""
+"""pretrain.py by the user's own commands: launchers, exact resume, orderly stops, mistakes as sentences."""
 
 import json
 import os
@@ -94,14 +94,15 @@ def test_killed_and_started_again_is_the_same_run(recipe, straight):
 
 
 def test_other_numbers_of_ranks_see_the_same_samples(recipe, straight, monkeypatch):
-    """2 -> 1 -> 4 ranks, ZeRO-2 -> 3 -> 1, other micro-batches, past an epoch's end (step 5.6); the drill has longer ways."""
+    """2 -> 1 -> 4 ranks, ZeRO-2 -> 3 -> 1, other micro-batches, past an epoch's end (step 5.6)."""
     monkeypatch.setitem(
         ENVIRONMENT, "TORCH_COMPILE_DISABLE", "1"
     )  # what would be compiled is said all the same
     run_dir = recipe.parent / "elastic"
     for ranks, micro, stage, last in ((2, 4, 2, 3), (1, 4, 3, 8), (4, 1, 1, 12)):
         done = pretrain(
-            recipe, ranks, f"run_dir={run_dir}", f"train.micro_batch_size={micro}", f"train.stop_at_step={last}",
+            recipe, ranks, f"run_dir={run_dir}", f"train.micro_batch_size={micro}",
+            f"train.stop_at_step={last}",
             "train.compile=true", engine=f"ds_configs/zero{stage}_cpu.json",
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
@@ -179,7 +180,8 @@ def test_a_finished_run_started_again_changes_nothing(recipe, straight):
 def test_non_finite_gradients_are_skipped_then_stop_the_run(recipe):
     run_dir = recipe.parent / "explodes"
     done = pretrain(
-        recipe, 1, f"run_dir={run_dir}", "optim.lr=1e25", "optim.warmup_epochs=0", "train.max_skipped_steps=2", "optim.clip_grad=0"
+        recipe, 1, f"run_dir={run_dir}", "optim.lr=1e25", "optim.warmup_epochs=0",
+        "train.max_skipped_steps=2", "optim.clip_grad=0"
     )  # fmt: skip
     assert done.returncode == 2
     assert "was skipped" in done.stderr

@@ -94,7 +94,7 @@ def test_the_linear_probe_finds_what_a_line_can_tell_and_no_scale_matters():
 
 
 def tinted_points(seed=0, number=400):
-    """Features and labels of two sets, which a line can mostly tell apart, with some far from the origin and of other scales."""
+    """Features and labels of two sets, which a line can mostly tell apart."""
     generator = np.random.default_rng(seed)
     labels = generator.integers(0, 3, number)
     points = (
@@ -269,10 +269,9 @@ def test_the_command(model_folder, image_folders):
 def run_tool_with(monkeypatch, capsys):
     """The program in this process, without seconds of imports: exit code and what it prints."""
 
-    def run(*arguments):
-        monkeypatch.setattr(
-            sys, "argv", [str(a) for a in (EVALUATE, *arguments, "--device", "cpu", "--workers", "0")]
-        )
+    def run(command, *arguments):
+        words = (EVALUATE, command, "--device", "cpu", "--workers", "0", *arguments)
+        monkeypatch.setattr(sys, "argv", [str(word) for word in words])
         with pytest.raises(SystemExit) as exit:
             runpy.run_path(str(EVALUATE), run_name="__main__")
         return exit.value.code, capsys.readouterr()
@@ -350,7 +349,8 @@ def test_mistakes_are_sentences(run_tool, model_folder, image_folders, tmp_path)
         )
     assert "lower --k" in message("--k", "37", val=image_folders / "val")
     for option, says in (
-        ("--k=0", "--k: 0 must be at least 1"), ("--batch_size=0", "must be at least 1"), ("--workers=-1", "-1 must be at least 0"),
+        ("--k=0", "--k: 0 must be at least 1"), ("--batch_size=0", "must be at least 1"),
+        ("--workers=-1", "-1 must be at least 0"),
         ("--temperature=0", "0 must be above 0"), ("--temperature=nan", "must be above 0"),
         ("--device=foo", "no device of this host"),
     ):  # fmt: skip
@@ -432,7 +432,8 @@ def test_a_rate_at_an_end_of_those_tried_is_said(
 def test_mistakes_in_what_is_fitted_are_sentences(run_tool_with, model_folder, image_folders, tmp_path):
     words = ["--model", model_folder, "--train", image_folders / "train", "--val", image_folders / "val"]
     for options, says in (
-        (["--learning_rates", "0.1", "0"], "0 must be above 0"), (["--learning_rates"], "expected at least one argument"),
+        (["--learning_rates", "0.1", "0"], "0 must be above 0"),
+        (["--learning_rates"], "expected at least one argument"),
         (["--epochs", "0"], "0 must be at least 1"), (["--solver", "adam"], "invalid choice"),
         (["--pool", "max"], "invalid choice"),
         (["--out", tmp_path / "no" / "file"], "can't be written: name a file in a folder that is there"),

@@ -97,7 +97,8 @@ def checkpoint(method, finetuned, width=None, depth=12, patch=16, grid=14, norm=
     block = block_shapes(method, width, width // 64, grid, finetuned)
     blocks = {f"blocks.{i}.{name}": shape for i in range(depth) for name, shape in block.items()}
     shapes = {
-        "cls_token": (1, 1, width), "patch_embed.proj.weight": (width, 3, patch, patch), "patch_embed.proj.bias": (width,),
+        "cls_token": (1, 1, width), "patch_embed.proj.weight": (width, 3, patch, patch),
+        "patch_embed.proj.bias": (width,),
     } | blocks  # fmt: skip
     if method != "conmim":
         shapes["pos_embed"] = (1, grid**2 + 1, width)
@@ -121,7 +122,7 @@ def checkpoint(method, finetuned, width=None, depth=12, patch=16, grid=14, norm=
 
 
 def relative_bias(table, grid):
-    """[heads, N, N]: what is added to attention, by the offset of query from key; the last three rows are the class token's."""
+    """[heads, N, N] added to attention, by the offset of query from key, and the class token's."""
     places = [None, *((y, x) for y in range(grid) for x in range(grid))]
     rows = torch.empty(len(places), len(places), dtype=torch.long)
     for i, query in enumerate(places):
@@ -135,7 +136,7 @@ def relative_bias(table, grid):
 
 @torch.no_grad()
 def twin(tensors, images):
-    """(tokens [B, N, D] after the last block, what the head sees [B, D], logits or None) of a published model."""
+    """A published model's tokens [B, N, D] after the last block, its head's input [B, D], logits or None."""
     t = {name: tensor.to(images.dtype) for name, tensor in tensors.items()}
     width, _, patch, _ = t["patch_embed.proj.weight"].shape
     grid = images.shape[-1] // patch
@@ -376,7 +377,8 @@ def test_fine_tuning_and_evaluation_take_it(tmp_path, write, method, finetuned):
 
 def test_what_is_left_out_is_named(tmp_path, write):
     left_out = {
-        "mapet": ["decoder", "mask_positional_token"], "saim": ["gaussian_blur", "prediction_head", "query_blocks"],
+        "mapet": ["decoder", "mask_positional_token"],
+        "saim": ["gaussian_blur", "prediction_head", "query_blocks"],
         "conmim": ["lm_head", "mask_token", "projectors", "relative_position_index"],
     }  # fmt: skip
     for method, names in left_out.items():
@@ -396,7 +398,8 @@ def other(name, *shape):
     ("method", "change", "sentence"),
     [
         ("mapet", other("teacher.weight", 3), "1 tensors differ, e.g. teacher.weight is not in the model."),
-        ("mapet", other("blocks.0.attn.qkv.weight", 576, 192), "blocks.0.attn.qkv.weight is not in the model"),
+        ("mapet", other("blocks.0.attn.qkv.weight", 576, 192),
+         "blocks.0.attn.qkv.weight is not in the model"),
         ("mapet", without("blocks.1.attn.q.bias"), "1 tensors differ, e.g. blocks.1.attn.q.bias is missing"),
         ("mapet", without("blocks.1.ls2.gamma"), "blocks.1.ls2.gamma is missing"),
         ("mapet", without("head.bias"), "head.bias is missing"),
@@ -404,18 +407,22 @@ def other(name, *shape):
         ("mapet", other("pos_embed", 1, 12, 192), r"pos_embed is \(1, 12, 192\), the model's \(1, 10, 192\)"),
         ("mapet", other("pos_embed", 10, 192), "pos_embed is 2-d, not 3-d"),
         ("mapet", other("norm.weight", 192), "norm.weight is not in the model"),
-        ("mapet", lambda t: other("blocks.0.attn.q.weight", 384, 192)(other("blocks.0.attn.kv.weight", 192, 192)(t)),
+        ("mapet",
+         lambda t: other("blocks.0.attn.q.weight", 384, 192)(other("blocks.0.attn.kv.weight", 192, 192)(t)),
          r"blocks.0.attn.kv.weight is \(192, 192\), the model's \(384, 192\); blocks.0.attn.q.weight is"),
         ("saim", without("blocks.0.attn.k.weight"), "blocks.0.attn.k.weight is missing"),
         ("mapet", other("head.weight", 10), "head.weight is 1-d, not 2-d"),
         ("mapet", other("pos_embed", 1, 0, 192), r"pos_embed is \(1, 0, 192\), the model's \(1, 2, 192\)"),
-        ("conmim", other("blocks.0.attn.relative_position_bias_table", 0, 6), r"table is \(0, 6\), the model's \(4, 6\)"),
+        ("conmim", other("blocks.0.attn.relative_position_bias_table", 0, 6),
+         r"table is \(0, 6\), the model's \(4, 6\)"),
         ("saim", other("head.0.running_mean", 192), "head.0.running_mean is not in the model"),
         ("conmim", without("blocks.1.attn.v_bias"), "blocks.1.attn.v_bias is missing"),
         ("conmim", without("blocks.1.gamma_1"), "blocks.1.gamma_1 is missing"),
-        ("conmim", other("rel_pos_bias.relative_position_bias_table", 28, 6), "rel_pos_bias.relative_position_bias_table is not"),
+        ("conmim", other("rel_pos_bias.relative_position_bias_table", 28, 6),
+         "rel_pos_bias.relative_position_bias_table is not"),
         ("conmim", other("pos_embed", 1, 10, 384), "pos_embed is not in the model"),
-        ("conmim", other("blocks.0.attn.relative_position_bias_table", 30, 6), r"table is \(30, 6\), the model's \(28, 6\)"),
+        ("conmim", other("blocks.0.attn.relative_position_bias_table", 30, 6),
+         r"table is \(30, 6\), the model's \(28, 6\)"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_named(tmp_path, write, method, change, sentence):
@@ -520,8 +527,10 @@ def test_the_command_says_what_is_wrong(tmp_path, write, monkeypatch, capsys):
     path = write()
     (tmp_path / "a_file").touch()
     for method, given, out, says in (
-        ("mapet", "nowhere", "out", "is not a file"), ("saim", path.name, "out", "Its keys are those of --method mapet."),
-        ("mapet", path.name, "a_file", "a_file can't be written"), ("mapet", path.name, "a_file/out", "can't be written"),
+        ("mapet", "nowhere", "out", "is not a file"),
+        ("saim", path.name, "out", "Its keys are those of --method mapet."),
+        ("mapet", path.name, "a_file", "a_file can't be written"),
+        ("mapet", path.name, "a_file/out", "can't be written"),
     ):  # fmt: skip
         monkeypatch.setattr(
             sys, "argv", [str(TOOL), "--method", method, str(tmp_path / given), str(tmp_path / out)]

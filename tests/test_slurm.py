@@ -1,4 +1,4 @@
-"""The SLURM scripts, run by bash with stand-ins for scontrol, squeue and deepspeed that note what they were given."""
+"""The SLURM scripts in bash, with stand-ins for scontrol, squeue and deepspeed that note what they get."""
 
 import json
 import os
@@ -48,7 +48,10 @@ case $TRAIN in
     code) exit 7 ;;
     wait)
         rm -f "$RUN_DIR/STOP"
-        for _ in {1..200}; do [[ -f $RUN_DIR/STOP ]] && { sleep 0.5; touch "$NOTES/saved"; exit 1; }; sleep 0.1; done ;;
+        for _ in {1..200}; do
+            [[ -f $RUN_DIR/STOP ]] && { sleep 0.5; touch "$NOTES/saved"; exit 1; }
+            sleep 0.1
+        done ;;
     asked) touch "$RUN_DIR/STOP" ;;
 esac
 """
@@ -56,7 +59,7 @@ esac
 
 @pytest.fixture
 def job(tmp_path):
-    """Starts a script as SLURM would, in an allocation of two nodes of eight GPUs; paths have spaces in them."""
+    """Starts a script as SLURM would, on two nodes of eight GPUs; paths have spaces in them."""
     notes, programs = tmp_path / "notes", tmp_path / "programs"
     notes.mkdir()
     programs.mkdir()
@@ -71,7 +74,8 @@ def job(tmp_path):
         full = {
             **os.environ, "PATH": f"{programs}:{Path(sys.executable).parent}:{os.environ['PATH']}",
             "NOTES": str(notes), "USER": "me", "SLURM_SUBMIT_DIR": str(REPOSITORY), "SLURM_JOB_ID": "41234",
-            "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_GPUS_ON_NODE": "8", "DATA": str(tmp_path / "my data"), "RUN_DIR": str(run_dir),
+            "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_GPUS_ON_NODE": "8", "DATA": str(tmp_path / "my data"),
+            "RUN_DIR": str(run_dir),
             "TRAIN": "done", "FIT": "",
             "CODEBOOK_PATH": str(run_dir / "codebook.safetensors"), **environment,
         }  # fmt: skip

@@ -29,8 +29,8 @@ def towers(tmp_path_factory):
     folder = tmp_path_factory.mktemp("towers")
     for kind in VISION:
         write_tower(folder / kind, kind)
-    torch.save({"epoch": 3, "state_dict": {f"module.{k}": v for k, v in load_file(folder / "vit" / SAFETENSORS).items()}},
-               folder / "vit.pt")  # fmt: skip
+    state = {f"module.{k}": v for k, v in load_file(folder / "vit" / SAFETENSORS).items()}
+    torch.save({"epoch": 3, "state_dict": state}, folder / "vit.pt")
     return folder
 
 
@@ -393,7 +393,7 @@ def test_a_sharded_teacher_gives_the_bits_of_the_whole_one(towers, sharded, case
 
 
 def test_a_compiled_teacher_gives_the_same_features(towers, sharded):
-    """One graph for a transformer's blocks, one for each of four stages of one residual block; sharded like the eager one."""
+    """One graph for a transformer's blocks, one for each of four stages; sharded like the eager one."""
     for result in sharded[0]:
         for case, (features, graphs, local_bytes) in result["compiled"].items():
             expected = build_teacher(settings(towers, case), CPU)(images(case[0]))

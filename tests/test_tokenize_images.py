@@ -92,7 +92,7 @@ def settings(recipe, ids, *overrides):
 
 
 def test_every_image_has_its_ids_and_an_unreadable_one_none(recipe, written):
-    """Against what the run's own order gives on the fly, in which each micro-batch is made of other images."""
+    """Against the ids on the fly in the run's own order, whose micro-batches are made of other images."""
     folder, done = written
     stored, config = StoredIds(folder), load_config(recipe)
     assert stored.rows.shape == (IMAGES, 16) and (folder / "ids.bin").stat().st_size == 2 * 16 * IMAGES

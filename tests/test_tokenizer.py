@@ -68,7 +68,7 @@ def test_assign_is_faiss_outside_ties(mean):
 
 
 def test_parts_in_tf32_give_the_ids_of_fp32(monkeypatch):
-    """TF32 keeps 10 bits of a fraction, bf16 has 7: only the lower part of a centroid is rounded, and changes no id."""
+    """TF32 keeps 10 bits of a fraction, bf16 has 7: a centroid's lower part is rounded, and no id changes."""
     codebook = fit(overlapping_features(mean=3.0), SETTINGS, seed=3)
     upper, lower = tf32_parts(codebook.centroids)
     assert torch.equal(upper + lower, codebook.centroids) and not (upper.view(torch.int32) & 0x1FFF).any()

@@ -33,7 +33,7 @@ def script(*languages):
 
 
 def reader_of(folder):
-    """Environment of a shell in `folder`, which looks like the repository's root; a .venv that is this Python."""
+    """Environment of a shell in `folder`, which looks like the repository's root; .venv is this Python."""
     for name in ("mapet_ds", "tools", "ds_configs"):
         (folder / name).symlink_to(REPOSITORY / name)
     (folder / ".venv/bin").mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""VQ-KD against a slow twin on checkpoints with the published names, what is refused, and tokenizers of one's own."""
+"""VQ-KD against a slow twin on checkpoints with published names; what is refused; tokenizers of one's own."""
 
 import argparse
 import dataclasses
@@ -34,8 +34,10 @@ def vit_shapes(prefix, width, depth, hidden, patch, grid, channels=3):
         shapes |= {
             f"blocks.{i}.{name}": shape
             for name, shape in {
-                "norm1.weight": (width,), "norm1.bias": (width,), "attn.q_bias": (width,), "attn.v_bias": (width,),
-                "attn.qkv.weight": (3 * width, width), "attn.proj.weight": (width, width), "attn.proj.bias": (width,),
+                "norm1.weight": (width,), "norm1.bias": (width,), "attn.q_bias": (width,),
+                "attn.v_bias": (width,),
+                "attn.qkv.weight": (3 * width, width), "attn.proj.weight": (width, width),
+                "attn.proj.bias": (width,),
                 "norm2.weight": (width,), "norm2.bias": (width,), "mlp.fc1.weight": (hidden, width),
                 "mlp.fc1.bias": (hidden,), "mlp.fc2.weight": (width, hidden), "mlp.fc2.bias": (width,),
             }.items()
@@ -56,7 +58,8 @@ def random_checkpoint(width, depth, hidden, patch, grid, codes, dim, seed=0):
         "decode_task_layer.0.weight": (width, width), "decode_task_layer.2.weight": (512, width),
         "quantize.cluster_size": (codes,),
         "quantize.embedding.cluster_size": (codes,), "quantize.embedding.embed_avg": (codes, dim),
-        "quantize.embedding.initted": (1,), "teacher_model.visual.proj": (width, 512), "scaling_layer.shift": (1, 3, 1, 1),
+        "quantize.embedding.initted": (1,), "teacher_model.visual.proj": (width, 512),
+        "scaling_layer.shift": (1, 3, 1, 1),
     }  # fmt: skip
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
@@ -301,7 +304,8 @@ from mapet_ds.data.batch import View
 
 class Bright:
     def __init__(self, config, device):
-        self.view, self.vocab_size, self.identity = View(config.grid, (0, 0, 0), (1, 1, 1)), 10, {"name": "bright"}
+        self.view = View(config.grid, (0, 0, 0), (1, 1, 1))
+        self.vocab_size, self.identity = 10, {"name": "bright"}
 
     def __call__(self, images):
         return images.mean(1).flatten(1).long()
@@ -338,7 +342,8 @@ def test_a_tokenizer_of_ones_own(plug_in):
     [
         (
             "vq-kd",
-            "tokenizer.name = vq-kd is not known; there are: kclip, vqkd, or name your own as package.module:factory",
+            "tokenizer.name = vq-kd is not known; there are: kclip, vqkd, "
+            "or name your own as package.module:factory",
         ),
         (
             "no_such_module:Bright",

@@ -35,7 +35,7 @@ def model_config(kind):
 
 
 def write_tower(folder, kind, seed=0):
-    """A folder that open_clip loads as local-dir:, its weights and statistics far from their initial values."""
+    """A folder that open_clip loads as local-dir:, weights and statistics far from their initial values."""
     folder.mkdir(parents=True)
     (folder / "open_clip_config.json").write_text(
         json.dumps(

@@ -1,13 +1,14 @@
 """List the images of a folder (or of tar shards) that can't be decoded: path, tab, reason.
 
-Checks the structure of every image, as a run does before decoding; --decode also decodes each whole. Exit code 0: all
-are readable, 1: some are not, 2: the folder can't be used.
+Checks the structure of every image, as a run does before decoding; --decode also decodes each whole.
+Exit code 0: all are readable, 1: some are not, 2: the folder can't be used.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import io
 import multiprocessing
 import os
 import sys
@@ -19,68 +20,65 @@ from tqdm import tqdm
 
 from mapet_ds.data.formats import BadImage, inspect
 from mapet_ds.data.index import Index, open_index
-from mapet_ds.errors import DataError
+from mapet_ds.terminal import answer, number, option_parser
 
 CHUNK = 64
 ESCAPED = str.maketrans({"\t": "\\t", "\n": "\\n", "\r": "\\r"})
 
 
-def check(index: Index, decode: bool, indices: range) -> list[tuple[str, str]]:
-    """(path, reason) of the unreadable ones among `indices`."""
-    rule = inspect
-    if decode:
-        from mapet_ds.data.loader import check_decodes as rule  # only then is DALI needed
-    found = []
+def unreadable(index: Index, decode: bool, indices: range) -> list[tuple[str, str]]:
+    """(path, reason) of the unreadable images among `indices`."""
+    if decode:  # only then is DALI needed
+        from mapet_ds.data.loader import check_decodes as check
+    else:
+        check = inspect
+    bad = []
     for i in indices:
         try:
-            rule(index.read(i))
+            check(index.read(i))
         except BadImage as reason:
-            found.append((index.path(i), str(reason)))
+            bad.append((index.path(i), str(reason)))
     index.close()
-    return found
+    return bad
 
 
 def check_all(index: Index, decode: bool, jobs: int) -> int:
-    """Print the unreadable images in the order of the index; their number."""
+    """Print the unreadable images in the order of the index; gives their number."""
     chunks = [range(start, min(start + CHUNK, len(index))) for start in range(0, len(index), CHUNK)]
-    number = 0
+    total, check = 0, functools.partial(unreadable, index, decode)
     with (
         ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool,
         tqdm(total=len(index), unit=" images", file=sys.stderr) as bar,
     ):
-        for chunk, found in zip(
-            chunks, pool.map(functools.partial(check, index, decode), chunks), strict=True
-        ):
-            for path, reason in found:
+        for chunk, bad in zip(chunks, pool.map(check, chunks), strict=True):
+            for path, reason in bad:
                 bar.write(f"{path.translate(ESCAPED)}\t{reason.translate(ESCAPED)}", file=sys.stdout)
-            number += len(found)
+            total += len(bad)
             bar.update(len(chunk))
-    return number
+    return total
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def check_folder(arguments: argparse.Namespace) -> int:
+    """Check the images of a folder or of shards; gives 1 where some are unreadable, else 0."""
+    assert isinstance(sys.stdout, io.TextIOWrapper)
+    sys.stdout.reconfigure(errors="surrogateescape")  # names of files are bytes
+    with tempfile.TemporaryDirectory() as cache:
+        index = open_index(arguments.folder, Path(cache) / "index")
+        total = check_all(index, arguments.decode, arguments.jobs)
+    print(f"Unreadable: {total} of {len(index)}.", file=sys.stderr)
+    return 1 if total else 0
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = option_parser(__doc__)
     parser.add_argument("folder", help="images, or tar shards")
     parser.add_argument("--decode", action="store_true", help="decode every image too (slower)")
-    parser.add_argument(
-        "--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: one per core)"
-    )
-    arguments = parser.parse_args()
-    if arguments.jobs < 1:
-        parser.error(f"--jobs {arguments.jobs}: at least one process is needed")
-    sys.stdout.reconfigure(errors="surrogateescape")  # names of files are bytes
-    try:
-        with tempfile.TemporaryDirectory() as cache:
-            index = open_index(arguments.folder, Path(cache) / "index")
-            number = check_all(index, arguments.decode, arguments.jobs)
-    except DataError as error:
-        print(error, file=sys.stderr)
-        return 2
-    print(f"Unreadable: {number} of {len(index)}.", file=sys.stderr)
-    return 1 if number else 0
+    cores = len(os.sched_getaffinity(0))
+    jobs = "processes (default: one per core)"
+    parser.add_argument("--jobs", type=number(int, 1), default=cores, help=jobs)
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    words = parse(sys.argv[1:])
+    sys.exit(answer(lambda: check_folder(words)))

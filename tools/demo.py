@@ -1,4 +1,6 @@
-"""Pre-train on a small rendered data set, from nothing to timm weights: `python tools/demo.py runs/demo [objective]`.
+"""Pre-train on a small rendered data set, from nothing to timm weights.
+
+    python tools/demo.py runs/demo [objective]
 
 Runs the programs a user would run, one after another, and prints each command before it starts.
 """
@@ -16,29 +18,35 @@ import sys
 import time
 from pathlib import Path
 
-from mapet_ds.config.sections import Config
+from mapet_ds.config.sections import REPOSITORY, Config
 
 MIN_GAIN = {"mapet": 15, "beit": 15, "mvp": 10, "saim": 10}
-"""Points of k-NN accuracy below which something must be broken. ConMIM's teacher has hardly moved in so few steps (docs/log.md)."""
+"""Points of k-NN accuracy below which something must be broken. ConMIM's teacher has hardly moved in so few
+steps (docs/log.md)."""
 MIN_FALL = 0.05
 """Share of its first value by which a loss must have fallen."""
-REPOSITORY = Path(__file__).resolve().parent.parent
+RECIPE = ("--config", "mapet_ds/recipes/demo_cpu.yaml")
+ENGINE = ("--deepspeed_config", "ds_configs/zero2_cpu.json")
 
 
-def run(says: str, *command: object) -> str:
-    """Standard output of a command, shown as it comes; a failing one ends the demo with its exit code."""
+def run(title: str, *command: object) -> str:
+    """Standard output of a command, shown as it comes; a failing one ends the demo with its exit code.
+
+    A terminal's interrupt reaches the command, too, which may have something to save and to say. A second
+    one ends the demo at once.
+    """
     words = [str(word) for word in command]
-    print(f"\n== {says}\n$ {shlex.join(words)}", flush=True)
+    print(f"\n== {title}\n$ {shlex.join(words)}", flush=True)
     lines, interrupts = [], []
 
     def note(*_: object) -> None:
-        """The terminal tells the command, too, which may have something to save and to say; a second one ends the demo at once."""
         if interrupts:
             raise KeyboardInterrupt
         interrupts.append(True)
 
     before = signal.signal(signal.SIGINT, note)
     with subprocess.Popen(words, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
         for line in process.stdout:
             print(line, end="", flush=True)
             lines.append(line)
@@ -56,77 +64,68 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
+def pretrain(objective: str, run_dir: Path, data: Path, codebook: Path) -> None:
+    """Render the data, train the teacher, fit the codebook where the objective has one, and pre-train."""
+    python = sys.executable
+    settings = [f"data.train={data}/train", f"teacher.name=local-dir:{data}/teacher"]
+    settings += [f"tokenizer.path={codebook}", f"run_dir={run_dir}", f"objective={objective}"]
+    title = "Render labelled JPEGs and train a small CLIP on them: the teacher"
+    run(title, python, "tools/make_demo.py", data)
+
+    fit = [python, "tools/fit_codebook.py"]
+    needed = subprocess.run([*fit, "--is_needed", *RECIPE, *settings], cwd=REPOSITORY)
+    if needed.returncode == 0:
+        title = "Fit the k-CLIP codebook: k-means of the teacher's patch features"
+        run(title, *fit, "--overwrite", *RECIPE, *settings)
+
+    title = f"Pre-train the ViT with {objective} on two CPU ranks; the targets are computed on the fly"
+    launcher = [Path(python).parent / "deepspeed", "--num_gpus", 2, "--master_port", free_port()]
+    run(title, *launcher, "mapet_ds/pretrain.py", *RECIPE, *ENGINE, *settings)
+    if not (run_dir / "DONE").exists():
+        sys.exit(f"The pre-training did not reach its end: {run_dir}/DONE is missing.")
+
+
+def knn_accuracy(title: str, data: Path, model: Path, *options: str) -> float:
+    """In percent, as tools/evaluate.py says it."""
+    folders = ["--train", data / "train", "--val", data / "val"]
+    command = [sys.executable, "tools/evaluate.py", "knn", "--json", "--model", model, *folders, *options]
+    return json.loads(run(title, *command))["knn_accuracy_percent"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "folder", type=Path, help="where the demo writes, e.g. runs/demo; run again, it continues"
-    )
+    where = "where the demo writes, e.g. runs/demo; run again, it continues"
+    parser.add_argument("folder", type=Path, help=where)
     parser.add_argument("objective", nargs="?", default="mapet", choices=Config().objectives)
     arguments = parser.parse_args()
     folder, objective = arguments.folder.resolve(), arguments.objective
     began = time.monotonic()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ["DS_ACCELERATOR"] = "cpu"
-    python, data, run_dir = sys.executable, folder / "data", folder / objective
-    codebook, export = folder / "codebook.safetensors", folder / f"{objective}_timm"
-    recipe = ["--config", "mapet_ds/recipes/demo_cpu.yaml"]
-    paths = [
-        f"data.train={data}/train", f"teacher.name=local-dir:{data}/teacher", f"tokenizer.path={codebook}", f"run_dir={run_dir}",
-        f"objective={objective}",
-    ]  # fmt: skip
+    data, run_dir, model = folder / "data", folder / objective, folder / f"{objective}_timm"
 
-    print(f"\nFor each command: export DS_ACCELERATOR=cpu OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']}")
-    run(
-        "Render labelled JPEGs and train a small CLIP on them: the teacher",
-        python,
-        "tools/make_demo.py",
-        data,
-    )
-    if (
-        subprocess.run(
-            [python, "tools/fit_codebook.py", "--is_needed", *recipe, *paths], cwd=REPOSITORY
-        ).returncode
-        == 0
-    ):
-        run("Fit the k-CLIP codebook: k-means of the teacher's patch features",
-            python, "tools/fit_codebook.py", "--overwrite", *recipe, *paths)  # fmt: skip
-    run(f"Pre-train the ViT with {objective} on two CPU ranks; the targets are computed on the fly",
-        Path(python).parent / "deepspeed", "--num_gpus", 2, "--master_port", free_port(), "mapet_ds/pretrain.py", *recipe,
-        "--deepspeed_config", "ds_configs/zero2_cpu.json", *paths)  # fmt: skip
-    if not (run_dir / "DONE").exists():
-        sys.exit(f"The pre-training did not reach its end: {run_dir}/DONE is missing.")
-    run("Export the ViT to timm, proven equal", python, "tools/export_timm.py", run_dir, export)
-    probe = [
-        "tools/evaluate.py",
-        "knn",
-        "--json",
-        "--model",
-        export,
-        "--train",
-        data / "train",
-        "--val",
-        data / "val",
-    ]
-    before = json.loads(run("k-NN accuracy of the untrained ViT", python, *probe, "--untrained"))[
-        "knn_accuracy_percent"
-    ]
-    after = json.loads(run("k-NN accuracy of the pre-trained ViT", python, *probe))["knn_accuracy_percent"]
+    # From nothing to weights, and what they are worth.
+    threads = os.environ["OMP_NUM_THREADS"]
+    print(f"\nFor each command: export DS_ACCELERATOR=cpu OMP_NUM_THREADS={threads}")
+    pretrain(objective, run_dir, data, folder / "codebook.safetensors")
+    run("Export the ViT to timm, proven equal", sys.executable, "tools/export_timm.py", run_dir, model)
+    before = knn_accuracy("k-NN accuracy of the untrained ViT", data, model, "--untrained")
+    after = knn_accuracy("k-NN accuracy of the pre-trained ViT", data, model)
 
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    losses = [line["loss"] for line in lines if "loss" in line]
+    # The summary, and whether it is as good as it must be.
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    losses = [record["loss"] for record in records if "loss" in record]
+    gain = after - before
     print(f"\nloss              {losses[0]:.3f} at the start, {losses[-1]:.3f} at the end")
-    print(
-        f"k-NN accuracy     {before:.1f} % untrained, {after:.1f} % pre-trained ({after - before:+.1f} points)"
-    )
-    print(f"timm weights      {export / 'model.safetensors'}")
-    print(f"TensorBoard       {Path(python).parent / 'tensorboard'} --logdir {run_dir}/tensorboard")
+    print(f"k-NN accuracy     {before:.1f} % untrained, {after:.1f} % pre-trained ({gain:+.1f} points)")
+    print(f"timm weights      {model / 'model.safetensors'}")
+    print(f"TensorBoard       {Path(sys.executable).parent / 'tensorboard'} --logdir {run_dir}/tensorboard")
     print(f"time              {time.monotonic() - began:.0f} s")
     if losses[-1] > (1 - MIN_FALL) * losses[0]:
         sys.exit("The loss should have fallen and did not: something is broken.")
-    if after - before < MIN_GAIN.get(objective, -100):
-        sys.exit(
-            f"Pre-training should gain {MIN_GAIN[objective]} points of k-NN accuracy and did not: something is broken."
-        )
+    if gain < MIN_GAIN.get(objective, -100):
+        points = f"{MIN_GAIN[objective]} points of k-NN accuracy"
+        sys.exit(f"Pre-training should gain {points} and did not: something is broken.")
 
 
 if __name__ == "__main__":

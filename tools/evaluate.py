@@ -1,71 +1,80 @@
-"""Evaluate a timm ViT on labelled images: `tools/evaluate.py knn|linear|all --model OUT --train DIR --val DIR`."""
+"""Evaluate a timm ViT on labelled images.
+
+python tools/evaluate.py knn|linear|all --model OUT --train DIR --val DIR
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch.utils.data import DataLoader
-from tqdm import tqdm
-
-from mapet_ds.config.recipe import load_config
-from mapet_ds.config.sections import TeacherConfig
 from mapet_ds.errors import ConfigError, DataError
-from mapet_ds.results.probe import (
-    EPOCHS,
-    LEARNING_RATES,
-    K,
-    features,
-    knn,
-    labelled_folders,
-    linear,
-    linear_sgd,
-    load_timm,
-    unit_length,
-)
-from mapet_ds.targets.teacher import build_teacher, teacher_mean_std
+from mapet_ds.terminal import answer, number
+
+if TYPE_CHECKING:
+    import torch
+
+    from mapet_ds.config.sections import TeacherConfig
+
+# torch and what needs it are imported once the words are parsed: --help and a mistake answer at once.
 
 NEIGHBOURS = (10, 20, 100)
 """What `all` takes for k, where there are as many training images."""
 SMALL = 10**9
-"""Training images x width x classes up to which `all` solves the logistic regression whole: minutes on a CPU."""
-Found = tuple[list[str], dict[str, Any]]
-"""What an evaluation says, a line a figure; and the figures."""
+"""Training images x width x classes up to which `all` solves the logistic regression: minutes on a CPU."""
+Result = tuple[list[str], dict[str, Any]]
+"""A sentence for each figure, and the figures."""
 
 
-class TeacherFeatures(torch.nn.Module):
-    """A recipe's teacher, its layer's features as a ViT's patch tokens: what the targets themselves are worth."""
+def device_of(name: str | None) -> torch.device:
+    """The device of that name; without a name a GPU where there is one.
 
-    num_prefix_tokens = 0
+    Raises:
+        ConfigError: this host has no such device.
+    """
+    import torch
 
-    def __init__(self, config: TeacherConfig) -> None:
-        super().__init__()
-        self.teacher = build_teacher(config, torch.device("cpu"))
-        mean, std = teacher_mean_std(config)
-        size = (3, config.img_size, config.img_size)
-        self.pretrained_cfg = {
-            "input_size": size,
-            "mean": mean,
-            "std": std,
-            "interpolation": "bicubic",
-            "crop_pct": 1.0,
-        }
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"--device {name} is no device of this host: {reason}") from error
+    return device
 
-    def forward_features(self, images: torch.Tensor) -> torch.Tensor:
-        return self.teacher(images)
+
+def teacher_as_vit(config: TeacherConfig) -> Any:
+    """A recipe's teacher with what a timm ViT has, so that the targets themselves are judged.
+
+    Its patch tokens are the features of the teacher's layer.
+    """
+    import torch
+
+    from mapet_ds.targets.teacher import build_teacher, teacher_mean_std
+
+    teacher: Any = build_teacher(config, torch.device("cpu"))
+    mean, std = teacher_mean_std(config)
+    size = (3, config.img_size, config.img_size)
+    data = {"input_size": size, "mean": mean, "std": std, "interpolation": "bicubic", "crop_pct": 1.0}
+    teacher.num_prefix_tokens, teacher.pretrained_cfg, teacher.forward_features = 0, data, teacher.forward
+    return teacher
 
 
 def extract(arguments: argparse.Namespace) -> tuple[list[Any], dict[str, Any]]:
-    """Features and labels of --train and --val, and what figures rest on."""
+    """Features and labels of --train and of --val, four arrays, and what figures rest on."""
+    from torch.utils.data import DataLoader
+    from tqdm import tqdm
+
+    from mapet_ds.results.probe import features, labelled_folders, load_timm
+
     if arguments.teacher:
-        model: Any = TeacherFeatures(load_config(arguments.teacher, arguments.overrides).teacher)
+        from mapet_ds.config.recipe import load_config
+
+        model = teacher_as_vit(load_config(arguments.teacher, arguments.overrides).teacher)
     else:
         model = load_timm(arguments.model, arguments.arch, arguments.untrained, arguments.seed)
     if arguments.pool == "token" and not model.num_prefix_tokens:
@@ -73,102 +82,79 @@ def extract(arguments: argparse.Namespace) -> tuple[list[Any], dict[str, Any]]:
             "--pool token: this model has no class token; leave it out, for the mean of the patch tokens."
         )
     train, val = labelled_folders(arguments.train, arguments.val, model)
-    found: list[Any] = []
+    device, arrays = arguments.device, []
     for folder, name in ((train, "train"), (val, "val")):
-        loader = DataLoader(
-            folder,
-            arguments.batch_size,
-            num_workers=arguments.workers,
-            pin_memory=arguments.device.type == "cuda",
-        )
+        gpu = device.type == "cuda"
+        loader = DataLoader(folder, arguments.batch_size, num_workers=arguments.workers, pin_memory=gpu)
         batches = tqdm(loader, desc=name, unit="batch", disable=not sys.stderr.isatty())
-        found += features(model, batches, arguments.device, arguments.pool)
-    return found, {
-        "train_images": len(train),
-        "val_images": len(val),
-        "classes": len(train.classes),
-        "model": str(arguments.model or f"teacher of {arguments.teacher}"),
-        "untrained": arguments.untrained,
-        "pool": arguments.pool,
-    }
+        try:
+            arrays += features(model, batches, device, arguments.pool)
+        except DataError as error:
+            # From a loader's worker the sentence comes as the last line of a traceback.
+            sentence = str(error).splitlines()[-1].removeprefix("mapet_ds.errors.DataError: ")
+            raise DataError(sentence) from error
+    basis = {"train_images": len(train), "val_images": len(val), "classes": len(train.classes)}
+    basis |= {"model": str(arguments.model or f"teacher of {arguments.teacher}")}
+    return arrays, basis | {"untrained": arguments.untrained, "pool": arguments.pool}
 
 
-def unit(found: list[Any]) -> list[Any]:
-    """Features and labels, the features of length 1."""
-    train, train_labels, val, val_labels = found
+def unit(arrays: list[Any]) -> list[Any]:
+    """The four arrays with features of length 1."""
+    from mapet_ds.results.probe import unit_length
+
+    train, train_labels, val, val_labels = arrays
     return [unit_length(train), train_labels, unit_length(val), val_labels]
 
 
-def evaluate_knn(arguments: argparse.Namespace, found: list[Any]) -> Found:
+def evaluate_knn(arguments: argparse.Namespace, arrays: list[Any]) -> Result:
     """The k-NN vote."""
-    accuracy = knn(*unit(found), arguments.k, arguments.temperature)
-    figures = {"knn_accuracy_percent": accuracy, "k": arguments.k, "temperature": arguments.temperature}
-    return [f"k-NN (k = {arguments.k}) accuracy {accuracy:.2f} %"], figures
+    from mapet_ds.results.probe import K, knn
+
+    k, temperature = arguments.k or K, arguments.temperature
+    accuracy = knn(*unit(arrays), k=k, temperature=temperature)
+    figures = {"knn_accuracy_percent": accuracy, "k": k, "temperature": temperature}
+    return [f"k-NN (k = {k}) accuracy {accuracy:.2f} %"], figures
 
 
-def evaluate_linear(arguments: argparse.Namespace, found: list[Any]) -> Found:
+def evaluate_linear(arguments: argparse.Namespace, arrays: list[Any]) -> Result:
     """A linear classifier, by --solver."""
+    from mapet_ds.results.probe import EPOCHS, LEARNING_RATES, linear, linear_sgd
+
     if arguments.solver == "lbfgs":
-        accuracy = linear(*unit(found), arguments.penalty)
+        accuracy = linear(*unit(arrays), penalty=arguments.penalty)
         figures = {"linear_accuracy_percent": accuracy, "solver": "lbfgs", "penalty": arguments.penalty}
         return [f"Linear accuracy {accuracy:.2f} %"], figures
-    settings = {"epochs": arguments.epochs, "batch_norm": arguments.batch_norm, "seed": arguments.seed}
-    probe = linear_sgd(*found, arguments.learning_rates, **settings, device=arguments.device)
-    tried = ", ".join(f"{lr:g}: {accuracy:.2f} %" for lr, accuracy in probe.held_out.items())
-    says = (
-        f"Linear (SGD{', batch norm' if arguments.batch_norm else ''}) accuracy {probe.accuracy:.2f} % with learning rate "
-        f"{probe.learning_rate:g}, chosen on a tenth of the training images ({tried})"
+    rates, norm = arguments.learning_rates or LEARNING_RATES, arguments.batch_norm
+    settings = {"epochs": arguments.epochs or EPOCHS, "batch_norm": norm, "seed": arguments.seed}
+    probe = linear_sgd(*arrays, learning_rates=rates, **settings, device=arguments.device)
+
+    # The sentence says which rate was chosen, and where a better one may lie.
+    held_out, rate = probe.held_out, probe.learning_rate
+    tried = ", ".join(f"{lr:g}: {accuracy:.2f} %" for lr, accuracy in held_out.items())
+    sentence = (
+        f"Linear (SGD{', batch norm' if norm else ''}) accuracy {probe.accuracy:.2f} % with learning rate "
+        f"{rate:g}, chosen on a tenth of the training images ({tried})"
     )
-    best = [lr for lr, accuracy in sorted(probe.held_out.items()) if accuracy == max(probe.held_out.values())]
-    for end, name in ((min(probe.held_out), "lowest"), (max(probe.held_out), "highest")):
-        if len(probe.held_out) > 1 and best == [end]:
-            says += f"; a better one may lie beyond the {name} of them: --learning_rates takes others"
-    figures = {
-        "linear_accuracy_percent": probe.accuracy,
-        "solver": "sgd",
-        "learning_rate": probe.learning_rate,
-    }
-    return [says], figures | {"held_out_accuracy_percent": probe.held_out} | settings
+    best = [lr for lr, accuracy in sorted(held_out.items()) if accuracy == max(held_out.values())]
+    for end, name in ((min(held_out), "lowest"), (max(held_out), "highest")):
+        if len(held_out) > 1 and best == [end]:
+            sentence += f"; a better one may lie beyond the {name} of them: --learning_rates takes others"
+    figures = {"linear_accuracy_percent": probe.accuracy, "solver": "sgd", "learning_rate": rate}
+    return [sentence], figures | {"held_out_accuracy_percent": held_out} | settings
 
 
-def evaluate_all(arguments: argparse.Namespace, found: list[Any]) -> Found:
-    """k-NN for several k, and linear classifiers: by SGD, without and with BatchNorm, and solved whole where the set is small."""
-    train, train_labels = found[:2]
+def evaluate_all(arguments: argparse.Namespace, arrays: list[Any]) -> Result:
+    """k-NN for several k, and linear classifiers: SGD without and with BatchNorm; lbfgs for small sets."""
+    train, train_labels = arrays[:2]
     ks = [k for k in NEIGHBOURS if k <= len(train)] or [len(train)]
-    runs = [(evaluate_knn, {"k": k}) for k in ks]
-    runs += [(evaluate_linear, {"solver": "sgd", "batch_norm": batch_norm}) for batch_norm in (False, True)]
+    runs: list[tuple[Any, dict[str, Any]]] = [(evaluate_knn, {"k": k}) for k in ks]
+    runs += [(evaluate_linear, {"solver": "sgd", "batch_norm": norm}) for norm in (False, True)]
     if train.size * (train_labels.max() + 1) <= SMALL:
         runs.append((evaluate_linear, {"solver": "lbfgs"}))
-    says, figures = [], []
-    for evaluate, settings in runs:
-        lines, figure = evaluate(argparse.Namespace(**{**vars(arguments), **settings}), found)
-        says += lines
-        figures.append(figure)
-    return says, {"knn": figures[: len(ks)], "linear": figures[len(ks) :]}
-
-
-def number(kind: type, least: float, above: bool = False) -> Callable[[str], Any]:
-    """A type for argparse: a finite number that is at least, or above, `least`."""
-
-    def parse_number(text: str) -> Any:
-        value = kind(text)
-        if not (value > least or (value == least and not above)) or not math.isfinite(value):
-            raise argparse.ArgumentTypeError(f"{text} must be {'above' if above else 'at least'} {least}")
-        return value
-
-    return parse_number
-
-
-def device(text: str) -> torch.device:
-    """A type for argparse: a device that this host has."""
-    try:
-        found = torch.device(text)
-        torch.empty(0, device=found)
-    except (RuntimeError, AssertionError) as error:
-        raise argparse.ArgumentTypeError(
-            f"{text} is no device of this host: {str(error).splitlines()[0]}"
-        ) from error
-    return found
+    results = [run(argparse.Namespace(**vars(arguments) | own), arrays) for run, own in runs]
+    sentences = [sentence for lines, _ in results for sentence in lines]
+    figures = [each for _, each in results]
+    return sentences, {"knn": figures[: len(ks)], "linear": figures[len(ks) :]}
 
 
 def output_file(text: str) -> Path:
@@ -184,103 +170,72 @@ def shared_options() -> argparse.ArgumentParser:
     which = shared.add_mutually_exclusive_group(required=True)
     which.add_argument("--model", type=Path, help="folder of tools/export_timm.py, or a file of weights")
     which.add_argument(
-        "--teacher", metavar="YAML", help="instead: the frozen teacher of this recipe, its dense features"
+        "--teacher", metavar="YAML", help="instead: the dense features of this recipe's teacher"
     )
-    shared.add_argument(
-        "overrides", nargs="*", metavar="a.b=value", help="with --teacher: settings that replace the recipe's"
-    )
-    shared.add_argument("--arch", help="timm model name, for a file of weights")
-    shared.add_argument(
-        "--untrained", action="store_true", help="the same architecture with fresh weights, to compare"
-    )
-    shared.add_argument(
-        "--seed", type=number(int, 0), default=0, help="of the fresh weights, and of the linear probe by SGD"
-    )
-    shared.add_argument(
-        "--train", type=Path, required=True, help="folder with a sub-folder of images per class"
-    )
-    shared.add_argument("--val", type=Path, required=True, help="the same classes, other images")
-    shared.add_argument(
-        "--pool", choices=("avg", "token"), default="avg", help="mean patch token, or class token"
-    )
-    shared.add_argument("--batch_size", type=number(int, 1), default=128)
-    shared.add_argument("--workers", type=number(int, 0), default=2, help="processes that read and decode")
-    shared.add_argument(
-        "--device",
-        type=device,
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="cuda, cuda:1, cpu",
-    )
-    shared.add_argument("--json", action="store_true", help="print one JSON object instead of sentences")
-    shared.add_argument(
-        "--out", type=output_file, metavar="FILE", help="write that JSON object to a file, too"
-    )
+    option = shared.add_argument
+    option("overrides", nargs="*", metavar="a.b=value", help="with --teacher: replace the recipe's settings")
+    option("--arch", help="timm model name, for a file of weights")
+    option("--untrained", action="store_true", help="the same architecture with fresh weights, to compare")
+    option("--seed", type=number(int, 0), default=0, help="of fresh weights, and of the linear probe by SGD")
+    option("--train", type=Path, required=True, help="folder with a sub-folder of images per class")
+    option("--val", type=Path, required=True, help="the same classes, other images")
+    option("--pool", choices=("avg", "token"), default="avg", help="mean patch token, or class token")
+    option("--batch_size", type=number(int, 1), default=128)
+    option("--workers", type=number(int, 0), default=2, help="processes that read and decode")
+    option("--device", help="cuda, cuda:1, cpu; default: a GPU where there is one")
+    option("--json", action="store_true", help="print one JSON object instead of sentences")
+    option("--out", type=output_file, metavar="FILE", help="write that JSON object to a file, too")
     return shared
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Evaluate a timm ViT on labelled images.")
     commands = parser.add_subparsers(dest="command", required=True)
-    shared = shared_options()
+    shared, positive = shared_options(), number(float, 0, above=True)
     voting, fitting = argparse.ArgumentParser(add_help=False), argparse.ArgumentParser(add_help=False)
-    voting.add_argument("--temperature", type=number(float, 0, above=True), default=0.07)
-    fitting.add_argument(
-        "--penalty", type=number(float, 0), default=1e-4, help="lbfgs: on the squared weights"
-    )
-    rate = number(float, 0, above=True)
-    fitting.add_argument(
-        "--learning_rates", type=rate, nargs="+", default=LEARNING_RATES, help="sgd: all tried at once"
-    )
-    fitting.add_argument(
-        "--epochs", type=number(int, 1), default=EPOCHS, help="sgd: passes over the features"
-    )
-    neighbours = commands.add_parser(
-        "knn", parents=[shared, voting], help="weighted vote of the k nearest training images"
-    )
-    neighbours.add_argument("--k", type=number(int, 1), default=K)
-    neighbours.set_defaults(evaluate=evaluate_knn)
-    classifier = commands.add_parser(
+    voting.add_argument("--temperature", type=positive, default=0.07)
+    option = fitting.add_argument
+    option("--penalty", type=number(float, 0), default=1e-4, help="lbfgs: on the squared weights")
+    option("--learning_rates", type=positive, nargs="+", help="sgd: all tried at once")
+    option("--epochs", type=number(int, 1), help="sgd: passes over the features")
+
+    vote = "weighted vote of the k nearest training images"
+    command = commands.add_parser("knn", parents=[shared, voting], help=vote)
+    command.add_argument("--k", type=number(int, 1), help="neighbours that vote")
+    command.set_defaults(evaluate=evaluate_knn)
+
+    command = commands.add_parser(
         "linear", parents=[shared, fitting], help="linear classifier on the frozen features"
     )
-    classifier.add_argument(
-        "--solver", choices=("lbfgs", "sgd"), default="lbfgs",
-        help="lbfgs: logistic regression, solved whole on the CPU, for small sets; sgd: as papers train it, on --device",
-    )  # fmt: skip
-    classifier.add_argument(
-        "--batch_norm", action="store_true", help="sgd: BatchNorm without weights before the head"
-    )
-    classifier.set_defaults(evaluate=evaluate_linear)
-    everything = commands.add_parser(
-        "all", parents=[shared, voting, fitting], help="all of these, from one pass over the images"
-    )
-    everything.set_defaults(evaluate=evaluate_all)
+    solvers = "lbfgs: logistic regression, solved whole on the CPU; sgd: as papers train it, on --device"
+    command.add_argument("--solver", choices=("lbfgs", "sgd"), default="lbfgs", help=solvers)
+    norm = "sgd: BatchNorm without weights before the head"
+    command.add_argument("--batch_norm", action="store_true", help=norm)
+    command.set_defaults(evaluate=evaluate_linear)
+
+    everything = "all of these, from one pass over the images"
+    command = commands.add_parser("all", parents=[shared, voting, fitting], help=everything)
+    command.set_defaults(evaluate=evaluate_all)
     return parser.parse_args(argv)
 
 
-def main(argv: list[str]) -> int:
-    arguments = parse(argv)
-    try:
-        found, basis = extract(arguments)
-        says, figures = arguments.evaluate(arguments, found)
-    except (ConfigError, DataError) as error:
-        # From a loader's worker the message comes under a traceback; the last line is the sentence.
-        print(str(error).splitlines()[-1].removeprefix("mapet_ds.errors.DataError: "), file=sys.stderr)
-        return 2
-    weights = "untrained" if basis["untrained"] else "trained"
-    images = f"{basis['train_images']} training, {basis['val_images']} validation images, {basis['classes']} classes"
-    print(
-        json.dumps(figures | basis)
-        if arguments.json
-        else "\n".join(f"{line} ({weights} weights; {images})" for line in says)
-    )
-    try:
-        if arguments.out:
-            arguments.out.write_text(json.dumps(figures | basis, indent=1) + "\n")
-    except OSError as error:
-        print(f"--out {arguments.out} can't be written: {error}.", file=sys.stderr)
-        return 2
-    return 0
+def evaluate(arguments: argparse.Namespace) -> None:
+    """Print the figures that the command asks for, and write them to --out."""
+    arguments.device = device_of(arguments.device)
+    arrays, basis = extract(arguments)
+    sentences, figures = arguments.evaluate(arguments, arrays)
+    figures |= basis
+    weights = "untrained" if arguments.untrained else "trained"
+    images = f"{basis['train_images']} training, {basis['val_images']} validation images"
+    about = f"({weights} weights; {images}, {basis['classes']} classes)"
+    print(json.dumps(figures) if arguments.json else "\n".join(f"{line} {about}" for line in sentences))
+    if arguments.out:
+        try:
+            arguments.out.write_text(json.dumps(figures, indent=1) + "\n")
+        except OSError as error:
+            raise DataError(f"--out {arguments.out} can't be written: {error}.") from error
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    words = parse(sys.argv[1:])
+    sys.exit(answer(lambda: evaluate(words)))

@@ -2,7 +2,8 @@
 
     deepspeed --num_gpus 8 tools/finetune.py --config mapet_ds/recipes/finetune_mapet_vitb16.yaml
         --deepspeed_config ds_configs/zero2.json
-        model.path=/runs/b16/timm data.train=/data/imagenet/train data.val=/data/imagenet/val run_dir=/runs/b16_finetuned
+        model.path=/runs/b16/timm data.train=/data/imagenet/train data.val=/data/imagenet/val
+        run_dir=/runs/b16_finetuned
 
 model.path is a folder that tools/export_timm.py wrote. The same command continues a run that was interrupted.
 """
@@ -12,16 +13,17 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-# The launchers run this file by its path, which puts its folder first: programs in it would shadow installed modules.
+# The launchers run this file by its path, which puts its folder first. Its programs would shadow modules.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from mapet_ds.training.command_line import FINETUNING, parse_command_line  # noqa: E402
 
 
 def main() -> int:
-    """See run.run for the exit code."""
+    """Fine-tune as the command line says; see run.run for the exit code."""
     config, engine_config = parse_command_line(sys.argv[1:], __doc__, FINETUNING)
-    # A mistake in the recipe is answered before torch and DeepSpeed are imported.
+
+    # Torch and DeepSpeed come late, so that a mistake in the recipe is answered at once.
     from mapet_ds.finetuning.task import Finetuning
     from mapet_ds.run import run
 

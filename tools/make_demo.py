@@ -1,15 +1,15 @@
-"""Render a small labelled JPEG set and train a small CLIP on it, so that everything can be tried without a download.
+"""Render a small labelled JPEG set and train a small CLIP on it, so that all can be tried without a download.
 
-    python tools/make_demo.py runs/demo/data
-
-writes OUT/train/<pattern>/*.jpg, OUT/val/<pattern>/*.jpg, OUT/captions.tsv and OUT/teacher/, which open_clip loads as
-`local-dir:OUT/teacher`. A class is a pattern; its two colours, scale, angle, place and noise are drawn at random and tell
-nothing about it. The CLIP learns from captions such as "dark stripes" with open_clip's own loss. A folder that
-already holds the same set is used as it is.
-
+    python tools/make_demo.py OUT
     python tools/make_demo.py OUT --images DIR
 
-trains such a CLIP on your own labelled images instead, DIR/train/<class>/ and DIR/val/<class>/, with "a photo of a <class>".
+The first command writes OUT/train/<pattern>/*.jpg, OUT/val/<pattern>/*.jpg, OUT/captions.tsv and
+OUT/teacher/, which open_clip loads as `local-dir:OUT/teacher`. A class is a pattern. Its two colours, scale,
+angle, place and noise are drawn at random and tell nothing about it. The CLIP learns from captions such as
+"dark stripes" with open_clip's own loss. A folder that already holds the same set is used as it is.
+
+The second one trains such a CLIP on your own labelled images, DIR/train/<class>/ and DIR/val/<class>/, with
+the captions "a photo of a <class>".
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -36,15 +37,16 @@ from mapet_ds.data.formats import BadImage
 from mapet_ds.data.index import SUFFIXES
 from mapet_ds.data.labelled import decode
 from mapet_ds.errors import DataError
+from mapet_ds.terminal import answer, number, option_parser
 
 IMG_SIZE = 64
 MEAN, STD = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
-MODEL = {
+MODEL: dict[str, Any] = {
     "embed_dim": 128,
     "vision_cfg": {"image_size": IMG_SIZE, "layers": [1, 2, 1, 1], "width": 16, "head_width": 64},
     "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 1},
 }
-SETTINGS = {
+SETTINGS: dict[str, Any] = {
     "images": {"train": 1500, "val": 400},
     "teacher_steps": 250,
     "batch_size": 64,
@@ -88,13 +90,13 @@ def render(rng: np.random.Generator, pattern: str) -> tuple[Image.Image, str]:
 
 
 def write_images(folder: Path, images: int, seed: int) -> dict[Path, str]:
-    """Render the set into folder/<pattern>/, the classes in turn; captions by path."""
+    """Render the set into folder/<pattern>/, the classes in turn; gives the captions by path."""
     rng = np.random.default_rng(seed)
     captions = {}
-    for number in range(images):
-        pattern = list(PATTERNS)[number % len(PATTERNS)]
+    for i in range(images):
+        pattern = list(PATTERNS)[i % len(PATTERNS)]
         image, caption = render(rng, pattern)
-        path = folder / pattern / f"{number:05d}.jpg"
+        path = folder / pattern / f"{i:05d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         image.save(path, quality=int(rng.integers(75, 96)))
         captions[path] = caption
@@ -105,22 +107,20 @@ def photo_captions(folder: Path) -> dict[Path, str]:
     """A caption for each image of a folder with a sub-folder per class; other files are passed over."""
     paths = sorted(path for path in folder.glob("*/*") if os.fsencode(path.suffix[1:]).lower() in SUFFIXES)
     if not paths:
-        raise DataError(
-            f"{folder} holds no sub-folders with images: --images wants DIR/train/<class>/ and DIR/val/<class>/."
-        )
+        wanted = "--images wants DIR/train/<class>/ and DIR/val/<class>/"
+        raise DataError(f"{folder} holds no sub-folders with images: {wanted}.")
     return {path: f"a photo of a {path.parent.name}" for path in paths}
 
 
 def load_views(paths: list[Path], size: int) -> Tensor:
-    """[n, 3, size, size] in 0..1: the central squares."""
+    """The central squares of images as [n, 3, size, size] in 0..1."""
     views = np.empty((len(paths), size, size, 3), dtype=np.uint8)
     for view, path in zip(views, paths, strict=True):
         try:
             image = decode(path.read_bytes())
         except (OSError, BadImage) as reason:
-            raise DataError(
-                f"{path} can't be read: {reason}. tools/check_images.py lists all such."
-            ) from reason
+            hint = "tools/check_images.py lists all such"
+            raise DataError(f"{path} can't be read: {reason}. {hint}.") from reason
         side = min(image.size)
         left, top = (image.width - side) // 2, (image.height - side) // 2
         box = (left, top, left + side, top + side)
@@ -132,60 +132,54 @@ def normalise(views: Tensor) -> Tensor:
     return (views - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
 
 
-def training_batches(
-    views: Tensor, tokens: Tensor, steps: int, batch: int, seed: int
+def batches(
+    views: Tensor, tokens: Tensor, steps: int, size: int, seed: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Random batches, each moved by the same few pixels and flipped as one."""
+    """Yields random batches of images and tokens, each moved by the same few pixels and flipped as one."""
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
-        index = torch.randint(len(views), (batch,), generator=generator)
+        index = torch.randint(len(views), (size,), generator=generator)
         top, left, flip = torch.randint(views.shape[-1] - IMG_SIZE + 1, (3,), generator=generator).tolist()
         crops = views[index, :, top : top + IMG_SIZE, left : left + IMG_SIZE]
         yield normalise(crops.flip(-1) if flip % 2 else crops), tokens[index]
 
 
-def train_teacher(views: Tensor, captions: list[str]) -> torch.nn.Module:
-    """A small CLIP, trained on images [n, 3, more than 64, more than 64] in 0..1 and captions with open_clip's loss."""
-    seed, steps = SETTINGS["seed"], SETTINGS["teacher_steps"]
+def train_teacher(views: Tensor, captions: list[str]) -> open_clip.CLIP:
+    """A small CLIP, trained on images [n, 3, S, S] in 0..1, S above IMG_SIZE, with open_clip's loss."""
+    seed, steps, size = SETTINGS["seed"], SETTINGS["teacher_steps"], SETTINGS["batch_size"]
     torch.manual_seed(seed)
     model = open_clip.CLIP(**MODEL)
     tokens = open_clip.SimpleTokenizer(context_length=MODEL["text_cfg"]["context_length"])(captions)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
     loss_fn, start = ClipLoss(), time.monotonic()
-    for step, (images, text) in enumerate(
-        training_batches(views, tokens, steps, SETTINGS["batch_size"], seed), start=1
-    ):
+    for step, (images, text) in enumerate(batches(views, tokens, steps, size, seed), start=1):
         loss = loss_fn(*model(images, text))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
         if step == 1 or step % 25 == 0 or step == steps:
-            print(
-                f"  step {step:4d} of {steps}  loss {loss.item():.3f}  {time.monotonic() - start:.0f} s",
-                flush=True,
-            )
+            seconds = f"{time.monotonic() - start:.0f} s"
+            print(f"  step {step:4d} of {steps}  loss {loss.item():.3f}  {seconds}", flush=True)
     return model.eval()
 
 
 @torch.no_grad()
-def zero_shot_accuracy(model: torch.nn.Module, views: Tensor, captions: list[str]) -> float:
+def zero_shot_accuracy(model: open_clip.CLIP, views: Tensor, captions: list[str]) -> float:
     """Percentage of the images whose nearest caption, of all that differ, is their own."""
     names = sorted(set(captions))
     text = model.encode_text(open_clip.SimpleTokenizer(context_length=16)(names), normalize=True)
     image = torch.cat([model.encode_image(normalise(part), normalize=True) for part in views.split(100)])
-    found = (image @ text.T).argmax(1).tolist()
-    return 100 * sum(names[i] == caption for i, caption in zip(found, captions, strict=True)) / len(captions)
+    nearest = [names[i] for i in (image @ text.T).argmax(1).tolist()]
+    return 100 * sum(map(str.__eq__, nearest, captions)) / len(captions)
 
 
 def save_teacher(model: torch.nn.Module, folder: Path) -> None:
-    """A folder that open_clip loads by the name local-dir:FOLDER."""
+    """Write a folder that open_clip loads by the name local-dir:FOLDER."""
     folder.mkdir(exist_ok=True)
-    save_file(
-        {name: tensor.contiguous() for name, tensor in model.state_dict().items()},
-        folder / "open_clip_model.safetensors",
-    )
+    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    save_file(weights, folder / "open_clip_model.safetensors")
     config = {"model_cfg": MODEL, "preprocess_cfg": {"size": IMG_SIZE, "mean": MEAN, "std": STD}}
     (folder / "open_clip_config.json").write_text(json.dumps(config, indent=1))
 
@@ -199,66 +193,59 @@ def make(out: Path, images: Path | None) -> None:
     if images:
         captions = {split: photo_captions(images / split) for split in ("train", "val")}
     else:
-        captions = {
-            split: write_images(out / split, n, SETTINGS["seed"] + i)
-            for i, (split, n) in enumerate(SETTINGS["images"].items())
-        }
-        lines = [
-            f"{path.relative_to(out)}\t{caption}\n"
-            for split in captions.values()
-            for path, caption in split.items()
-        ]
+        sizes = enumerate(SETTINGS["images"].items())
+        captions = {split: write_images(out / split, n, SETTINGS["seed"] + i) for i, (split, n) in sizes}
+        pairs = [pair for split in captions.values() for pair in split.items()]
+        lines = [f"{path.relative_to(out)}\t{caption}\n" for path, caption in pairs]
         (out / "captions.tsv").write_text("".join(lines))
-    number, classes = sum(map(len, captions.values())), len({path.parent.name for path in captions["train"]})
+    total, classes = sum(map(len, captions.values())), len({path.parent.name for path in captions["train"]})
     print(
-        f"{number} images of {classes} classes; training a CLIP on the captions of train/ (it has seen labels)"
+        f"{total} images of {classes} classes; training a CLIP on the captions of train/ (it has seen labels)"
     )
+
+    # All images are read first, so that a bad one is named at once. Batches move those of train/ by 8 pixels.
     views = {
-        split: load_views(list(paths), IMG_SIZE + 8 * (split == "train")) for split, paths in captions.items()
+        name: load_views(list(split), IMG_SIZE + 8 * (name == "train")) for name, split in captions.items()
     }
     model = train_teacher(views["train"], list(captions["train"].values()))
     save_teacher(model, out / "teacher")
     val = list(captions["val"].values())
-    accuracy, chance = zero_shot_accuracy(model, views["val"], val), 100 / len(set(val))
+    accuracy = zero_shot_accuracy(model, views["val"], val)
+    chance = 100 / len(set(val))
     print(f"{out / 'teacher'}: finds the caption of {accuracy:.1f} % of val/ ({chance:.1f} % by chance)")
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("out", type=Path)
-    parser.add_argument(
-        "--images", type=Path, metavar="DIR", help="labelled images to take instead of rendering some"
-    )
-    parser.add_argument(
-        "--teacher_steps", type=int, default=SETTINGS["teacher_steps"], help="batches the CLIP is trained on"
-    )
-    arguments = parser.parse_args()
-    if arguments.teacher_steps < 1:
-        parser.error(f"--teacher_steps {arguments.teacher_steps}: at least one is needed")
-    out, SETTINGS["teacher_steps"] = arguments.out, arguments.teacher_steps
+def make_once(arguments: argparse.Namespace) -> None:
+    """Write the demo set, unless the folder holds it already.
+
+    Raises:
+        DataError: the folder holds something else, or see `make`.
+    """
+    out = arguments.out
+    SETTINGS["teacher_steps"] = arguments.teacher_steps
     if arguments.images:
         SETTINGS["images"] = str(arguments.images)
-    done = out / "demo.json"  # written last: a folder that has it is whole
-    settings = json.loads(json.dumps(SETTINGS))
-    if done.exists() and json.loads(done.read_text()) == settings:
+    done, settings = out / "demo.json", json.dumps(SETTINGS)  # written last: a folder that has it is whole
+    if done.exists() and json.loads(done.read_text()) == json.loads(settings):
         print(f"{out} holds the demo set already.")
-        return 0
+        return
     if out.exists() and any(out.iterdir()):
-        print(
-            f"{out} is not empty and holds no demo set of these settings: remove it, or name another folder.",
-            file=sys.stderr,
-        )
-        return 2
+        what_to_do = "remove it, or name another folder"
+        raise DataError(f"{out} is not empty and holds no demo set of these settings: {what_to_do}.")
     out.mkdir(parents=True, exist_ok=True)
-    try:
-        make(out, arguments.images)
-    except DataError as error:
-        print(error, file=sys.stderr)
-        return 2
-    done.write_text(json.dumps(settings))
-    return 0
+    make(out, arguments.images)
+    done.write_text(settings)
+
+
+def main() -> int:
+    parser = option_parser(__doc__)
+    parser.add_argument("out", type=Path)
+    own = "labelled images to take instead of rendering some"
+    parser.add_argument("--images", type=Path, metavar="DIR", help=own)
+    steps, trained = SETTINGS["teacher_steps"], "batches the CLIP is trained on"
+    parser.add_argument("--teacher_steps", type=number(int, 1), default=steps, help=trained)
+    arguments = parser.parse_args()
+    return answer(lambda: make_once(arguments))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from mapet_ds.config.sections import Config, RunConfig, TokenizerConfig
 from mapet_ds.data.stored_ids import StoredIds, check_storable
 from mapet_ds.errors import ConfigError
 from mapet_ds.launchers import ancestors, check_hostfile
+from mapet_ds.terminal import recipe_parser
 
 
 def check_tokenizer_file(tokenizer: TokenizerConfig) -> None:
@@ -97,12 +98,7 @@ def parse_command_line(
     A mistake ends the program with code 2 and a sentence. It takes what the launchers pass: `--local_rank`
     from deepspeed, the number of ranks from the environment.
     """
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--config", required=True, metavar="YAML", help="a recipe, e.g. mapet_ds/recipes/mapet_vitb16.yaml"
-    )
+    parser = recipe_parser(description)
     parser.add_argument(
         "--deepspeed_config", required=True, metavar="JSON", help="engine knobs, e.g. ds_configs/zero2.json"
     )
@@ -113,10 +109,6 @@ def parse_command_line(
         "--knobs", nargs="?", const="", action=_ShowKnobs, settings=command.settings, metavar="SECTION",
         help="list the knobs, or those of a section, and end",
     )  # fmt: skip
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    parser.add_argument(
-        "overrides", nargs="*", metavar="a.b=value", help="settings that replace the recipe's"
-    )
     arguments = parser.parse_intermixed_args(argv)
 
     try:

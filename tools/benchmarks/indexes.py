@@ -1,4 +1,4 @@
-"""What a data set of many images costs before and beside its reading: time, memory, and the order in which storage is asked."""
+"""What a data set of many images costs beside its reading: time, memory, and the order of its reads."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import psutil
-from benchmarks.measuring import Figures, circumstances, settings, summary
+from benchmarks.measuring import ALONE, Figures, circumstances, settings, summary
 from PIL import Image
 
 from mapet_ds.config.sections import Config
@@ -23,18 +23,21 @@ from mapet_ds.data.samples import SampleSource
 from mapet_ds.draws import SampleOrder
 
 LOOKUPS, FEW, LATE, WINDOW = 10_000, 1000, 10_000_000, 65_536
-"""Images looked up; images of the data set that is compared with; a late step; samples read one after the other."""
+"""Images looked up; images of the small data set; a late step; samples read one after the other."""
 
 
 def memory(process: int | str = "self") -> Figures:
-    """MiB of a process: its own, which can't be shared or dropped, and its share of all that it maps, page cache included."""
+    """MiB of a process: its own, which can't be shared or dropped, and its share of all that it maps.
+
+    The page cache is part of what it maps.
+    """
     lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()[1:]
     kib = {name: int(rest.split()[0]) for name, rest in (line.split(":") for line in lines)}
     return {"own_mib": kib["Anonymous"] / 1024, "pss_mib": kib["Pss"] / 1024}
 
 
 def write(folder: Path, images: int) -> None:
-    """A data set whose index has so many samples, each of its own name, over the one image of a shard."""
+    """Write a data set whose index has so many samples, each with a name, over a shard's one image."""
     folder.mkdir()
     picture = io.BytesIO()
     Image.effect_noise((320, 240), 50).convert("RGB").save(picture, "JPEG")
@@ -45,21 +48,18 @@ def write(folder: Path, images: int) -> None:
 
     def members() -> Iterator[Member]:
         for i in range(images):
-            yield Member(
-                b"shard-%06d.tar/%012d.jpg" % divmod(i, 10_000), 0, tarfile.BLOCKSIZE, header.size, i % 1000
-            )
+            name = b"shard-%06d.tar/%012d.jpg" % divmod(i, 10_000)
+            yield Member(name, 0, tarfile.BLOCKSIZE, header.size, i % 1000)
 
     write_index(folder / "index", str(folder), members(), [b"only.tar"], [])
 
 
 def first_batch(config: Config, index: Index, step: int) -> Figures:
-    """Seconds to the first micro-batch of a run that begins at this step; memory of the rank and of its workers then."""
+    """Seconds to the first micro-batch from a step on, and the memory of the rank and of its workers then."""
     from mapet_ds.data.loader import Loader
 
     start = time.perf_counter()
-    loader = Loader(
-        config, index, student=True, teacher=None, rank=0, world_size=1, local_rank=0, first_step=step
-    )
+    loader = Loader(config, index, student=True, teacher=None, **ALONE, first_step=step)
     with contextlib.closing(loader):
         next(loader)
         seconds = time.perf_counter() - start
@@ -68,11 +68,9 @@ def first_batch(config: Config, index: Index, step: int) -> Figures:
 
 
 def order_figures(config: Config, index: Index, repeats: int) -> Figures:
-    """Time of a micro-batch's draws; how many samples of a window of places lie side by side, in the mean."""
-    source, order = (
-        SampleSource(config, index, 0, 1),
-        SampleOrder(len(index), config.seed, config.data.shuffle_window),
-    )
+    """Time of a micro-batch's draws, and the mean number of samples of a window that lie side by side."""
+    source = SampleSource(config, index, 0, 1)
+    order = SampleOrder(len(index), config.seed, config.data.shuffle_window)
     draws_ms, stretches = [], []
     for repeat in range(repeats):
         start = time.perf_counter()
@@ -85,32 +83,36 @@ def order_figures(config: Config, index: Index, repeats: int) -> Figures:
 
 
 def measure_index(arguments: argparse.Namespace) -> Figures:
-    config, found = (
-        settings(arguments, "data.crop=random", "data.color_jitter=0"),
-        {"images": arguments.images},
-    )
+    """Figures of an index of --images, beside those of a small one."""
+    config, found = settings(arguments, "data.crop=random", "data.color_jitter=0"), Figures()
     with tempfile.TemporaryDirectory() as scratch:
         few, many = Path(scratch) / "few", Path(scratch) / "many"
         write(few, FEW)
         found["before"] = memory()
-        start = time.perf_counter()
-        write(many, arguments.images)
-        found["write"] = {"seconds": time.perf_counter() - start} | memory()
-        start = time.perf_counter()
-        index = open_index(str(many), many)
-        found["open"] = {"seconds": time.perf_counter() - start} | memory()
+
+        @contextlib.contextmanager
+        def part(name: str) -> Iterator[None]:
+            start = time.perf_counter()
+            yield
+            found[name] = {"seconds": time.perf_counter() - start} | memory()
+
+        # The index alone.
+        with part("write"):
+            write(many, arguments.images)
+        with part("open"):
+            index = open_index(str(many), many)
         some = np.random.default_rng(0).integers(0, len(index), LOOKUPS).tolist()
-        start = time.perf_counter()
-        for i in some:
-            index.path(i), index.label(i)
-        found["look_up_10000"] = {"seconds": time.perf_counter() - start} | memory()
+        with part("look_up_10000"):
+            for i in some:
+                _ = index.path(i), index.label(i)
+
+        # The loader's start and its order.
         small = open_index(str(few), few)
         first_batch(config, small, 0)  # DALI's own memory, and the page cache
         found["first_batch_of_few"] = first_batch(config, small, 0)
         found["first_batch"] = {step: first_batch(config, index, step) for step in (0, LATE)}
         for window in (0, WINDOW):
-            windowed = dataclasses.replace(
-                config, data=dataclasses.replace(config.data, shuffle_window=window)
-            )
+            data = dataclasses.replace(config.data, shuffle_window=window)
+            windowed = dataclasses.replace(config, data=data)
             found[f"order_window_{window}"] = order_figures(windowed, index, arguments.repeats)
-    return circumstances(config, arguments) | found
+    return circumstances(config, arguments) | {"images": arguments.images} | found

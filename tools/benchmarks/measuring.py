@@ -1,4 +1,4 @@
-"""How figures are taken: by turns, with their spread, and with what they rest on."""
+"""How figures are taken: in turns, with their spread, and with what they rest on."""
 
 from __future__ import annotations
 
@@ -24,24 +24,27 @@ from mapet_ds.config.sections import Config
 from mapet_ds.errors import ConfigError
 
 Figures = dict[str, Any]
+Times = dict[str, list[float]]
+"""Seconds by the name of what was timed."""
+Work = Callable[[], Any]
+ALONE: dict[str, Any] = {"rank": 0, "world_size": 1, "local_rank": 0}
+"""A loader's place where nothing else runs."""
 
 
 def summary(values: list[float]) -> Figures:
+    """Median and spread."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
 def ratio(above: list[float], below: list[float]) -> Figures:
-    """Ratio of the medians; min and max are of the pairs measured one after the other."""
+    """Ratio of the medians; min and max are those of the pairs measured one after the other."""
     pairs = [a / b for a, b in zip(above, below, strict=True)]
-    return {
-        "ratio": statistics.median(above) / statistics.median(below),
-        "min": min(pairs),
-        "max": max(pairs),
-    }
+    medians = statistics.median(above) / statistics.median(below)
+    return {"ratio": medians, "min": min(pairs), "max": max(pairs)}
 
 
 def cpu_seconds() -> float:
-    """User and system time so far of this process and its living children."""
+    """User and system time of this process and its living children so far."""
     children = [child.cpu_times() for child in psutil.Process().children(recursive=True)]
     return time.process_time() + sum(times.user + times.system for times in children)
 
@@ -57,7 +60,10 @@ def timed(device: torch.device, work: Callable[..., Any], *arguments: Any) -> tu
 
 
 def ceiling(device: torch.device, dtype: torch.dtype) -> float:
-    """TFLOP/s of the fastest of five square matrix products, 8192 a side on a GPU, 2048 on a CPU: what this chip can do now."""
+    """TFLOP/s of the fastest of five square matrix products: what this chip can do now.
+
+    They have 8192 rows on a GPU, 2048 on a CPU.
+    """
     side = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     torch.mm(a, b)
@@ -65,10 +71,25 @@ def ceiling(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def bandwidth(device: torch.device) -> float:
-    """Bytes/s, read and written, of the fastest of five copies that no cache holds: 1 GiB on a GPU, 256 MiB on a CPU."""
+    """Bytes/s, read and written, of the fastest of five copies of 1 GiB on a GPU, of 256 MiB on a CPU.
+
+    No cache holds so much.
+    """
     source = torch.ones(2**30 if device.type == "cuda" else 2**28, dtype=torch.uint8, device=device)
     copy = torch.empty_like(source).copy_(source)
     return 2 * len(source) / min(timed(device, copy.copy_, source)[0] for _ in range(5))
+
+
+def in_turns(device: torch.device, works: dict[str, Work], repeats: int) -> tuple[Times, Times]:
+    """Wall-clock and CPU seconds of each work by name, measured one after the other, again and again."""
+    wall: Times = {name: [] for name in works}
+    cpu: Times = {name: [] for name in works}
+    for _ in range(repeats):
+        for name, work in works.items():
+            seconds, used, _ = timed(device, work)
+            wall[name].append(seconds)
+            cpu[name].append(used)
+    return wall, cpu
 
 
 def repeatedly(work: Callable[[], Any], times: int) -> None:
@@ -77,9 +98,10 @@ def repeatedly(work: Callable[[], Any], times: int) -> None:
 
 
 def counted_flops(work: Callable[[], Any]) -> int:
-    """Floating-point operations of the matrix products and convolutions in it, those of attention whatever its mask.
+    """Floating-point operations of the matrix products and convolutions in a work.
 
-    Of what is compiled as well: it runs in eager mode here, where operations can be seen.
+    Those of attention count whatever its mask. What is compiled runs in eager mode here, so that its
+    operations can be seen.
     """
     eager, counter = torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False)
     with eager, counter, sdpa_kernel(SDPBackend.MATH):  # other kernels have no formula on a CPU
@@ -88,6 +110,11 @@ def counted_flops(work: Callable[[], Any]) -> int:
 
 
 def device_of(name: str) -> torch.device:
+    """The device of --device; auto is a GPU where there is one.
+
+    Raises:
+        ConfigError: a GPU is asked for and there is none.
+    """
     device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"--device {name}, but torch sees no GPU on this host; say --device cpu.")
@@ -97,17 +124,13 @@ def device_of(name: str) -> torch.device:
 def circumstances(config: Config, arguments: argparse.Namespace) -> Figures:
     """Hardware, versions, command and settings: what any figure rests on."""
     cpuinfo = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next(
-        (line.partition(":")[2].strip() for line in cpuinfo if line.startswith("model name")), "unknown"
-    )
+    names = [line.partition(":")[2].strip() for line in cpuinfo if line.startswith("model name")]
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     packages = ["torch", "torchvision", "timm", "open_clip_torch", "pillow", "nvidia-dali-cuda130"]
-    settings = {
-        key: str(value) if isinstance(value, Path) else value
-        for key, value in vars(arguments).items()
-        if key != "measure"
-    }
+    settings = {key: value for key, value in vars(arguments).items() if key != "measure"}
+    settings |= {key: str(value) for key, value in settings.items() if isinstance(value, Path)}
     cores, load = len(os.sched_getaffinity(0)), os.getloadavg()[0]
+    cpu = names[0] if names else "unknown"
     return {
         "hardware": {"cpu": cpu, "cores": cores, "load_average": load, "gpu": gpu},
         "versions": {"python": sys.version.split()[0]} | {name: version(name) for name in packages},
@@ -122,18 +145,19 @@ def draw_batches(batches: Iterator[Any], count: int) -> None:
 
 
 def race(arguments: argparse.Namespace, contestants: dict[str, Callable[[], Any]]) -> Figures:
-    """Each in turn, started afresh, with the batches that are prepared ahead drawn before the clock starts; ratios are of
-    the first one over the others."""
+    """Speed and CPU time of iterators of batches, and the ratios of the first one over the others.
+
+    Each in turn is started afresh; batches that it prepares ahead are drawn before the clock starts.
+    """
     first, *others = contestants
-    wall, cpu = ({name: [] for name in contestants} for _ in range(2))
-    number = arguments.batch_size * arguments.batches
+    device, number = device_of(arguments.device), arguments.batch_size * arguments.batches
+    wall: Times = {name: [] for name in contestants}
+    cpu: Times = {name: [] for name in contestants}
     for _ in range(arguments.repeats):
         for name, contestant in contestants.items():
             with contextlib.closing(contestant()) as batches:
                 draw_batches(batches, 2 * arguments.threads)
-                seconds, cpu_used, _ = timed(
-                    device_of(arguments.device), draw_batches, batches, arguments.batches
-                )
+                seconds, cpu_used, _ = timed(device, draw_batches, batches, arguments.batches)
             wall[name].append(number / seconds)
             cpu[name].append(1000 * cpu_used / number)
     return {
@@ -145,7 +169,7 @@ def race(arguments: argparse.Namespace, contestants: dict[str, Callable[[], Any]
 
 
 def settings(arguments: argparse.Namespace, *overrides: str) -> Config:
-    """The recipe, what the sub-command needs, then the user's words."""
+    """The recipe with what the sub-command needs on top, and the user's words on top of that."""
     device, batch_size = device_of(arguments.device).type, arguments.batch_size
     shared = [
         f"train.micro_batch_size={batch_size}", f"train.global_batch_size={batch_size}",

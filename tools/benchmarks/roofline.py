@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mapet_ds.config.sections import Config
-from mapet_ds.cost import student
+from mapet_ds.planning.counting import modules
 
 RANGE = "part of a step: "
 BACKWARD = "autograd::engine::evaluate_function"
@@ -32,17 +32,19 @@ def in_backward() -> bool:
 
 
 class Parts:
-    """Which part of a step an operation belongs to. In the forward pass: of the modules being called, the innermost that has
-    a name here. In the backward pass: the part that made the node, found by autograd's sequence number."""
+    """The parts of a step, by name, that operations belong to.
+
+    In the forward pass it is the innermost one that is entered: a module that `watching` has named. In the
+    backward pass it is the part that made the node, found by autograd's sequence number.
+    """
 
     def __init__(self) -> None:
         self.open: list[tuple[str, record_function]] = []
         self.marks: list[tuple[int, str]] = []
 
     def enter(self, name: str) -> None:
-        if (
-            in_backward()
-        ):  # what is made anew there belongs to the node that asks for it, and may end before the module does
+        # What is made anew there belongs to the node that asks for it, and may end before the module does.
+        if in_backward():
             return
         self.open.append((name, record_function(RANGE + name)))
         self.open[-1][1].__enter__()
@@ -61,12 +63,15 @@ class Parts:
         return self.open[-1][0] if self.open else UNEXPLAINED
 
     def of_node(self, sequence_nr: int) -> str:
-        """Of a node of the backward pass; those that only add up a parameter's gradient have no number of a forward pass."""
+        """The part of a node of the backward pass.
+
+        Nodes that only add up a parameter's gradient have no number of a forward pass: GRADIENTS.
+        """
         place = bisect.bisect_right(self.marks, sequence_nr, key=lambda mark: mark[0])
         return self.marks[place - 1][1] if 0 <= sequence_nr < self.marks[-1][0] else GRADIENTS
 
     def of_event(self, event: Any) -> str | None:
-        """Of the profiler's; None outside of a step, where other threads work."""
+        """The part of an event of the profiler's; None outside of a step, where other threads work."""
         while event is not None:
             if event.name.startswith(RANGE):
                 return event.name.removeprefix(RANGE)
@@ -84,20 +89,16 @@ class Parts:
         self.leave()
 
     @contextlib.contextmanager
-    def watching(self, objective: nn.Module) -> Iterator[None]:
-        """Name its modules' calls; what follows the ViT's final norm is head and loss."""
-        vit, named = objective.vit, [(objective, REST)]
+    def watching(self, objective: Any) -> Iterator[None]:
+        """Name the calls of an objective's modules; what follows the ViT's final norm is head and loss."""
+        vit, named = objective.vit, [(objective, REST), (objective.vit.patch_embed, "patch_embed")]
         for block in (module for module in objective.modules() if isinstance(module, Block)):
-            attention = block.attn
-            named += [
-                (attention, "attention"),
-                (attention.qkv, "qkv"),
-                (attention.proj, "proj"),
-                (block.mlp, "mlp"),
-            ]
+            attention: Any = block.attn
+            named += [(attention, "attention"), (attention.qkv, "qkv"), (attention.proj, "proj")]
+            named.append((block.mlp, "mlp"))
         handles = [vit.norm.register_forward_hook(lambda *_: self.enter(HEAD))]
         handles.append(objective.register_forward_hook(lambda *_: self.leave()))  # of the head
-        for module, name in [*named, (vit.patch_embed, "patch_embed")]:
+        for module, name in named:
             handles.append(module.register_forward_pre_hook(lambda *_, name=name: self.enter(name)))
             handles.append(module.register_forward_hook(lambda *_: self.leave()))
         yield
@@ -112,33 +113,34 @@ class Traffic(TorchDispatchMode):
         super().__init__()
         self.parts, self.bytes = parts, Counter[str]()
 
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
-        if function.is_view or function.overloadpacket.__name__.startswith(
-            ("empty", "new_empty", "_unsafe_view")
-        ):
+        free = ("empty", "new_empty", "_unsafe_view")
+        if function.is_view or function.overloadpacket.__name__.startswith(free):
             return result
-        node = torch._C._current_autograd_node()
-        changed = [
-            arg
-            for arg, known in zip(args, function._schema.arguments)
-            if known.alias_info and known.alias_info.is_write
-        ]
-        moved = [x for x in tree_leaves((args, kwargs, changed or result)) if isinstance(x, Tensor)]
+        known = [argument.alias_info for argument in function._schema.arguments]
+        written = [arg for arg, alias in zip(args, known) if alias and alias.is_write]
+        moved = [x for x in tree_leaves((args, kwargs, written or result)) if isinstance(x, Tensor)]
+        node: Any = torch._C._current_autograd_node()
         part = self.parts.now() if node is None else self.parts.of_node(node._sequence_nr())
-        self.bytes[part] += sum(
-            min(x.numel() * x.element_size(), x.untyped_storage().nbytes()) for x in moved
-        )
+        for x in moved:
+            self.bytes[part] += min(x.numel() * x.element_size(), x.untyped_storage().nbytes())
         return result
 
 
-def flops_by_part(config: Config) -> dict[str, int]:
-    """Of the student on one image; torch.compile makes a block one piece, named `norms and rest` here."""
-    parts = student(config).parts
-    flops = {"patch_embed": parts.pop("embedding"), HEAD: parts.pop("head")}
-    return flops | ({REST: sum(parts.values())} if config.train.compile else parts)
+def flops_by_part(config: Config) -> dict[str, float]:
+    """FLOPs of a step by part, of the student on one image.
+
+    torch.compile makes a block one piece, whose part is REST.
+    """
+    counts, flops = modules(config), {}
+    ends = {"patch_embed": ".patch_embed", "qkv": ".qkv", "proj": ".attn.proj", "mlp": ".mlp"}
+    for part, end in (ends | {"attention": ".attn"}).items():
+        flops[part] = sum(count for name, count in counts.items() if name.endswith(end))
+    flops["attention"] -= flops["qkv"] + flops["proj"]
+    head, embedding = counts["Global"] - sum(flops.values()), flops.pop("patch_embed")
+    blocks = {REST: sum(flops.values())} if config.train.compile else flops
+    return {"patch_embed": embedding, HEAD: head, **blocks}
 
 
 def breakdown(
@@ -150,11 +152,13 @@ def breakdown(
     repeats: int,
     count_bytes: bool = True,
 ) -> Figures:
-    """By part: seconds a step in torch.profiler (kernels' on a GPU, operations' on a CPU), FLOPs, bytes, and what bounds it.
+    """Seconds, FLOPs and bytes of a step by part, and what bounds each.
 
-    step: does one, naming what is not the objective's forward and backward; flops: of a step by part; peak: FLOP/s of matrix
-    products. `unexplained` is the step's wall clock less its parts: Python, launches, waiting; less than nothing where kernels
-    overlap.
+    step: does a step and names what is not the objective's forward and backward.
+    flops: of a step, by part.
+    peak: FLOP/s of matrix products.
+    The seconds are torch.profiler's, of kernels on a GPU and of operations on a CPU. `unexplained` is the
+    step's wall clock less its parts: Python, launches, waiting. It is negative where kernels overlap.
     """
     parts, spent = Parts(), Counter[str]()
     traffic = Traffic(parts)
@@ -164,28 +168,32 @@ def breakdown(
         with parts(UNEXPLAINED):
             step(parts)
 
+    # Take the bytes of one step, unless torch.compile has made it one piece, and the seconds of others.
     with parts.watching(objective):
-        if count_bytes:  # not what torch.compile has made one piece
+        if count_bytes:
             with traffic:
                 whole()
         with profile(activities=kinds) as profiler:
             seconds = timed(device, repeatedly, whole, repeats)[0] / repeats
+
+    # Sum up by part.
     clock = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    for event in profiler.events():
+    for event in profiler.events() or ():
         if event.device_type == torch.autograd.DeviceType.CPU and (name := parts.of_event(event)):
             spent[name] += getattr(event, clock) / 1e6 / repeats
     spent.pop(UNEXPLAINED, None)
     speed = bandwidth(device)
-    found = {
-        name: {"seconds": value, "share": value / seconds} | bounds(flops.get(name, 0), traffic.bytes[name], value, peak, speed)
-        for name, value in spent.most_common() if value
-    }  # fmt: skip
+    found = {}
+    for name, value in spent.most_common():
+        if value:
+            found[name] = {"seconds": value, "share": value / seconds}
+            found[name] |= bounds(flops.get(name, 0), traffic.bytes[name], value, peak, speed)
     left = seconds - sum(spent.values())
     return {"seconds": seconds, "parts": found, UNEXPLAINED: left / seconds, "bandwidth_gbyte_s": speed / 1e9}
 
 
 def bounds(flops: float, moved: float, seconds: float, peak: float, speed: float) -> Figures:
-    """A part's place under the roof: what it attains of the matrix products' rate, and of the tighter of the two bounds."""
+    """A part's place under the roof: its share of the matrix products' rate, and of the tighter bound."""
     compute, memory = flops / peak, moved / speed
     return {
         "gflop": flops / 1e9, "gbyte": moved / 1e9, "flop_per_byte": flops / moved if moved else None,
@@ -196,49 +204,40 @@ def bounds(flops: float, moved: float, seconds: float, peak: float, speed: float
 
 
 def show(found: Figures, peak: float, plot: Path | None) -> None:
-    """The table on stderr, and the picture."""
+    """Print the table on stderr, and draw the picture where one is asked for."""
     form = "{:<16}{:>10}{:>8}{:>11}{:>9}{:>9}{:>10}{:>9}  {}".format
-    print(
-        form("part", "seconds", "share", "GFLOP", "GB", "FLOP/B", "GFLOP/s", "of peak", "bound"),
-        file=sys.stderr,
-    )
+    row = "{seconds:.4f} {share:.1%} {gflop:.1f} {gbyte:.2f} {intensity:.1f} {gflops:.1f} "
+    row += "{share_of_ceiling:.0%}"
+    lines = [form("part", "seconds", "share", "GFLOP", "GB", "FLOP/B", "GFLOP/s", "of peak", "bound")]
     for name, part in found["parts"].items():
-        figures = [
-            f"{part['seconds']:.4f}",
-            f"{part['share']:.1%}",
-            f"{part['gflop']:.1f}",
-            f"{part['gbyte']:.2f}",
-        ]
-        figures += [
-            f"{part['flop_per_byte'] or 0:.1f}",
-            f"{1e3 * part['tflops']:.1f}",
-            f"{part['share_of_ceiling']:.0%}",
-        ]
-        print(form(name, *figures, part["bound"] or "-"), file=sys.stderr)
-    print(form(UNEXPLAINED, "", f"{found[UNEXPLAINED]:.1%}", *[""] * 6).rstrip(), file=sys.stderr)
+        more = {"intensity": part["flop_per_byte"] or 0, "gflops": 1e3 * part["tflops"]}
+        lines.append(form(name, *row.format(**part, **more).split(), part["bound"] or "-"))
+    lines.append(form(UNEXPLAINED, "", f"{found[UNEXPLAINED]:.1%}", *[""] * 6).rstrip())
+    print("\n".join(lines), file=sys.stderr)
     if plot:
         draw_roofline(found, peak, plot)
 
 
 def draw_roofline(found: Figures, peak: float, path: Path) -> None:
-    """Left: the parts' share of the step; right: their rate over their intensity, under what the chip can do."""
+    """Draw the parts' shares of the step, and their rates over their intensities under the roof."""
     from matplotlib.figure import Figure as Canvas
 
     figure = Canvas(figsize=(12, 5), layout="constrained")
-    shares, roof = figure.subplots(1, 2)
+    axes: Any = figure.subplots(1, 2)
+    shares, roof = axes
     parts, speed = found["parts"], 1e9 * found["bandwidth_gbyte_s"]
     bars = {name: part["share"] for name, part in parts.items()} | {UNEXPLAINED: found[UNEXPLAINED]}
     shares.barh(list(bars), [100 * share for share in bars.values()])
     shares.invert_yaxis()
     shares.set(xlabel="% of the step", title=f"{found['seconds']:.3g} s a step")
+
+    # The roof bends where memory and matrix products bound a part alike.
     placed = {name: part for name, part in parts.items() if part["flop_per_byte"]}
-    ends = [
-        peak / speed / 30,
-        max([peak / speed * 10, *(2 * part["flop_per_byte"] for part in placed.values())]),
-    ]
-    roof.loglog([ends[0], peak / speed, ends[1]], [ends[0] * speed, peak, peak], color="black")
+    bend, right = peak / speed, [2 * part["flop_per_byte"] for part in placed.values()]
+    roof.loglog([bend / 30, bend, max([10 * bend, *right])], [peak / 30, peak, peak], color="black")
     for name, part in placed.items():
-        roof.scatter(part["flop_per_byte"], 1e12 * part["tflops"], s=20 + 1000 * part["share"], alpha=0.6)
-        roof.annotate(name, (part["flop_per_byte"], 1e12 * part["tflops"]))
+        place = part["flop_per_byte"], 1e12 * part["tflops"]
+        roof.scatter(*place, s=20 + 1000 * part["share"], alpha=0.6)
+        roof.annotate(name, place)
     roof.set(xlabel="FLOP per byte", ylabel="FLOP/s", title="under the measured ceiling and copy bandwidth")
     figure.savefig(path)

@@ -13,46 +13,43 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from benchmarks.measuring import (
-    Figures,
-    ceiling,
-    circumstances,
-    counted_flops,
-    draw_batches,
-    ratio,
-    repeatedly,
-    settings,
-    summary,
-    timed,
-)
+from benchmarks import measuring
+from benchmarks.measuring import Figures, Times, Work, in_turns, ratio, repeatedly, summary, timed
 from benchmarks.roofline import GRADIENTS, Parts, breakdown, flops_by_part, show
 from benchmarks.steps import check_twin, dense_twin
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from mapet_ds.config.engine import load_deepspeed_config
 from mapet_ds.config.sections import Config
-from mapet_ds.cost import student as student_costs
 from mapet_ds.draws import permutations
 from mapet_ds.errors import ConfigError
 from mapet_ds.launch import init_distributed
 from mapet_ds.methods import build_objective
+from mapet_ds.planning.counting import student as student_costs
 from mapet_ds.run import Run
+from mapet_ds.task import Pretraining
 from mapet_ds.training.engine import gather_state
+
+Flops = dict[str, float]
 
 
 @contextlib.contextmanager
 def open_run(arguments: argparse.Namespace) -> Iterator[Run]:
-    """A run of the recipe in a folder that is gone afterwards; one micro-batch a step on each rank. Every rank must open it."""
+    """A run of the recipe, with one micro-batch a step on each rank, in a folder that is gone afterwards.
+
+    Every rank must open it.
+    """
     ranks = init_distributed()
     with contextlib.ExitStack() as stack:
-        folders = [stack.enter_context(tempfile.TemporaryDirectory()) if ranks.rank == 0 else None]
-        dist.broadcast_object_list(folders, src=0, group=ranks.control)
+        folder = ranks.from_first(lambda: stack.enter_context(tempfile.TemporaryDirectory()))
         images = arguments.batch_size * ranks.world_size
-        config = settings(
-            arguments, f"data.train={json.dumps(arguments.data)}", f"run_dir={json.dumps(folders[0])}", "log.progress=false",
-            "log.images_every_steps=0", "train.spike_factor=null", f"train.global_batch_size={images}",
+        config = measuring.settings(
+            arguments, f"data.train={json.dumps(arguments.data)}", f"run_dir={json.dumps(folder)}",
+            "log.progress=false", "log.images_every_steps=0", "train.spike_factor=null",
+            f"train.global_batch_size={images}",
         )  # fmt: skip
-        run = Run(config, load_deepspeed_config(arguments.deepspeed_config), ranks)
+        run = Run(Pretraining, config, load_deepspeed_config(arguments.deepspeed_config), ranks)
         yield run
         run.watchdog.close()
         run.metrics.close()
@@ -60,39 +57,45 @@ def open_run(arguments: argparse.Namespace) -> Iterator[Run]:
         dist.barrier(ranks.control)
 
 
-def flops_per_image(run: Run, target: torch.Tensor, batch: Any) -> dict[str, float]:
-    """Counted: of the student's forward and backward, on one image on the CPU, and of its target."""
+def flops_per_image(run: Run, target: Tensor, batch: Any) -> Flops:
+    """Counted FLOPs of the student's forward and backward, on one image on the CPU, and of its target."""
     student = build_objective(run.config, run.target.dim)
     draw = student.draw(0, 0, 1)
     images = torch.zeros(1, *batch.images.shape[1:])
-    of_student = counted_flops(lambda: student(images, target[:1].cpu(), draw).loss.backward())
-    return {"student": of_student, "target": counted_flops(lambda: run.target(batch)) / len(batch.index)}
+    of_student = measuring.counted_flops(lambda: student(images, target[:1].cpu(), draw).loss.backward())
+    return {
+        "student": of_student,
+        "target": measuring.counted_flops(lambda: run.target(batch)) / len(batch.index),
+    }
 
 
 class DenseMasks(Dataset):
-    """Of image i, its patches' order and its two dense masks."""
+    """The order of each image's patches and its two dense masks."""
 
-    def __init__(
-        self, masks: Callable[..., tuple[torch.Tensor, ...]], config: Config, num_visible: int
-    ) -> None:
+    def __init__(self, masks: Callable[..., tuple[Tensor, ...]], config: Config, num_visible: int) -> None:
         self.masks, self.config, self.num_visible = masks, config, num_visible
 
     def __len__(self) -> int:
         return 2**40  # no benchmark comes to the end
 
-    def __getitem__(self, i: int) -> tuple[torch.Tensor, ...]:
+    def __getitem__(self, i: int) -> tuple[Tensor, ...]:
         order = torch.from_numpy(permutations(self.config.seed, 0, i, 1, self.config.num_patches))
         return order[0], *(mask[0] for mask in self.masks(order, self.num_visible))
 
 
 def dense_step(run: Run) -> tuple[Callable[[], None], Iterator[Any]]:
-    """A training step as published, raster order and a dense mask an image, never compiled; and the batches of masks it takes,
-    which as many worker processes as the loader has threads make ahead, two each."""
-    engine, device, config = run.engine, run.ranks.device, run.config
+    """A training step as published, and the batches of masks that it takes.
+
+    It has raster order and a dense mask an image, and is never compiled. As many worker
+    processes as the loader has threads make the masks ahead, two each.
+    """
+    device, config = run.ranks.device, run.config
+    engine: Any = run.engine
     module, twin = engine.module, dense_twin(engine.module)
+    masks_of, workers = DenseMasks(twin.masks, config, module.num_visible), config.data.threads
     drawn = iter(DataLoader(
-        DenseMasks(twin.masks, config, module.num_visible), config.train.micro_batch_size, num_workers=config.data.threads,
-        pin_memory=device.type == "cuda", multiprocessing_context="spawn",
+        masks_of, config.train.micro_batch_size, num_workers=workers, pin_memory=device.type == "cuda",
+        multiprocessing_context="spawn",
     ))  # fmt: skip
 
     def step() -> None:
@@ -108,39 +111,45 @@ def dense_step(run: Run) -> tuple[Callable[[], None], Iterator[Any]]:
 
 
 def measure_train(arguments: argparse.Namespace) -> Figures | None:
-    """A training step, its parts alone (what they would take back to back, and how much of it the step hides), and where in
-    the student's modules its time goes."""
-    check_twin(arguments, settings(arguments))
+    """A training step, its parts alone, and where in the student's modules its time goes; on rank 0.
+
+    The parts say what they would take back to back, and how much of it the step hides.
+    """
+    check_twin(arguments, measuring.settings(arguments))
     with open_run(arguments) as run:
         ranks, engine = run.ranks, run.engine
         batch = next(run.loader).to(ranks.device)
         target = run.target(batch)
-        draw = engine.module.draw(0, 0, len(batch.index)).to(ranks.device)
 
         def student() -> None:
-            engine.backward(engine(batch.images, target, draw).loss)
+            engine.backward(engine(batch.images, target, batch.draw).loss)
             engine.step()
 
-        parts = {
-            "data": lambda: next(run.loader).to(ranks.device), "target": lambda: run.target(batch), "student": student,
-            "train": run.train_step,
+        parts: dict[str, Work] = {
+            "data": lambda: next(run.loader).to(ranks.device), "target": lambda: run.target(batch),
+            "student": student, "train": run.train_step,
         }  # fmt: skip
+        masks: Iterator[Any] = iter(())
         if arguments.against == "dense":
             parts["dense"], masks = dense_step(run)
-        seconds: dict[str, list[float]] = {name: [] for name in parts}
+
+        # Take the parts in turns; the first round is a warm-up.
+        seconds: Times = {name: [] for name in parts}
         waits = []
         for repeat in range(arguments.repeats + 1):
             for name, part in parts.items():
                 run.metrics.log(run.step, {})
                 if name == "dense":
-                    draw_batches(masks, 2 * run.config.data.threads)
+                    measuring.draw_batches(masks, 2 * run.config.data.threads)
                 spent = timed(ranks.device, repeatedly, part, arguments.steps)[0] / arguments.steps
-                if repeat:  # the first round is a warm-up
+                if repeat:
                     seconds[name].append(spent)
             waits.append(run.metrics.log(run.step, {})["data_wait_percent"])
+
+        # Compare them with what the chip can do.
         flops = flops_per_image(run, target, batch)
         dtype = torch.bfloat16 if run.identity["engine.bf16"] else torch.float32
-        peak = ceiling(ranks.device, dtype)
+        peak = measuring.ceiling(ranks.device, dtype)
         figures = train_figures(arguments, run, seconds, waits[1:], flops, peak)
         where = train_breakdown(arguments, run, flops["target"], peak)
         if figures is None:
@@ -150,62 +159,59 @@ def measure_train(arguments: argparse.Namespace) -> Figures | None:
 
 
 def train_breakdown(arguments: argparse.Namespace, run: Run, target_flops: float, peak: float) -> Figures:
-    """Of a step's parts one after the other; this rank's. Every rank must call it."""
+    """Where the time of a step goes whose parts follow each other, on this rank. Every rank must call it."""
     device, engine, config = run.ranks.device, run.engine, run.config
+    objective: Any = engine.module
 
     def step(parts: Parts) -> None:
         with parts("data"):
             batch = next(run.loader).to(device)
         with parts("target"):
             target = run.target(batch)
-        loss = engine(batch.images, target, engine.module.draw(0, 0, len(batch.index)).to(device)).loss
+        loss = engine(batch.images, target, batch.draw).loss
         with parts(GRADIENTS):
             engine.backward(loss)
         with parts("optimizer"):
             engine.step()
 
-    flops = {
-        name: arguments.batch_size * count
-        for name, count in ({"target": target_flops} | flops_by_part(config)).items()
-    }
-    return breakdown(
-        engine.module, step, flops, 1e12 * peak, device, arguments.steps, count_bytes=not config.train.compile
-    )
+    flops = {"target": target_flops, **flops_by_part(config)}
+    flops = {name: arguments.batch_size * count for name, count in flops.items()}
+    whole = config.train.compile
+    return breakdown(objective, step, flops, 1e12 * peak, device, arguments.steps, count_bytes=not whole)
 
 
 def train_figures(
-    arguments: argparse.Namespace,
-    run: Run,
-    seconds: dict[str, list[float]],
-    waits: list[float],
-    flops: dict[str, float],
-    peak: float,
+    arguments: argparse.Namespace, run: Run, seconds: Times, waits: list[float], flops: Flops, peak: float
 ) -> Figures | None:
-    """On rank 0, with seconds a step by part; None elsewhere."""
+    """The figures of seconds a step by part, on rank 0; None elsewhere."""
     ranks, config = run.ranks, run.config
-    speed = {name: [arguments.batch_size / each for each in values] for name, values in seconds.items()}
-    flops["train"] = flops["student"] + flops["target"]
-    parts = [target + student for target, student in zip(seconds["target"], seconds["student"], strict=True)]
     if ranks.rank:
         return None
-    figures = circumstances(config, arguments) | {
+    speed = {name: [arguments.batch_size / each for each in values] for name, values in seconds.items()}
+    everywhere = {name: [ranks.world_size * each for each in values] for name, values in speed.items()}
+    flops["train"] = flops["student"] + flops["target"]
+    parts = [target + student for target, student in zip(seconds["target"], seconds["student"], strict=True)]
+    useful = student_costs(config).minimum + flops["target"]
+    attained = {name: [flops[name] * each / 1e12 / peak for each in speed[name]] for name in flops}
+    figures = measuring.circumstances(config, arguments) | {
         "objective": config.objective, "ranks": ranks.world_size,
-        "images_per_second": {name: summary([ranks.world_size * each for each in values]) for name, values in speed.items()},
+        "images_per_second": {name: summary(values) for name, values in everywhere.items()},
         "target_and_student_over_train": ratio(parts, seconds["train"]),
-        **({"dense_over_train": ratio(seconds["dense"], seconds["train"])} if "dense" in seconds else {}),
         "data_wait_percent": summary(waits),
         "gflop_per_image": {name: count / 1e9 for name, count in flops.items()},
         "ceiling_tflops": peak,
-        "mfu": summary([(student_costs(config).minimum + flops["target"]) * each / 1e12 / peak for each in speed["train"]]),
-        "share_of_ceiling": {name: summary([flops[name] * each / 1e12 / peak for each in speed[name]]) for name in flops},
+        "mfu": summary([useful * each / 1e12 / peak for each in speed["train"]]),
+        "share_of_ceiling": {name: summary(values) for name, values in attained.items()},
     }  # fmt: skip
+    if "dense" in seconds:
+        figures["dense_over_train"] = ratio(seconds["dense"], seconds["train"])
     if ranks.device.type == "cuda":
         figures["gpu_memory_gib"] = torch.cuda.max_memory_allocated(ranks.device) / 2**30
     return figures
 
 
 def measure_checkpoint(arguments: argparse.Namespace) -> Figures | None:
-    """What a save costs the training: the same steps with one written meanwhile, and without."""
+    """What a save costs the training: the same steps with one written meanwhile, and without; on rank 0."""
     with open_run(arguments) as run:
         device, steps = run.ranks.device, arguments.steps
 
@@ -223,17 +229,13 @@ def measure_checkpoint(arguments: argparse.Namespace) -> Figures | None:
             "steps": lambda: repeatedly(run.train_step, steps), "steps_with_save": with_save,
         }  # fmt: skip
         run.train_step()
-        found: dict[str, list[float]] = {name: [] for name in parts}
-        for _ in range(arguments.repeats):
-            for name, part in parts.items():
-                found[name].append(timed(device, part)[0])
-        cost = [
-            saving - without for saving, without in zip(found["steps_with_save"], found["steps"], strict=True)
-        ]
+        found, _ = in_turns(device, parts, arguments.repeats)
+        pairs = zip(found["steps_with_save"], found["steps"], strict=True)
+        cost = [saving - without for saving, without in pairs]
         written = sum(path.stat().st_size for path in (run.folder / "checkpoints").rglob("*.*"))
         if run.ranks.rank:
             return None
-        return circumstances(run.config, arguments) | {
+        return measuring.circumstances(run.config, arguments) | {
             "ranks": run.ranks.world_size, "checkpoint_bytes": written,
             "seconds": {name: summary(values) for name, values in found.items()} | {"cost": summary(cost)},
             "percent_of_ten_minutes": summary([each / 6 for each in cost]),
@@ -241,33 +243,25 @@ def measure_checkpoint(arguments: argparse.Namespace) -> Figures | None:
 
 
 def measure_scaling(arguments: argparse.Namespace) -> Figures:
-    """`train` at 1, 2, 4 .. --ranks ranks of this host, in turns, the same micro-batch on each."""
+    """`train` at 1, 2, 4 .. --ranks ranks of this host, in turns, with the same micro-batch on each."""
     numbers = [2**power for power in range(arguments.ranks.bit_length()) if 2**power <= arguments.ranks]
     speeds: dict[int, list[float]] = {number: [] for number in numbers}
     words = sys.argv[sys.argv.index("scaling") + 1 :]
     for own in ("--ranks", "--rounds"):
         if own in words:
             del words[words.index(own) : words.index(own) + 2]
+    torchrun, one = [sys.executable, "-m", "torch.distributed.run", "--standalone"], Figures()
     for _ in range(arguments.rounds):
         for number in numbers:
-            launch = [
-                sys.executable,
-                "-m",
-                "torch.distributed.run",
-                "--standalone",
-                f"--nproc_per_node={number}",
-            ]
-            done = subprocess.run([*launch, sys.argv[0], "train", *words], stdout=subprocess.PIPE, text=True)
+            command = [*torchrun, f"--nproc_per_node={number}", sys.argv[0], "train", *words]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
             if done.returncode:
-                raise ConfigError(
-                    f"`train` at {number} ranks ended with {done.returncode}: its reason is above."
-                )
+                ended = f"`train` at {number} ranks ended with {done.returncode}"
+                raise ConfigError(f"{ended}: its reason is above.")
             one = json.loads(done.stdout.strip().splitlines()[-1])
             speeds[number].append(one["images_per_second"]["train"]["median"])
     kept = ("hardware", "versions", "objective", "dtype", "gflop_per_image")
     return {key: one[key] for key in kept} | {
         "images_per_second": {number: summary(values) for number, values in speeds.items()},
-        "weak_scaling": {
-            number: ratio([v / number for v in values], speeds[1]) for number, values in speeds.items()
-        },
+        "weak_scaling": {n: ratio([v / n for v in values], speeds[1]) for n, values in speeds.items()},
     }

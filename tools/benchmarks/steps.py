@@ -1,8 +1,9 @@
-"""One step of the recipe's objective: where its time goes; MaPeT's, sorted by rank, against as published."""
+"""One step of the recipe's objective: where its time goes, and MaPeT's against MaPeT's as published."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import multiprocessing
 import sys
 from collections.abc import Callable
@@ -13,14 +14,15 @@ from typing import Any
 import psutil
 import torch
 import torch.nn.functional as F
-from benchmarks.measuring import Figures, ceiling, circumstances, device_of, ratio, settings, summary, timed
+from benchmarks import measuring
+from benchmarks.measuring import Figures, Times, circumstances, device_of, in_turns, ratio, summary
 from benchmarks.roofline import Parts, breakdown, flops_by_part, show
-from torch import Tensor, nn
+from torch import Tensor
 
 from mapet_ds.config.sections import REPOSITORY, Config
-from mapet_ds.cost import student, target_dim
 from mapet_ds.errors import ConfigError
 from mapet_ds.methods import build_objective
+from mapet_ds.planning.counting import shape_of_target, student
 
 
 def check_twin(arguments: argparse.Namespace, config: Config) -> None:
@@ -35,55 +37,55 @@ def check_twin(arguments: argparse.Namespace, config: Config) -> None:
         )
 
 
-def dense_twin(model: nn.Module) -> Any:
-    """MaPeT as published, on the weights of a model; the tests' reference too, and no part of the package.
+def dense_twin(model: Any) -> Any:
+    """MaPeT as published, on the weights of a model. It is the tests' reference, and no part of the package.
 
     Raises:
-        ConfigError: a copy without tests.
+        ConfigError: the repository is here without its tests.
     """
     sys.path.insert(0, str(REPOSITORY / "tests"))
     try:
-        from reference import DenseMaPeT
+        reference = importlib.import_module("reference")
     except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"--against dense compares with tests/reference.py, but {REPOSITORY}/tests has none."
-        ) from error
-    return DenseMaPeT(model)
+        tests = f"{REPOSITORY}/tests has none"
+        raise ConfigError(f"--against dense compares with tests/reference.py, but {tests}.") from error
+    return reference.DenseMaPeT(model)
 
 
 class Steps:
-    """Forward and backward of an objective on one batch of noise, and of its dense twin on the same weights."""
+    """Forward and backward of an objective on noise, and of its dense twin with the same weights."""
 
     def __init__(self, config: Config, device: torch.device, dtype: str) -> None:
         self.device, self.dtype, batch = device, dtype, config.train.micro_batch_size
-        self.model = build_objective(config, target_dim(config)).to(device)
+        dim = shape_of_target(config).dim
+        self.model = build_objective(config, dim).to(device)
         generator = torch.Generator().manual_seed(config.seed)
-        images = torch.randn(batch, 3, config.model.img_size, config.model.img_size, generator=generator)
+        side, patches = config.model.img_size, (batch, config.num_patches)
+        images = torch.randn(batch, 3, side, side, generator=generator)
         if config.method.predicts_ids:
-            target = torch.randint(
-                config.tokenizer.vocab_size, (batch, config.num_patches), generator=generator
-            )
+            target = torch.randint(config.tokenizer.vocab_size, patches, generator=generator)
         else:
-            target = F.normalize(
-                torch.randn(batch, config.num_patches, target_dim(config), generator=generator), dim=-1
-            )
+            noise = torch.randn(*patches, dim, generator=generator)
+            target = F.normalize(noise, dim=-1)
         self.draw = self.model.draw(0, 0, batch)
         self.batch = images.to(device), target.to(device), self.draw.to(device)
 
     def add_twin(self) -> None:
+        """Add the dense twin, and the masks of this batch."""
         self.twin = dense_twin(self.model)
         self.ready = self.masks()
 
     def masks(self) -> tuple[Tensor, ...]:
-        """What the twin needs beside the batch."""
-        return tuple(
-            mask.to(self.device) for mask in self.twin.masks(self.draw.order, self.model.num_visible)
-        )
+        """The masks that the twin needs beside the batch, made and moved to the device."""
+        masks = self.twin.masks(self.draw.order, self.model.num_visible)
+        return tuple(mask.to(self.device) for mask in masks)
 
     def step(self) -> float:
+        """The loss after forward and backward."""
         return self._run(lambda: self.model(*self.batch).loss)
 
     def dense(self) -> float:
+        """The twin's loss after forward and backward."""
         images, ids, draw = self.batch
         return self._run(lambda: self.twin(images, ids, draw.order, self.ready))
 
@@ -95,7 +97,7 @@ class Steps:
         return value.item()
 
     def breakdown(self, config: Config, peak: float, repeats: int) -> Figures:
-        """Of a step and AdamW's update."""
+        """Where the time of a step and of AdamW's update goes."""
         optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.0, fused=self.device.type == "cuda")
 
         def step(parts: Parts) -> None:
@@ -103,12 +105,16 @@ class Steps:
             with parts("optimizer"):
                 optimizer.step()
 
-        flops = {name: len(self.batch[0]) * count for name, count in flops_by_part(config).items()}
+        images = len(self.batch[0])
+        flops: dict[str, float] = {name: images * count for name, count in flops_by_part(config).items()}
         return breakdown(self.model, step, flops, peak, self.device, repeats)
 
 
 def peak_memory(name: str, config: Config, device: torch.device, dtype: str, threads: int) -> int:
-    """Bytes that one step needs at its peak over what lies in memory before it. On a CPU: in a process of its own."""
+    """Bytes that one step needs at its peak over what lies in memory before it.
+
+    On a CPU the caller must be a process of its own.
+    """
     torch.set_num_threads(threads)
     steps = Steps(config, device, dtype)
     if name == "dense":
@@ -119,7 +125,8 @@ def peak_memory(name: str, config: Config, device: torch.device, dtype: str, thr
         before = torch.cuda.memory_allocated()
         step()
         return torch.cuda.max_memory_allocated() - before
-    # Not getrusage, whose maximum begins at the parent's. Writing 5 sets VmHWM, the peak, back to what is used now.
+
+    # getrusage's maximum begins at the parent's. Writing 5 sets VmHWM, the peak, back to what is used now.
     Path("/proc/self/clear_refs").write_text("5")
     before = psutil.Process().memory_info().rss
     step()
@@ -128,31 +135,33 @@ def peak_memory(name: str, config: Config, device: torch.device, dtype: str, thr
 
 
 def measure_step(arguments: argparse.Namespace) -> Figures:
+    """One step, and its dense twin's where --against asks for it."""
     device, threads = device_of(arguments.device), arguments.threads
-    config = settings(arguments, f"model.name={arguments.model}", "model.drop_path=0", "train.compile=false")
+    config = measuring.settings(
+        arguments, f"model.name={arguments.model}", "model.drop_path=0", "train.compile=false"
+    )
     check_twin(arguments, config)
     names = ["step"] if arguments.against == "none" else ["step", "dense"]
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as child:
         shared = (config, device, arguments.dtype, threads)
         peaks = {name: child.submit(peak_memory, name, *shared).result() for name in names}
+
+    # Take the times in turns.
     torch.set_num_threads(threads)
     steps = Steps(config, device, arguments.dtype)
     if "dense" in names:
         steps.add_twin()
     losses = {name: getattr(steps, name)() for name in names}
-    works = {
-        name: getattr(steps, name) for name in (names if arguments.against == "none" else [*names, "masks"])
-    }
-    wall, cpu = ({name: [] for name in works} for _ in range(2))
-    for _ in range(arguments.repeats):
-        for name, work in works.items():
-            seconds, cpu_used, _ = timed(device, work)
-            wall[name].append(seconds)
-            cpu[name].append(cpu_used)
-    peak = ceiling(device, torch.bfloat16 if arguments.dtype == "bf16" else torch.float32)
+    timed_names = names if arguments.against == "none" else [*names, "masks"]
+    works = {name: getattr(steps, name) for name in timed_names}
+    wall, cpu = in_turns(device, works, arguments.repeats)
+
+    # Compare them with what the chip can do.
+    peak = measuring.ceiling(device, torch.bfloat16 if arguments.dtype == "bf16" else torch.float32)
     useful = student(config).minimum * arguments.batch_size / 1e12 / peak
     figures = circumstances(config, arguments) | {
-        "objective": config.objective, "vocab_size": config.tokenizer.vocab_size, "ceiling_tflops": peak,
+        "objective": config.objective, "vocab_size": config.tokenizer.vocab_size,
+        "ceiling_tflops": peak,
         "seconds": {name: summary(values) for name, values in wall.items()},
         "cpu_seconds": {name: summary(values) for name, values in cpu.items()},
         "mfu": summary([useful / each for each in wall["step"]]),
@@ -165,10 +174,8 @@ def measure_step(arguments: argparse.Namespace) -> Figures:
     return figures
 
 
-def compare(
-    wall: dict[str, list[float]], cpu: dict[str, list[float]], peaks: Figures, losses: Figures
-) -> Figures:
-    """MaPeT's dense twin over the step as it is."""
+def compare(wall: Times, cpu: Times, peaks: Figures, losses: Figures) -> Figures:
+    """Ratios of MaPeT's dense twin over the step as it is."""
     whole = [step + mask for step, mask in zip(wall["dense"], wall["masks"])]
     return {
         "dense_over_step": ratio(wall["dense"], wall["step"]),
