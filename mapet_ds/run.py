@@ -78,7 +78,8 @@ class Run:
         ranks: Ranks,
     ) -> None:  # fmt: skip
         check_engine_config(engine_config)
-        self.config, self.ranks, self.folder = config, ranks, Path(config.run_dir)
+        self.ranks, self.folder = ranks, Path(config.run_dir)
+        self.config: Any = config  # what the task takes
         self._open_folder()
         self.stop = StopRequest(self.folder, ranks)
         if config.train.deterministic:  # cuBLAS is deterministic only with this

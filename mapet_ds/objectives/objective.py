@@ -46,12 +46,12 @@ class Objective(nn.Module):
     def patch_predictions(self, images: Tensor, target: Tensor, draw: Draw) -> dict[str, Tensor]:
         """Each patch's prediction held against its target: [B, L] by name, in raster order. See forward.
 
-        Of token ids: `prediction`, the likeliest id, long, -1 where nothing is predicted; `hit` and `top5`, bool,
-        whether the target is the likeliest id or among the five likeliest. Of vectors: `distance`, float,
-        1 - cosine of prediction and target, NaN where nothing is predicted.
+        Of token ids: `prediction`, long, the likeliest id, -1 where nothing is predicted; `hit` and `top5`,
+        bool, whether the target is the likeliest id or among the five likeliest. Of vectors: `distance`,
+        float, 1 - cosine of prediction and target, NaN where nothing is predicted.
 
-        The module `head` must make the predictions, for equally many patches in each image: the hidden ones by
-        rank or in raster order, after visible ones where an image hides fewer.
+        The module `head` must make the predictions, for equally many patches in each image: the hidden ones
+        by rank or in raster order, after visible ones where an image hides fewer.
         """
         assert draw.mask is not None
         outputs: list[Tensor] = []

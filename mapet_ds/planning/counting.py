@@ -148,7 +148,7 @@ def _countable(config: Config) -> tuple[Config, int, int]:
 @contextlib.contextmanager
 def _movable_modules(mode: FakeTensorMode) -> Iterator[None]:
     """Let modules be moved that are built here: torch refuses it while the mode remembers a parameter."""
-    converter = mode.fake_tensor_converter
+    converter: Any = mode.fake_tensor_converter
     converter.set_tensor_memo = lambda tensor, fake: None
     try:
         yield
@@ -208,9 +208,11 @@ def _count_student(config: Config, few: int, many: int, size: int, goal: Shape) 
 
 def _without_values(config: Config, dim: int, size: int) -> Objective:
     """The objective with shapes for parameters and real tables."""
-    handle = register_module_parameter_registration_hook(
-        lambda module, name, parameter: nn.Parameter(parameter.to("meta"), parameter.requires_grad)
-    )
+
+    def without_values(module: nn.Module, name: str, parameter: nn.Parameter) -> Any:
+        return nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+
+    handle = register_module_parameter_registration_hook(without_values)
     try:
         with unset_fake_temporarily():
             model = build_objective(config, dim).to(DTYPES[size])

@@ -125,7 +125,8 @@ def _resize(model: VisionTransformer, config: Config) -> list[str]:
     old_size, old_patch = was.img_size[0], was.patch_size[0]
     if (old_size, old_patch) == (size, patch):
         return []
-    model.set_input_size(size, patch)
+    resized: Any = model  # timm takes a number, too
+    resized.set_input_size(size, patch)
     return [f"resampled from {old_size} px in patches of {old_patch} to {size} px in patches of {patch}"]
 
 

@@ -85,7 +85,7 @@ class Images(Dataset):
     def __getitem__(self, i: int) -> list[Tensor]:
         with Image.open(self.paths[i]) as file:
             image: Any = file.convert("RGB")
-        crop = RandomResizedCrop.get_params(image, self.data.crop_scale, self.data.crop_ratio)
+        crop = RandomResizedCrop.get_params(image, list(self.data.crop_scale), list(self.data.crop_ratio))
         image = F.crop(image, *crop)
         if torch.rand(1) < self.data.flip:
             image = F.hflip(image)
