@@ -290,11 +290,9 @@ def predict(request: Request) -> dict[str, Any]:
     steps = total_steps(config, request.images)
     peak = 1e12 * (cluster.gpu.bf16_tflops if request.size == 2 else cluster.gpu.fp32_tflops)
 
-    # what a step waits for beyond all work on the GPU binds, however short the rest of the wait
-    binds = next(
-        (name for name in ("input", "launch") if seconds[name] > 0),
-        max(seconds, key=lambda name: seconds[name]),
-    )
+    # What a step waits for beyond all work on the GPU binds, however short the rest of the wait.
+    waits = [name for name in ("input", "launch") if seconds[name] > 0]
+    binds = waits[0] if waits else max(seconds, key=lambda name: seconds[name])
     return {
         "gpus": cluster.ranks,
         "parameters": model.parameters,
