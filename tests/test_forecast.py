@@ -1,4 +1,4 @@
-"""mapet_ds/planning/forecast.py: what DeepSpeed keeps and sends, by real engines on two ranks; a cluster's sums."""
+"""mapet_ds/planning/forecast.py: what DeepSpeed keeps and sends, by real engines; a cluster's sums."""
 
 import json
 import sys
@@ -55,7 +55,8 @@ for path in sys.argv[2:]:
     engine_config = load_deepspeed_config(path)
     engine_config["zero_optimization"]["reduce_bucket_size"] = BUCKET
     engine = build_engine(
-        objective, parameter_groups(objective, 0.05), config, engine_config, ranks.world_size, torch.device("cpu")
+        objective, parameter_groups(objective, 0.05), config, engine_config, ranks.world_size,
+        torch.device("cpu")
     )
     dtype, _ = engine.get_data_types()
     ids, noted = torch.zeros(2, config.num_patches, dtype=torch.long), []
@@ -63,7 +64,9 @@ for path in sys.argv[2:]:
         before = Counter(sent)
         loss = engine(torch.ones(2, 3, 64, 64, dtype=dtype), ids, engine.module.draw(0, 0, 2)).loss
         engine.backward(loss)
-        kept = sum(size for key, size in live(objective).items() if key not in others) if micro_step == 2 else None
+        kept = None
+        if micro_step == 2:
+            kept = sum(size for key, size in live(objective).items() if key not in others)
         middle = Counter(sent)
         engine.step()
         noted.append([kept, dict(middle - before), dict(sent - middle)])
@@ -80,7 +83,8 @@ def measured(tmp_path_factory):
     folder = tmp_path_factory.mktemp("engines")
     recipe = {
         "model": {
-            "name": "vit_tiny_patch16_224", "img_size": 64, "args": {"depth": 2, "embed_dim": 384, "num_heads": 6},
+            "name": "vit_tiny_patch16_224", "img_size": 64,
+            "args": {"depth": 2, "embed_dim": 384, "num_heads": 6},
         },
         "teacher": {"img_size": 128},
         "tokenizer": {"vocab_size": 64},
@@ -107,7 +111,7 @@ def costs(name, parameters, ranks=2):
 
 @pytest.mark.parametrize("name", ENGINES)
 def test_what_a_rank_keeps(measured, name):
-    """After the backward pass of a micro-step in the middle, when stage 3 has let go of the weights it gathered."""
+    """After the backward pass of a middle micro-step, when stage 3 has let go of the weights it gathered."""
     parameters, facts = measured
     engine, size = costs(name, parameters), 4 if name.endswith("_cpu") else 2
     kept = engine.weights + engine.optimizer + engine.gradients
