@@ -125,8 +125,7 @@ def _resize(model: VisionTransformer, config: Config) -> list[str]:
     old_size, old_patch = was.img_size[0], was.patch_size[0]
     if (old_size, old_patch) == (size, patch):
         return []
-    resized: Any = model  # timm takes a number, too
-    resized.set_input_size(size, patch)
+    model.set_input_size((size, size), (patch, patch))
     return [f"resampled from {old_size} px in patches of {old_patch} to {size} px in patches of {patch}"]
 
 
