@@ -127,7 +127,7 @@ def timm_weights(path: Path, model: nn.Module, source: str) -> dict[str, Tensor]
 
 
 def shapes_only() -> bool:
-    """Whether tensors made now have shapes but no values, as where costs are counted: no file is read then."""
+    """Whether tensors made now have shapes but no values: costs are being counted, and no file is read."""
     return isinstance(torch.empty(0), FakeTensor)
 
 
