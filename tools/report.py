@@ -6,27 +6,17 @@ shows is in mapet_ds/results/report/page.py.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 from mapet_ds.errors import DataError
 from mapet_ds.results.report.history import read_record
 from mapet_ds.results.report.page import Sizes, render
-
-
-def positive(text: str) -> int:
-    """A whole number of at least 1, as a type for argparse."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
-    return value
+from mapet_ds.terminal import answer, number, option_parser
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = option_parser(__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the folder that a run writes to")
     parser.add_argument("--out", required=True, type=Path, metavar="HTML", help="the page to write")
     sizes = {
@@ -36,7 +26,7 @@ def main() -> int:
     }
     for name, (default, text) in sizes.items():
         shown = f"{text} (default {default})"
-        parser.add_argument(f"--{name}", type=positive, default=default, metavar="N", help=shown)
+        parser.add_argument(f"--{name}", type=number(int, 1), default=default, metavar="N", help=shown)
     arguments = parser.parse_args()
     out = arguments.out
     try:
