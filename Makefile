@@ -1,6 +1,6 @@
 # make demo   set up .venv, then pre-train MaPeT (OBJECTIVE=beit, ...) on a small rendered data set, on any machine
 # make test   set up .venv, then run the whole test suite
-# make quick  set up .venv, then run the tests that a change in thought wants: under two minutes on two cores
+# make quick  set up .venv, then run the fast tests: under two minutes on two cores
 # make lint   set up .venv, then run ruff and pyright
 # make drill  set up .venv, then let faults happen for forty minutes or so: docs/reliability.md
 # make clean  remove .venv and the demo's run
@@ -15,7 +15,7 @@ demo: objective .venv/installed
 	.venv/bin/python tools/demo.py $(RUN) $(OBJECTIVE)
 
 objective:
-	@test -f mapet_ds/objectives/$(OBJECTIVE).py || { echo "OBJECTIVE=$(OBJECTIVE) is none of mapet beit mvp saim conmim."; exit 2; }
+	@test -f mapet_ds/objectives/$(OBJECTIVE).py || { echo "OBJECTIVE=$(OBJECTIVE) has no file in mapet_ds/objectives."; exit 2; }
 
 test: .venv/dev
 	$(PYTEST)

@@ -9,7 +9,7 @@ from __future__ import annotations
 class UserError(Exception):
     """An error whose message names the mistake, the value, its source and what to do."""
 
-    said = False
+    printed_elsewhere = False
     """Whether another rank prints the same message."""
 
 

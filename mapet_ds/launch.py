@@ -56,7 +56,7 @@ class Ranks(NamedTuple):
                 outcome = [error]
         dist.broadcast_object_list(outcome, src=0, group=self.control)
         if isinstance(outcome[0], UserError):
-            outcome[0].said = self.rank != 0
+            outcome[0].printed_elsewhere = self.rank != 0
             raise outcome[0]
         return outcome[0]
 

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor
 
 from mapet_ds.config.sections import RunConfig, flatten, total_steps
 from mapet_ds.data.quarantine import Quarantine
 from mapet_ds.errors import ConfigError, RunError, UserError
+from mapet_ds.files import write_whole
 from mapet_ds.launch import Ranks, StopRequest, claim, init_distributed
 from mapet_ds.objectives.objective import Loss
 from mapet_ds.targets.target import begin
@@ -49,7 +49,7 @@ BEGAN = "init_from.sha256"
 
 
 def run(build_task: Callable[[Any, Ranks], Task], config: RunConfig, engine_config: dict[str, Any]) -> int:
-    """Train a task with checked settings; gives the exit code. Every rank must call it.
+    """Trains a task with checked settings; gives the exit code. Every rank must call it.
 
     0: the run is at its end or was asked to stop. 2: standard error has a sentence that the user can act on.
     """
@@ -57,7 +57,7 @@ def run(build_task: Callable[[Any, Ranks], Task], config: RunConfig, engine_conf
         ranks = init_distributed(config.train.hang_seconds)
         Run(build_task, config, engine_config, ranks).train()
     except UserError as error:
-        if not error.said:
+        if not error.printed_elsewhere:
             print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         return 2
     return 0
@@ -118,7 +118,7 @@ class Run:
         self.watchdog = Watchdog(config.train.hang_seconds, ranks)
 
     def _open_folder(self) -> None:
-        """Make the run's folder, and lock it for as long as this run lives."""
+        """Makes the run's folder, and locks it for as long as this run lives."""
 
         def claimed() -> None:
             try:
@@ -153,7 +153,7 @@ class Run:
             print(f"{reason}: the student is not compiled.", flush=True)
 
     def _resume(self, newest: checkpoint.Checkpoint | None) -> None:
-        """Continue from a checkpoint, if there is one. Every rank must call it, and loads it."""
+        """Continues from a checkpoint, if there is one. Every rank must call it, and loads it."""
         if newest is None:
             return
         checkpoint.check_identity(newest, self.identity, flatten(type(self.config)().to_dict()))
@@ -168,14 +168,14 @@ class Run:
             print(f"{beginning} {self.folder} at step {self.step} of {self.total_steps}.", flush=True)
 
     def _open_at_step(self) -> None:
-        """Open the loader, the targets, the metrics and the usual loss at the present step."""
+        """Opens the loader, the targets, the metrics and the usual loss at the present step."""
         self.loader = self.task.loader(self.step, self.quarantine.known)
         self.taught = self._teach()
         self.metrics = Metrics(self.config, self.ranks, self.total_steps, self.steps_per_epoch, self.step)
         self.spikes.recall(self.step)
 
     def train(self) -> None:
-        """Train to the last step, or until asked to stop; save either way. Every rank must call it.
+        """Trains to the last step, or until asked to stop; saves either way. Every rank must call it.
 
         Raises:
             RunError: the loss, the gradients or the disk don't let the run go on.
@@ -196,7 +196,7 @@ class Run:
         self._finish()
 
     def _finish(self) -> None:
-        """Save the last step if it isn't yet, close everything, and print how the run ended."""
+        """Saves the last step if it isn't yet, closes everything, and prints how the run ended."""
         self.settle()
         if self.saved != self.step:
             self.save()
@@ -214,7 +214,7 @@ class Run:
             print(f"{end}: the same command continues {self.folder}.", flush=True)
             return
         next_step = self.task.hand_over(self.total_steps)
-        (self.folder / "DONE").write_text(f"{self.step} steps\n")
+        write_whole(self.folder / "DONE", f"{self.step} steps\n")
         print(f"Done: {self.step} steps in {self.folder}. {next_step}", flush=True)
 
     def _teach(self) -> Iterator[tuple[Any, Tensor | None]]:
@@ -239,7 +239,7 @@ class Run:
                     yield batch, take()
 
     def train_step(self) -> None:
-        """Make one update: accumulate over micro-batches, clip, AdamW. Every rank must call it.
+        """Makes one update: accumulate over micro-batches, clip, AdamW. Every rank must call it.
 
         A step with a non-finite gradient changes nothing.
         """
@@ -271,7 +271,7 @@ class Run:
         self.step += 1
 
     def _skip(self) -> None:
-        """Note this step, which DeepSpeed left out because its gradient was not finite.
+        """Notes this step, which DeepSpeed left out because its gradient was not finite.
 
         Raises:
             RunError: more such steps in a row than train.max_skipped_steps.
@@ -305,7 +305,7 @@ class Run:
         return {**figures, "val_seconds": seconds}
 
     def log(self, figures: dict[str, float]) -> dict[str, Any]:
-        """Write a line of metrics with these figures in it; gives the line. Every rank must call it.
+        """Writes a line of metrics with these figures in it; gives the line. Every rank must call it.
 
         The host waits for the GPU.
         """
@@ -317,7 +317,7 @@ class Run:
         return self.metrics.log(self.step, {**figures, "quarantined": len(self.quarantine.known)})
 
     def roll_back(self, jump: Rollback) -> None:
-        """Go back to the newest checkpoint from before the steps to pass over. Every rank must call it.
+        """Goes back to the newest checkpoint from before the steps to pass over. Every rank must call it.
 
         Raises:
             RunError: there is none yet.
@@ -343,7 +343,7 @@ class Run:
         self._open_at_step()
 
     def save(self) -> None:
-        """Have a checkpoint of this step written while training goes on. Every rank must call it.
+        """Has a checkpoint of this step written while training goes on. Every rank must call it.
 
         The host waits for the GPU, and for the checkpoint before. A full disk does not stop the run: standard
         error names it, `saved` stays behind, and the next save tries again.
@@ -366,7 +366,7 @@ class Run:
         self.watchdog.doing("going on while a checkpoint is written")
 
     def _write(self, state: dict[str, Any], files: dict[str, dict[str, Tensor]]) -> int:
-        """Try to write a checkpoint; gives the step of the newest one of this run."""
+        """Tries to write a checkpoint; gives the step of the newest one of this run."""
         try:
             checkpoint.save(self.folder, state, files, self.config.checkpoint.keep)
         except (OSError, SafetensorError) as error:
@@ -376,12 +376,11 @@ class Run:
         return state["step"]
 
     def settle(self) -> None:
-        """Wait until the checkpoint that is being written is on disk or has failed. Every rank must call it.
+        """Waits until the checkpoint that is being written is on disk or has failed. Every rank must call it.
 
         Afterwards `saved` is the step of the newest checkpoint.
         """
         self.watchdog.doing(SAVING if self.ranks.rank == 0 else "waiting for rank 0 to save")
-        saved = torch.tensor(self.writing.result() if self.writing else self.saved)
-        dist.broadcast(saved, src=0, group=self.ranks.control)
-        self.saved, self.writing = int(saved), None
+        self.saved = self.ranks.from_first(lambda: self.writing.result() if self.writing else self.saved)
+        self.writing = None
         self.watchdog.doing("going on after a checkpoint")

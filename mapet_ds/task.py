@@ -33,7 +33,7 @@ class BatchLoader(Protocol):
         ...
 
     def close(self) -> None:
-        """End the workers."""
+        """Ends the workers."""
 
 
 class Task(Protocol):
@@ -55,7 +55,7 @@ class Task(Protocol):
         ...
 
     def begin(self) -> str | None:
-        """Put the weights that a new run begins from into objective and target.
+        """Puts the weights that a new run begins from into objective and target.
 
         Gives the sha256 of their file; None where the weights stay as they are.
         """
@@ -78,7 +78,7 @@ class Task(Protocol):
         """
 
     def hand_over(self, last_step: int) -> str:
-        """Write what comes of a run whose steps are all done and saved; gives a sentence about it."""
+        """Writes what comes of a run whose steps are all done and saved; gives a sentence about it."""
         ...
 
 

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from mapet_ds.errors import UserError
+from mapet_ds.errors import ConfigError, UserError
 
 
 def option_parser(description: str | None) -> argparse.ArgumentParser:
@@ -59,7 +60,7 @@ def answer(work: Callable[[], int | None], writes: Path | None = None) -> int:
         return work() or 0
     except UserError as error:
         message = str(error)
-        if error.said:
+        if error.printed_elsewhere:
             return 2
     except OSError as error:
         if writes is None:
@@ -69,8 +70,13 @@ def answer(work: Callable[[], int | None], writes: Path | None = None) -> int:
     return 2
 
 
+def refuse(parser: argparse.ArgumentParser, error: ConfigError) -> NoReturn:
+    """Ends the program with code 2 and the sentence, which one rank of each host prints."""
+    parser.exit(2, f"{error}\n" if os.environ.get("LOCAL_RANK", "0") == "0" else None)
+
+
 def loading(folder: Path) -> str:
-    """What tells the user how to load a timm model of a folder."""
+    """The lines that show how to load a timm model of a folder."""
     return f"""Load it with:
   import timm
   model = timm.create_model("local-dir:{folder.resolve()}", pretrained=True)

@@ -126,7 +126,7 @@ class StreamBlock(Block):
 
 
 def compile_blocks(module: nn.Module) -> None:
-    """Set torch.compile to compile each block of a module's ViTs at its first call."""
+    """Sets torch.compile to compile each block of a module's ViTs at its first call."""
     for block in module.modules():
         if isinstance(block, Block):
             block.compile()

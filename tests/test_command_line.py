@@ -47,7 +47,7 @@ def test_what_a_knob_may_be_is_said_in_words():
     assert "optim.lr = 0.0015   (number > 0)\n    Learning rate" in text
     assert "train.spike_factor = 1.5   (number > 1 or null)" in text
     assert 'resume = "auto"   (auto | never)' in text
-    assert "optim.betas = [0.9, 0.999]   (2 of: number >= 0, <= 1)" in text
+    assert "optim.betas = [0.9, 0.999]   (2 values, each: number >= 0, <= 1)" in text
     text = "Passes over the data set; the number of steps is rounded up."
     epochs = f"train.epochs = 300.0   (number > 0)\n    {text}"
     assert describe(Config, "train.epochs") == epochs

@@ -13,7 +13,7 @@ from mapet_ds.config.sections import REPOSITORY
 from mapet_ds.errors import ConfigError
 from mapet_ds.methods import METHODS, build_objective
 from mapet_ds.planning import counting
-from mapet_ds.planning.counting import Line, allows, modules, shape_of_target, student, target
+from mapet_ds.planning.counting import Line, modules, shape_of_target, student, target
 from mapet_ds.planning.tally import Tally
 
 PLAIN = "model.layer_scale=null"
@@ -216,7 +216,7 @@ def test_memory_is_a_line_through_what_two_batches_take():
     assert whole == Line(pytest.approx(whole(2) - 2 * whole.each), pytest.approx(whole(2) - whole(1)))
     group = little("conmim_vitb16", "conmim.bn_group=8")
     assert counting._countable(group)[1:] == (8, 128)
-    assert allows(group, 16) and not allows(group, 12)
+    assert group.allows(16) and not group.allows(12)
 
 
 @pytest.mark.parametrize(

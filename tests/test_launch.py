@@ -211,7 +211,7 @@ assert ranks.first_then_all(lambda: ranks.rank) == ranks.rank
 try:
     ranks.from_first(refuse)
 except DataError as error:
-    print(f"rank {ranks.rank}: {error}, said by another: {error.said}", flush=True)
+    print(f"rank {ranks.rank}: {error}, said by another: {error.printed_elsewhere}", flush=True)
 dist.barrier()
 dist.destroy_process_group()
 """

@@ -100,7 +100,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def measure(arguments: argparse.Namespace) -> None:
-    """Print the figures of a benchmark; ranks other than the first have none."""
+    """Prints the figures of a benchmark; ranks other than the first have none."""
     try:
         figures = arguments.measure(arguments)
     except OSError as error:

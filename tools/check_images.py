@@ -43,7 +43,7 @@ def unreadable(index: Index, decode: bool, indices: range) -> list[tuple[str, st
 
 
 def check_all(index: Index, decode: bool, jobs: int) -> int:
-    """Print the unreadable images in the order of the index; gives their number."""
+    """Prints the unreadable images in the order of the index; gives their number."""
     chunks = [range(start, min(start + CHUNK, len(index))) for start in range(0, len(index), CHUNK)]
     total, check = 0, functools.partial(unreadable, index, decode)
     with (
@@ -59,7 +59,7 @@ def check_all(index: Index, decode: bool, jobs: int) -> int:
 
 
 def check_folder(arguments: argparse.Namespace) -> int:
-    """Check the images of a folder or of shards; gives 1 where some are unreadable, else 0."""
+    """Checks the images of a folder or of shards; gives 1 where some are unreadable, else 0."""
     assert isinstance(sys.stdout, io.TextIOWrapper)
     sys.stdout.reconfigure(errors="surrogateescape")  # names of files are bytes
     with tempfile.TemporaryDirectory() as cache:

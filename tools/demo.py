@@ -65,7 +65,7 @@ def free_port() -> int:
 
 
 def pretrain(objective: str, run_dir: Path, data: Path, codebook: Path) -> None:
-    """Render the data, train the teacher, fit the codebook where the objective has one, and pre-train."""
+    """Renders the data, trains the teacher, fits the codebook if there is one, and pre-trains."""
     python = sys.executable
     settings = [f"data.train={data}/train", f"teacher.name=local-dir:{data}/teacher"]
     settings += [f"tokenizer.path={codebook}", f"run_dir={run_dir}", f"objective={objective}"]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mapet_ds.errors import ConfigError, DataError
+from mapet_ds.files import write_whole
 from mapet_ds.terminal import answer, number
 
 if TYPE_CHECKING:
@@ -91,7 +92,9 @@ def extract(arguments: argparse.Namespace) -> tuple[list[Any], dict[str, Any]]:
             arrays += features(model, batches, device, arguments.pool)
         except DataError as error:
             # From a loader's worker the sentence comes as the last line of a traceback.
-            sentence = str(error).splitlines()[-1].removeprefix("mapet_ds.errors.DataError: ")
+            sentence = (
+                str(error).splitlines()[-1].removeprefix(f"{DataError.__module__}.{DataError.__qualname__}: ")
+            )
             raise DataError(sentence) from error
     basis = {"train_images": len(train), "val_images": len(val), "classes": len(train.classes)}
     basis |= {"model": str(arguments.model or f"teacher of {arguments.teacher}")}
@@ -220,7 +223,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
-    """Print the figures that the command asks for, and write them to --out."""
+    """Prints the figures that the command asks for, and writes them to --out."""
     arguments.device = device_of(arguments.device)
     arrays, basis = extract(arguments)
     sentences, figures = arguments.evaluate(arguments, arrays)
@@ -231,7 +234,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     print(json.dumps(figures) if arguments.json else "\n".join(f"{line} {about}" for line in sentences))
     if arguments.out:
         try:
-            arguments.out.write_text(json.dumps(figures, indent=1) + "\n")
+            write_whole(arguments.out, json.dumps(figures, indent=1) + "\n")
         except OSError as error:
             raise DataError(f"--out {arguments.out} can't be written: {error}.") from error
 

@@ -91,7 +91,7 @@ def differences(path: Path, graph: Graph, size: int, fp16: bool) -> dict[str, fl
 
 
 def export_onnx(folder: Path, out: Path, fp16: bool) -> dict[str, float]:
-    """Write the graph; gives its differences to PyTorch's, by output.
+    """Writes the graph; gives its differences to PyTorch's, by output.
 
     Raises:
         ConfigError: no model there, one that can't become a graph, or a graph that computes something else
@@ -120,7 +120,7 @@ def export_onnx(folder: Path, out: Path, fp16: bool) -> dict[str, float]:
 
 
 def export(arguments: argparse.Namespace) -> None:
-    """Write the graph, and say how near its outputs are."""
+    """Writes the graph, and says how near its outputs are."""
     found = export_onnx(arguments.folder, arguments.out, arguments.fp16)
     kind = "relative" if arguments.fp16 else "largest"
     print(f"{arguments.out}: {kind} difference of onnxruntime's outputs to PyTorch's in fp32:")

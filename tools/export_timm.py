@@ -29,7 +29,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def export(arguments: argparse.Namespace) -> None:
-    """Write the model, say how to load it, and push it where that is asked for."""
+    """Writes the model, says how to load it, and pushes it where that is asked for."""
     from mapet_ds.results.card import check_hub, push_to_hub
     from mapet_ds.results.export import export_timm
 

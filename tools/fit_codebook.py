@@ -18,12 +18,11 @@ from mapet_ds.config.rules import check_inputs
 from mapet_ds.config.sections import Config, TokenizerConfig
 from mapet_ds.errors import ConfigError
 from mapet_ds.launchers import ancestors, check_hostfile
-from mapet_ds.terminal import answer, recipe_parser
-from mapet_ds.training.command_line import refuse
+from mapet_ds.terminal import answer, recipe_parser, refuse
 
 
 def check_output(tokenizer: TokenizerConfig, overwrite: bool) -> None:
-    """Refuse a tokenizer without a codebook, and a tokenizer.path that can't become one.
+    """Refuses a tokenizer without a codebook, and a tokenizer.path that can't become one.
 
     Raises:
         ConfigError: naming what to change.
@@ -61,7 +60,7 @@ def parse(argv: list[str]) -> Config:
 
 
 def fit_codebook(config: Config) -> None:
-    """Fit the codebook. Every rank calls it; rank 0 writes tokenizer.path and prints what became of it."""
+    """Fits the codebook. Every rank calls it; rank 0 writes tokenizer.path and prints what became of it."""
     import torch.distributed as dist
 
     from mapet_ds.data.index import open_index

@@ -28,7 +28,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def write(arguments: argparse.Namespace) -> None:
-    """Write the model, and say what it is, what was left out and how to load it."""
+    """Writes the model, and says what it is, what was left out and how to load it."""
     path, scale = arguments.checkpoint, arguments.layer_scale
     model = import_weights(arguments.method, path, arguments.out, scale, arguments.ema)
     classes = f"{model.num_classes} classes" if model.num_classes else "no classifier"

@@ -90,7 +90,7 @@ def render(rng: np.random.Generator, pattern: str) -> tuple[Image.Image, str]:
 
 
 def write_images(folder: Path, images: int, seed: int) -> dict[Path, str]:
-    """Render the set into folder/<pattern>/, the classes in turn; gives the captions by path."""
+    """Renders the set into folder/<pattern>/, the classes in turn; gives the captions by path."""
     rng = np.random.default_rng(seed)
     captions = {}
     for i in range(images):
@@ -176,7 +176,7 @@ def zero_shot_accuracy(model: open_clip.CLIP, views: Tensor, captions: list[str]
 
 
 def save_teacher(model: torch.nn.Module, folder: Path) -> None:
-    """Write a folder that open_clip loads by the name local-dir:FOLDER."""
+    """Writes a folder that open_clip loads by the name local-dir:FOLDER."""
     folder.mkdir(exist_ok=True)
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     save_file(weights, folder / "open_clip_model.safetensors")
@@ -185,7 +185,7 @@ def save_teacher(model: torch.nn.Module, folder: Path) -> None:
 
 
 def make(out: Path, images: Path | None) -> None:
-    """Write captions and teacher, and the images unless some are given.
+    """Writes captions and teacher, and the images unless some are given.
 
     Raises:
         DataError: no labelled images there, or one that can't be read.
@@ -216,7 +216,7 @@ def make(out: Path, images: Path | None) -> None:
 
 
 def make_once(arguments: argparse.Namespace) -> None:
-    """Write the demo set, unless the folder holds it already.
+    """Writes the demo set, unless the folder holds it already.
 
     Raises:
         DataError: the folder holds something else, or see `make`.

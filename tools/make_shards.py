@@ -41,7 +41,7 @@ def members(index: Index, i: int) -> Iterator[tuple[str, bytes]]:
 
 
 def write_shards(index: Index, order: SampleOrder, folder: Path, max_bytes: int, max_images: int) -> int:
-    """Fill `folder` with shards of at most so many bytes of images, but one image; gives their number."""
+    """Fills `folder` with shards of at most so many bytes of images, but one image; gives their number."""
     shards = size = images = 0
     with contextlib.ExitStack() as stack:
         shard = None
@@ -63,7 +63,7 @@ def write_shards(index: Index, order: SampleOrder, folder: Path, max_bytes: int,
 
 
 def make_shards(arguments: argparse.Namespace) -> None:
-    """Write the shards beside the new folder, then give them its name.
+    """Writes the shards beside the new folder, then gives them its name.
 
     Raises:
         DataError: the folder holds something already or lies in the source; an image can't be read.

@@ -50,7 +50,7 @@ def parse(argv: list[str]) -> Any:
 
 
 def plan(arguments: Any) -> None:
-    """Print the plan of a recipe.
+    """Prints the plan of a recipe.
 
     Raises:
         ConfigError: settings, files or sizes that the user can correct.

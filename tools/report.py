@@ -8,11 +8,29 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 from mapet_ds.errors import DataError
+from mapet_ds.files import whole_file
 from mapet_ds.results.report.history import read_record
 from mapet_ds.results.report.page import Sizes, render
 from mapet_ds.terminal import answer, number, option_parser
+
+
+def write(arguments: Any) -> None:
+    """Writes the page.
+
+    Raises:
+        DataError: no run, or --out can't be a file.
+    """
+    out = arguments.out
+    records = [read_record(folder) for folder in arguments.runs]
+    if not out.parent.is_dir() or out.is_dir():
+        raise DataError(f"--out {out} can't be written: name a file in a folder that is there.")
+    page = render(records, Sizes(*(getattr(arguments, name) for name in Sizes._fields)))
+    with whole_file(out) as beside:
+        beside.write_text(page, encoding="utf-8", errors="backslashreplace")
+    print(f"{out}: {len(page) / 2**20:.1f} MiB, {len(records)} run{'s' * (len(records) > 1)}.")
 
 
 def main() -> int:
@@ -28,18 +46,7 @@ def main() -> int:
         shown = f"{text} (default {default})"
         parser.add_argument(f"--{name}", type=number(int, 1), default=default, metavar="N", help=shown)
     arguments = parser.parse_args()
-    out = arguments.out
-    try:
-        records = [read_record(folder) for folder in arguments.runs]
-        if not out.parent.is_dir() or out.is_dir():
-            raise DataError(f"--out {out} can't be written: name a file in a folder that is there.")
-        page = render(records, Sizes(*(getattr(arguments, name) for name in Sizes._fields)))
-        out.write_text(page, encoding="utf-8", errors="backslashreplace")
-    except (DataError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    print(f"{out}: {len(page) / 2**20:.1f} MiB, {len(records)} run{'s' * (len(records) > 1)}.")
-    return 0
+    return answer(lambda: write(arguments), writes=arguments.out)
 
 
 if __name__ == "__main__":

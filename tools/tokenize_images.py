@@ -26,8 +26,8 @@ from mapet_ds.config.sections import Config
 from mapet_ds.data.stored_ids import NO_ID, IdsWriter, StoredIds, check_storable, settings_of
 from mapet_ds.errors import ConfigError, DataError
 from mapet_ds.launchers import ancestors, check_hostfile
-from mapet_ds.terminal import answer, recipe_parser
-from mapet_ds.training.command_line import check_tokenizer_file, refuse
+from mapet_ds.terminal import answer, recipe_parser, refuse
+from mapet_ds.training.command_line import check_tokenizer_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,7 +41,7 @@ NUMERIC = ("teacher.precision",)
 
 
 def check(config: Config, images: int) -> None:
-    """Refuse settings whose ids can't be written, or compared where `images` is not 0.
+    """Refuses settings whose ids can't be written, or compared where `images` is not 0.
 
     Raises:
         ConfigError: naming what to change.
@@ -134,7 +134,7 @@ def tokenize(
 
 
 def write(config: Config, ranks: Ranks) -> None:
-    """Write the folder tokenizer.ids. Every rank must call it.
+    """Writes the folder tokenizer.ids. Every rank must call it.
 
     Raises:
         UserError: what the user can correct.
@@ -178,7 +178,7 @@ def write(config: Config, ranks: Ranks) -> None:
 
 
 def add(writer: IdsWriter, rows: Rows, config: Config, index: Index) -> None:
-    """Write a micro-batch.
+    """Writes a micro-batch.
 
     Raises:
         DataError: the storage fails, or too many images are unreadable.
@@ -198,7 +198,7 @@ def add(writer: IdsWriter, rows: Rows, config: Config, index: Index) -> None:
 
 
 def compare(config: Config, ranks: Ranks, number: int) -> None:
-    """Print how many ids of the run's first `number` images differ from the stored ones when computed now.
+    """Prints how many ids of the run's first `number` images differ from the stored ones when computed now.
 
     Every rank must call it.
     """
@@ -222,7 +222,7 @@ def compare(config: Config, ranks: Ranks, number: int) -> None:
 
 
 def tokenize_images(config: Config, number: int) -> None:
-    """Write the ids, or compare those of `number` images where it is not 0. Every rank must call it."""
+    """Writes the ids, or compares those of `number` images where it is not 0. Every rank must call it."""
     from mapet_ds.launch import init_distributed
 
     ranks = init_distributed()

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from mapet_ds.config.knobs import Natural, NonNegative, Positive, Share, knobs
-from mapet_ds.config.sections import OptimConfig, RunConfig
+from mapet_ds.config.sections import MetricsConfig, OptimConfig, RunConfig
 
 
 @knobs
@@ -92,15 +92,11 @@ class LayerwiseOptimConfig(OptimConfig):
 
 
 @knobs
-class EvaluationLogConfig:
-    """The metrics and the evaluations of a run."""
+class EvaluationLogConfig(MetricsConfig):
+    """The metrics and the evaluations of a fine-tuning run."""
 
-    every_steps: Positive = 50
-    """Steps from one line of metrics to the next. The mean loss between two lines is judged for a jump."""
     evaluate_every_epochs: Annotated[float, Field(gt=0)] = 1.0
     """Epochs between evaluations, each at the next line of metrics; the end has one too."""
-    progress: bool = True
-    """Show a progress bar."""
 
 
 @knobs

@@ -97,7 +97,7 @@ def _kind(annotation: Any, metadata: Any = ()) -> str:
         words = " or ".join(_kind(each) for each in get_args(annotation))
     elif get_origin(annotation) is tuple:
         each = get_args(annotation)
-        words = f"{len(each)} of: {_kind(each[0])}"
+        words = f"{len(each)} values, each: {_kind(each[0])}"
     else:
         words = WORDS.get(annotation, "mapping of names to values")
     return f"{words} {bounds}".strip()

@@ -246,15 +246,21 @@ class CheckpointConfig:
 
 
 @knobs
-class LogConfig:
-    """The metrics of a run."""
+class MetricsConfig:
+    """The metrics of every run."""
 
     every_steps: Positive = 50
     """Steps from one line of metrics to the next. The mean loss between two lines is judged for a jump."""
-    images_every_steps: Natural = 1000
-    """Steps between TensorBoard's images (views, token map, predicted token map); 0: never."""
     progress: bool = True
     """Show a progress bar."""
+
+
+@knobs
+class LogConfig(MetricsConfig):
+    """The metrics of a pre-training run."""
+
+    images_every_steps: Natural = 1000
+    """Steps between TensorBoard's images (views, token map, predicted token map); 0: never."""
 
 
 @knobs
@@ -286,7 +292,7 @@ class RunConfig:
     optim: OptimConfig = Field(default_factory=OptimConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
-    log: LogConfig = Field(default_factory=LogConfig)
+    log: MetricsConfig = Field(default_factory=MetricsConfig)
 
     @property
     def idle_sections(self) -> set[str]:
@@ -322,6 +328,7 @@ class Config(RunConfig):
     mvp: MVPConfig = Field(default_factory=MVPConfig)
     saim: SAIMConfig = Field(default_factory=SAIMConfig)
     conmim: ConMIMConfig = Field(default_factory=ConMIMConfig)
+    log: LogConfig = Field(default_factory=LogConfig)
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
 
     @property
@@ -333,6 +340,15 @@ class Config(RunConfig):
     def idle_sections(self) -> set[str]:
         """The sections of other objectives."""
         return {*self.objectives} - {self.objective}
+
+    def with_micro(self, micro: int) -> Config:
+        """The same settings with another micro-batch."""
+        return dataclasses.replace(self, train=dataclasses.replace(self.train, micro_batch_size=micro))
+
+    def allows(self, micro: int) -> bool:
+        """Whether nothing that the objective's section says contradicts this micro-batch."""
+        other = self.with_micro(micro)
+        return not any(other.method.rules(other))
 
     @property
     def method(self) -> ObjectiveConfig:

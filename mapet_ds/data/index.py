@@ -240,7 +240,7 @@ class Index:
         return os.path.join(self.root, os.fsdecode(self._paths[start : int(self._path_ends[i])].tobytes()))
 
     def label(self, i: int) -> int:
-        """Place of a sample's class in `classes`; -1 where it has none."""
+        """Places of a sample's class in `classes`; -1 where it has none."""
         return int(self._samples[i]["label"])
 
     def labels(self) -> NDArray[np.int32]:

@@ -153,9 +153,8 @@ def check_classes(train: Index, val: Index, section: str = "data", num_classes: 
     section: the section of the knobs `train` and `val`, for the sentences.
 
     Raises:
-        DataError: images have no label, a class has no images, the two sets have different classes, or there
-            are not
-            data.num_classes of them.
+        DataError: images have no label, a class has no images, the two sets have different classes, or their
+            number is not data.num_classes.
     """
     _check_labels(f"{section}.train", train)
     _check_labels(f"{section}.val", val)

@@ -1,8 +1,8 @@
 """Token ids on disk: tools/tokenize_images.py writes them for a whole index, training needs no teacher then.
 
     OUT/ids.bin    uint16, little-endian, [images, patches]: a row for each image, in the index's order
-        ids.json   settings, tokenizer and index of the ids, images without ids, a checksum of each chunk of
-        rows index/     the index of the images
+        ids.json   settings, tokenizer and index; images without ids; a checksum of each chunk of rows
+        index/     the index of the images
 
 A folder that has its final name is whole: it grows as OUT.partial and is renamed. Nothing here imports torch
 or DALI, so that a folder of another recipe is refused in a fraction of a second.
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from mapet_ds.config.sections import Config, flatten
 from mapet_ds.errors import ConfigError
-from mapet_ds.files import write_whole
+from mapet_ds.files import flush, write_whole
 
 NO_ID = 0xFFFF
 """Fills the row of an image that could not be read, so that at most 65535 ids are left."""
@@ -264,3 +264,4 @@ class IdsWriter:
         """Gives the folder its final name."""
         assert self.done == self.images
         self.partial.rename(self.folder)
+        flush(self.folder.parent)

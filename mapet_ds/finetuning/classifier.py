@@ -111,7 +111,7 @@ def build_model(model: ClassifierConfig, num_classes: int) -> tuple[Any, list[st
 
 
 def load_weights(vit: Any, model: ClassifierConfig) -> list[str]:
-    """Load a file of weights strictly, but for a head of other classes and the norm before it.
+    """Loads a file of weights strictly, but for a head of other classes and the norm before it.
 
     Gives the names of the parameters that stay fresh.
 
@@ -174,7 +174,7 @@ def export_classifier(
     config: FinetuneConfig, state: dict[str, Tensor], classes: list[str], data_config: dict[str, Any],
     out: Path,
 ) -> None:  # fmt: skip
-    """Write config.json and model.safetensors with the class names. For rank 0 only.
+    """Writes config.json and model.safetensors with the class names. For rank 0 only.
 
     timm.create_model("local-dir:OUT", pretrained=True) loads them.
     state: fp32 weights by timm's names.

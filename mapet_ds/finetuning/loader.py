@@ -116,7 +116,7 @@ class TrainBatches(Batches):
         raise AssertionError("candidates raises before it ends")
 
     def _mix(self, step: int, first: int, images: Tensor, labels: Tensor) -> Tensor:
-        """Mix the images of the slots from `first` on in place; gives their target [B, classes]."""
+        """Mixes the images of the slots from `first` on in place; gives their target [B, classes]."""
         data = self.config.data
         if not data.mixup and not data.cutmix:
             return mixup_target(labels, len(self.index.classes), smoothing=data.label_smoothing)
@@ -162,7 +162,7 @@ class TrainLoader:
         return bad
 
     def close(self) -> None:
-        """End the workers."""
+        """Ends the workers."""
         self._batches.close()
         self._draws.close()
         self._index.close()

@@ -81,7 +81,7 @@ class Objective(nn.Module):
 
 
 def seed_weights(seed: int) -> None:
-    """Set torch's generator for the initial weights of a run."""
+    """Sets torch's generator for the initial weights of a run."""
     torch.manual_seed(int(uniforms(seed, Purpose.INITIALISATION, 0, 0, 1, 1)[0, 0] * 2**53))
 
 

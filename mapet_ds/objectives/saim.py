@@ -26,7 +26,7 @@ from mapet_ds.vit import Band, QKVLinear, build_vit, embed, run_block, take_rows
 
 
 def mae_init(module: nn.Module) -> None:
-    """Initialise a linear layer as MAE (arXiv 2111.06377) does; for `Module.apply`.
+    """Initialises a linear layer as MAE (arXiv 2111.06377) does; for `Module.apply`.
 
     Weights are Xavier-uniform, those of query, key and value each on their own. Biases are zero.
     """

@@ -12,10 +12,10 @@ from mapet_ds.planning.forecast import Request, assumptions, predict
 Plan = dict[str, Any]
 
 
-def changes(request: Request, found: Plan) -> list[tuple[str, Plan]]:
-    """What makes the planned run faster: words for the command line, and the plan with them."""
+def changes(request: Request, plan: Plan) -> list[tuple[str, Plan]]:
+    """Lists changes that make the planned run faster, each as words for the command line with its plan."""
     results = []
-    for words, other in _remedies(request, found):
+    for words, other in _remedies(request, plan):
         try:
             results.append((words, predict(other)))
         except ConfigError:
@@ -23,24 +23,24 @@ def changes(request: Request, found: Plan) -> list[tuple[str, Plan]]:
     return [
         (words, other)
         for words, other in results
-        if other["images_per_second"] > 1.01 * found["images_per_second"]
+        if other["images_per_second"] > 1.01 * plan["images_per_second"]
     ]
 
 
-def _remedies(request: Request, found: Plan) -> Iterator[tuple[str, Request]]:
-    """What may help against what binds."""
-    config, cluster, speeds, binds = request.config, request.cluster, request.speeds, found["binds"]
-    largest, zero = found["largest_micro_batch_size"], request.engine["zero_optimization"]
+def _remedies(request: Request, plan: Plan) -> Iterator[tuple[str, Request]]:
+    """Yields changes that may help against what binds."""
+    config, cluster, speeds, binds = request.config, request.cluster, request.speeds, plan["binds"]
+    largest, zero = plan["largest_micro_batch_size"], request.engine["zero_optimization"]
     if binds in ("teacher", "assignment"):
         yield from _cheaper_targets(request)
     if config.train.grad_checkpointing and binds in ("student", "launch"):
         train = dataclasses.replace(config.train, grad_checkpointing=False)
         kept = request._replace(config=dataclasses.replace(config, train=train), fixed=False)
         yield "train.grad_checkpointing=false", kept
-    if binds == "link" and zero["stage"] > 1 and found["grad_accum_steps"] > 1:
+    if binds == "link" and zero["stage"] > 1 and plan["grad_accum_steps"] > 1:
         once = request._replace(engine=request.engine | {"zero_optimization": zero | {"stage": 1}})
         yield "--engine ds_configs/zero1.json (sums gradients once an update)", once
-    if binds in ("link", "launch") and largest > found["micro_batch_size"]:
+    if binds in ("link", "launch") and largest > plan["micro_batch_size"]:
         yield f"train.micro_batch_size={largest}", request.with_micro(largest)
     if binds == "link":
         faster = request._replace(cluster=cluster._replace(link_gbit=2 * cluster.link_gbit))
@@ -68,10 +68,10 @@ def _cheaper_targets(request: Request) -> Iterator[tuple[str, Request]]:
         yield "tokenizer.ids=FOLDER (written once by tools/tokenize_images.py)", stored
 
 
-def report(request: Request, found: Plan, advice: list[tuple[str, Plan]], curve: list[Plan]) -> str:
+def report(request: Request, plan: Plan, advice: list[tuple[str, Plan]], curve: list[Plan]) -> str:
     """The plan, what would make it faster, the scaling curve and all that they rest on, in lines of text."""
-    cluster, config, gflop = request.cluster, request.config, found["gflop_per_image"]
-    step, speed, hours = found["step_seconds"], found["images_per_second"], found["hours"]
+    cluster, config, gflop = request.cluster, request.config, plan["gflop_per_image"]
+    step, speed, hours = plan["step_seconds"], plan["images_per_second"], plan["hours"]
     spent = {name: value for name, value in step.items() if name != "total" and value > 5e-5}
     recomputed = f" and {gflop['recomputed']:.1f} recomputed" if gflop["recomputed"] else ""
     return "\n".join([
@@ -79,22 +79,22 @@ def report(request: Request, found: Plan, advice: list[tuple[str, Plan]], curve:
         f"{cluster.gpu.name}, ZeRO-{request.engine['zero_optimization']['stage']}, "
         f"{config.train.global_batch_size} images a step",
         "",
-        f"trainable parameters  {found['parameters']:,}",
+        f"trainable parameters  {plan['parameters']:,}",
         f"GFLOP an image        student {gflop['student']:.1f} (at least {gflop['student_minimum']:.1f})"
         f"{recomputed}, teacher {gflop['teacher']:.1f}, in fp32 {gflop['fp32']:.1f}, "
         f"in TF32 {gflop['tf32']:.1f}",
-        f"micro-batch           {found['micro_batch_size']} x {found['grad_accum_steps']} accumulated "
-        f"(largest that fits: {found['largest_micro_batch_size']})",
+        f"micro-batch           {plan['micro_batch_size']} x {plan['grad_accum_steps']} accumulated "
+        f"(largest that fits: {plan['largest_micro_batch_size']})",
         "memory of a GPU",
-        *(f"  {name:<20}{gib:8.2f} GiB" for name, gib in found["memory_gib"].items() if gib >= 0.005),
+        *(f"  {name:<20}{gib:8.2f} GiB" for name, gib in plan["memory_gib"].items() if gib >= 0.005),
         f"step                  {1e3 * step['total']:.1f} ms: "
         + ", ".join(f"{name} {1e3 * value:.1f}" for name, value in spent.items()),
-        f"speed                 {speed:,.0f} images/s, {speed / found['gpus']:.0f} a GPU; "
-        f"MFU of the student {found['mfu']:.1%}",
-        f"input                 {found['input_mbyte_s_per_node']:.0f} MB/s a node",
-        f"run                   {found['steps']:,} steps, {hours:,.1f} h ({hours / 24:.1f} days), "
-        f"{found['gpu_hours']:,.0f} GPU-hours",
-        f"binds                 {found['binds']}, {step[found['binds']] / step['total']:.0%} of the step",
+        f"speed                 {speed:,.0f} images/s, {speed / plan['gpus']:.0f} a GPU; "
+        f"MFU of the student {plan['mfu']:.1%}",
+        f"input                 {plan['input_mbyte_s_per_node']:.0f} MB/s a node",
+        f"run                   {plan['steps']:,} steps, {hours:,.1f} h ({hours / 24:.1f} days), "
+        f"{plan['gpu_hours']:,.0f} GPU-hours",
+        f"binds                 {plan['binds']}, {step[plan['binds']] / step['total']:.0%} of the step",
         *(f"  change: {words}: {other['images_per_second']:,.0f} images/s" for words, other in advice),
         "",
         "  GPUs  micro x accum  images/s  of linear     hours  GPU-hours  binds",
@@ -106,7 +106,7 @@ def report(request: Request, found: Plan, advice: list[tuple[str, Plan]], curve:
 
 
 def _row(row: Plan) -> str:
-    """Of the scaling curve."""
+    """One line of the scaling curve."""
     if "refused" in row:
         return f"{row['gpus']:6}  {row['refused'].splitlines()[0]}"
     return (

@@ -47,23 +47,22 @@ def learn(record: dict[str, Any], request: Request) -> dict[str, float]:
     """The fields of Speeds that a line tells about this recipe; none where it is about another one."""
     settings, config, gpu = record["settings"], request.config, request.cluster.gpu
     kind, peak, goal = settings["benchmark"], 1e12 * gpu.bf16_tflops, target(config)
-    same_model, found = settings.get("model") == config.model.name, {}
+    same_model, speeds = settings.get("model") == config.model.name, {}
     if kind == "step" and same_model and settings["dtype"] == "bf16":
         each = number(record["seconds"], "step") / settings["batch_size"]
-        found = {
-            "student": student(dataclasses.replace(config, objective=record["objective"])).flops / each / peak
-        }
+        model = student(dataclasses.replace(config, objective=record["objective"]))
+        speeds = {"student": model.flops / each / peak}
     elif kind == "teacher" and goal.flops and record["teacher"] == config.teacher.name:
-        found = {"teacher": goal.flops * number(record["bf16"], "images_per_second") / peak}
+        speeds = {"teacher": goal.flops * number(record["bf16"], "images_per_second") / peak}
     elif kind == "assign" and goal.tf32_flops and settings["teacher"] == config.teacher.name:
         times = record["ms_per_image"]
-        found = {"teacher": goal.flops / number(times, "teacher_bf16") / (peak / 1e3)}
+        speeds = {"teacher": goal.flops / number(times, "teacher_bf16") / (peak / 1e3)}
         exact = goal.tf32_flops / 2  # one product, where TF32 takes two
-        found["fp32"] = exact / number(times, "assign_fp32") / (1e9 * gpu.fp32_tflops)
-        found["tf32"] = goal.tf32_flops / number(times, "assign_bf16") / (peak / 2e3)
+        speeds["fp32"] = exact / number(times, "assign_fp32") / (1e9 * gpu.fp32_tflops)
+        speeds["tf32"] = goal.tf32_flops / number(times, "assign_bf16") / (peak / 2e3)
     elif kind == "loader":
         views = record["two_views" if goal.view else "one_view"]
-        found = {"images_per_second": number(views["images_per_second"], "ours")}
+        speeds = {"images_per_second": number(views["images_per_second"], "ours")}
     elif (
         kind == "train"
         and same_model
@@ -71,12 +70,9 @@ def learn(record: dict[str, Any], request: Request) -> dict[str, float]:
         and record["dtype"] == "torch.bfloat16"
     ):
         alone = request._replace(cluster=request.cluster.of(1), fixed=False)
-        found = {
-            "whole": number(record["images_per_second"], "train")
-            / record["ranks"]
-            / predict(alone)["images_per_second"]
-        }
-    return found
+        measured = number(record["images_per_second"], "train") / record["ranks"]
+        speeds = {"whole": measured / predict(alone)["images_per_second"]}
+    return speeds
 
 
 def calibrate(request: Request, paths: list[Path]) -> Request:
@@ -88,16 +84,15 @@ def calibrate(request: Request, paths: list[Path]) -> Request:
     lines = read_lines(paths, request.cluster.gpu)
     for name, record in sorted(lines, key=lambda line: line[1]["settings"]["benchmark"] == "train"):
         try:
-            found = learn(record, request)
+            learnt = learn(record, request)
         except (KeyError, TypeError, AttributeError) as error:
             raise ConfigError(
                 f"--calibrate: the line {name} lacks an entry: {type(error).__name__} {error}."
             ) from error
-        if found:
-            said = f"{name} ({', '.join(f'{field} {value:.3g}' for field, value in found.items())})"
-            request = request._replace(
-                speeds=request.speeds._replace(**found, measured=(*request.speeds.measured, said))
-            )
+        if learnt:
+            figures = ", ".join(f"{field} {value:.3g}" for field, value in learnt.items())
+            measured = (*request.speeds.measured, f"{name} ({figures})")
+            request = request._replace(speeds=request.speeds._replace(**learnt, measured=measured))
     if not request.speeds.measured:
         raise ConfigError(
             "--calibrate found no line about this recipe: step (bf16, this model), teacher or assign (this "

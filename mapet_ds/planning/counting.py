@@ -1,8 +1,8 @@
 """What a recipe costs: its modules run on tensors without values, and torch's own counters look on.
 
 Everything is per image unless said otherwise. A FLOP is half a multiply-add, by the formulas of
-torch.utils.flop_counter; element-wise work is not counted. Nothing here knows an objective, a target or
-a tower by name: whatever runs is counted.
+torch.utils.flop_counter; element-wise work is not counted. No objective, tokenizer or tower is known here by
+name: whatever runs is counted. Of a Teacher alone the weights are asked for, which ranks may share.
 """
 
 from __future__ import annotations
@@ -54,12 +54,12 @@ class Line(NamedTuple):
 
 
 class Student(NamedTuple):
-    """What is trained."""
+    """Counts of what is trained."""
 
     parameters: int
-    """Trainable ones."""
+    """Number of trainable parameters."""
     constants: int
-    """Parameters without gradient."""
+    """Number of parameters without gradient."""
     forward: float
     """FLOPs of the forward pass."""
     flops: float
@@ -78,12 +78,12 @@ class Shape(NamedTuple):
     dim: int
     """Number of token ids, or width of a vector."""
     shape: tuple[int, ...]
-    """Of an image's."""
+    """Shape of one image's target."""
     dtype: torch.dtype
 
 
 class Target(NamedTuple):
-    """What computing the target costs."""
+    """Counts of what computes the target."""
 
     shape: Shape
     view: int | None
@@ -109,7 +109,7 @@ class Target(NamedTuple):
 
 
 def _once(count: Callable[..., T]) -> Callable[..., T]:
-    """Remember what `count` gave for equal settings, which can't be hashed but print themselves whole."""
+    """Remembers what `count` gave for equal settings, which can't be hashed but print themselves whole."""
     known: dict[Any, T] = {}
 
     @functools.wraps(count)
@@ -122,23 +122,12 @@ def _once(count: Callable[..., T]) -> Callable[..., T]:
     return remembered
 
 
-def with_micro(config: Config, micro: int) -> Config:
-    """The same settings with another micro-batch."""
-    return dataclasses.replace(config, train=dataclasses.replace(config.train, micro_batch_size=micro))
-
-
-def allows(config: Config, micro: int) -> bool:
-    """Whether nothing that the objective's section says contradicts this micro-batch."""
-    other = with_micro(config, micro)
-    return not any(other.method.rules(other))
-
-
 def _countable(config: Config) -> tuple[Config, int, int]:
     """The settings without what changes no count, and the two batches that are counted.
 
     The smaller one is the least that the objective allows; the larger one a multiple of it.
     """
-    few = next((micro for micro in range(1, config.train.global_batch_size + 1) if allows(config, micro)), 1)
+    few = next((micro for micro in range(1, config.train.global_batch_size + 1) if config.allows(micro)), 1)
     precision = "bf16" if config.teacher.precision == "auto" else config.teacher.precision
     teacher = dataclasses.replace(config.teacher, precision=precision)
     train = dataclasses.replace(config.train, micro_batch_size=few, compile=False)
@@ -147,7 +136,7 @@ def _countable(config: Config) -> tuple[Config, int, int]:
 
 @contextlib.contextmanager
 def _movable_modules(mode: FakeTensorMode) -> Iterator[None]:
-    """Let modules be moved that are built here: torch refuses it while the mode remembers a parameter."""
+    """Lets modules be moved that are built here: torch refuses it while the mode remembers a parameter."""
     converter: Any = mode.fake_tensor_converter
     converter.set_tensor_memo = lambda tensor, fake: None
     try:
@@ -162,14 +151,14 @@ def _line(few: int, peak_of_few: float, many: int, peak_of_many: float) -> Line:
 
 
 def student(config: Config, size: int = 2) -> Student:
-    """Count the configured objective. size: bytes of a number in its forward pass, 2 for bf16.
+    """Counts the configured objective. size: bytes of a number in its forward pass, 2 for bf16.
 
     Raises:
         ConfigError: the objective or its target can't be built or run.
     """
     goal = shape_of_target(config)
 
-    # that is all a student sees of its target: another teacher needs no other count
+    # That is all a student sees of its target: another teacher needs no other count.
     tokenizer = TokenizerConfig(vocab_size=goal.dim)
     alike = dataclasses.replace(config, teacher=TeacherConfig(), tokenizer=tokenizer)
     return _count_student(*_countable(alike), size, goal)
@@ -190,7 +179,7 @@ def _count_student(config: Config, few: int, many: int, size: int, goal: Shape) 
         kept, forward, forbidden = _learn(model, *batches[0])
         flops, smaller = kept.flops.total(), kept
 
-        # bytes, from both
+        # Bytes, from both.
         if config.train.grad_checkpointing:
             model.vit.set_grad_checkpointing(True)
             smaller, _, _ = _learn(model, *batches[0])
@@ -240,7 +229,7 @@ def modules(config: Config) -> dict[str, float]:
         model, batch = _without_values(plain, goal.dim, 2), _noughts(plain, few, goal)
         with unset_fake_temporarily():
             draw = model.draw(0, 0, few)
-        # as plain products, because torch has no formula for attention's kernel on a CPU
+        # As plain products, because torch has no formula for attention's kernel on a CPU.
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             model(*batch, draw).loss.backward()
     return {name: sum(counts.values()) / few for name, counts in counter.get_flop_counts().items()}
@@ -259,7 +248,7 @@ def _learn(model: Objective, views: Tensor, targets: Tensor) -> tuple[Tally, int
 
 
 def target(config: Config) -> Target:
-    """Count the configured objective's target as a GPU computes it; teacher.precision = auto is bf16 there.
+    """Counts the configured objective's target as a GPU computes it; teacher.precision = auto is bf16 there.
 
     Raises:
         ConfigError: the target can't be built, or needs values to run.

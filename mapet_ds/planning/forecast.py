@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from mapet_ds.config.sections import Config, total_steps
 from mapet_ds.errors import ConfigError
-from mapet_ds.planning.counting import Student, Target, allows, student, target, with_micro
+from mapet_ds.planning.counting import Student, Target, student, target
 
 GIB = 2**30
 FP32 = 4
@@ -45,16 +45,16 @@ class Engine(NamedTuple):
     """Reduction buckets."""
     reduced: int
     """Size of the gradient that ranks sum."""
-    reduced_each_micro_step: bool
+    reduced_each_micro_step: bool = True
     """False: once an update."""
-    scattered: bool
+    scattered: bool = False
     """A sum goes to its owner alone, half an all-reduce."""
-    gathered_per_micro_step: int
-    gathered_per_step: int
+    gathered_per_micro_step: int = 0
+    gathered_per_step: int = 0
 
 
 def engine_costs(engine_config: dict[str, Any], parameters: int, ranks: int, accumulate: bool) -> Engine:
-    """Of a checked DeepSpeed JSON and so many trainable parameters.
+    """The bytes that an engine keeps and sends, by its checked DeepSpeed JSON and its trainable parameters.
 
     accumulate: an update has more than one micro-step.
     """
@@ -67,22 +67,16 @@ def engine_costs(engine_config: dict[str, Any], parameters: int, ranks: int, acc
         gathers = 1 if parameters <= zero.get("stage3_max_reuse_distance", 10**9) else 2
         live = min(parameters, zero.get("stage3_max_live_parameters", 10**9))
         weights = size * (part + live)
-        return Engine(
-            weights,
-            master,
-            FP32 * part,
-            FP32 * bucket,
-            sent * parameters,
-            True,
-            True,
-            gathers * size * parameters,
-            0,
+        engine = Engine(
+            weights, master, gradients=FP32 * part, buffers=FP32 * bucket, reduced=sent * parameters
         )
+        return engine._replace(scattered=True, gathered_per_micro_step=gathers * size * parameters)
+    engine = Engine(weights, master, gradients=FP32 * part, buffers=0, reduced=sent * parameters)
     if stage == 1:
         kept = FP32 * parameters + (size * parameters if bf16 and accumulate else 0)
-        return Engine(weights, master, kept, 0, sent * parameters, False, False, 0, weights)
+        return engine._replace(gradients=kept, reduced_each_micro_step=False, gathered_per_step=weights)
     buckets = bucket * (size * (2 if zero.get("overlap_comm") else 1) + (sent if sent != size else 0))
-    return Engine(weights, master, FP32 * part, buckets, sent * parameters, True, False, 0, weights)
+    return engine._replace(buffers=buckets, gathered_per_step=weights)
 
 
 class Gpu(NamedTuple):
@@ -90,13 +84,13 @@ class Gpu(NamedTuple):
 
     name: str
     gib: float
-    """As torch reports it."""
+    """Memory in GiB, as torch reports it."""
     bf16_tflops: float
     fp32_tflops: float
     memory_gbyte_s: float
     nvlink_gbyte_s: float
     share: float
-    """Of bf16_tflops that student and teacher attain, assumed."""
+    """Share of bf16_tflops that student and teacher attain. It is assumed."""
 
 
 GPUS = {
@@ -116,7 +110,7 @@ class Speeds(NamedTuple):
     fp32: float = FP32_SHARE
     tf32: float = TF32_SHARE
     images_per_second: float = 2000.0
-    """That a GPU's share of the loader prepares."""
+    """Images a second that a GPU's share of the loader prepares."""
     whole: float = 1.0
     """Measured over predicted speed of a whole step."""
     measured: tuple[str, ...] = ()
@@ -124,13 +118,15 @@ class Speeds(NamedTuple):
 
 
 class Cluster(NamedTuple):
+    """GPUs in nodes, what links them, and what feeds them."""
+
     gpu: Gpu
     nodes: int
     gpus_per_node: int
     link_gbit: float
-    """Of a node, all its adapters together."""
+    """Gbit/s of a node's adapters together."""
     storage_gbyte_s: float
-    """That a node reads."""
+    """GB/s that a node reads."""
     image_kbyte: float
 
     @property
@@ -156,20 +152,22 @@ class Cluster(NamedTuple):
 
 
 class Request(NamedTuple):
+    """A recipe on a cluster, and the speeds that a plan of it rests on."""
+
     config: Config
     engine: dict[str, Any]
     cluster: Cluster
     images: int
     speeds: Speeds
     fixed: bool
-    """The micro-batch is the user's own word."""
+    """Whether the user named the micro-batch."""
 
     @property
     def size(self) -> int:
         return 2 if self.engine.get("bf16", {}).get("enabled") else 4
 
     def with_micro(self, micro: int) -> Request:
-        return self._replace(config=with_micro(self.config, micro))
+        return self._replace(config=self.config.with_micro(micro))
 
 
 def memory(request: Request, model: Student, goal: Target) -> dict[str, float]:
@@ -244,10 +242,10 @@ def choose_micro(request: Request, model: Student, goal: Target) -> tuple[Reques
             f"train.global_batch_size={near} (another batch, another run), or another number of GPUs."
         )
     each = whole // ranks
-    possible = [m for m in range(each, 0, -1) if each % m == 0 and allows(config, m)]
+    possible = [m for m in range(each, 0, -1) if each % m == 0 and config.allows(m)]
     if not possible:
-        most = next((whole // m for m in range(1, whole + 1) if whole % m == 0 and allows(config, m)), 0)
-        alone = with_micro(config, each)
+        most = next((whole // m for m in range(1, whole + 1) if whole % m == 0 and config.allows(m)), 0)
+        alone = config.with_micro(each)
         broken = list(alone.method.rules(alone))
         raise ConfigError(
             "\n".join(
@@ -316,29 +314,25 @@ def predict(request: Request) -> dict[str, Any]:
     }  # fmt: skip
 
 
+CURVE = (
+    "gpus", "micro_batch_size", "grad_accum_steps", "images_per_second", "hours", "gpu_hours", "binds",
+)  # fmt: skip
+"""The figures of a plan that the scaling curve shows."""
+
+
 def scaling(request: Request) -> list[dict[str, Any]]:
     """The plan at 1 to 1,024 GPUs in nodes of the same kind; what can't run there says so."""
     curve, one, node = [], None, request.cluster.gpus_per_node
     parts = [2**i for i in range(11) if 2**i < node]
     for ranks in [*parts, *(node * 2**i for i in range(11) if node * 2**i <= LARGEST)]:
         try:
-            found = predict(request._replace(cluster=request.cluster.of(ranks), fixed=False))
+            plan = predict(request._replace(cluster=request.cluster.of(ranks), fixed=False))
         except ConfigError as error:
             curve.append({"gpus": ranks, "refused": str(error)})
             continue
-        one = one or found["images_per_second"] / ranks
-        kept = (
-            "gpus",
-            "micro_batch_size",
-            "grad_accum_steps",
-            "images_per_second",
-            "hours",
-            "gpu_hours",
-            "binds",
-        )
-        curve.append(
-            {name: found[name] for name in kept} | {"efficiency": found["images_per_second"] / ranks / one}
-        )
+        one = one or plan["images_per_second"] / ranks
+        efficiency = plan["images_per_second"] / ranks / one
+        curve.append({name: plan[name] for name in CURVE} | {"efficiency": efficiency})
     return curve
 
 

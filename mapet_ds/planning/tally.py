@@ -59,7 +59,7 @@ def _flops_of(operation: Any, args: tuple, kwargs: dict[str, Any], result: Any) 
         return sdpa_flop_count(*(x.shape for x in args[:3]))
     if operation is ATTENTION_BACKWARD:
         return 2 * sdpa_flop_count(*(x.shape for x in args[1:4]))
-    # what is done in place costs the same
+    # What is done in place costs the same.
     operation = getattr(torch.ops.aten, operation.__name__.rstrip("_"), operation)
     return flop_registry[operation](*args, **kwargs, out_val=result) if operation in flop_registry else 0
 

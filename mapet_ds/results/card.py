@@ -118,7 +118,7 @@ def model_card(
 
 
 def check_hub(repository: str) -> None:
-    """Refuse a name that the hub can't have, and a push without a token, by a ConfigError before any work."""
+    """Refuses a name that the hub can't have, or a push without a token, by a ConfigError before any work."""
     try:
         validate_repo_id(repository)
     except HFValidationError as error:
@@ -131,7 +131,7 @@ def check_hub(repository: str) -> None:
 
 
 def push_to_hub(folder: Path, repository: str, private: bool) -> str:
-    """Upload an export in place of the files that the repository has of these names; gives its address.
+    """Uploads an export in place of the files that the repository has of these names; gives its address.
 
     Raises:
         ConfigError: the hub can't be reached, or refuses.

@@ -114,15 +114,14 @@ def export_timm(
     checkpoint_or_run: Path, out: Path, layer_scale: Literal["fold", "keep"] = "fold", student: bool = False,
     license: str | None = None, repository: str | None = None,
 ) -> Export:  # fmt: skip
-    """Write the ViT of a checkpoint, or of a run's newest one: model.safetensors, config.json, README.md.
+    """Writes the ViT of a checkpoint, or of a run's newest one: model.safetensors, config.json, README.md.
 
     `timm.create_model("local-dir:OUT", pretrained=True)` loads it with the run's size, mean and std.
     `timm.create_model(name, checkpoint_path="OUT/model.safetensors", num_classes=0)` loads it strictly.
     Nothing is left in `out` unless the files, read back by timm, give the features of the run's own ViT.
 
-    layer_scale: "fold" moves LayerScale into the layers before it, for timm's plain model; "keep" leaves it,
-    as
-        `init_values`.
+    layer_scale: "fold" moves LayerScale into the layers before it, for timm's plain model; "keep" leaves it
+        to timm as `init_values`.
     student: whether to take the student also where there is a momentum teacher.
     license, repository: for the card, README.md.
 

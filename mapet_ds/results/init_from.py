@@ -78,7 +78,7 @@ def _refuse(wrong: list[str], source: str) -> None:
 
 
 def begin_from(vit: VisionTransformer, config: Config) -> tuple[str, list[str]]:
-    """Load model.init_from into the run's ViT. Every rank must call it.
+    """Loads model.init_from into the run's ViT. Every rank must call it.
 
     Gives the sha256 of its file, and phrases for what changed on the way. The function stays: a LayerScale
     that the source lacks begins at 1, one that the run lacks is folded away. timm resamples another grid or
@@ -119,7 +119,7 @@ def begin_from(vit: VisionTransformer, config: Config) -> tuple[str, list[str]]:
 
 
 def _resize(model: VisionTransformer, config: Config) -> list[str]:
-    """Resample a ViT to the run's grid and patch size; gives a note of it."""
+    """Resamples a ViT to the run's grid and patch size; gives a note of it."""
     size, patch = config.model.img_size, config.model.patch_size
     was: Any = model.patch_embed
     old_size, old_patch = was.img_size[0], was.patch_size[0]

@@ -18,7 +18,7 @@ from torchvision.datasets import ImageFolder
 
 from mapet_ds.errors import ConfigError, DataError
 from mapet_ds.nearest import most_similar
-from mapet_ds.weights import UNREADABLE
+from mapet_ds.weights import UNREADABLE, timm_weights
 
 Features = NDArray[np.float32]
 """[n, D], a row for each image."""
@@ -58,8 +58,10 @@ def load_timm(path: Path, architecture: str | None = None, untrained: bool = Fal
         if architecture is None:
             cure = "add --arch, timm's name for it"
             raise ConfigError(f"--model {path}: weights alone don't tell the model; {cure}.")
-        checkpoint = None if untrained else path
-        return timm.create_model(architecture, checkpoint_path=checkpoint, num_classes=0).eval()
+        model = timm.create_model(architecture, num_classes=0).eval()
+        if not untrained:
+            model.load_state_dict(timm_weights(path, model, f"--model {path}"))
+        return model
     except UNREADABLE as error:
         raise ConfigError(f"timm can't load --model {path}: {' '.join(str(error).split())[:500]}") from error
 
@@ -203,7 +205,7 @@ def fit_heads(
     x: Tensor, y: Tensor, rows: Tensor, rates: Sequence[float], epochs: int, batch_norm: bool,
     generator: torch.Generator,
 ) -> LinearHeads:  # fmt: skip
-    """Train one head a learning rate, side by side, on these rows of features [n, D] and labels [n].
+    """Trains one head a learning rate, side by side, on these rows of features [n, D] and labels [n].
 
     SGD has momentum, and its rates follow a cosine to 0. The generator orders each epoch, whose last, smaller
     batch is left out.
@@ -244,7 +246,7 @@ def linear_sgd(
     val_labels: Labels, learning_rates: Sequence[float] = LEARNING_RATES, epochs: int = EPOCHS,
     batch_norm: bool = False, seed: int = 0, device: torch.device | str = "cpu",
 ) -> SGDProbe:  # fmt: skip
-    """Train and judge a linear classifier of features [n, D] as papers do, in fp32; the same each time.
+    """Trains and judges a linear classifier of features [n, D] as papers do, in fp32; the same each time.
 
     All learning rates are tried at once without a tenth of the training images, drawn from the seed. The best
     on that tenth, the lowest of equals, is trained anew on all training images. It alone sees the validation

@@ -160,7 +160,7 @@ def _to_timm(state: dict[str, Tensor], path: Path, method: str) -> tuple[dict[st
 def import_weights(
     method: str, path: Path, out: Path, layer_scale: Literal["fold", "keep"] = "fold", ema: bool = False
 ) -> Import:
-    """Write a published checkpoint, pre-trained or fine-tuned, as model.safetensors and config.json in `out`.
+    """Writes a published checkpoint, pre-trained or fine-tuned, as model.safetensors and config.json.
 
     `timm.create_model("local-dir:OUT", pretrained=True)` loads it with its classifier, if it has one, and
     with the published evaluation's size, mean, std and crop.

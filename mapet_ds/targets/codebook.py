@@ -63,7 +63,7 @@ class Codebook:
         return hashlib.sha256(self.centroids.cpu().numpy().data).hexdigest()
 
     def to(self, device: torch.device) -> Codebook:
-        """Move the centroids to the device, as a module does, and return self."""
+        """Moves the centroids to the device, as a module does, and returns self."""
         self.centroids, self._square_norms = self.centroids.to(device), self._square_norms.to(device)
         return self
 
@@ -95,7 +95,7 @@ class Codebook:
         return ids.view(features.shape[:-1])
 
     def check(self, identity: dict[str, str | int], data: DataConfig, vocab_size: int) -> None:
-        """Refuse a codebook of another size, or fitted on other features than this teacher's of these crops.
+        """Refuses a codebook of another size, or fitted on other features than this teacher's of these crops.
 
         Raises:
             ConfigError: naming the first difference, with the codebook's value and the run's.
@@ -115,7 +115,7 @@ class Codebook:
                 )
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file: a file of this name is always whole. One rank calls it."""
+        """Writes one safetensors file: a file of this name is always whole. One rank calls it."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as beside:

@@ -45,7 +45,7 @@ class Target(Protocol):
         return {}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Continue from what `state_dict` gave. Every rank must call it."""
+        """Continues from what `state_dict` gave. Every rank must call it."""
         assert not state
 
     def metrics(self) -> dict[str, float]:
@@ -60,7 +60,7 @@ def teacher_dtype(config: TeacherConfig, device: torch.device) -> torch.dtype:
 
 
 def begin(target: Target, batch: Batch, stream: torch.cuda.Stream | None) -> Callable[[], Tensor]:
-    """Start computing a batch's target, and give the function that returns it. The host waits for nothing.
+    """Starts computing a batch's target; gives the function that returns it. The host waits for nothing.
 
     stream: a stream of its own for the work; the function orders the target with the stream that is current
     when it is called. None: the current stream does the work at once.

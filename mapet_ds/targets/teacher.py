@@ -76,7 +76,7 @@ class Teacher(nn.Module):
             self.embed_dim = self.visual.proj.shape[1]
 
     def train(self, mode: bool = True) -> Teacher:
-        """Stay in eval mode: BatchNorm statistics and targets must not change with the student's mode."""
+        """Stays in eval mode: BatchNorm statistics and targets must not change with the student's mode."""
         return super().train(False)
 
     @torch.no_grad()
@@ -100,7 +100,7 @@ class Teacher(nn.Module):
             return features @ self.visual.proj if self.features == "projected" else features
 
     def check_grid(self, grid: int) -> None:
-        """Refuse a teacher whose patches are not the student's, which are `grid` along a side.
+        """Refuses a teacher whose patches are not the student's, which are `grid` along a side.
 
         Raises:
             ConfigError: naming both grids.
@@ -349,7 +349,7 @@ def _shard(teacher: Teacher, config: TeacherConfig, device: torch.device) -> Non
 def _fill(
     teacher: Teacher, weights: Tensors, build: Callable[[torch.dtype], nn.Module], device: torch.device
 ) -> None:
-    """Give the tensors that this rank keeps storage on the device, and fill them from the weights."""
+    """Gives the tensors that this rank keeps storage on the device, and fills them from the weights."""
     teacher.to_empty(device=device)
     stored = teacher.state_dict()
     for name, tensor in stored.items():

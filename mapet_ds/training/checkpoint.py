@@ -73,7 +73,7 @@ def identity(config: RunConfig, data: str, target: dict[str, Any]) -> dict[str, 
 
 
 def check_identity(checkpoint: Checkpoint, now: dict[str, Any], defaults: dict[str, Any]) -> None:
-    """Refuse to continue another run's checkpoint.
+    """Refuses to continue another run's checkpoint.
 
     now: the identity of the present run.
     defaults: those of every knob. A knob that is newer than the checkpoint counts as its default, which is
@@ -98,7 +98,7 @@ def check_identity(checkpoint: Checkpoint, now: dict[str, Any], defaults: dict[s
 
 
 def save(run_dir: Path, state: dict[str, Any], files: dict[str, dict[str, Tensor]], keep: int) -> Path:
-    """Write a checkpoint of state["step"] and drop all but the newest `keep`; gives its folder. For rank 0.
+    """Writes a checkpoint of state["step"], drops all but the newest `keep`; gives its folder. For rank 0.
 
     state: what run.json holds beside the checksums.
     files: tensors by file name without suffix; empty ones are left out.
@@ -186,7 +186,7 @@ def newest(
 
 
 def drop(run_dir: Path, unlearnt: Collection[int]) -> None:
-    """Remove the whole checkpoints that have learnt from the steps `unlearnt`. For rank 0 only."""
+    """Removes the whole checkpoints that have learnt from the steps `unlearnt`. For rank 0 only."""
     for path in checkpoint_folders(run_dir):
         if not damage(path) and _learnt(_run_json(path), unlearnt):
             shutil.rmtree(path)

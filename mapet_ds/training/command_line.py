@@ -6,7 +6,7 @@ import argparse
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 from mapet_ds.config.engine import load_deepspeed_config
 from mapet_ds.config.finetune import FinetuneConfig
@@ -17,11 +17,11 @@ from mapet_ds.config.sections import Config, RunConfig, TokenizerConfig
 from mapet_ds.data.stored_ids import StoredIds, check_storable
 from mapet_ds.errors import ConfigError
 from mapet_ds.launchers import ancestors, check_hostfile
-from mapet_ds.terminal import recipe_parser
+from mapet_ds.terminal import recipe_parser, refuse
 
 
 def check_tokenizer_file(tokenizer: TokenizerConfig) -> None:
-    """Refuse a tokenizer whose file isn't there, by a ConfigError."""
+    """Refuses a tokenizer whose file isn't there, by a ConfigError."""
     writes = {"kclip": "tools/fit_codebook.py writes it", "vqkd": "BEiT v2 publishes it"}.get(tokenizer.name)
     if writes and not Path(tokenizer.path).is_file():
         state = f"= {tokenizer.path} is not a file" if tokenizer.path else "is empty"
@@ -30,7 +30,7 @@ def check_tokenizer_file(tokenizer: TokenizerConfig) -> None:
 
 
 def check_run_dir(config: RunConfig) -> None:
-    """Refuse a run whose folder can't be made or written, as far as its path shows, by a ConfigError.
+    """Refuses a run whose folder can't be made or written, as far as its path shows, by a ConfigError.
 
     Every rank may call it.
     """
@@ -42,7 +42,7 @@ def check_run_dir(config: RunConfig) -> None:
 
 
 def check_files(config: Config) -> None:
-    """Refuse a run whose codebook, ids, first weights or folder can't be used, as far as their paths show.
+    """Refuses a run whose codebook, ids, first weights or folder can't be used, as far as their paths show.
 
     Weights to begin from matter only where the run starts. Every rank may call it.
 
@@ -127,8 +127,3 @@ def parse_command_line(
         print(f"Settings, files and folders are sound for {ranks}. Nothing was started.")
         parser.exit(0)
     return config, engine_config
-
-
-def refuse(parser: argparse.ArgumentParser, error: ConfigError) -> NoReturn:
-    """End the program with code 2 and the sentence, which one rank of each host prints."""
-    parser.exit(2, f"{error}\n" if os.environ.get("LOCAL_RANK", "0") == "0" else None)

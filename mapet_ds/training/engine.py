@@ -40,7 +40,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def check_engine_config(engine_config: dict[str, Any]) -> None:
-    """Let DeepSpeed's own schema read the ZeRO section before any GPU is touched.
+    """Lets DeepSpeed's own schema read the ZeRO section before any GPU is touched.
 
     Raises:
         ConfigError: an unknown or ill-typed key in zero_optimization.
@@ -126,7 +126,7 @@ def _flat_tensors(optimizer: Any) -> list[Tensor]:
 
 
 def _allocate_states(engine: deepspeed.DeepSpeedEngine, step: int) -> None:
-    """Give the optimizer zero moments and the step count: states can then be read and set before any step.
+    """Gives the optimizer zero moments and the step count: states can then be read and set before any step.
 
     With several parameter groups ZeRO-1/2 links parameters to states after the first group's step, when the
     others have none. It links them anew here, when all exist, and that holds for good.
@@ -193,7 +193,7 @@ def gather_state(engine: deepspeed.DeepSpeedEngine, rank: int) -> tuple[dict[str
 def scatter_state(
     engine: deepspeed.DeepSpeedEngine, weights: dict[str, Tensor], moments: dict[str, Tensor], updates: int
 ) -> None:
-    """Put full states, as gather_state gives them, into a fresh engine of any world size and ZeRO stage.
+    """Puts full states, as gather_state gives them, into a fresh engine of any world size and ZeRO stage.
 
     updates: number of optimizer updates the states have seen. Every rank must call it with the same states.
     """
@@ -228,13 +228,13 @@ def _own_part(parameter: nn.Parameter, full: Tensor) -> Tensor:
 
 
 def set_learning_rate(engine: deepspeed.DeepSpeedEngine, lr: float) -> None:
-    """Set the rate of the next update in each parameter group, times its lr_scale where it has one."""
+    """Sets the rate of the next update in each parameter group, times its lr_scale where it has one."""
     for group in engine.optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
 def forget_broken_calls() -> None:
-    """Let go of the calls that recomputation ended early; call it between steps only.
+    """Lets go of the calls that recomputation ended early; call it between steps only.
 
     Under ZeRO-3 DeepSpeed 0.19.8 keeps a reference to each.
     """

@@ -29,7 +29,7 @@ NOT_PREDICTED = -1
 
 
 def cut_after(path: Path, step: int) -> None:
-    """Drop the lines of later steps, and one that is unfinished: a resumed run writes them again."""
+    """Drops the lines of later steps, and one that is unfinished: a resumed run writes them again."""
     if not path.exists():
         return
     lines = path.read_text().splitlines(keepends=True)
@@ -110,7 +110,7 @@ class _Report:
         self.bar.set_postfix_str(", ".join(parts))
 
     def draw(self, add: Callable[[SummaryWriter], Any]) -> None:
-        """Add to TensorBoard's files. A writer that failed stays useless: the next call gets another."""
+        """Adds to TensorBoard's files. A writer that failed stays useless: the next call gets another."""
         try:
             self.tensorboard = self.tensorboard or SummaryWriter(self.boards)
             add(self.tensorboard)
@@ -151,7 +151,7 @@ class Metrics:
         self._began = time.perf_counter()
 
     def add(self, scalars: Mapping[str, Tensor | float]) -> None:
-        """Count one micro-batch, with the same names on every rank. The host does not wait for the GPU."""
+        """Counts one micro-batch, with the same names on every rank. The host does not wait for the GPU."""
         for name, value in scalars.items():
             value = value.detach().double() if isinstance(value, Tensor) else value
             self._sums[name] = self._sums.get(name, 0.0) + value
@@ -161,7 +161,7 @@ class Metrics:
             self._report.bar.update()
 
     def data_wait(self, seconds: float) -> None:
-        """Count the time that this rank has waited for a batch."""
+        """Counts the time that this rank has waited for a batch."""
         self._waited += seconds
 
     def leave_out(self, seconds: float) -> None:
@@ -169,7 +169,7 @@ class Metrics:
         self._began += seconds
 
     def log(self, step: int, extra: Mapping[str, Tensor | float]) -> dict[str, Any]:
-        """Read the meters, report them with `extra` of rank 0, and start them anew; gives the report.
+        """Reads the meters, reports them with `extra` of rank 0, and starts them anew; gives the report.
 
         Every rank must call it, for one all-reduce on the control group. The host waits for the GPU.
         """
@@ -200,11 +200,11 @@ class Metrics:
         return record
 
     def show(self, step: int, picture: Tensor) -> None:
-        """Show a picture [3, H, W] in [0, 1] in TensorBoard. On other ranks than 0 it does nothing."""
+        """Shows a picture [3, H, W] in [0, 1] in TensorBoard. On other ranks than 0 it does nothing."""
         if self._report:
             self._report.draw(lambda board: board.add_image("view_tokens_predicted", picture, step))
 
     def close(self) -> None:
-        """Finish the files and the bar."""
+        """Finishes the files and the bar."""
         if self._report:
             self._report.close()

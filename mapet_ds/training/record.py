@@ -35,7 +35,7 @@ def _git(*arguments: str) -> str | None:
 
 
 def write_record(config: RunConfig, engine_config: dict[str, Any], folder: Path) -> None:
-    """Write the resolved settings (config.yaml), and command, commit and versions (environment.json)."""
+    """Writes the resolved settings (config.yaml), and command, commit and versions (environment.json)."""
     write_whole(folder / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
     changed = (_git("status", "--porcelain") or "").splitlines()
     environment = {

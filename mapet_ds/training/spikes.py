@@ -1,8 +1,7 @@
 """Undoing a jump of the loss: back to a checkpoint from before, and past the samples that may have caused it.
 
-Those are the samples of the log window whose mean jumped, and of the window before it from which something
-was
-learnt: a step's loss is from before its update, and a rise in the last steps of a window hardly shows in its
+Those are the samples of the log window whose mean jumped, and of the last window before it from which the
+run learnt. A step's loss is from before its update, and a rise in a window's last steps hardly shows in its
 mean. RUN/rollbacks.json keeps the jumps, so that a run which is started again passes over the same steps.
 """
 
@@ -56,7 +55,7 @@ class SpikeGuard:
         self._window_before = 0
 
     def recall(self, step: int) -> None:
-        """Take the losses up to a step from RUN/metrics.jsonl, as an uninterrupted run would remember them.
+        """Takes the losses up to a step from RUN/metrics.jsonl, as an uninterrupted run would remember them.
 
         Every rank must call it.
         """

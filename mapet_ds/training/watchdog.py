@@ -60,11 +60,11 @@ class Watchdog:
         self._thread.start()
 
     def doing(self, activity: str) -> None:
-        """Note that the last activity is over and this one begins. The host waits for nothing."""
+        """Notes that the last activity is over and this one begins. The host waits for nothing."""
         self._state = self._state[0] + 1, activity, time.monotonic()
 
     def close(self) -> None:
-        """Stop watching."""
+        """Stops watching."""
         self._closed.set()
         self._thread.join()
 

@@ -37,7 +37,7 @@ def memory(process: int | str = "self") -> Figures:
 
 
 def write(folder: Path, images: int) -> None:
-    """Write a data set whose index has so many samples, each with a name, over a shard's one image."""
+    """Writes a data set whose index has so many samples, each with a name, over a shard's one image."""
     folder.mkdir()
     picture = io.BytesIO()
     Image.effect_noise((320, 240), 50).convert("RGB").save(picture, "JPEG")

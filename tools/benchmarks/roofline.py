@@ -204,7 +204,7 @@ def bounds(flops: float, moved: float, seconds: float, peak: float, speed: float
 
 
 def show(found: Figures, peak: float, plot: Path | None) -> None:
-    """Print the table on stderr, and draw the picture where one is asked for."""
+    """Prints the table on stderr, and draws the picture where one is asked for."""
     form = "{:<16}{:>10}{:>8}{:>11}{:>9}{:>9}{:>10}{:>9}  {}".format
     row = "{seconds:.4f} {share:.1%} {gflop:.1f} {gbyte:.2f} {intensity:.1f} {gflops:.1f} "
     row += "{share_of_ceiling:.0%}"
@@ -219,7 +219,7 @@ def show(found: Figures, peak: float, plot: Path | None) -> None:
 
 
 def draw_roofline(found: Figures, peak: float, path: Path) -> None:
-    """Draw the parts' shares of the step, and their rates over their intensities under the roof."""
+    """Draws the parts' shares of the step, and their rates over their intensities under the roof."""
     from matplotlib.figure import Figure as Canvas
 
     figure = Canvas(figsize=(12, 5), layout="constrained")

@@ -26,7 +26,7 @@ from mapet_ds.planning.counting import shape_of_target, student
 
 
 def check_twin(arguments: argparse.Namespace, config: Config) -> None:
-    """Refuse a twin of another objective than MaPeT.
+    """Refuses a twin of another objective than MaPeT.
 
     Raises:
         ConfigError: naming it.
@@ -71,7 +71,7 @@ class Steps:
         self.batch = images.to(device), target.to(device), self.draw.to(device)
 
     def add_twin(self) -> None:
-        """Add the dense twin, and the masks of this batch."""
+        """Adds the dense twin, and the masks of this batch."""
         self.twin = dense_twin(self.model)
         self.ready = self.masks()
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 from collections import defaultdict
 from collections.abc import Iterator
@@ -76,7 +75,9 @@ def open_trained(folder: Path) -> Trained | None:
     if index.fingerprint != checkpoint.run["identity"]["data.fingerprint"]:
         raise DataError(f"{root} holds other images than those of the run.")
 
-    micro = getattr(config.method, "bn_group", math.gcd(config.train.global_batch_size, 32))
+    whole = config.train.global_batch_size
+    possible = [micro for micro in range(1, whole + 1) if whole % micro == 0 and config.allows(micro)]
+    micro = max((micro for micro in possible if micro <= 32), default=possible[0])
     data = dataclasses.replace(config.data, train=root, workers=0, device="auto")
     train = dataclasses.replace(config.train, micro_batch_size=micro, compile=False)
     config = dataclasses.replace(config, run_dir=str(folder), data=data, train=train)
@@ -150,7 +151,7 @@ class Sample(NamedTuple):
 
 
 def _check_target(checkpoint: Checkpoint, target: Target) -> None:
-    """Refuse a teacher or codebook that isn't the run's. Its precision, that of the device, may differ."""
+    """Refuses a teacher or codebook that isn't the run's. Its precision, that of the device, may differ."""
     now, then = json.loads(json.dumps(flatten({"target": target.identity}))), checkpoint.run["identity"]
     if other := [k for k in now if not k.endswith("dtype") and now[k] != then.get(k)]:
         difference = f"{', '.join(other)} differ from {checkpoint.path}"
