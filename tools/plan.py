@@ -31,16 +31,11 @@ def parse(argv: list[str]) -> Any:
     parser.add_argument("--gpu", required=True, help=", ".join(GPUS))
     parser.add_argument("--nodes", type=count, default=1)
     parser.add_argument("--gpus_per_node", type=count, default=8)
-    parser.add_argument(
-        "--engine", default=REPOSITORY / "ds_configs/zero2.json", metavar="JSON", help="default: ZeRO-2"
-    )
-    parser.add_argument(
-        "--images", type=count, default=1_281_167, help="in the data set; default: ImageNet-1k's"
-    )
+    engine = REPOSITORY / "ds_configs/zero2.json"
+    parser.add_argument("--engine", default=engine, metavar="JSON", help="default: ZeRO-2")
+    parser.add_argument("--images", type=count, default=1_281_167, help="of the data set; ImageNet-1k's")
     parser.add_argument("--image_kbyte", type=amount, default=110, help="mean size of a file")
-    parser.add_argument(
-        "--link_gbit", type=amount, default=400, help="Gbit/s of a node, all its adapters together"
-    )
+    parser.add_argument("--link_gbit", type=amount, default=400, help="Gbit/s of a node's adapters together")
     parser.add_argument("--storage_gbyte_s", type=amount, default=2, help="GB/s that a node reads")
     parser.add_argument(
         "--calibrate", nargs="+", type=Path, default=[], metavar="JSON", help="lines of tools/benchmark.py"
