@@ -7,6 +7,7 @@ workers import this module.
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import os
 import shutil
@@ -34,12 +35,19 @@ def flush(path: Path) -> None:
 
 
 def _beside(path: Path) -> Path:
+    """A free path beside `path`. What a killed process left there is removed."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+        shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
     return path.with_name(f".{path.name}.{os.getpid()}.partial")
 
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Gives a path to write to. The file takes the name `path` when the block ends without an error."""
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():  # a device or a pipe is written as it is, and stays
+        yield path
+        return
     beside = _beside(path)
     try:
         yield beside
@@ -51,17 +59,20 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
-    """Gives a new folder to write in. It replaces `path` when the block ends without an error."""
+def whole_folder(path: Path, replace: bool = True) -> Iterator[Path]:
+    """Gives a new folder to write in. It takes the name `path` when the block ends without an error.
+
+    replace: a folder of that name is replaced; else it must be empty, and an OSError says that it is not.
+    """
     beside = _beside(path)
-    shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     try:
         yield beside
         for file in beside.rglob("*"):
             flush(file)
         flush(beside)
-        shutil.rmtree(path, ignore_errors=True)
+        if replace:
+            shutil.rmtree(path, ignore_errors=True)
         beside.rename(path)
         flush(path.parent)
     finally:

@@ -70,6 +70,12 @@ class Ranks(NamedTuple):
         self.from_first(lambda: done.append(work()))
         return done[0] if done else work()
 
+    def gather_on_first(self, value: T) -> list[T]:
+        """The value of each rank, in their order, on rank 0; empty elsewhere. Every rank must call it."""
+        values: list[Any] | None = [None] * self.world_size if self.rank == 0 else None
+        dist.gather_object(value, values, group=self.control)
+        return values or []
+
     def gather(self, value: T) -> list[T]:
         """Gives the value of each rank, in their order. Every rank must call it; no GPU waits."""
         values: list[Any] = [None] * self.world_size

@@ -122,10 +122,6 @@ class Run:
 
         def claimed() -> None:
             try:
-                used = any((self.folder / "checkpoints").glob("step_*"))
-                if used and self.config.resume == "never":
-                    problem = f"run_dir = {self.folder} holds a run and resume is never"
-                    raise ConfigError(f"{problem}; name a new run_dir.")
                 self.folder.mkdir(parents=True, exist_ok=True)
                 (self.folder / ".writable").touch()
                 (self.folder / ".writable").unlink()
@@ -298,6 +294,7 @@ class Run:
             return {}
         if self.step // steps == self.metrics.logged_step // steps and self.step < self.total_steps:
             return {}
+        self.watchdog.doing(f"evaluating step {self.step}")
         began = time.perf_counter()
         figures = self.task.evaluate(self.engine, self.watchdog.doing)
         seconds = time.perf_counter() - began

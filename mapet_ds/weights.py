@@ -26,8 +26,8 @@ from mapet_ds.errors import ConfigError
 Tensors = dict[str, Any]
 """Name -> tensor, or a lazy slice of a safetensors file. Both are read by indexing."""
 UNREADABLE = (
-    safetensors.SafetensorError, pickle.UnpicklingError, struct.error, OSError, RuntimeError, EOFError,
-    AttributeError, LookupError, TypeError, ValueError,
+    safetensors.SafetensorError, pickle.UnpicklingError, zipfile.BadZipFile, struct.error, OSError,
+    RuntimeError, EOFError, AttributeError, LookupError, TypeError, ValueError,
 )  # fmt: skip
 """The errors of PyTorch's and timm's readers at a file that is damaged or of another kind: nearly any."""
 NESTS = ("state_dict", "model", "module")
@@ -78,8 +78,8 @@ def _read(path: Path, source: str, slices: bool) -> Any:
         members = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
         if any(name.endswith("/constants.pkl") for name in members):
             raise ConfigError(
-                f"{source} is a TorchScript archive, which is a program (OpenAI's originals are such). Name "
-                "the tag instead, teacher.weights=openai, or convert it once to safetensors."
+                f"{source} is a TorchScript archive, which is a program (OpenAI's originals are such). "
+                "Convert it once to safetensors. For a teacher: Name the tag instead, teacher.weights=openai."
             )
         # Training programs keep their options beside the weights.
         with torch.serialization.safe_globals([argparse.Namespace]):

@@ -6,18 +6,39 @@ import torch.distributed as dist
 
 from mapet_ds.launch import Ranks
 
-LONGEST = [
-    "test_methods.py",
-    "test_pretrain.py",
-    "test_faults.py",
-    "test_tutorial.py",
-    "test_finetune.py",
-    "test_benchmark.py",
+LONGEST = ["methods", "pretrain", "faults", "tutorial", "finetune", "benchmark"]
+"""Files that run for minutes, by what follows `test_`."""
+SLOW = [
+    *LONGEST,
+    "ds_configs",
+    "engine",
+    "export_onnx",
+    "extending",
+    "fit_codebook",
+    "forecast",
+    "init_from",
+    "laptop",
 ]
+SLOW += [
+    "launch",
+    "make_demo",
+    "online_probe",
+    "plan",
+    "readme",
+    "report",
+    "slurm",
+    "teacher",
+    "tokenize_images",
+]
+"""Files that start whole programs or count large models: `make quick` leaves them out."""
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+    name = {item: item.path.stem.removeprefix("test_") for item in items}
+    items.sort(key=lambda item: LONGEST.index(name[item]) if name[item] in LONGEST else len(LONGEST))
+    for item in items:
+        if name[item] in SLOW:
+            item.add_marker("slow")
 
 
 @pytest.fixture

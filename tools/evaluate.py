@@ -163,7 +163,8 @@ def evaluate_all(arguments: argparse.Namespace, arrays: list[Any]) -> Result:
 def output_file(text: str) -> Path:
     """A type for argparse: a file that can be written, as far as a look at the path tells."""
     path = Path(text)
-    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+    place = path if path.exists() and not path.is_file() else path.parent
+    if path.is_dir() or not os.access(place, os.W_OK):
         raise argparse.ArgumentTypeError(f"{text} can't be written: name a file in a folder that is there")
     return path
 

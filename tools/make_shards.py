@@ -74,7 +74,7 @@ def make_shards(arguments: argparse.Namespace) -> None:
     if out.is_relative_to(os.path.abspath(source)):
         both = "which would then hold images and shards"
         raise DataError(f"{out} lies inside {source}, {both}; name a folder outside.")
-    with tempfile.TemporaryDirectory() as scratch, whole_folder(out) as folder:
+    with whole_folder(out, replace=False) as folder, tempfile.TemporaryDirectory(dir=out.parent) as scratch:
         index = open_index(source, Path(scratch) / "index")
         order = IndexOrder(len(index), 0) if seed is None else SampleOrder(len(index), seed)
         size = int(arguments.shard_size_mib * 2**20)

@@ -125,8 +125,8 @@ def tokenize(
         batch = next(loader)
         assert batch.teacher_images is not None
         ids = ids_of(batch.teacher_images.to(ranks.device), config, tokenizer)
-        pieces = ranks.gather((batch.index.numpy(), ids, dict(loader.new_bad())))
-        if ranks.rank == 0:
+        pieces = ranks.gather_on_first((batch.index.numpy(), ids, dict(loader.new_bad())))
+        if pieces:
             indices, rows, bad = zip(*pieces, strict=True)
             unreadable = {i: reason for part in bad for i, reason in part.items()}
             yield Rows(step * per_step, np.concatenate(indices), np.concatenate(rows), unreadable)

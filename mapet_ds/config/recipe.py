@@ -89,7 +89,11 @@ def _sentence(error: Any, recipe: str, overridden: set[str], cls: type[RunConfig
         known = known_keys(cls)
         close = [name for name in known if name.endswith(f".{key}")]
         close = close or difflib.get_close_matches(key, known, n=1)
-        hint = f"; did you mean {' or '.join(close)}?" if close else ". --knobs lists them all."
+        hint = (
+            f"; did you mean {' or '.join(close)}?"
+            if close
+            else ". pretrain.py --knobs and finetune.py --knobs list them."
+        )
         return f"{key} = {value} {source} is not a knob{hint}"
     if error["type"] == "missing":
         return f"{key.rpartition('.')[0]} = {value} {source} has too few values."

@@ -31,6 +31,7 @@ from mapet_ds.methods import build_objective, build_target
 from mapet_ds.objectives.objective import Objective
 from mapet_ds.planning.tally import Tables, Tally
 from mapet_ds.targets.teacher import Teacher
+from mapet_ds.weights import UNREADABLE
 
 CPU = torch.device("cpu")
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
@@ -95,7 +96,9 @@ class Target(NamedTuple):
     fp32_flops: float
     """FLOPs in full fp32."""
     tf32_flops: float
-    """FLOPs in TF32."""
+    """FLOPs of products in TF32."""
+    convolutions: float
+    """FLOPs of convolutions in TF32, torch's own choice for a teacher in fp32."""
     sharded: int
     """Bytes of weights that teacher.shard spreads over ranks."""
     whole: int
@@ -280,7 +283,7 @@ def _count_target(config: Config, few: int, many: int) -> Target:
                 gc.collect()
             (smaller, made), (larger, _) = (_teach(goal, config, images) for images in (few, many))
             follows = sum(tensor.nbytes for tensor in goal.state_dict().values())
-    except (RuntimeError, OSError) as error:
+    except UNREADABLE as error:
         raise ConfigError(
             f"What the target of objective = {config.objective} costs can't be counted, because it needs "
             f"more than the shapes of tensors: {type(error).__name__} {error} Where it is a tokenizer's, "
@@ -296,6 +299,7 @@ def _count_target(config: Config, few: int, many: int) -> Target:
         flops=smaller.flops["half"] / few,
         fp32_flops=smaller.flops["fp32"] / few,
         tf32_flops=smaller.flops["tf32"] / few,
+        convolutions=smaller.flops["convolutions"] / few,
         sharded=sharded,
         whole=building.live - sharded,
         follows=follows,

@@ -199,7 +199,7 @@ def step_seconds(request: Request, model: Student, goal: Target) -> dict[str, fl
     engine = engine_costs(request.engine, model.parameters, ranks, accum > 1)
     peaks = {2: 1e12 * gpu.bf16_tflops, 4: 1e12 * gpu.fp32_tflops}
     learn = micro * (model.flops + model.recomputed) / (peaks[request.size] * speeds.student * speeds.whole)
-    teach = micro * goal.flops / (peaks[2] * speeds.teacher * speeds.whole)
+    teach = micro * (goal.flops + 2 * goal.convolutions) / (peaks[2] * speeds.teacher * speeds.whole)
     exact = goal.fp32_flops / (peaks[4] * speeds.fp32) + goal.tf32_flops / (peaks[2] / 2 * speeds.tf32)
     assign = micro * exact / speeds.whole
     group = {"none": 1, "node": cluster.gpus_per_node, "world": ranks}[config.teacher.shard]
@@ -297,7 +297,8 @@ def predict(request: Request) -> dict[str, Any]:
         "gflop_per_image": {
             "student": model.flops / 1e9, "student_minimum": model.minimum / 1e9,
             "recomputed": model.recomputed / 1e9,
-            "teacher": goal.flops / 1e9, "fp32": goal.fp32_flops / 1e9, "tf32": goal.tf32_flops / 1e9,
+            "teacher": goal.flops / 1e9, "fp32": goal.fp32_flops / 1e9,
+            "tf32": (goal.tf32_flops + goal.convolutions) / 1e9,
         },
         "memory_gib": {name: size / GIB for name, size in held.items()} | {"total": sum(held.values()) / GIB},
         "micro_batch_size": config.train.micro_batch_size,

@@ -26,7 +26,7 @@ class Tally(TorchDispatchMode):
 
     A storage is counted once, from the operation that makes it until it is freed.
 
-    Attributes: flops (by `half`, `fp32`, `tf32`), live and peak (bytes).
+    Attributes: flops (by `_precision`), live and peak (bytes).
     """
 
     def __init__(self, *there: Tensor) -> None:
@@ -65,11 +65,11 @@ def _flops_of(operation: Any, args: tuple, kwargs: dict[str, Any], result: Any) 
 
 
 def _precision(operation: Any, args: tuple) -> str:
-    """`half`, `fp32` or `tf32`, by the operands and by what torch's switches allow at this moment."""
+    """`half`, `fp32`, `tf32`, or `convolutions` in TF32, by the operands and torch's present switches."""
     if next(x for x in args if isinstance(x, Tensor)).element_size() == 2:
         return "half"
     if operation is CONVOLUTION:
-        return "tf32" if torch.backends.cudnn.allow_tf32 else "fp32"
+        return "convolutions" if torch.backends.cudnn.allow_tf32 else "fp32"
     return "fp32" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 

@@ -58,8 +58,9 @@ def load_timm(path: Path, architecture: str | None = None, untrained: bool = Fal
         if architecture is None:
             cure = "add --arch, timm's name for it"
             raise ConfigError(f"--model {path}: weights alone don't tell the model; {cure}.")
-        model = timm.create_model(architecture, num_classes=0).eval()
-        if not untrained:
+        jax = None if untrained or path.suffix not in (".npz", ".npy") else path  # timm's reader knows these
+        model = timm.create_model(architecture, checkpoint_path=jax, num_classes=0).eval()
+        if not untrained and not jax:
             model.load_state_dict(timm_weights(path, model, f"--model {path}"))
         return model
     except UNREADABLE as error:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
 from tqdm import tqdm
 
@@ -83,9 +81,7 @@ def sample_features(
 
         # Rank 0 puts the points of every rank where they belong.
         points = dense[torch.from_numpy(image), torch.from_numpy(patch)].float().cpu().numpy()
-        pieces: list[Any] | None = [None] * ranks.world_size if on_first else None
-        dist.gather_object((start, points), pieces, group=ranks.control)
-        for first, piece in pieces or ():
+        for first, piece in ranks.gather_on_first((start, points)):
             assert features is not None
             features[first : first + len(piece)] = piece
     loader.close()

@@ -124,10 +124,10 @@ def _encoder_arguments(weights: dict[str, Tensor], path: str) -> dict[str, Any]:
 
 
 def _published_shapes(config: Config) -> dict[str, Tensor]:
-    """Tensors without values, of BEiT v2's own sizes, that give those of the encoder: 12 blocks of 768."""
+    """Tensors without values, of BEiT v2's own sizes for the student's grid: 12 blocks of 768."""
     sizes = {
-        "encoder.pos_embed": (1, 197, 768),
-        "encoder.patch_embed.proj.weight": (768, 3, 16, 16),
+        "encoder.pos_embed": (1, 1 + config.num_patches, 768),
+        "encoder.patch_embed.proj.weight": (768, 3, *[config.model.patch_size] * 2),
         "encoder.blocks.0.mlp.fc1.weight": (3072, 768),
         "encode_task_layer.2.weight": (32, 768),
         CODES: (config.tokenizer.vocab_size, 32),

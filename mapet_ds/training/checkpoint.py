@@ -106,7 +106,7 @@ def save(run_dir: Path, state: dict[str, Any], files: dict[str, dict[str, Tensor
     folder = run_dir / "checkpoints"
     final = folder / f"step_{state['step']:08d}"
     for unfinished in folder.glob(".step_*.partial"):
-        shutil.rmtree(unfinished)
+        shutil.rmtree(unfinished, ignore_errors=True)
     with whole_folder(final) as partial:
         checksums = {}
         for name, tensors in files.items():

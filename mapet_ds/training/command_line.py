@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,6 +36,8 @@ def check_run_dir(config: RunConfig) -> None:
     Every rank may call it.
     """
     folder = Path(os.path.abspath(config.run_dir))
+    if config.resume == "never" and any((folder / "checkpoints").glob("step_*")):
+        raise ConfigError(f"run_dir = {folder} holds a run and resume is never; name a new run_dir.")
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         why = "may not be written" if existing.is_dir() else "is not a folder"
@@ -86,7 +89,10 @@ class _ShowKnobs(argparse.Action):
         if not text:
             sections = ", ".join(dict.fromkeys(key.partition(".")[0] for key in known_keys(self.settings)))
             parser.exit(2, f"--knobs {values}: there is no such section or knob; there are {sections}.\n")
-        print(text)
+        try:
+            print(text, flush=True)
+        except BrokenPipeError:  # `| head` has seen enough; at its exit Python would flush once more
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         parser.exit(0)
 
 
@@ -124,6 +130,7 @@ def parse_command_line(
         refuse(parser, error)
     if arguments.check:
         ranks = "1 rank" if world_size == 1 else f"{world_size} ranks"
-        print(f"Settings, files and folders are sound for {ranks}. Nothing was started.")
+        rest = "What DeepSpeed, the teacher and the images have to say comes at the start"
+        print(f"Settings, files and folders are sound for {ranks}. {rest}.")
         parser.exit(0)
     return config, engine_config
