@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -237,20 +236,10 @@ def test_inputs_can_be_checked_alone(recipe):
         check(config, 1)
 
 
-def test_a_mistake_stops_the_program_within_a_second(recipe):
-    command = [
-        sys.executable,
-        "mapet_ds/pretrain.py",
-        "--config",
-        str(recipe),
-        "--deepspeed_config",
-        "ds_configs/zero2_cpu.json",
-    ]
-    times = []
-    for _ in range(3):  # the machine may be busy: the best of three
-        began = time.perf_counter()
-        done = subprocess.run([*command, "optim.lrr=3"], cwd=REPOSITORY, capture_output=True, text=True)
-        times.append(time.perf_counter() - began)
+def test_a_mistake_stops_the_program_before_torch_is_imported(recipe):
+    command = [sys.executable, "mapet_ds/pretrain.py", "--config", str(recipe)]
+    command += ["--deepspeed_config", "ds_configs/zero2_cpu.json", "optim.lrr=3"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.startswith("optim.lrr = 3 (from the command line) is not a knob")
     assert "Traceback" not in done.stderr
@@ -260,7 +249,6 @@ def test_a_mistake_stops_the_program_within_a_second(recipe):
         cwd=REPOSITORY, capture_output=True, text=True,
     )  # fmt: skip
     assert modules.stdout.strip() == "False", "a check must not wait for torch"
-    assert min(times) < 3, times
 
 
 @pytest.mark.parametrize(
