@@ -15,7 +15,7 @@ demo: objective .venv/installed
 	.venv/bin/python tools/demo.py $(RUN) $(OBJECTIVE)
 
 objective:
-	@test -f mapet_ds/objectives/$(OBJECTIVE).py || { echo "OBJECTIVE=$(OBJECTIVE) has no file in mapet_ds/objectives."; exit 2; }
+	@grep -q '"$(OBJECTIVE)": (' mapet_ds/methods.py || { echo "OBJECTIVE=$(OBJECTIVE) is none of those in mapet_ds/methods.py."; exit 2; }
 
 test: .venv/dev
 	$(PYTEST)

@@ -122,6 +122,7 @@ def test_objectives_without_a_teacher_do_not_mind_its_grid(tmp_path):
         ("teacher.name=RN50x65", "RN50x64"),
         ("teacher.name=local-dir:/nowhere", "/nowhere"),
         ("model.img_size=225", "225 is not a multiple"),
+        ("model.args={depth:6}", "the key 'depth:6'; YAML wants a space"),
         ("data.flip=0.5", "data.crop=random"),
         ("data.crop=middle", "data.crop"),
         ("data.crop_scale=[0.9, 0.2]", "crop_scale"),

@@ -171,7 +171,8 @@ def test_a_teacher_in_full_precision():
     )
     embedding, assigning = 2 * 196 * 768 * 768, 2 * 196 * 8192 * 768
     assert goal.flops == 0
-    assert goal.fp32_flops + goal.tf32_flops == embedding + plain_vit(768, 12, 197) + assigning
+    counted = goal.fp32_flops + goal.tf32_flops + goal.convolutions
+    assert counted == embedding + plain_vit(768, 12, 197) + assigning and goal.convolutions == embedding
     assert goal.sharded == 4 * 86_192_640  # OpenAI's tower with its projection
 
 

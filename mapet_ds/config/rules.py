@@ -43,6 +43,8 @@ def _evaluate_rules(config: Config) -> Iterator[str]:
 def _input_rules(config: Config) -> Iterator[str]:
     model, data, strong = config.model, config.data, config.data.strong
     yield from _folder_rules("data.train", data.train)
+    for name in (name for name in model.args if not name.isidentifier()):
+        yield f"model.args has the key '{name}'; YAML wants a space after a colon, model.args='{{depth: 6}}'."
     if model.img_size % model.patch_size != 0:
         yield f"model.img_size = {model.img_size} is not a multiple of model.patch_size = {model.patch_size}."
     if data.crop == "center" and data.flip > 0:

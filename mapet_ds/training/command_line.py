@@ -130,7 +130,9 @@ def parse_command_line(
         refuse(parser, error)
     if arguments.check:
         ranks = "1 rank" if world_size == 1 else f"{world_size} ranks"
-        rest = "What DeepSpeed, the teacher and the images have to say comes at the start"
+        rest = (
+            "What DeepSpeed, timm, the codebook, the images and a checkpoint have to say comes at the start"
+        )
         print(f"Settings, files and folders are sound for {ranks}. {rest}.")
         parser.exit(0)
     return config, engine_config
