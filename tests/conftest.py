@@ -9,7 +9,19 @@ from mapet_ds.launch import Ranks
 LONGEST = ["methods", "pretrain", "faults", "tutorial", "finetune", "benchmark"]
 """Files that run for minutes, by what follows `test_`."""
 SLOW = [*LONGEST, "counting", "ds_configs", "engine", "export_onnx", "extending", "fit_codebook", "forecast"]
-SLOW += ["init_from", "laptop", "launch", "make_demo", "online_probe", "plan", "probe", "published", "readme"]
+SLOW += [
+    "export",
+    "hub",
+    "init_from",
+    "laptop",
+    "launch",
+    "make_demo",
+    "online_probe",
+    "plan",
+    "probe",
+    "published",
+    "readme",
+]
 SLOW += ["report", "slurm", "teacher", "tokenize_images", "vqkd"]
 """Files that start whole programs or count large models: `make quick` leaves them out."""
 
