@@ -30,12 +30,12 @@ from benchmarks.runs import measure_checkpoint, measure_scaling, measure_train
 from benchmarks.steps import measure_step
 from benchmarks.teachers import measure_assign, measure_teacher
 
-from mapet_ds.config.sections import REPOSITORY
+from mapet_ds.config.shipped import ENGINES, RECIPES
 from mapet_ds.errors import UserError
 from mapet_ds.terminal import answer, number, option_parser
 
-RECIPE = REPOSITORY / "mapet_ds/recipes/mapet_vitb16.yaml"
-ENGINE = REPOSITORY / "ds_configs/zero2.json"
+RECIPE = RECIPES / "mapet_vitb16.yaml"
+ENGINE = ENGINES / "zero2.json"
 count = number(int, 1)
 
 
