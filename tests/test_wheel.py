@@ -68,6 +68,7 @@ def test_its_command_names_programs_recipes_and_where_things_are(installed):
 
 
 def test_a_recipe_and_an_engine_are_found_by_name(installed, tmp_path):
+    (tmp_path / "images").mkdir()
     settings = [
         f"data.train={tmp_path}/images",
         f"tokenizer.path={tmp_path}/missing",
