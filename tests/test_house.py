@@ -38,7 +38,7 @@ LINES = {
     "finetuning": 530,
     "results": 1720,  # export and its proof, cards, foreign checkpoints, probes, the page about a run
     "planning": 1030,  # counts on real modules, the arithmetic of a cluster, advice
-    "story": 1830,  # the files beside the rooms: pretrain, run, task, draws, vit, launch, weights, ...
+    "story": 1910,  # the files beside the rooms: pretrain, run, task, draws, vit, launch, weights, ...
     "tools": 2950,  # twelve programs and the benchmarks
 }
 """Lines that each room may have, docstrings and all. More of them need a line in CHANGELOG."""
