@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from mapet_ds.config.recipe import load_config
 from mapet_ds.config.sections import REPOSITORY
@@ -118,6 +119,19 @@ def test_a_kernel_is_bound_by_its_products_or_by_its_bytes():
     assert kernels(operations, images=2).seconds("eager", fast)["products"] == pytest.approx(
         2 * 64**3 / 1e12 / 2
     )
+
+
+def test_what_is_made_anew_is_told_apart():
+    """A checkpoint repeats its product, and not the activation, whose result nothing needs."""
+    layer, x = nn.Sequential(nn.Linear(8, 8), nn.GELU()), torch.ones(3, 8, requires_grad=True)
+    parts = Parts()
+    with Tally(*layer.parameters(), parts=parts) as tally, parts("all"):
+        checkpoint(layer, x, use_reentrant=False).sum().backward()
+    names = {
+        phase: [op.name for op in tally.operations if op.phase == phase] for phase in ("forward", "again")
+    }
+    assert names == {"forward": ["addmm", "gelu", "sum", "ones_like"], "again": ["addmm"]}
+    assert [op.name for op in tally.operations if op.flops and op.phase == "backward"] == ["mm", "mm"]
 
 
 @pytest.fixture(scope="module")

@@ -35,9 +35,11 @@ def bound(request: Request) -> dict[str, Any]:
     forward_backward, total = sum(learn.values()), sum(learn.values()) + sum(teach.values()) + update
 
     # What would be gained at most.
+    again = whole / ranks * model.kernels.seconds(learns, gpu.rates, "phase").get("again", 0.0)
     saved = {
         "the blocks compiled": forward_backward - sum(least(model.kernels, "compiled").values()),
         "all of the student compiled": forward_backward - sum(least(model.kernels, "whole").values()),
+        "nothing made anew in the backward pass": again,
         "attention that takes no time": learn["attention"],
         "the student's products in fp8, twice as fast": learn["products"] / 2,
         "no other work in the student than products and attention": learn["moves"],

@@ -25,6 +25,8 @@ class Work(NamedTuple):
     kind: str
     """`products`, `attention`, or `moves` for all that has neither."""
     part: str
+    phase: str
+    """As of an Operation."""
     precision: str
     flops: int
     bytes: int
@@ -112,94 +114,102 @@ def works(operations: Sequence[Operation], form: str) -> Counter[Work]:
     counts, groups = Counter[Work](), _Groups()
     for operation in operations:
         graph = {"eager": 0, "compiled": operation.place.graph, "whole": 1}[form]
-        if operation.flops:
-            kind = "attention" if "attention" in operation.name else "products"
-            groups.product(operation)
-            counts[_work(kind, operation, operation.bytes)] += 1
-        elif graph:
-            groups.add(operation, graph)
+        kind = (
+            "moves" if not operation.flops else "attention" if "attention" in operation.name else "products"
+        )
+        if graph and kind == "moves":
+            groups.join(operation, graph)
         else:
-            groups.product(operation)
-            counts[_work("moves", operation, operation.bytes)] += 1
+            groups.alone(operation)
+            place = operation.place.part, operation.phase
+            counts[Work(kind, *place, operation.precision, operation.flops, operation.bytes)] += 1
     counts.update(groups.works())
     return counts
 
 
-def _work(kind: str, operation: Operation, moved: int) -> Work:
-    return Work(kind, operation.place.part, operation.precision, operation.flops, moved)
+class _Member(NamedTuple):
+    """What an operation must have in common with another to become one kernel with it, and its part."""
+
+    level: int
+    graph: int
+    phase: str
+    part: str
 
 
 class _Groups:
-    """Operations that become one kernel.
+    """Operations that become one kernel: of one graph, phase and level, where one reads what the other made.
 
-    A storage's level is the number of kernels of their own between the step's beginning and it. Operations
-    of a graph belong together if one reads what the other made, and both are of one level.
+    A storage's level is the number of kernels of their own between the step's beginning and it.
     """
 
     def __init__(self) -> None:
         self.level = defaultdict[int, int](int)
         self.owner = dict[int, int | None]()
         self.parents = list[int]()
-        self.kinds = list[tuple[str, int, int]]()
+        self.members = list[_Member]()
         self.reads = list[tuple[Piece, int | None, int | None]]()
-        """A piece, the group that made it and the one that reads it; None is a kernel of its own."""
+        """A piece, the member that made it and the one that reads it; None is a kernel of its own."""
         self.made = dict[tuple[int, int], Piece]()
         self.free = set[int]()
         """Storages that a graph fills with a constant: whoever reads them makes them himself."""
 
-    def find(self, group: int | None) -> int | None:
-        while group is not None and self.parents[group] != group:
-            group = self.parents[group]
-        return group
+    def find(self, member: int) -> int:
+        """The first member of the group of one."""
+        while self.parents[member] != member:
+            member = self.parents[member]
+        return member
 
-    def product(self, operation: Operation) -> None:
+    def alone(self, operation: Operation) -> None:
         """Notes an operation that is a kernel of its own."""
         level = 1 + max((self.level[piece.storage] for piece in operation.reads), default=0)
         self.reads += [(piece, self.owner.get(piece.storage), None) for piece in operation.reads]
-        for piece in operation.writes:
-            self.level[piece.storage], self.owner[piece.storage] = level, None
-            self.free.discard(piece.storage)
+        self._write(operation, level, None)
 
-    def add(self, operation: Operation, graph: int) -> None:
+    def join(self, operation: Operation, graph: int) -> None:
         """Notes an operation that may join others of its graph."""
         if not operation.reads:
             self.free.update(piece.storage for piece in operation.writes)
             return
         level = max(self.level[piece.storage] for piece in operation.reads)
-        kind = (operation.place.part, level, graph)
-        self.parents.append(len(self.parents))
-        self.kinds.append(kind)
-        group = self.parents[-1]
+        member = len(self.members)
+        self.parents.append(member)
+        self.members.append(_Member(level, graph, operation.phase, operation.place.part))
         for piece in operation.reads:
-            owner = self.find(self.owner.get(piece.storage))
-            if owner is not None and self.kinds[owner][1:] == kind[1:]:
-                self.parents[self.find(group) or 0] = owner
-            self.reads.append((piece, owner, group))
+            owner = self.owner.get(piece.storage)
+            if owner is not None and self.members[owner][:3] == self.members[member][:3]:
+                self.parents[self.find(member)] = self.find(owner)
+            self.reads.append((piece, owner, member))
+        self._write(operation, level, member)
+        self.made |= {(piece.storage, member): piece for piece in operation.writes}
+
+    def _write(self, operation: Operation, level: int, owner: int | None) -> None:
         for piece in operation.writes:
-            self.level[piece.storage], self.owner[piece.storage] = level, group
-            self.made[piece.storage, group] = piece
+            self.level[piece.storage], self.owner[piece.storage] = level, owner
             self.free.discard(piece.storage)
 
     def works(self) -> Counter[Work]:
         """The groups as kernels."""
+        groups = [self.find(member) for member in range(len(self.members))]
         taken, given, inside = defaultdict[int, set[Piece]](set), set[tuple[int, int]](), set[int]()
         for piece, owner, reader in self.reads:
-            owner, reader = self.find(owner), self.find(reader)
-            if owner is not None and owner == reader:
+            maker, taker = (None if member is None else groups[member] for member in (owner, reader))
+            if maker is not None and maker == taker:
                 inside.add(piece.storage)
                 continue
-            if owner is not None:
-                given.add((piece.storage, owner))
-            if reader is not None and piece.storage not in self.free:
-                taken[reader].add(piece)
+            if maker is not None:
+                given.add((piece.storage, maker))
+            if taker is not None and piece.storage not in self.free:
+                taken[taker].add(piece)
+
+        # What a group makes is written if another reads it, or nobody has yet.
         written = defaultdict[int, dict[int, int]](dict)
-        for (storage, group), piece in self.made.items():
-            owner = self.find(group)
-            assert owner is not None
-            if (storage, owner) in given or storage not in inside:
-                written[owner][storage] = max(piece.size, written[owner].get(storage, 0))
-        moved = Counter[int]()
-        for group in range(len(self.parents)):
-            if self.parents[group] == group:
-                moved[group] = sum(piece.size for piece in taken[group]) + sum(written[group].values())
-        return Counter(Work("moves", self.kinds[group][0], "", 0, size) for group, size in moved.items())
+        for (storage, member), piece in self.made.items():
+            sizes = written[groups[member]]
+            if (storage, groups[member]) in given or storage not in inside:
+                sizes[storage] = max(piece.size, sizes.get(storage, 0))
+
+        counts = Counter[Work]()
+        for group in set(groups):
+            moved = sum(piece.size for piece in taken[group]) + sum(written[group].values())
+            counts[Work("moves", self.members[group].part, self.members[group].phase, "", 0, moved)] += 1
+        return counts

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
-from mapet_ds.planning.parts import Parts, Place
+from mapet_ds.planning.parts import Parts, Place, in_backward
 
 ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -42,6 +42,8 @@ class Operation(NamedTuple):
 
     name: str
     place: Place
+    phase: str
+    """`forward`, `backward`, or `again`: of the forward pass, made anew within the backward pass."""
     precision: str
     """As `_precision` says; empty where there is no product."""
     flops: int
@@ -92,7 +94,8 @@ class Tally(TorchDispatchMode):
         if self.parts and not function.is_view and not name.startswith(FREE):
             pieces = _moved(function, name, args, kwargs, results)
             reads, writes = (tuple(map(self._piece, side)) for side in pieces)
-            self.operations.append(Operation(name, self.parts.here(), precision, count, reads, writes))
+            place, phase = self.parts.here(), _phase()
+            self.operations.append(Operation(name, place, phase, precision, count, reads, writes))
         return result
 
     def _number(self, tensor: Tensor) -> int:
@@ -114,6 +117,13 @@ class Tally(TorchDispatchMode):
 
     def _freed(self, size: int) -> None:
         self.live -= size
+
+
+def _phase() -> str:
+    """The phase of the operation that is being dispatched. A backward pass records no gradient of its own."""
+    if not in_backward():
+        return "forward"
+    return "again" if torch.is_grad_enabled() else "backward"
 
 
 def _tensors(tree: Any) -> list[Tensor]:
