@@ -4,7 +4,8 @@
 
 The costs of any objective, student and target are counted on tensors without values, in some ten seconds.
 Speeds are the data sheets' times a share that GPUs attain, which is assumed until --calibrate gives lines
-that tools/benchmark.py printed on such a GPU. Every assumption is printed.
+that tools/benchmark.py printed on such a GPU. Every assumption is printed. The bound beside them is computed:
+each kernel at the full rate of the products, or of the memory, whichever is slower.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ from mapet_ds.config.rules import check_method
 from mapet_ds.config.shipped import ENGINES
 from mapet_ds.errors import ConfigError
 from mapet_ds.planning.advice import changes, report
+from mapet_ds.planning.bound import bound
 from mapet_ds.planning.calibration import calibrate
-from mapet_ds.planning.forecast import GPUS, Cluster, Request, Speeds, assumptions, predict, scaling
+from mapet_ds.planning.forecast import Cluster, Request, Speeds, assumptions, predict, scaling
+from mapet_ds.planning.roofline import GPUS
 from mapet_ds.terminal import answer, number, recipe_parser
 
 
@@ -62,12 +65,13 @@ def plan(arguments: Any) -> None:
     if arguments.calibrate:
         request = calibrate(request, arguments.calibrate)
 
-    prediction = predict(request)
+    prediction: dict[str, Any] = predict(request) | {"bound": bound(request)}
     advice = changes(request.with_micro(prediction["micro_batch_size"]), prediction)
     curve = scaling(request)
     if arguments.json:
         changed = {words: other["images_per_second"] for words, other in advice}
-        line = {"predicted": prediction, "changes": changed, "scaling": curve}
+        bounds = {words: other["bound"]["images_per_second"] for words, other in advice}
+        line = {"predicted": prediction, "changes": changed, "bounds": bounds, "scaling": curve}
         print(json.dumps(line | {"assumptions": assumptions(request)}))
     else:
         print(report(request, prediction, advice, curve))
