@@ -1,4 +1,4 @@
-"""The SLURM scripts in bash, with stand-ins for scontrol, squeue, srun and launchers that note what they get."""
+"""The SLURM scripts in bash, with stand-ins for scontrol, squeue, srun and launchers that take notes."""
 
 import json
 import os

@@ -61,7 +61,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     train = command("train", "runs", 32, "a whole training step and its parts")
     scaling = command("scaling", "runs", 32, "`train` at 1, 2, 4 .. ranks of this host")
     checkpoint = command("checkpoint", "runs", 2, "what a save costs the training")
-    machine = command("machine", "machines", 1, "what the GPUs, the links and the tools here are")
+    command("machine", "machines", 1, "what the GPUs, the links and the tools here are")
     allreduce = command("allreduce", "machines", 1, "bytes a second of a sum over all ranks")
     storage = command("storage", "machines", 1, "bytes a second of the images, read in random order")
 

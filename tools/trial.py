@@ -1,8 +1,8 @@
 """Try everything once on a new machine, step by step: the first hour with a GPU, the first day on a cluster.
 
-    tools/trial.py gpu runs/trial           what `make gpu` runs: tests, benchmarks, 200 real steps, resume, profile
+    tools/trial.py gpu runs/trial           what `make gpu` runs: tests, real runs, benchmarks, a profile
     tools/trial.py gpu runs/trial --cpu     the same steps in small shapes, where there is no GPU
-    tools/trial.py cluster RUNS/trial --config RECIPE --data DIR    in an allocation: slurm/first_day.sh
+    tools/trial.py cluster OUT --config RECIPE --data DIR ...    what slurm/first_day.sh runs in its job
 
 Each step takes less than nine minutes and leaves a line in OUT/steps.jsonl and a log in OUT/logs/. The same
 command again does only what has not passed yet, with this commit, on this hardware. At the end there is a
@@ -24,6 +24,7 @@ from mapet_ds.config.sections import REPOSITORY
 from mapet_ds.terminal import answer, number, option_parser
 
 BENCHMARKS = REPOSITORY / "docs/benchmarks.md"
+ENGINE = "ds_configs/zero2.json"
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -35,10 +36,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--docs", type=Path, metavar="MD", help=docs)
     parser.add_argument("--only", nargs="+", default=[], metavar="STEP", help="these steps alone")
     parser.add_argument("--config", type=Path, metavar="YAML", help="cluster: the recipe to be trained")
+    parser.add_argument("--deepspeed_config", default=ENGINE, metavar="JSON", help="cluster: its engine")
     parser.add_argument("--data", type=Path, metavar="DIR", help="cluster: its images")
-    parser.add_argument("--nodes", type=number(int, 1), default=2, help="cluster: of the allocation")
+    parser.add_argument("--nodes", type=number(int, 1), default=2, help="cluster: of the job")
     parser.add_argument("--gpus_per_node", type=number(int, 1), default=8, help="cluster: ranks on each")
-    arguments = parser.parse_args(argv)
+    settings = "cluster: settings that replace the recipe's"
+    parser.add_argument("overrides", nargs="*", metavar="a.b=value", help=settings)
+    arguments = parser.parse_intermixed_args(argv)
     if arguments.where == "cluster" and not (arguments.config and arguments.data):
         parser.error("cluster needs --config and --data.")
     return arguments
@@ -55,7 +59,7 @@ def try_all(arguments: argparse.Namespace) -> int:
     from trials import cluster, gpu  # they import torch
 
     out, where = folder_of(arguments.out), arguments.where
-    machine = gpu.Machine.here(arguments.cpu) if where == "gpu" else cluster.machine(arguments)
+    machine = gpu.Machine.here(arguments.cpu) if where == "gpu" else cluster.machine()
     trial = Trial(REPOSITORY / out, machine.setup())
     steps = gpu.steps(machine, out) if where == "gpu" else cluster.steps(arguments, machine, out)
     records = trial.run([step for step in steps if not arguments.only or step.name in arguments.only])

@@ -122,8 +122,8 @@ def device_of(name: str) -> torch.device:
 
 
 PACKAGES = {
-    "torch", "torchvision", "deepspeed", "timm", "open_clip_torch", "pillow", "faiss-gpu", "nvidia-dali-cuda120",
-    "nvidia-dali-cuda130", "triton", "nvidia-nccl-cu12", "nvidia-nccl-cu13",
+    "torch", "torchvision", "deepspeed", "timm", "open_clip_torch", "pillow", "faiss-gpu",
+    "nvidia-dali-cuda120", "nvidia-dali-cuda130", "triton", "nvidia-nccl-cu12", "nvidia-nccl-cu13",
 }  # fmt: skip
 """The packages on which speed depends; CUDA 12 and 13 have their own."""
 

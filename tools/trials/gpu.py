@@ -9,7 +9,7 @@ import os
 import statistics
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -18,6 +18,8 @@ from mapet_ds.planning.forecast import GPUS
 from trials.runner import Failed, Figures, Step
 
 PYTHON = sys.executable
+SMALL = "model.args={depth: 2, embed_dim: 64, num_heads: 2}"
+"""The student on a CPU."""
 
 
 def has(module: str) -> bool:
@@ -50,7 +52,7 @@ class Machine(NamedTuple):
             return cls("", 0, 0.0, cores)
         if not torch.cuda.is_available():
             raise UserError(
-                f"torch {torch.__version__} sees no GPU on this host. `nvidia-smi` shows the GPUs and the driver: "
+                f"torch {torch.__version__} sees no GPU on this host. `nvidia-smi` shows GPUs and driver: "
                 f"wheels of CUDA {torch.version.cuda} need one that is new enough (README, Drivers). "
                 "`python tools/trial.py gpu OUT --cpu` tries the steps themselves, in small shapes."
             )
@@ -116,7 +118,7 @@ def shapes(machine: Machine, out: Path) -> Shapes:
     teacher, images = f"local-dir:{out}/data/teacher", ("--number", 128, "--teacher_steps", 1)
     made += [f"teacher.name={teacher}", "tokenizer.vocab_size=32", "optim.warmup_epochs=1", "data.threads=1"]
     return Shapes(
-        "mapet_ds/recipes/demo_cpu.yaml", "ds_configs/zero2_cpu.json", images, (*made, "model.args={depth: 2, embed_dim: 64, num_heads: 2}"),
+        "mapet_ds/recipes/demo_cpu.yaml", "ds_configs/zero2_cpu.json", images, (*made, SMALL),
         batch=8, steps=20, few=4, repeats=1, batches=2, samples=64, device="cpu",
         teacher=teacher, model="vit_tiny_patch16_224",
     )  # fmt: skip
@@ -127,8 +129,10 @@ def threads(machine: Machine) -> int:
     return max(1, min(8, machine.cores // max(machine.gpus, 1)))
 
 
-def training(folder: Path, steps: int) -> Figures:
+def training(folder: Path, steps: int, learns: bool = True) -> Figures:
     """The figures of a run of so many steps, from its metrics.
+
+    learns: it is long enough for its loss to fall.
 
     Raises:
         Failed: it ended elsewhere, or its loss is not finite or has not fallen.
@@ -141,7 +145,7 @@ def training(folder: Path, steps: int) -> Figures:
         raise Failed("a loss is not finite")
     quarter = max(1, len(losses) // 4)
     first, last = statistics.mean(losses[:quarter]), statistics.mean(losses[-quarter:])
-    if not last < first:
+    if learns and not last < first:
         raise Failed(f"the loss has not fallen: {first:.4f} at the start, {last:.4f} at the end")
     later = lines[len(lines) // 4 :]  # the first ones compile and warm up
     names = ("images_per_second", "data_wait_percent", "seconds", "gpu_memory_gib")
@@ -185,199 +189,154 @@ def counts(printed: str) -> Figures:
     return {"pytest": summary}
 
 
+class Benchmark(NamedTuple):
+    """A command of tools/benchmark.py; {names} are Shapes', and what Steps knows."""
+
+    step: str
+    words: str
+    after: tuple[str, ...] = ("images",)
+    settings: str = ""
+    calibrates: bool = False
+    dali: bool = True
+    together: bool = False
+    """It runs on all GPUs, and needs two."""
+    config: str = ""
+    """Another recipe, on a GPU."""
+
+
+IDS, CODEBOOK = ("ids",), ("codebook", "stand_in_codebook")
+STEP = "step --model {model} --repeats {repeats}"
+LOADER = "loader --data {data} --batches {batches} --repeats {repeats}"
+TRAIN = "train --data {data} --repeats {repeats} --steps {few} --deepspeed_config {engine}"
+PARTS = [
+    Benchmark("step", f"{STEP} --dtype {{dtype}}", (), calibrates=True, dali=False),
+    Benchmark("step_fp32", f"{STEP} --dtype fp32", (), dali=False),
+    Benchmark("step_beit", f"{STEP} --dtype {{dtype}} --against none", (), "objective=beit", dali=False,
+              config="mapet_ds/recipes/beit_vitb16.yaml"),
+    Benchmark("teacher", "teacher --repeats {repeats}", calibrates=True, dali=False),
+    Benchmark("teacher_eager", "teacher --repeats {repeats} --against eager", settings="train.compile=true",
+              dali=False),
+    Benchmark("teacher_sharded", "teacher --repeats {repeats} --against unsharded", dali=False, together=True,
+              settings="teacher.shard=node"),
+    Benchmark("loader", LOADER, calibrates=True),
+    Benchmark("decoders", f"{LOADER} {{decoders}}"),
+    Benchmark("bad", "bad --data {data} --batches {batches} --repeats {repeats}"),
+    Benchmark("index", "index --images {entries} --repeats {repeats}", ()),
+    Benchmark("assign", "assign --data {data} --teacher {teacher} --codebook {codebook} --images {samples}",
+              CODEBOOK, calibrates=True),
+    Benchmark("allreduce", "allreduce", (), dali=False, together=True),
+    Benchmark("storage", "storage --data {data} --images {samples}", dali=False),
+]  # fmt: skip
+"""The parts of a step alone, and the machine's own rates."""
+WHOLE = [
+    Benchmark("train", TRAIN, CODEBOOK, calibrates=True),
+    Benchmark("train_ahead", TRAIN, CODEBOOK, "teacher.ahead=true"),
+    Benchmark("train_eager", TRAIN, CODEBOOK, "train.compile=false"),
+    Benchmark("profile", f"{TRAIN} --plot {{out}}/profile.png --trace {{out}}/profile.json.gz", IDS, "{ids}"),
+    Benchmark("train_dense", f"{TRAIN} --against dense", IDS, "{ids} model.drop_path=0"),
+    Benchmark("scaling", f"{TRAIN.replace('train', 'scaling')} --rounds 1 --ranks {{ranks}}", IDS, "{ids}"),
+    Benchmark("checkpoint", TRAIN.replace("train", "checkpoint"), IDS, "{ids}"),
+]
+"""Whole steps; `profile` has their parts, as a picture and as a trace."""
+
+
 class Steps:
     """The steps of a machine, with all that is written below one folder."""
 
     def __init__(self, machine: Machine, out: Path) -> None:
         self.machine, self.out, self.at = machine, out, shapes(machine, out)
-        self.ranks = max(machine.gpus, 1)
-        self.together = [
-            PYTHON,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc_per_node={self.ranks}",
-        ]
+        ranks = max(machine.gpus, 1)
+        self.together = [PYTHON, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
         self.no_dali = (
             "" if has("nvidia.dali") else "nvidia-dali is not installed, and no other loader trains"
         )
         self.no_faiss = "" if has("faiss") else "faiss is not installed"
         self.ids = f"tokenizer.ids={out}/ids"
+        sizes = f"train.micro_batch_size={self.at.batch}", f"train.global_batch_size={self.at.batch * ranks}"
+        self.recipe = ["--config", self.at.recipe, *self.at.settings, *sizes]
+        decoders = ["dali", "dali_whole"]
+        decoders += ["dali_hw0", "dali_hw1", "dali_whole_hw1", "dali_preallocated"] if machine.gpu else []
+        self.values = self.at._asdict() | {
+            "data": f"{out}/data/train", "codebook": f"{out}/codebook.safetensors", "out": out,
+            "ids": self.ids, "dtype": "bf16" if machine.gpu else "fp32", "ranks": max(2, ranks),
+            "entries": 100 * self.at.samples,
+            "decoders": " ".join(f"--against {name}" for name in decoders),
+        }  # fmt: skip
 
     def all(self) -> list[Step]:
         """In their order: what others need comes first, then what a user does, then the figures."""
-        return [*self.preparations(), *self.runs(), *self.parts(), *self.whole_steps(), self.plan()]
+        benchmarks = [self.benchmark(each) for each in PARTS + WHOLE]
+        return [*self.preparations(), *self.runs(), *benchmarks, self.plan()]
 
     def preparations(self) -> list[Step]:
         """The machine, the tests that need a GPU, and what the other steps read."""
         no_gpu = "" if self.machine.gpu else "the trial runs on a CPU"
         fit = [PYTHON, "tools/fit_codebook.py", "--overwrite", "--config", self.at.recipe, *self.at.settings]
         stand_in = [PYTHON, "tools/trials/stand_in.py", "--config", self.at.recipe, *self.at.settings]
-        no_need = "" if self.no_faiss else "FAISS fits one"
+        images = [PYTHON, "tools/make_demo.py", self.out / "data", *self.at.images]
         tests = [PYTHON, "-m", "pytest", "-m", "gpu", "-q", "-n", 0, "tests"]
         return [
-            self.benchmark("machine", "machine", dali=False),
+            self.benchmark(Benchmark("machine", "machine", (), dali=False)),
             Step("tests", [tests], no_gpu, figures=counts),
-            Step("images", [[PYTHON, "tools/make_demo.py", self.out / "data", *self.at.images]]),
+            Step("images", [images], fresh=(self.out / "data",)),
             Step("codebook", [fit], self.no_dali or self.no_faiss, ("images",), optional=True),
-            Step("stand_in_codebook", [stand_in], no_need, ("images",), optional=True),
+            Step("stand_in_codebook", [stand_in], "" if self.no_faiss else "FAISS fits one", optional=True),
         ]
 
     def runs(self) -> list[Step]:
         """Real runs: ids on the fly, ids that are stored, and one that is interrupted."""
-        few, tokenize = self.at.few, [*self.together, "tools/tokenize_images.py", *self._recipe()[2:]]
+        few, steps, runs = self.at.few, self.at.steps, Path(self.out, "runs")
         exact = ["train.deterministic=true", "train.compile=false", "log.every_steps=1", self.ids]
         halves = [self._run("straight", 2 * few, *exact)]
-        halves += [self._run("resumed", steps, *exact) for steps in (few, 2 * few)]
-        runs = Path(self.out, "runs")
-        fly, stored = (
-            [self._run("on_the_fly", self.at.steps)],
-            [self._run("from_ids", self.at.steps, self.ids)],
-        )
-        codebook, ids = ("codebook", "stand_in_codebook"), ("ids",)
+        halves += [self._run("resumed", last, *exact) for last in (few, 2 * few)]
+        tokenize = [*self.together, "tools/tokenize_images.py", *self.recipe, self.ids]
+        fly, stored = self._run("on_the_fly", steps), self._run("from_ids", steps, self.ids)
+        one, two = runs / "straight", runs / "resumed"
+
+        def real(name: str, command: list[object], after: tuple[str, ...]) -> Step:
+            folder = runs / name
+            return Step(name, [command], self.no_dali, after, lambda _: training(folder, steps), (folder,))
+
         return [
-            Step(
-                "on_the_fly",
-                fly,
-                self.no_dali,
-                codebook,
-                lambda _: training(runs / "on_the_fly", self.at.steps),
-            ),
-            Step("ids", [[*tokenize, self.ids]], self.no_dali, codebook),
-            Step("from_ids", stored, self.no_dali, ids, lambda _: training(runs / "from_ids", self.at.steps)),
-            Step(
-                "resume",
-                halves,
-                self.no_dali,
-                ids,
-                lambda _: same_losses(runs / "straight", runs / "resumed"),
-            ),
+            real("on_the_fly", fly, CODEBOOK),
+            Step("ids", [tokenize], self.no_dali, CODEBOOK, fresh=(self.out / "ids",)),
+            real("from_ids", stored, IDS),
+            Step("resume", halves, self.no_dali, IDS, lambda _: same_losses(one, two), (one, two)),
         ]
-
-    def parts(self) -> list[Step]:
-        """The benchmarks of a step's parts alone."""
-        at, repeats = self.at, ["--repeats", self.at.repeats]
-        data = ["--data", self.out / "data/train"]
-        step = ["step", "--model", at.model, *repeats, "--dtype"]
-        bf16, beit = (
-            ("bf16", "mapet_ds/recipes/beit_vitb16.yaml") if self.machine.gpu else ("fp32", at.recipe)
-        )
-        loader = ["loader", *data, "--batches", at.batches, *repeats]
-        decoders = ["dali", "dali_whole", "dali_hw0", "dali_hw1", "dali_whole_hw1", "dali_preallocated"]
-        decoders = decoders if self.machine.gpu else decoders[:2]
-        against = [word for name in decoders for word in ("--against", name)]
-        assign = ["assign", *data, "--teacher", at.teacher, "--codebook", self.out / "codebook.safetensors"]
-        alone = "" if self.machine.gpus > 1 else "it needs two GPUs"
-        compiled = ("train.compile=true",)
-        return [
-            self.benchmark("step", *step, bf16, dali=False, calibrates=True),
-            self.benchmark("step_fp32", *step, "fp32", dali=False),
-            self.benchmark(
-                "step_beit",
-                *step,
-                bf16,
-                "--against",
-                "none",
-                settings=("objective=beit",),
-                config=beit,
-                dali=False,
-            ),
-            self.benchmark("teacher", "teacher", *repeats, dali=False, after=("images",), calibrates=True),
-            self.benchmark(
-                "teacher_eager",
-                "teacher",
-                *repeats,
-                "--against",
-                "eager",
-                settings=compiled,
-                dali=False,
-                after=("images",),
-            ),
-            self.benchmark(
-                "teacher_sharded",
-                "teacher",
-                *repeats,
-                "--against",
-                "unsharded",
-                settings=("teacher.shard=node",),
-                together=True,
-                lacks=alone,
-                dali=False,
-                after=("images",),
-            ),
-            self.benchmark("loader", *loader, after=("images",), calibrates=True),
-            self.benchmark("decoders", *loader, *against, after=("images",)),
-            self.benchmark("bad", "bad", *data, "--batches", at.batches, *repeats, after=("images",)),
-            self.benchmark("index", "index", "--images", 100 * at.samples, *repeats),
-            self.benchmark("assign", *assign, "--images", at.samples, after=("codebook",), calibrates=True),
-            self.benchmark("allreduce", "allreduce", together=True, lacks=alone, dali=False),
-            self.benchmark(
-                "storage", "storage", *data, "--images", at.samples, dali=False, after=("images",)
-            ),
-        ]
-
-    def whole_steps(self) -> list[Step]:
-        """The benchmarks of whole steps; `train` has the profile, by part and as a trace."""
-        at, out = self.at, self.out
-        few = ["--data", out / "data/train", "--repeats", at.repeats, "--steps", at.few]
-        train, codebook, ids = ["train", *few], ("codebook", "stand_in_codebook"), ("ids",)
-        trace = ["--plot", out / "profile.png", "--trace", out / "profile.json.gz"]
-        alone = "" if self.machine.gpus > 1 or not self.machine.gpu else "it needs two GPUs"
-        scaling = ["scaling", *few, "--rounds", 1, "--ranks", max(2, self.machine.gpus)]
-        engine = {"engine": True}
-        return [
-            self.benchmark("train", *train, after=codebook, calibrates=True, **engine),
-            self.benchmark("train_ahead", *train, after=codebook, settings=("teacher.ahead=true",), **engine),
-            self.benchmark(
-                "train_eager", *train, after=codebook, settings=("train.compile=false",), **engine
-            ),
-            self.benchmark("profile", *train, *trace, after=ids, settings=(self.ids,), **engine),
-            self.benchmark(
-                "train_dense",
-                *train,
-                "--against",
-                "dense",
-                after=ids,
-                settings=(self.ids, "model.drop_path=0"),
-                **engine,
-            ),
-            self.benchmark("scaling", *scaling, after=ids, lacks=alone, settings=(self.ids,), **engine),
-            self.benchmark("checkpoint", "checkpoint", *few, after=ids, settings=(self.ids,), **engine),
-        ]
-
-    def plan(self) -> Step:
-        """What plan.py makes of the figures so far."""
-        lines, name = self.out / "calibration.jsonl", self.machine.plan_name
-        lacks = (
-            ""
-            if name
-            else "plan.py takes no figures of a CPU"
-            if not self.machine.gpu
-            else f"plan.py knows no {self.machine.gpu}"
-        )
-        cluster = ["--gpu", name, "--nodes", 1, "--gpus_per_node", self.ranks, "--json"]
-        command = [PYTHON, "tools/plan.py", "--config", self.at.recipe, *cluster, "--calibrate", lines]
-        return Step("plan", [command], lacks, ("step",))
-
-    def _recipe(self) -> list[object]:
-        batch = self.at.batch
-        sizes = [f"train.micro_batch_size={batch}", f"train.global_batch_size={batch * self.ranks}"]
-        return ["--deepspeed_config", self.at.engine, "--config", self.at.recipe, *self.at.settings, *sizes]
 
     def _run(self, name: str, steps: int, *words: str) -> list[object]:
         more = [f"run_dir={self.out}/runs/{name}", f"train.stop_at_step={steps}", "train.epochs=100", *words]
-        return [*self.together, "mapet_ds/pretrain.py", *self._recipe(), *more]
+        engine = ["--deepspeed_config", self.at.engine]
+        return [*self.together, "mapet_ds/pretrain.py", *engine, *self.recipe, *more]
 
-    def benchmark(
-        self, name: str, *words: object, settings: tuple[str, ...] = (), config: str = "", together: bool = False,
-        engine: bool = False, dali: bool = True, lacks: str = "", **more: Any,
-    ) -> Step:  # fmt: skip
-        """A step that runs tools/benchmark.py; together: on all GPUs."""
-        at, start = self.at, self.together if together else [PYTHON]
-        options = ["--device", at.device, "--batch_size", at.batch, "--threads", threads(self.machine)]
-        options += ["--config", config or at.recipe, *(["--deepspeed_config", at.engine] if engine else [])]
-        command = [*start, "tools/benchmark.py", *words, *options, *at.settings, *settings]
-        return Step(name, [command], lacks or (self.no_dali if dali else ""), **more)
+    def benchmark(self, each: Benchmark) -> Step:
+        """The step that runs it."""
+        at = self.at
+
+        def filled(words: str) -> list[str]:
+            return [part for word in words.split() for part in self._fill(word)]
+
+        sizes = ["--device", at.device, "--batch_size", at.batch, "--threads", threads(self.machine)]
+        config = each.config if each.config and self.machine.gpu else at.recipe
+        start = self.together if each.together else [PYTHON]
+        command = [*start, "tools/benchmark.py", *filled(each.words), *sizes, "--config", config]
+        command += [*at.settings, *filled(each.settings)]
+        alone = self.machine.gpus < 2 and (each.together or (each.step == "scaling" and self.machine.gpu))
+        lacks = "it needs two GPUs" if alone else self.no_dali if each.dali else ""
+        return Step(each.step, [command], lacks, each.after, calibrates=each.calibrates)
+
+    def _fill(self, word: str) -> list[str]:
+        """A word with its values; that of decoders is several words."""
+        text = word.format(**self.values)
+        return text.split() if word == "{decoders}" else [text]
+
+    def plan(self) -> Step:
+        """What plan.py makes of the figures so far."""
+        gpu, name, lines = self.machine.gpu, self.machine.plan_name, self.out / "calibration.jsonl"
+        lacks = "" if name else f"plan.py knows no {gpu}" if gpu else "plan.py takes no figures of a CPU"
+        cluster = ["--gpu", name, "--nodes", 1, "--gpus_per_node", max(self.machine.gpus, 1), "--json"]
+        command = [PYTHON, "tools/plan.py", "--config", self.at.recipe, *cluster, "--calibrate", lines]
+        return Step("plan", [command], lacks, ("step",))
 
 
 def steps(machine: Machine, out: Path) -> list[Step]:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import time
@@ -30,7 +31,10 @@ class Failed(Exception):
 
 
 class Step(NamedTuple):
-    """Commands that follow each other, and what must be true after them."""
+    """Commands that follow each other, and what must be true after them.
+
+    A word of a command that depends on earlier steps is a function without arguments.
+    """
 
     name: str
     commands: Sequence[Sequence[object]]
@@ -40,6 +44,8 @@ class Step(NamedTuple):
     """Steps that must have passed."""
     figures: Callable[[str], Figures] = lambda printed: last_line(printed)
     """What it has measured, of its standard output; raises Failed where it is not as it must be."""
+    fresh: tuple[Path, ...] = ()
+    """Folders that it writes: what an earlier try left there goes first."""
     calibrates: bool = False
     """Its figures tell plan.py how fast the recipe is."""
     optional: bool = False
@@ -74,17 +80,15 @@ def commit() -> str | None:
     return texts[0].decode().strip() + changed
 
 
-def run_command(words: Sequence[object], log: Any, seconds: float) -> tuple[int | None, str]:
+def run_command(words: list[str], log: Any, seconds: float) -> tuple[int | None, str]:
     """Exit code and standard output of a command; None where it was ended for taking too long.
 
-    Both of its streams go to the log. A launcher is told to end, because its ranks are in other process groups.
+    Both of its streams go to the log. A launcher is told to end, because its ranks are in other groups.
     """
-    log.write(f"$ {shlex.join(map(str, words))}\n")
+    log.write(f"$ {shlex.join(words)}\n")
     log.flush()
-    process = subprocess.Popen(
-        [str(word) for word in words], cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=log, text=True,
-        start_new_session=True,
-    )  # fmt: skip
+    pipe, group = subprocess.PIPE, {"start_new_session": True}
+    process = subprocess.Popen(words, cwd=REPOSITORY, stdout=pipe, stderr=log, text=True, **group)
     try:
         printed, _ = process.communicate(timeout=max(seconds, 1))
     except subprocess.TimeoutExpired:
@@ -138,9 +142,9 @@ class Trial:
     def run(self, steps: list[Step]) -> list[Record]:
         """Runs the steps that have not passed yet, in turn; gives the record of each."""
         done, records, lines = self.passed(), [], list[str]()
-        verdicts = {name: "passed" for name in done}
+        verdicts = dict.fromkeys(done, "passed")
         for i, step in enumerate(steps, start=1):
-            start = f"[{i}/{len(steps)}] {step.name:<24}"
+            start = f"[{i}/{len(steps)}] {step.name:<20}"
             if record := done.get(step.name):
                 print(f"{start} passed before", flush=True)
             else:
@@ -159,27 +163,30 @@ class Trial:
 
     def _take(self, step: Step, verdicts: dict[str, str]) -> Record:
         """Runs one step; gives its record."""
-        commands = [shlex.join(map(str, words)) for words in step.commands]
         record: Record = {"step": step.name, "verdict": "left out", "reason": step.lacks, "seconds": 0.0}
-        record |= {"commands": commands, "setup": self.setup, "figures": {}}
+        record |= {"commands": [], "setup": self.setup, "figures": {}}
         missing = [name for name in step.after if verdicts.get(name) != "passed"]
         if missing and not step.lacks:
             record["reason"] = f"{missing[0]} has not passed"
         if record["reason"]:
             return record
         start, log = time.monotonic(), self.folder / "logs" / f"{step.name}.log"
+        commands = [[str(word() if callable(word) else word) for word in words] for words in step.commands]
+        record["commands"] = list(map(shlex.join, commands))
+        for folder in step.fresh:
+            shutil.rmtree(REPOSITORY / folder, ignore_errors=True)
         try:
-            record |= {"verdict": "passed", "figures": self._figures(step, log)}
+            record |= {"verdict": "passed", "figures": self._figures(step, commands, log)}
         except Failed as failed:
             record |= {"verdict": "FAILED", "reason": str(failed)}
         return record | {"seconds": round(time.monotonic() - start, 1)}
 
-    def _figures(self, step: Step, log: Path) -> Figures:
+    def _figures(self, step: Step, commands: list[list[str]], log: Path) -> Figures:
         """Runs the commands of a step; gives what they have measured."""
         deadline, printed = time.monotonic() + LIMIT, ""
         log.unlink(missing_ok=True)
         with log.open("a") as file:  # the commands write their errors to it, too
-            for words in step.commands:
+            for words in commands:
                 code, printed = run_command(words, file, deadline - time.monotonic())
                 if code is None:
                     raise Failed(f"it took longer than {LIMIT} s")
@@ -193,17 +200,11 @@ class Trial:
 
 def report(records: list[Record], folder: Path, page: Path) -> str:
     """The table of verdicts, and where everything lies."""
-    width = max(len(record["step"]) for record in records)
-    lines = [
-        f"{record['step']:<{width}}  {record['verdict']:<8}  {record['seconds']:6.0f} s  {record['reason']}".rstrip()
-        for record in records
-    ]
-    counts = {
-        verdict: sum(record["verdict"] == verdict for record in records)
-        for verdict in ("passed", "FAILED", "left out")
-    }
-    lines.append(", ".join(f"{count} {verdict}" for verdict, count in counts.items()))
+    form = "{step:<20}{verdict:<10}{seconds:6.0f} s  {reason}"
+    lines = [form.format(**record).rstrip() for record in records]
+    verdicts = [record["verdict"] for record in records]
     lines.append(
-        f"lines and logs: {folder}; for plan.py --calibrate: {folder / 'calibration.jsonl'}; tables: {page}"
+        ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in ("passed", "FAILED", "left out"))
     )
+    lines.append(f"lines, logs, calibration.jsonl for plan.py: {folder}; tables: {page}")
     return "\n" + "\n".join(lines)

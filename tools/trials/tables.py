@@ -79,7 +79,7 @@ def text(records: list[Record]) -> str:
 
 
 def write_tables(where: str, records: list[Record], page: Path, template: Path) -> None:
-    """Puts the tables between the page's two markers; a page that isn't there is a copy of the template first.
+    """Puts the tables between the page's two markers; a page that isn't there begins as the template.
 
     Raises:
         UserError: the page has no such markers.
