@@ -34,9 +34,9 @@ LINES = {
     "data": 1700,  # six image formats, folders and shards, the order, DALI, stored ids, labels
     "objectives": 580,  # five methods, and what they share
     "targets": 1250,  # a frozen CLIP spread over ranks, VQ-KD, the codebook, stored ids, momentum
-    "training": 1200,  # DeepSpeed, its workarounds, what it gathers checked; checkpoints, metrics, jumps
+    "training": 1230,  # DeepSpeed, its workarounds, what it gathers checked; checkpoints, metrics, jumps
     "finetuning": 530,
-    "results": 1720,  # export and its proof, cards, foreign checkpoints, probes, the page about a run
+    "results": 1730,  # export and its proof, cards, foreign checkpoints, probes, the page about a run
     "planning": 1030,  # counts on real modules, the arithmetic of a cluster, advice
     "story": 1860,  # the files beside the rooms: pretrain, run, task, draws, vit, launch, weights, ...
     "tools": 2950,  # twelve programs and the benchmarks
