@@ -8,11 +8,8 @@ No other file imports DeepSpeed. Workarounds for deepspeed 0.19.8 live here, eac
 from __future__ import annotations
 
 import contextlib
-<<<<<<< HEAD
-import json
-=======
 import importlib
->>>>>>> main
+import json
 import logging
 import os
 import shutil
