@@ -19,7 +19,9 @@ from PIL import Image
 
 from mapet_ds.data import index as index_module
 from mapet_ds.data.formats import BadImage, inspect
-from mapet_ds.data.index import SAMPLE, Index, Member, build_index, open_index, write_index
+from mapet_ds.data.index import Index, build_index, open_index
+from mapet_ds.data.index_files import SAMPLE, write_index
+from mapet_ds.data.listing import Member
 from mapet_ds.errors import DataError
 
 

@@ -75,6 +75,11 @@ def _there(pattern: str) -> Iterator[str]:
             raise DataError(f"{path}{whole} is not there: nothing on this host has such a name.")
 
 
+def named(found: list[Source]) -> str:
+    """The knob's lines that name these sources."""
+    return "\n".join(path if repeats == 1 else f"{path} x{repeats}" for path, repeats in found)
+
+
 def sources(text: str) -> list[Source]:
     """Gives what a knob's lines name, in order. `PATH x3` is had three times an epoch.
 

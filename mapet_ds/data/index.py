@@ -6,125 +6,42 @@ imports torch or DALI, because loader workers import this module.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import struct
 import sys
 import time
 from collections import OrderedDict
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mapet_ds.config.sources import Source, sources
+from mapet_ds.config.sources import Source, named, sources
 from mapet_ds.data.formats import BadImage
-from mapet_ds.data.kinds import SUFFIXES, by_name, hidden, json_name, summary, text
-from mapet_ds.data.listing import LOOSE, OF_THE_FILE, Listing, Member, changed, described, root_of
+from mapet_ds.data.index_files import STATE, write_index
+from mapet_ds.data.kinds import by_name, hidden, json_name, summary, text
+from mapet_ds.data.listing import LOOSE, OF_THE_FILE, Listing, changed, root_of
 from mapet_ds.errors import DataError
-from mapet_ds.files import whole_folder
 
-SAMPLE = np.dtype([("file", "<u4"), ("offset", "<u8"), ("length", "<u8"), ("label", "<i4")])
 MAX_BYTES = 1 << 30
 RETRY_PAUSES_S = (0.1, 1.0, 4.0)
 OPEN_SHARDS = 64
-STATE = "state.json"
-"""The file of what would show that the data set has changed since it was listed."""
-SPOT_CHECKS = 1000
+SPOT_CHECKS = 200
 """Images, evenly spaced, whose lengths are compared with those recorded when an index is opened again."""
 
 
-def build_index(named: str | Path, folder: Path, classes: list[str] | None = None) -> None:
-    """Writes the index of what `named` names (see config/sources.py) into `folder`. One process calls it.
+def build_index(source: str | Path, folder: Path, classes: list[str] | None = None) -> None:
+    """Writes the index of what `source` names (see config/sources.py) into `folder`. One process calls it.
 
     classes: the names of the labels of shards.
 
     Raises:
         DataError: nothing is there, no image is there, or what is there can't be read or meant.
     """
-    listing = Listing(sources(str(named)))
+    listing = Listing(sources(str(source)))
     root = os.fsdecode(listing.root)
     write_index(folder, root, listing.members(), listing.shards, classes or [], listing)
-
-
-def write_index(
-    folder: Path, root: str, members: Iterable[Member], shards: list[bytes], classes: list[str],
-    listing: Listing | None = None,
-) -> None:  # fmt: skip
-    """Writes the index of these samples, which lie below `root`, into `folder`, whole or not at all.
-
-    No sample is held in memory. `shards` and `classes` are read after the last sample, because `members` may
-    fill them. Without classes, their names are those that the listing found, or their numbers.
-
-    Raises:
-        DataError: there is no sample.
-    """
-    digest = hashlib.sha256()
-    kinds = {"samples": SAMPLE, "path_ends": np.dtype("<u8")}
-    with whole_folder(folder) as written:
-        # The samples go to plain files as they come, of unknown number.
-        raw = {name: written / f"{name}.raw" for name in kinds}
-        end, last_label, unlabelled, unlabelled_path = 0, -1, 0, b""
-        with (
-            open(written / "paths.bin", "wb") as paths,
-            raw["samples"].open("wb") as samples,
-            raw["path_ends"].open("wb") as ends,
-        ):
-            for member in members:
-                end += paths.write(member.path)
-                ends.write(struct.pack("<Q", end))
-                samples.write(struct.pack("<IQQi", *member[1:]))
-                digest.update(member.path + b"\0" + struct.pack("<Q", member.length))
-                last_label = max(last_label, member.label)
-                if member.label == -1:
-                    unlabelled, unlabelled_path = unlabelled + 1, unlabelled_path or member.path
-        if not end:
-            raise DataError(_nothing(root, listing))
-
-        # NumPy's headers hold the number.
-        numbers = list(map(str, range(last_label + 1))) if shards else []
-        if listing:
-            numbers, places = listing.classes.settled()
-            _name_labels(np.memmap(raw["samples"], SAMPLE, "r+"), np.array(places, np.int32))
-            if unlabelled and numbers:
-                listing.findings.note("images without a label", text(unlabelled_path), unlabelled)
-            if listing.classes.names and listing.classes.last >= 0:
-                kind = "classes by name beside classes by number"
-                listing.findings.note(kind, f"{numbers[0]}, {numbers[-1]}", len(listing.classes.names))
-        for name, path in raw.items():
-            np.save(written / f"{name}.npy", np.memmap(path, kinds[name], "r"))
-            path.unlink()
-        description = {
-            "root": "." if folder.parent == Path(root) else root,
-            "fingerprint": digest.hexdigest(),
-            "classes": classes or numbers,
-            "shards": [text(shard) for shard in shards],
-        }
-        if listing:
-            description |= described(listing)
-            (written / STATE).write_text(json.dumps(listing.state))
-        (written / "index.json").write_text(json.dumps(description, indent=1))
-
-
-def _name_labels(samples: NDArray[np.void], places: NDArray[np.int32]) -> None:
-    """Replaces the numbers of names as they came by the places of the names in their order."""
-    for start in range(0, len(samples) if len(places) else 0, 1 << 20):
-        labels = samples["label"][start : start + (1 << 20)]
-        named = labels < -1
-        labels[named] = places[-2 - labels[named]]
-
-
-def _nothing(root: str, listing: Listing | None) -> str:
-    """The sentence about a place without samples."""
-    endings = ", ".join("." + suffix.decode() for suffix in sorted(SUFFIXES))
-    passed = listing.findings.passed_over if listing else {}
-    return (
-        f"{root} holds no image: looked in it and below for {endings}, for other files whose first "
-        f"bytes are an image's, and for .tar shards.{f' Passed over: {summary(passed)}.' if passed else ''}"
-    )
 
 
 class Index:
@@ -154,9 +71,14 @@ class Index:
         """Kind of what the listing passed over -> number, and the first one's path."""
         self.noted: dict[str, list[Any]] = description.get("noted", {})
         """What the listing took and has to say, the same way."""
-        self._folders = [path for path, _ in description.get("sources", [])] or [str(root)]
+        self.sources = [Source(*source) for source in description.get("sources", [(str(root), 1)])]
         self.shards = [shard.encode("utf-8", "surrogateescape") for shard in description["shards"]]
         self._open_shards: OrderedDict[int, int] = OrderedDict()
+
+    @property
+    def named(self) -> str:
+        """What data.train would name the same by, from any folder."""
+        return named(self.sources)
 
     def __reduce__(self) -> tuple[type[Index], tuple[Path, Path]]:
         return Index, (self.folder, self.root)
@@ -182,10 +104,16 @@ class Index:
         if self.shards:
             return []
         names = set[str]()
-        for folder in filter(os.path.isdir, [str(self.root)] if len(self._folders) == 1 else self._folders):
+        one = len(self.sources) == 1  # its folder may have moved
+        for folder in [str(self.root)] if one else [path for path, _ in self.sources if os.path.isdir(path)]:
             with os.scandir(os.fsencode(folder)) as entries:
                 names |= {text(entry.name) for entry in entries if entry.is_dir() and not hidden(entry.name)}
         return sorted(names - {*self.classes})
+
+    def record(self) -> dict[str, Any]:
+        """What a run's record says of the data: counts, what was passed over, and what there is to note."""
+        counts = {"images": len(self), "classes": len(self.classes), "shards": len(self.shards)}
+        return counts | {"passed_over": self.passed_over, "to_note": self.noted}
 
     def summary(self) -> str:
         """One line about what was listed and what was passed over."""
@@ -312,8 +240,8 @@ def _pread(descriptor: int, length: int, offset: int) -> bytes:
     return data
 
 
-def open_index(named: str, cache: Path, compare: bool = True) -> Index:
-    """Opens the index of what `named` names: the one beside a folder's shards, or else the one in `cache`.
+def open_index(source: str, cache: Path, compare: bool = True) -> Index:
+    """Opens the index of what `source` names: the one beside a folder's shards, or else the one in `cache`.
 
     The one in `cache` is built where it is missing, of other sources, or where these have changed since: what
     a run may continue on is decided by the fingerprint. Rank 0 calls first, the others after a barrier.
@@ -324,7 +252,7 @@ def open_index(named: str, cache: Path, compare: bool = True) -> Index:
     Raises:
         DataError: see `build_index` and `Index`; or the shards beside an index are not those it lists.
     """
-    there = sources(named)
+    there = sources(source)
     if not there:
         raise DataError("The name of the data set is empty.")
     root, own = Path(root_of(there)), Path(there[0].path, "index")
@@ -346,7 +274,7 @@ def open_index(named: str, cache: Path, compare: bool = True) -> Index:
     path = _change(before) if before else None
     if before and path is None:
         return before
-    build_index(named, cache)
+    build_index(source, cache)
     index = Index(cache, root)
     if before and index.fingerprint != before.fingerprint:
         then = f"{len(before):,} images then, {len(index):,} now"
@@ -375,8 +303,12 @@ def _change(index: Index, times: bool = True) -> str | None:
     if path := changed(str(index.root), state, times):
         return path
     number = min(SPOT_CHECKS, len(index))
-    places = (k * len(index) // number for k in range(number))
-    return next((index.path(i) for i in places if index.has_changed(i)), None)
+    if state and index.shards and len(index.sources) == 1:
+        number = 0  # the state knows all
+    for k in range(number):
+        if index.has_changed(i := k * len(index) // number):
+            return index.path(i)
+    return None
 
 
 def _beside(index: Index) -> str | None:

@@ -17,16 +17,16 @@ PARTIAL = set(
 ARCHIVES = set(b"tgz tbz tbz2 txz tzst gz bz2 xz zst lz4 zip 7z rar".split())
 OTHERS = set(
     b"cls txt json jsonl xml csv tsv yaml yml html htm md log caption label labels index idx key url id list "
-    b"lst md5 sha256 npy npz pt pth pkl pickle mat h5 hdf5 parquet arrow bin safetensors db sqlite mdb tfrecord "
-    b"rec py pyc ipynb sh pdf doc docx mp4 avi mov mkv webm mp3 wav flac psd svg eps "
+    b"lst md5 sha256 npy npz pt pth pkl pickle mat h5 hdf5 parquet arrow bin safetensors db sqlite mdb "
+    b"tfrecord rec py pyc ipynb sh pdf doc docx mp4 avi mov mkv webm mp3 wav flac psd svg eps "
     b"cr2 cr3 nef nrw arw sr2 srf dng orf rw2 pef srw 3fr erf kdc dcr iiq mos raf".split()
 )
 """Endings of what is never opened to see whether it is an image; the last line are the cameras' raw files."""
 SYSTEM = {b"thumbs.db", b"desktop.ini", b"icon\r"}
 TRASH = {b"__macosx", b"@eadir", b"lost+found", b"$recycle.bin", b"#recycle", b"system volume information"}
 COMPANIONS = set(
-    b"seg segm segmentation mask masks thumb thumbnail preview depth normal normals semantic instance panoptic "
-    b"annotation ann gt edges alpha matte trimap overlay heatmap label labels".split()
+    b"seg segm segmentation mask masks thumb thumbnail preview depth normal normals semantic instance "
+    b"panoptic annotation ann gt edges alpha matte trimap overlay heatmap label labels".split()
 )
 """Words between two dots that name a picture about a picture: a.seg.png beside a.jpg."""
 PREVIEW = re.compile(rb"(preview|thumb|sample|example|grid|montage|collage|banner|logo|cover)s?\b.*", re.I)

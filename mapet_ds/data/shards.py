@@ -159,7 +159,7 @@ def _look(path: bytes, shard: bytes, file: BinaryIO, findings: Findings) -> _Fou
     places: dict[str, tuple[int, int]] = {}
     for member in _headers(path, file, findings):
         name = member.name.encode("utf-8", "surrogateescape")
-        kind = _hidden(name)
+        kind, place = _hidden(name), (member.offset_data, member.size)
         if member.isdir() or (kind is None and (member.issym() or member.islnk())):
             if not member.isdir():
                 links.append((len(found.images), name, member))
@@ -167,27 +167,30 @@ def _look(path: bytes, shard: bytes, file: BinaryIO, findings: Findings) -> _Fou
         if kind is None and not member.isreg():
             kind = "members that are no files"
         elif member.isreg():
-            places[posixpath.normpath(member.name)] = member.offset_data, member.size
+            places[posixpath.normpath(member.name)] = place
         if kind is None:
-            kind = by_name(name) or by_content(name, os.pread(file.fileno(), BEGINNING, member.offset_data))
+            kind = by_name(name) or by_content(name, _beginning(file, place, BEGINNING))
         if kind == "image" and member.issparse():
             raise DataError(
                 f"{os.fsdecode(path)}: the member {member.name} is stored sparse. Pack the shard again "
                 "without tar's --sparse."
             )
         if kind == "image":
-            found.images.append((name, member.offset_data, member.size))
+            found.images.append((name, *place))
         elif kind == ".cls":
-            data = os.pread(file.fileno(), min(member.size, TOO_LONG), member.offset_data)
-            _add_label(found, shard, name, data, findings)
+            _add_label(found, shard, name, _beginning(file, place, TOO_LONG), findings)
         else:
             findings.pass_over(kind, shard + b"/" + name)
             if kind.startswith("."):
-                data = os.pread(file.fileno(), SHORT, member.offset_data) if member.size < SHORT else b""
+                data = _beginning(file, place, SHORT) if member.size < SHORT else b""
                 plain = isinstance(parse_label(data), int)
                 found.stems[_stem(name)] = f"{text(shard)}/{text(name)}: {text(data)!r}" if plain else ""
     _follow(found, links, places, shard, file, findings)
     return found
+
+
+def _beginning(file: BinaryIO, place: tuple[int, int], most: int) -> bytes:
+    return os.pread(file.fileno(), min(place[1], most), place[0])
 
 
 def _hidden(name: bytes) -> str | None:
@@ -222,8 +225,7 @@ def _follow(
         if kind == "image":
             found.images.insert(place, (name, *places[target]))
         elif kind == ".cls":
-            offset, length = places[target]
-            _add_label(found, shard, name, os.pread(file.fileno(), min(length, TOO_LONG), offset), findings)
+            _add_label(found, shard, name, _beginning(file, places[target], TOO_LONG), findings)
         else:
             findings.pass_over(kind, shard + b"/" + name)
 
