@@ -36,7 +36,7 @@ LINES = {
     "targets": 1250,  # a frozen CLIP spread over ranks, VQ-KD, the codebook, stored ids, momentum
     "training": 1170,  # DeepSpeed and its workarounds, checkpoints, metrics, jumps, the watchdog
     "finetuning": 530,
-    "results": 1720,  # export and its proof, cards, foreign checkpoints, probes, the page about a run
+    "results": 1730,  # export and its proof, cards, foreign checkpoints, probes, the page about a run
     "planning": 1030,  # counts on real modules, the arithmetic of a cluster, advice
     "story": 1830,  # the files beside the rooms: pretrain, run, task, draws, vit, launch, weights, ...
     "tools": 3200,  # twelve programs and the benchmarks
