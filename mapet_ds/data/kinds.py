@@ -22,8 +22,11 @@ OTHERS = set(
     b"cr2 cr3 nef nrw arw sr2 srf dng orf rw2 pef srw 3fr erf kdc dcr iiq mos raf".split()
 )
 """Endings of what is never opened to see whether it is an image; the last line are the cameras' raw files."""
-SYSTEM = {b"thumbs.db", b"desktop.ini", b"icon\r"}
-TRASH = {b"__macosx", b"@eadir", b"lost+found", b"$recycle.bin", b"#recycle", b"system volume information"}
+KEPT = dict.fromkeys((b"thumbs.db", b"desktop.ini", b"icon\r", b".ds_store"), "system files") | dict.fromkeys(
+    (b"__macosx", b"@eadir", b"lost+found", b"$recycle.bin", b"#recycle", b"system volume information"),
+    "system folders",
+)
+"""What a system keeps for itself: name in small letters -> kind."""
 COMPANIONS = set(
     b"seg segm segmentation mask masks thumb thumbnail preview depth normal normals semantic instance "
     b"panoptic annotation ann gt edges alpha matte trimap overlay heatmap label labels".split()
@@ -46,14 +49,13 @@ def text(name: bytes) -> str:
 
 def hidden(name: bytes) -> str | None:
     """Why a name is passed over wherever it stands: what a system or a program keeps for itself. Or None."""
-    lower = name.lower()
-    if lower in TRASH or lower.startswith(b".trash"):
-        return "system folders"
-    if lower in SYSTEM or lower == b".ds_store":
-        return "system files"
+    if kind := KEPT.get(name.lower()):
+        return kind
+    if not name.startswith(b"."):
+        return None
     if name.startswith(b"._"):
         return "macOS's ._ files"
-    return "hidden files and folders" if name.startswith(b".") else None
+    return "system folders" if name.startswith(b".Trash") else "hidden files and folders"
 
 
 def by_name(name: bytes) -> str | None:
@@ -61,16 +63,17 @@ def by_name(name: bytes) -> str | None:
 
     None where only its bytes can say it.
     """
-    ending = suffix(name)
-    if name.endswith(b"~") or ending in PARTIAL:
-        return "partial downloads and backups"
-    if ending in SUFFIXES and b"." in name:
+    _, dot, ending = name.rpartition(b".")
+    ending = ending.lower() if dot else b""
+    if ending in SUFFIXES:
         return "image"
-    if ending == b"tar" and b"." in name:
+    if ending in PARTIAL or name.endswith(b"~"):
+        return "partial downloads and backups"
+    if ending == b"tar":
         return "shard"
-    if ending in ARCHIVES and b"." in name:
+    if ending in ARCHIVES:
         return "archives"
-    return f".{text(ending)}" if ending in OTHERS and b"." in name else None
+    return f".{text(ending)}" if ending in OTHERS else None
 
 
 def by_content(name: bytes, beginning: bytes) -> str:

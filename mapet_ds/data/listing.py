@@ -11,7 +11,7 @@ import os
 import re
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -203,9 +203,9 @@ class Listing:
             return
         racy = time.time_ns() - here.st_mtime_ns < RACY_NS
         self.state[text(os.path.relpath(folder, self.root))] = [-1, -1 if racy else here.st_mtime_ns]
-        beside = _companions({entry.name for entry in entries})
+        beside = _companions([entry.name for entry in entries])
         for entry in entries:
-            kind = hidden(entry.name) or beside(entry.name)
+            kind = hidden(entry.name) or beside.get(entry.name)
             status = _status(entry) if kind is None else None
             if status is not None and stat.S_ISDIR(status.st_mode):
                 if not _is_index(entry.path):
@@ -225,21 +225,23 @@ def root_of(sources: list[Source]) -> str:
     return os.path.commonpath(folders)
 
 
-def _companions(names: set[bytes]) -> Callable[[bytes], str | None]:
-    """Gives a function that says which of the names of one folder are pictures about others, or None."""
-    shards = any(by_name(name) == "shard" for name in names)
-    images = {name.rpartition(b".")[0] for name in names if by_name(name) == "image"}
-
-    def kind(name: bytes) -> str | None:
-        stem, _, _ = name.rpartition(b".")
-        if shards and PREVIEW.match(name) and by_name(name) == "image":
-            return "pictures beside shards"
-        first, dot, word = stem.rpartition(b".")
-        if dot and word.lower() in COMPANIONS and first in images and by_name(name) == "image":
-            return f"pictures beside an image (.{text(word)}.{text(suffix(name))})"
-        return None
-
-    return kind
+def _companions(names: list[bytes]) -> dict[bytes, str]:
+    """The names of one folder that are pictures about others, and as which kind each is passed over."""
+    kinds = dict[bytes, str]()
+    if any(by_name(name) == "shard" for name in names if name[-4:].lower() == b".tar"):
+        for name in filter(PREVIEW.match, names):
+            if by_name(name) == "image":
+                kinds[name] = "pictures beside shards"
+    images: set[bytes] | None = None
+    for name in names:
+        if name.count(b".") < 2 or by_name(name) != "image":
+            continue
+        first, _, word = name.rpartition(b".")[0].rpartition(b".")
+        if word.lower() in COMPANIONS:
+            images = images or {each.rpartition(b".")[0] for each in names if by_name(each) == "image"}
+            if first in images:
+                kinds[name] = f"pictures beside an image (.{text(word)}.{text(suffix(name))})"
+    return kinds
 
 
 def _refuse_both_splits(folder: bytes, shards: list[bytes]) -> None:

@@ -99,6 +99,7 @@ def _headers(path: bytes, file: BinaryIO, findings: Findings) -> Iterator[tarfil
             if member.size < 0 or archive.offset <= at:
                 raise tarfile.ReadError(f"member of {member.size} bytes")
             at = archive.offset
+            _check_records(file, member)
             yield member
             archive.members = []  # tarfile would keep every header
         _check_end(name, file, archive.offset, findings)
@@ -108,6 +109,23 @@ def _headers(path: bytes, file: BinaryIO, findings: Findings) -> Iterator[tarfil
             f"The shard {name} can't be read as an uncompressed tar{where}: {error}. Unpack a compressed "
             "one, fetch a damaged one again, or take it away."
         ) from error
+
+
+def _check_records(file: BinaryIO, member: tarfile.TarInfo) -> None:
+    """Refuses damaged records of a PAX header: they have no checksum, and tarfile leaves out the rest."""
+    at = member.offset
+    while at + tarfile.BLOCKSIZE < member.offset_data:
+        header = os.pread(file.fileno(), tarfile.BLOCKSIZE, at)
+        if header[156] not in b"xgLK":  # an old sparse member's table
+            return
+        size = int(header[124:136].strip(b" \0") or b"0", 8)
+        records = os.pread(file.fileno(), size, at + tarfile.BLOCKSIZE)
+        while header[156] in b"xg" and records:
+            length, _, rest = records.partition(b" ")
+            if not length.isdigit() or b"=" not in rest or records[int(length) - 1 : int(length)] != b"\n":
+                raise tarfile.ReadError(f"a damaged PAX header at byte {at:,}")
+            records = records[int(length) :]
+        at += tarfile.BLOCKSIZE * (1 + -(-size // tarfile.BLOCKSIZE))
 
 
 def _check_end(name: str, file: BinaryIO, at: int, findings: Findings) -> None:
