@@ -34,7 +34,7 @@ LINES = {
     "data": 2600,  # six image formats; folders, shards and lists of any make; DALI, stored ids, labels
     "objectives": 580,  # five methods, and what they share
     "targets": 1250,  # a frozen CLIP spread over ranks, VQ-KD, the codebook, stored ids, momentum
-    "training": 1170,  # DeepSpeed and its workarounds, checkpoints, metrics, jumps, the watchdog
+    "training": 1190,  # DeepSpeed and its workarounds, checkpoints, metrics, jumps, the watchdog
     "finetuning": 530,
     "results": 1730,  # export and its proof, cards, foreign checkpoints, probes, the page about a run
     "planning": 1030,  # counts on real modules, the arithmetic of a cluster, advice
