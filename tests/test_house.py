@@ -30,8 +30,8 @@ FLOORS = [
 ]
 """Rooms from the ground up: one imports from its own floor and those below."""
 LINES = {
-    "config": 1210,  # every knob with its meaning, and a sentence for each contradiction
-    "data": 1700,  # six image formats, folders and shards, the order, DALI, stored ids, labels
+    "config": 1220,  # every knob with its meaning, and a sentence for each contradiction
+    "data": 1760,  # six formats and one rule of their pixels, folders and shards, order, DALI, ids, labels
     "objectives": 580,  # five methods, and what they share
     "targets": 1250,  # a frozen CLIP spread over ranks, VQ-KD, the codebook, stored ids, momentum
     "training": 1160,  # DeepSpeed and its workarounds, checkpoints, metrics, jumps, the watchdog
@@ -77,7 +77,7 @@ def test_budgets():
     lines["tools"] = sum(len(path.read_text().splitlines()) for path in PROGRAMS)
     assert {name: count for name, count in lines.items() if count > LINES[name]} == {}
     shared = [key for key in known_keys(Config) if key.partition(".")[0] not in Config().objectives]
-    assert len(shared) <= 76, "an objective of one's own brings its knobs along"
+    assert len(shared) <= 77, "an objective of one's own brings its knobs along"
     assert len(set(known_keys(FinetuneConfig)) - set(known_keys(Config))) <= 15
 
 

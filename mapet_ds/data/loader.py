@@ -67,7 +67,8 @@ def _define(
     )
     crop = fn.decoders.image_slice(
         data, anchor, shape, axes=[0, 1], normalized_anchor=False, normalized_shape=False,
-        device="mixed" if device == "gpu" else "cpu", output_type=types.RGB, adjust_orientation=False,
+        device="mixed" if device == "gpu" else "cpu", output_type=types.RGB,
+        adjust_orientation=source.config.data.exif_orientation,
     )  # fmt: skip
 
     def render(view: View, recolour: Callable[..., Any], values: list[Any]) -> Any:
@@ -84,25 +85,27 @@ def _define(
     return [*views, index]
 
 
-@functools.lru_cache(maxsize=1)
-def _judge() -> dali.Pipeline:
+@functools.lru_cache(maxsize=2)
+def _judge(upright: bool) -> dali.Pipeline:
     """The pipeline that decodes one image with DALI's CPU decoder."""
     pipeline = dali.Pipeline(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1)
     with pipeline:
         data = fn.external_source(name="data", batch=True)
-        pipeline.set_outputs(fn.decoders.image(data, output_type=types.RGB, adjust_orientation=False))
+        pipeline.set_outputs(fn.decoders.image(data, output_type=types.RGB, adjust_orientation=upright))
     return pipeline
 
 
-def check_decodes(data: bytes) -> None:
+def check_decodes(data: bytes, upright: bool = False) -> None:
     """Decodes a whole image alone with DALI's CPU decoder, which decides whether it is readable.
+
+    upright: as for `inspect`.
 
     Raises:
         BadImage: the decoder or `inspect` refuses it.
     """
-    width, height = inspect(data)
+    width, height = inspect(data, upright)
     try:
-        outputs: Any = _judge().run(data=[np.frombuffer(data, np.uint8)])
+        outputs: Any = _judge(upright).run(data=[np.frombuffer(data, np.uint8)])
         decoded = outputs[0].at(0).shape
     except RuntimeError as error:
         _judge.cache_clear()
@@ -268,7 +271,7 @@ class Loader:
         for place in range(self._config.train.micro_batch_size):
             sample = self._source.sample(self._micro_step, place)
             try:
-                check_decodes(sample.data)
+                check_decodes(sample.data, self._config.data.exif_orientation)
             except BadImage as reason:
                 refused[sample.index] = str(reason)
         return refused

@@ -199,7 +199,7 @@ class SampleSource:
             if index not in self.bad:
                 try:
                     data = self.index.read(index)
-                    width, height = inspect(data)
+                    width, height = inspect(data, self.config.data.exif_orientation)
                     break
                 except BadImage:
                     pass

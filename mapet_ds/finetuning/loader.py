@@ -110,7 +110,7 @@ class TrainBatches(Batches):
         for index in candidates(self.config, self.index, self.order, n, self.order(n)):
             if index not in self.bad:
                 try:
-                    return decode(self.index.read(index)), index
+                    return decode(self.index.read(index), self.config.data.exif_orientation), index
                 except BadImage as reason:
                     bad.append((index, str(reason)))
         raise AssertionError("candidates raises before it ends")
