@@ -34,9 +34,9 @@ LINES = {
     "data": 1760,  # six formats and one rule of their pixels, folders and shards, order, DALI, ids, labels
     "objectives": 580,  # five methods, and what they share
     "targets": 1250,  # a frozen CLIP spread over ranks, VQ-KD, the codebook, stored ids, momentum
-    "training": 1160,  # DeepSpeed and its workarounds, checkpoints, metrics, jumps, the watchdog
+    "training": 1170,  # DeepSpeed and its workarounds, checkpoints, metrics, jumps, the watchdog
     "finetuning": 530,
-    "results": 1720,  # export and its proof, cards, foreign checkpoints, probes, the page about a run
+    "results": 1730,  # export and its proof, cards, foreign checkpoints, probes, the page about a run
     "planning": 1030,  # counts on real modules, the arithmetic of a cluster, advice
     "story": 1830,  # the files beside the rooms: pretrain, run, task, draws, vit, launch, weights, ...
     "tools": 2950,  # twelve programs and the benchmarks

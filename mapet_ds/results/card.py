@@ -33,7 +33,7 @@ model = timm.create_model("hf-hub:{repository}", pretrained=True)
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
 ```
 
-A folder of these files loads as `local-dir:FOLDER`.
+A folder of these files loads as `local-dir:FOLDER`, and by transformers' `AutoModel.from_pretrained`.
 
 | | |
 |---|---|

@@ -8,15 +8,18 @@ No other file imports DeepSpeed. Workarounds for deepspeed 0.19.8 live here, eac
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 import os
 import shutil
 import warnings
 from collections.abc import Iterator
 from typing import Any
+from unittest.mock import patch
 
 import deepspeed
 import deepspeed.ops
+import deepspeed.runtime.compiler
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero import parameter_offload
@@ -71,6 +74,9 @@ def build_engine(
     warnings.filterwarnings("ignore", ".*all_gather_into_tensor.*", FutureWarning)
     # On a CPU each first start compiles the shared-memory op, for a minute and with g++. Gloo does without.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # ZeRO imports Muon to know one, and Muon's module compiles: Inductor would load on every rank for it.
+    with patch.object(deepspeed.runtime.compiler, "compile", lambda: lambda function: function):
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
 
     full = {
         **engine_config,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
-from importlib.metadata import distributions
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,14 @@ PACKAGES = (
 """The packages on which results depend."""
 
 
+@cache
 def versions() -> dict[str, str]:
     """The installed versions of the packages on which results depend."""
-    return {d.name: d.version for d in distributions() if d.name in PACKAGES}
+    found = {}
+    for name in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def _git(*arguments: str) -> str | None:
