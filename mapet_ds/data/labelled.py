@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from mapet_ds.config.sections import RunConfig
 from mapet_ds.data.formats import BadImage, exif_orientation, inspect
 from mapet_ds.data.index import Images, Index
-from mapet_ds.data.samples import allowed_bad, too_many_bad
+from mapet_ds.data.samples import check_bad
 from mapet_ds.errors import DataError
 from mapet_ds.launch import Ranks
 
@@ -146,8 +146,7 @@ def report_unreadable(config: RunConfig, index: Images, bad: Bad, ranks: Ranks) 
         DataError: on every rank, where more than data.max_bad_share of the images are unreadable.
     """
     all_bad = sorted(image for rank in ranks.gather(bad) for image in rank)
-    if len(all_bad) > allowed_bad(config, index):
-        raise too_many_bad(config, index, [i for i, _ in all_bad])
+    check_bad(config, index, [i for i, _ in all_bad])
     if all_bad and ranks.rank == 0:
         count, (i, reason) = f"{len(all_bad)} of {len(index)}", all_bad[0]
         message = f"Unreadable and left out of the evaluation: {count}, e.g. {index.path(i)}: {reason}."

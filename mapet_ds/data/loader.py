@@ -21,7 +21,7 @@ from mapet_ds.config.sections import Config
 from mapet_ds.data.batch import Batch, Draw, DrawsAhead, View
 from mapet_ds.data.formats import BadImage, inspect
 from mapet_ds.data.index import Index
-from mapet_ds.data.samples import JITTER_NUMBERS, STRONG_VALUES, SampleSource, allowed_bad, too_many_bad
+from mapet_ds.data.samples import JITTER_NUMBERS, STRONG_VALUES, SampleSource, Unreadable
 from mapet_ds.errors import ConfigError, DataError
 from mapet_ds.launch import use_gpu
 
@@ -152,8 +152,7 @@ class Loader:
         self._config, self._index, self._ranks, self._in_order = config, index, (rank, world_size), in_order
         self._student = View(config.model.img_size, data.mean, data.std) if student else None
         self._teacher = teacher
-        self._bad: dict[int, str] = dict.fromkeys(bad, "")
-        self._new_bad: list[tuple[int, str]] = []
+        self._bad = Unreadable(config, index, bad)
         self._micro_step = first_step * config.grad_accum_steps(world_size)
         self._alone = 0
         self._draws = None
@@ -187,8 +186,7 @@ class Loader:
 
     def new_bad(self) -> list[tuple[int, str]]:
         """(place in the index, reason) of the images that this rank found unreadable since the last call."""
-        new, self._new_bad = self._new_bad, []
-        return new
+        return self._bad.take()
 
     def close(self) -> None:
         """Ends the workers and frees the pipeline's memory."""
@@ -234,7 +232,7 @@ class Loader:
                 undecodable = self._undecodable()
                 if not undecodable:
                     return self._run_alone(error)
-                self._add_bad(undecodable)
+                self._bad.add(undecodable.items())
                 self._build(self._micro_step)
 
     def _run_alone(self, error: RuntimeError) -> tuple[Any, ...]:
@@ -290,14 +288,7 @@ class Loader:
                         reasons[passed] = "was unreadable when its turn came"
                     except BadImage as reason:
                         reasons[passed] = str(reason)
-        self._add_bad(reasons)
-
-    def _add_bad(self, reasons: dict[int, str]) -> None:
-        new = {index: reason for index, reason in reasons.items() if index not in self._bad}
-        self._bad |= new
-        self._new_bad += new.items()
-        if new and len(self._bad) > allowed_bad(self._config, self._index):
-            raise too_many_bad(self._config, self._index, [*new, *self._bad])
+        self._bad.add(reasons.items())
 
     def _to_torch(self, view: Any) -> Tensor:
         images = torch.from_dlpack(view.as_tensor())
