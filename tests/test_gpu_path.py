@@ -13,11 +13,8 @@ from images import photos, write
 from line import free_port
 from nullcuda import CannotBuild, NullDevice
 
-from mapet_ds.config.engine import load_deepspeed_config
 from mapet_ds.config.recipe import load_config
 from mapet_ds.config.sections import REPOSITORY
-from mapet_ds.planning.counting import student, target
-from mapet_ds.planning.forecast import GPUS, USABLE, Cluster, Request, Speeds, memory
 
 pytestmark = pytest.mark.gpu_path
 
