@@ -139,6 +139,29 @@ def test_logits_in_groups_of_images_change_nothing(name, monkeypatch):
     assert all((a - b).abs().max() < 1e-12 for a, b in zip(whole_grads, part_grads, strict=True))
 
 
+@pytest.mark.parametrize("name", ["mapet", "beit"])
+def test_a_compiled_loss_is_that_of_uneven_groups(name, monkeypatch):
+    """Groups of three images and of one are two graphs, each of which the backward pass finds again."""
+    model = far_from_init(build_objective(tiny_config(name), VOCAB).double())
+    images, target, draw = tiny_batch(model)
+    plain = model(images, target, draw)
+    plain.loss.backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    rows = []
+    handle = model.head.register_forward_hook(lambda head, x, logits: rows.append(logits.shape[:2]))
+    model(images, target, draw)
+    monkeypatch.setattr(objective_module, "LOGITS", 3 * rows[0][1] * VOCAB)
+    torch.compiler.reset()
+    model.loss.compile(backend="aot_eager", fullgraph=True, dynamic=False)
+    loss = model(images, target, draw)
+    loss.loss.backward()
+    handle.remove()
+    assert [len(group) for group in torch.arange(len(images)).split(3)] == [3, 1] == [n for n, _ in rows[1:3]]
+    assert torch.equal(plain.prediction, loss.prediction) and abs(plain.loss - loss.loss) < 1e-12
+    assert all((a - p.grad).abs().max() < 1e-12 for a, p in zip(expected, model.parameters(), strict=True))
+
+
 def test_grad_checkpointing_changes_nothing(any_model):
     images, target, draw = tiny_batch(any_model)
     trained = [p for p in any_model.parameters() if p.requires_grad]
@@ -168,7 +191,9 @@ def test_compiled_blocks_change_nothing_kept_or_recomputed(name, monkeypatch):
     counters.clear()
     whole = torch.nn.Module.compile
     monkeypatch.setattr(
-        torch.nn.Module, "compile", lambda self: whole(self, backend="aot_eager", fullgraph=True)
+        torch.nn.Module,
+        "compile",
+        lambda self, **options: whole(self, backend="aot_eager", fullgraph=True, **options),
     )
     compile_blocks(model)
     for recompute in (True, False):

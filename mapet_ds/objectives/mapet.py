@@ -17,7 +17,14 @@ from torch import Tensor
 from mapet_ds.config.sections import Config
 from mapet_ds.data.batch import Draw
 from mapet_ds.draws import permutations
-from mapet_ds.objectives.objective import Loss, Objective, depth_uniforms, rank_quarters, token_losses
+from mapet_ds.objectives.objective import (
+    Loss,
+    Objective,
+    TokenLoss,
+    depth_uniforms,
+    rank_quarters,
+    token_losses,
+)
 from mapet_ds.vit import Band, build_vit, embed, mask_token_and_head, run_blocks, take_rows
 
 
@@ -49,6 +56,7 @@ class MaPeT(Objective):
         self.seed = config.seed
         self.vit = build_vit(config.model)
         self.mask_token, self.head = mask_token_and_head(self.vit.embed_dim, target_dim)
+        self.loss = TokenLoss()
 
         hidden = round(config.mapet.hidden_share * config.num_patches)
         self.num_visible = config.num_patches - hidden
@@ -88,7 +96,7 @@ class MaPeT(Objective):
         # Predict the ids of the hidden patches, and put them back in raster order.
         x = run_blocks(self.vit, rows, self._bands(), draw.keep)
         ids = target.gather(1, hidden)
-        losses, predicted = token_losses(self.head, x, ids)
+        losses, predicted = token_losses(self.head, self.loss, x, ids)
         with torch.no_grad():
             metrics = {"token_accuracy": (predicted == ids).float().mean(), **rank_quarters(losses)}
             prediction = torch.full_like(by_rank, -1).scatter(1, hidden, predicted)
