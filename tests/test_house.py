@@ -30,7 +30,7 @@ FLOORS = [
 ]
 """Rooms from the ground up: one imports from its own floor and those below."""
 LINES = {
-    "config": 1310,  # every knob with its meaning, a sentence for each contradiction, DeepSpeed's keys
+    "config": 1370,  # every knob with its meaning, a sentence for each contradiction, DeepSpeed's keys
     "data": 1700,  # six image formats, folders and shards, the order, DALI, stored ids, labels
     "objectives": 580,  # five methods, and what they share
     "targets": 1250,  # a frozen CLIP spread over ranks, VQ-KD, the codebook, stored ids, momentum
