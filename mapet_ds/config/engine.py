@@ -12,6 +12,7 @@ import pydantic
 from pydantic import Field
 
 from mapet_ds.config.knobs import knobs, known_keys
+from mapet_ds.config.shipped import ENGINES, shipped_file, shipped_names
 from mapet_ds.errors import ConfigError
 
 DataType = Literal["fp32", "bf16", "fp16"]
@@ -90,14 +91,18 @@ REFUSED = {
 def load_deepspeed_config(path: str | Path) -> dict[str, Any]:
     """Reads a DeepSpeed JSON that holds engine knobs only. DeepSpeed itself ignores misspelt keys.
 
+    path: a file, or the name of a shipped one.
+
     Raises:
         ConfigError: the file can't be read, holds an unknown key or one that the recipe owns, a value that
             loses weights, or a ZeRO stage other than 1, 2, 3.
     """
+    path = shipped_file(path, ENGINES)
     try:
-        engine = json.loads(Path(path).read_text())
+        engine = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise ConfigError(f"The DeepSpeed config {path} can't be read: {error}.") from error
+        cure = f"Shipped ones: {', '.join(shipped_names(ENGINES))}."
+        raise ConfigError(f"The DeepSpeed config {path} can't be read: {error}. {cure}") from error
     if not isinstance(engine, dict):
         raise ConfigError(f"The DeepSpeed config {path} must be a JSON object.")
     for key in engine:

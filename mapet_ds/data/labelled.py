@@ -10,19 +10,30 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, ImageChops
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from mapet_ds.config.sections import RunConfig
-from mapet_ds.data.formats import BadImage, inspect
+from mapet_ds.data.formats import BadImage, exif_orientation, inspect
 from mapet_ds.data.index import Images, Index
-from mapet_ds.data.samples import allowed_bad, too_many_bad
+from mapet_ds.data.kinds import summary
+from mapet_ds.data.samples import check_bad
 from mapet_ds.errors import DataError
 from mapet_ds.launch import Ranks
 
 Bad = list[tuple[int, str]]
 """Place in the index and reason of images that are unreadable."""
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What makes an image of each EXIF orientation upright."""
 
 
 class EvaluationBatch(NamedTuple):
@@ -36,16 +47,31 @@ class EvaluationBatch(NamedTuple):
     """The unreadable images of this batch."""
 
 
-def decode(data: bytes) -> Image.Image:
-    """Decodes an image to RGB. EXIF's orientation is ignored, as in pre-training.
+def decode(data: bytes, upright: bool = False) -> Image.Image:
+    """Decodes an image by Pillow to the RGB that DALI gives in pre-training.
+
+    16 bits become 8 over the whole range. CMYK is inverted where Adobe's marker says so. Transparency and
+    colour profiles are left out. Departure: of 16-bit colours Pillow reads the high byte, where DALI rounds,
+    so that they may be one level apart.
+
+    upright: as for `inspect`.
 
     Raises:
         BadImage: its structure is damaged, or Pillow can't decode it.
     """
-    inspect(data)
+    inspect(data, upright)
     try:
         with Image.open(io.BytesIO(data)) as image:
-            return image.convert("RGB")
+            turn = TURNS.get(exif_orientation(data)) if upright else None
+            if image.format == "TIFF":
+                image.getexif()[ExifTags.Base.Orientation] = 1  # Pillow would turn it by itself
+            if image.mode.startswith("I"):  # Pillow would cut 16 bits off at 255
+                rgb = Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8)).convert("RGB")
+            elif image.mode == "CMYK" and image.format == "JPEG" and "adobe" not in image.info:
+                rgb = ImageChops.invert(image).convert("RGB")  # Pillow always inverts
+            else:
+                rgb = image.convert("RGB")
+            return rgb if turn is None else rgb.transpose(turn)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise BadImage(f"its structure is whole, but it can't be decoded: {error}") from error
 
@@ -71,11 +97,11 @@ class EvaluationBatches(Batches):
     """A rank's share of a data set. Every rank has the same number of batches."""
 
     def __init__(
-        self, config: RunConfig, index: Images, transform: Callable[[Image.Image], Tensor], rank: int,
+        self, config: Any, index: Images, transform: Callable[[Image.Image], Tensor], rank: int,
         world_size: int,
     ) -> None:  # fmt: skip
         self.index, self.transform, self.rank, self.world_size = index, transform, rank, world_size
-        self.batch_size = config.train.micro_batch_size
+        self.batch_size, self.upright = config.train.micro_batch_size, config.data.exif_orientation
 
     def __len__(self) -> int:
         return math.ceil(len(self.index) / (self.world_size * self.batch_size))
@@ -89,7 +115,8 @@ class EvaluationBatches(Batches):
             image, label = Image.new("RGB", (1, 1)), -1
             if place < len(self.index):
                 try:
-                    image, label = decode(self.index.read(place)), self.index.label(place)
+                    image = decode(self.index.read(place), self.upright)
+                    label = self.index.label(place)
                 except BadImage as reason:
                     bad.append((place, str(reason)))
             images.append(self.transform(image))
@@ -120,8 +147,7 @@ def report_unreadable(config: RunConfig, index: Images, bad: Bad, ranks: Ranks) 
         DataError: on every rank, where more than data.max_bad_share of the images are unreadable.
     """
     all_bad = sorted(image for rank in ranks.gather(bad) for image in rank)
-    if len(all_bad) > allowed_bad(config, index):
-        raise too_many_bad(config, index, [i for i, _ in all_bad])
+    check_bad(config, index, [i for i, _ in all_bad])
     if all_bad and ranks.rank == 0:
         count, (i, reason) = f"{len(all_bad)} of {len(index)}", all_bad[0]
         message = f"Unreadable and left out of the evaluation: {count}, e.g. {index.path(i)}: {reason}."
@@ -132,16 +158,23 @@ def _check_labels(name: str, index: Index) -> None:
     """Refuses images without a label, and labels without images or without a name."""
     labels, classes = index.labels(), index.classes
     if (unlabelled := np.flatnonzero(labels < 0)).size:
+        unread = {kind: found for kind, found in index.noted.items() if kind.startswith("labels ")}
         raise DataError(
             f"{name}: {unlabelled.size} of {len(index)} images have no label, e.g. "
             f"{index.path(int(unlabelled[0]))}. Put images into a sub-folder for each class, or a .cls "
-            "beside each image of a tar shard."
+            "beside each image of a tar shard, with a whole number from 0 on or the name of a class."
+            + (f" There are {summary(unread)}." if unread else "")
         )
     counts = np.bincount(labels, minlength=len(classes))
     empty = [classes[i] for i in np.flatnonzero(counts[: len(classes)] == 0)] + index.empty_folders()
     if empty or len(counts) > len(classes):
         unnamed = f"label {len(counts) - 1} names no class"
         problem = f"class {', '.join(empty[:5])} has no image" if empty else unnamed
+        if empty == ["0"] and classes == [*map(str, range(len(classes)))] and index.shards:
+            raise DataError(
+                f"{name} = {index.root}: class 0 has no image, and labels go up to {len(classes) - 1}: the "
+                ".cls of its shards are probably counted from 1. Count them from 0, in both sets."
+            )
         raise DataError(
             f"{name} = {index.root}: {problem}. Add images, or take the class out of training and validation."
         )

@@ -16,6 +16,8 @@ from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 from torchvision.datasets import ImageFolder
 
+from mapet_ds.data.formats import BadImage
+from mapet_ds.data.labelled import decode
 from mapet_ds.errors import ConfigError, DataError
 from mapet_ds.nearest import most_similar
 from mapet_ds.weights import UNREADABLE, timm_weights
@@ -69,9 +71,8 @@ def load_timm(path: Path, architecture: str | None = None, untrained: bool = Fal
 
 def _read_rgb(path: str) -> Image.Image:
     try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        return decode(Path(path).read_bytes())
+    except (OSError, BadImage) as error:
         cure = "tools/check_images.py lists all such"
         raise DataError(f"{path} is no image that can be read ({error}); {cure}.") from error
 

@@ -18,7 +18,9 @@ from benchmarks.measuring import ALONE, Figures, circumstances, settings, summar
 from PIL import Image
 
 from mapet_ds.config.sections import Config
-from mapet_ds.data.index import Index, Member, open_index, write_index
+from mapet_ds.data.index import Index, open_index
+from mapet_ds.data.index_files import write_index
+from mapet_ds.data.listing import Member
 from mapet_ds.data.samples import SampleSource
 from mapet_ds.draws import SampleOrder
 
