@@ -66,7 +66,7 @@ def knobs_of(section: Any, prefix: str = "") -> dict[str, Knob]:
         text = " ".join("".join(texts[:1]).split())
         default = field.get_default(call_default_factory=True)
         kind = _kind(field.annotation, field.metadata)
-        by_name[prefix + name] = Knob(kind, default, text, frozenset(_types(field.annotation)))
+        by_name[prefix + name] = Knob(kind, default, text, frozenset(_types(field.annotation, field.metadata)))
     return by_name
 
 
@@ -85,17 +85,19 @@ def describe(settings: type, section: str = "") -> str:
     return "\n".join(paragraphs)
 
 
-def _types(annotation: Any) -> Iterator[Any]:
-    """Yields the types that an annotation allows; of a list or a mapping only which of the two it is."""
+def _types(annotation: Any, metadata: Any = ()) -> Iterator[Any]:
+    """Yields the types that a knob may be given; of a list or a mapping only which of the two it is."""
     origin, inner = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        yield from _types(inner[0])
+        yield from _types(inner[0], inner[1:])
     elif origin in (Union, types.UnionType):
         yield from (each for option in inner for each in _types(option))
     elif origin is Literal:
         yield from map(type, inner)
     else:
         yield origin or annotation
+    for validator in (each for each in metadata if isinstance(each, pydantic.BeforeValidator)):
+        yield from _types(validator.json_schema_input_type)
 
 
 def _kind(annotation: Any, metadata: Any = ()) -> str:
