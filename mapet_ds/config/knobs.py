@@ -66,7 +66,9 @@ def knobs_of(section: Any, prefix: str = "") -> dict[str, Knob]:
         text = " ".join("".join(texts[:1]).split())
         default = field.get_default(call_default_factory=True)
         kind = _kind(field.annotation, field.metadata)
-        by_name[prefix + name] = Knob(kind, default, text, frozenset(_types(field.annotation, field.metadata)))
+        by_name[prefix + name] = Knob(
+            kind, default, text, frozenset(_types(field.annotation, field.metadata))
+        )
     return by_name
 
 
