@@ -3,10 +3,12 @@
 # make quick  set up .venv, then run the fast tests: under two minutes on two cores
 # make lint   set up .venv, then run ruff and pyright
 # make drill  set up .venv, then let faults happen for forty minutes or so: docs/reliability.md
+# make gpu    set up .venv, then try all once on this machine's GPUs, for an hour or so: docs/first_day.md
 # make clean  remove .venv and the demo's run
 
 PYTHON ?= python3
 RUN ?= runs/demo
+TRIAL ?= runs/trial
 OBJECTIVE ?= mapet
 PYTEST = .venv/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 export OMP_NUM_THREADS ?= 1
@@ -28,6 +30,9 @@ lint: .venv/dev
 	.venv/bin/ruff format --check .
 	.venv/bin/pyright
 
+gpu: .venv/dev
+	.venv/bin/python tools/trial.py gpu $(TRIAL)
+
 drill: .venv/dev
 	.venv/bin/python -m pytest -m drill -v
 
@@ -44,4 +49,4 @@ drill: .venv/dev
 clean:
 	rm -rf .venv runs/demo
 
-.PHONY: demo objective test quick lint drill clean
+.PHONY: demo objective test quick lint gpu drill clean

@@ -22,7 +22,7 @@ SLOW += [
     "published",
     "readme",
 ]
-SLOW += ["report", "slurm", "teacher", "tokenize_images", "vqkd"]
+SLOW += ["report", "slurm", "teacher", "tokenize_images", "vqkd", "wheel"]
 """Files that start whole programs or count large models: `make quick` leaves them out."""
 
 

@@ -13,6 +13,7 @@ import yaml
 
 from mapet_ds.config.knobs import known_keys
 from mapet_ds.config.sections import Config, RunConfig
+from mapet_ds.config.shipped import RECIPES, shipped_file, shipped_names
 from mapet_ds.errors import ConfigError
 
 Settings = TypeVar("Settings", bound=RunConfig)
@@ -46,8 +47,9 @@ def _read_recipe(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text()
     except (OSError, UnicodeDecodeError) as error:
-        message = f"The recipe {path} can't be read: {error}. Shipped ones: mapet_ds/recipes/."
-        raise ConfigError(message) from error
+        close = difflib.get_close_matches(path.stem, shipped_names(RECIPES), n=1)
+        cure = f"Did you mean {close[0]}?" if close else f"Shipped ones: {', '.join(shipped_names(RECIPES))}."
+        raise ConfigError(f"The recipe {path} can't be read: {error}. {cure}") from error
     recipe = _parse_yaml(text, f"The recipe {path}")
     if recipe is None:
         return {}
@@ -109,13 +111,14 @@ def load_config(
 ) -> Settings:
     """Reads a recipe with `a.b=value` overrides on top. The values are not yet checked against each other.
 
-    cls: the settings that it gives, Config or FinetuneConfig.
+    recipe: a file, or the name of a shipped one. cls: the settings that it gives, Config or FinetuneConfig.
 
     Raises:
         ConfigError: the file can't be read or is no YAML, a key is unknown, a value has a wrong type or
             range.
     """
-    values = _read_recipe(Path(recipe))
+    recipe = shipped_file(recipe, RECIPES)
+    values = _read_recipe(recipe)
     overridden = {_apply_override(values, override) for override in overrides}
     try:
         text = json.dumps(values)
