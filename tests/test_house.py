@@ -31,12 +31,12 @@ FLOORS = [
 """Rooms from the ground up: one imports from its own floor and those below."""
 LINES = {
     "config": 1510,  # every knob with its meaning, a sentence for each contradiction, patterns of paths
-    "data": 2700,  # six image formats; folders, shards and lists of any make; DALI, stored ids, labels
+    "data": 2750,  # six image formats; folders, shards and lists of any make; DALI, stored ids, labels
     "objectives": 680,  # five methods, and what they share
     "targets": 1350,  # a frozen CLIP spread over ranks, VQ-KD, the codebook, stored ids, momentum
     "training": 1330,  # DeepSpeed, its workarounds, what it gathers checked; checkpoints, metrics, jumps
     "finetuning": 530,
-    "results": 1760,  # export and its proof, cards, foreign checkpoints, probes, the page about a run
+    "results": 1960,  # export and its proof, cards, foreign checkpoints, probes, the page about a run
     "planning": 1030,  # counts on real modules, the arithmetic of a cluster, advice
     "story": 2110,  # the files beside the rooms: pretrain, run, task, draws, vit, launch, weights, ...
     "tools": 3300,  # twelve programs and the benchmarks
