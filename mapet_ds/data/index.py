@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from mapet_ds.config.sources import Source, named, sources
 from mapet_ds.data.formats import BadImage
 from mapet_ds.data.index_files import STATE, write_index
-from mapet_ds.data.kinds import by_name, hidden, json_name, summary, text
+from mapet_ds.data.kinds import EXAMPLES, by_name, hidden, json_name, summary, text
 from mapet_ds.data.listing import LOOSE, OF_THE_FILE, Listing, changed, root_of
 from mapet_ds.errors import DataError
 
@@ -120,7 +120,7 @@ class Index:
         classes = f", {len(self.classes):,} classes" if self.classes else ""
         parts = [f"{self.root}: {len(self):,} images{classes}"]
         parts += [f"Passed over: {summary(self.passed_over)}"] if self.passed_over else []
-        parts += [f"To note: {summary(self.noted)}"] if self.noted else []
+        parts += [f"To note: {summary(self.noted, EXAMPLES)}"] if self.noted else []
         return ". ".join(parts) + "."
 
     def read(self, i: int) -> bytes:

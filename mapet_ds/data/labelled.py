@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from mapet_ds.config.sections import RunConfig
 from mapet_ds.data.formats import BadImage, exif_orientation, inspect
 from mapet_ds.data.index import Images, Index
-from mapet_ds.data.kinds import summary
+from mapet_ds.data.kinds import EXAMPLES, summary
 from mapet_ds.data.samples import check_bad
 from mapet_ds.errors import DataError
 from mapet_ds.launch import Ranks
@@ -163,7 +163,7 @@ def _check_labels(name: str, index: Index) -> None:
             f"{name}: {unlabelled.size} of {len(index)} images have no label, e.g. "
             f"{index.path(int(unlabelled[0]))}. Put images into a sub-folder for each class, or a .cls "
             "beside each image of a tar shard, with a whole number from 0 on or the name of a class."
-            + (f" There are {summary(unread)}." if unread else "")
+            + (f" There are {summary(unread, EXAMPLES)}." if unread else "")
         )
     counts = np.bincount(labels, minlength=len(classes))
     empty = [classes[i] for i in np.flatnonzero(counts[: len(classes)] == 0)] + index.empty_folders()
