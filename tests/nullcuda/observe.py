@@ -9,6 +9,7 @@ touched.
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import json
 import os
 import runpy
@@ -19,6 +20,7 @@ from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
+import faiss
 import torch
 
 # DeepSpeed counts GPUs when it is imported, after which torch would refuse CUDA in a forked process.
@@ -27,6 +29,7 @@ import mapet_ds.task  # noqa: E402, F401
 from mapet_ds.run import Run  # noqa: E402
 
 torch._C._cuda_getDeviceCount = count
+faiss.get_num_gpus = lambda: 0  # its GPU code reads on the host what its kernels write
 
 STEP = 3
 """The step that is looked at. Those before compile blocks, and show DeepSpeed the order of ZeRO-3's gathers."""
@@ -46,6 +49,7 @@ def job(words: dict, rank: int) -> int:
         os.environ |= {name: str(value) for name, value in local.items()}
     if words["sanitize"]:
         torch.cuda._sanitizer.enable_cuda_sanitizer()
+    faulthandler.enable()  # the host touches device memory: a line of the program
     notes = Notes()
     notes.watch(Run)
     sys.argv = words["command"]
