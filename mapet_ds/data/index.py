@@ -59,7 +59,10 @@ class Index:
             self._samples = np.load(folder / "samples.npy", mmap_mode="r").view(np.ndarray)
             self._path_ends = np.load(folder / "path_ends.npy", mmap_mode="r").view(np.ndarray)
             self._paths = np.memmap(folder / "paths.bin", mode="r").view(np.ndarray)
-            self._device = os.stat(root).st_dev
+            self.sources = [Source(*source) for source in description.get("sources", [(str(root), 1)])]
+            folders = description.get("folders", [str(root)])
+            self.folders: list[str] = [str(root)] if folders and len(self.sources) == 1 else folders
+            self._devices = {folder: os.stat(folder).st_dev for folder in (str(root), *self.folders)}
         except (OSError, ValueError, EOFError) as error:
             raise DataError(
                 f"The index {folder} of {root} can't be opened: {error}. Delete it to have it built anew."
@@ -71,7 +74,6 @@ class Index:
         """Kind of what the listing passed over -> number, and the first one's path."""
         self.noted: dict[str, list[Any]] = description.get("noted", {})
         """What the listing took and has to say, the same way."""
-        self.sources = [Source(*source) for source in description.get("sources", [(str(root), 1)])]
         self.shards = [shard.encode("utf-8", "surrogateescape") for shard in description["shards"]]
         self._open_shards: OrderedDict[int, int] = OrderedDict()
 
@@ -104,8 +106,7 @@ class Index:
         if self.shards:
             return []
         names = set[str]()
-        one = len(self.sources) == 1  # its folder may have moved
-        for folder in [str(self.root)] if one else [path for path, _ in self.sources if os.path.isdir(path)]:
+        for folder in self.folders:
             with os.scandir(os.fsencode(folder)) as entries:
                 names |= {text(entry.name) for entry in entries if entry.is_dir() and not hidden(entry.name)}
         return sorted(names - {*self.classes})
@@ -183,15 +184,16 @@ class Index:
         return there != length if loose else there < offset + length
 
     def _check_root(self) -> None:
-        try:
-            there = os.stat(self.root).st_dev == self._device
-        except OSError:
-            there = False
-        if not there:
-            raise DataError(
-                f"The folder {self.root} is gone or no longer mounted. Start the same command when it is "
-                "back."
-            )
+        for folder, device in self._devices.items():
+            try:
+                there = os.stat(folder).st_dev == device
+            except OSError:
+                there = False
+            if not there:
+                raise DataError(
+                    f"The folder {folder} is gone or no longer mounted. Start the same command when it is "
+                    "back."
+                )
 
     def close(self) -> None:
         """Closes the shards that are open. Reading opens them again."""
