@@ -87,6 +87,28 @@ def small_beit():
     )
 
 
+def test_machine_links_and_storage(photos):
+    machine = benchmark("machine", "--device", "cpu")
+    check_circumstances(machine, "machine")
+    assert set(machine["matrix_product_tflops"]) == {"bf16", "fp32"}
+    assert machine["copy_gbyte_s"] > 0
+    assert (machine["ranks"], len(machine["hosts"]), machine["hosts_differ_in"]) == (1, 1, [])
+    assert {"nvcc", "ninja", "g++", "Python.h"} <= set(machine["tools"])
+    words = ["--nproc_per_node=2", "tools/benchmark.py", "allreduce", "--mebibytes", 1, "--repeats", 2]
+    done = start(sys.executable, "-m", "torch.distributed.run", "--standalone", *words, "--device", "cpu")
+    summed = json.loads(done.stdout)
+    assert (summed["ranks"], summed["hosts"], summed["backend"]) == (2, 1, "gloo")
+    bus, milliseconds = summed["sizes"]["1 MiB"]["bus_gbyte_s"], summed["sizes"]["1 MiB"]["ms"]
+    assert set(bus) == SPREAD
+    assert bus["max"] * milliseconds["min"] == pytest.approx(
+        2**20 / 1e6
+    )  # two ranks: as many bytes as there are
+    sizes = ["--images", 8, "--repeats", 2, "--threads", 2]
+    read = benchmark("storage", "--data", photos, "--device", "cpu", *sizes)
+    assert (read["images"], read["hosts"], read["repeatedly"]) == (20, 1, False)
+    assert set(read["host_gbyte_s"]) == set(read["images_per_second"]) == SPREAD
+
+
 def test_loader_against_one(photos):
     sizes = ["--batch_size", 4, "--threads", 1, "--batches", 2, "--repeats", 1, "--against", "dali_whole"]
     found = benchmark("loader", "--data", photos, "--device", "cpu", *sizes, "model.img_size=32")

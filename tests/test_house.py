@@ -30,11 +30,11 @@ FLOORS = [
 ]
 """Rooms from the ground up: one imports from its own floor and those below."""
 LINES = {
-    "config": 1510,  # every knob with its meaning, a sentence for each contradiction, patterns of paths
-    "data": 2750,  # six image formats; folders, shards and lists of any make; DALI, stored ids, labels
-    "objectives": 680,  # five methods, and what they share
-    "targets": 1350,  # a frozen CLIP spread over ranks, VQ-KD, the codebook, stored ids, momentum
-    "training": 1330,  # DeepSpeed, its workarounds, what it gathers checked; checkpoints, metrics, jumps
+    "config": 1810,  # every knob with its meaning, a sentence for each contradiction, patterns of paths
+    "data": 3000,  # six formats and one rule of their pixels, folders and shards, order, DALI, ids, labels
+    "objectives": 980,  # five methods, and what they share
+    "targets": 1650,  # a frozen CLIP spread over ranks, VQ-KD, the codebook, stored ids, momentum
+    "training": 1630,  # DeepSpeed, its workarounds, what it gathers checked; checkpoints, metrics, jumps
     "finetuning": 530,
     "results": 1960,  # export and its proof, cards, foreign checkpoints, probes, the page about a run
     "planning": 1030,  # counts on real modules, the arithmetic of a cluster, advice
@@ -77,7 +77,7 @@ def test_budgets():
     lines["tools"] = sum(len(path.read_text().splitlines()) for path in PROGRAMS)
     assert {name: count for name, count in lines.items() if count > LINES[name]} == {}
     shared = [key for key in known_keys(Config) if key.partition(".")[0] not in Config().objectives]
-    assert len(shared) <= 76, "an objective of one's own brings its knobs along"
+    assert len(shared) <= 77, "an objective of one's own brings its knobs along"
     assert len(set(known_keys(FinetuneConfig)) - set(known_keys(Config))) <= 15
 
 

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from mapet_ds.data import index as index_module
-from mapet_ds.data.formats import BadImage, inspect
+from mapet_ds.data.formats import BadImage, exif_orientation, inspect
 from mapet_ds.data.index import Index, build_index, open_index
 from mapet_ds.data.index_files import SAMPLE, write_index
 from mapet_ds.data.listing import Member
@@ -317,6 +317,28 @@ def test_inspect_gives_the_size(name):
     assert inspect(data) == Image.open(io.BytesIO(data)).size
 
 
+def test_orientation_is_that_of_the_exif_data_wherever_they_stand():
+    """A valid number only; XMP and what is damaged say nothing, as to DALI."""
+    colour = images.picture()
+    for orientation, sideways in ((1, False), (3, False), (6, True), (8, True), (9, False), (0, False)):
+        for kind in ("JPEG", "PNG", "WEBP", "TIFF"):
+            data = images.encode(colour, kind, exif=images.rotated(orientation))
+            assert exif_orientation(data) == (orientation if 1 <= orientation <= 8 else 1), kind
+            assert inspect(data) == (160, 120)
+            assert inspect(data, upright=True) == ((120, 160) if sideways else (160, 120))
+
+    # After a PNG's pixels.
+    png = images.encode(colour, "PNG", exif=images.rotated())
+    start = png.index(b"eXIf") - 4
+    end = start + 12 + int.from_bytes(png[start : start + 4])
+    assert exif_orientation(png[:start] + png[end:-12] + png[start:end] + png[-12:]) == 6
+
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    assert exif_orientation(images.encode(colour, "JPEG", xmp=xmp)) == 1
+    assert exif_orientation(images.exif_thumbnail(images.encode(colour, "JPEG"))) == 1
+    assert exif_orientation(images.encode(colour, "JPEG", exif=b"Exif\0\0II*\0\x88\x13\0\0")) == 1
+
+
 @pytest.mark.parametrize("name", images.bad_by_structure())
 def test_inspect_refuses(name):
     with pytest.raises(BadImage) as caught:
@@ -336,7 +358,7 @@ def test_inspect_survives_anything():
                 if damaged:
                     damaged[generator.integers(0, min(len(damaged), 200))] = generator.integers(0, 256)
             try:
-                assert all(side > 0 for side in inspect(bytes(damaged)))
+                assert all(side > 0 for side in inspect(bytes(damaged), upright=True))
             except BadImage:
                 refused += 1
     assert refused > 500

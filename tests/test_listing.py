@@ -19,7 +19,7 @@ from mapet_ds.config.sections import REPOSITORY
 from mapet_ds.config.sources import sources
 from mapet_ds.data.index import Index, open_index
 from mapet_ds.data.labelled import check_classes
-from mapet_ds.data.samples import too_many_bad
+from mapet_ds.data.samples import check_bad
 from mapet_ds.data.shards import parse_label
 from mapet_ds.errors import ConfigError, DataError
 
@@ -497,7 +497,9 @@ def test_images_that_changed_are_called_so(tmp_path):
     for path in data.rglob("*.jpg"):
         path.write_bytes(JPEG)
     config = load_config(REPOSITORY / "mapet_ds/recipes/mapet_vitb16.yaml")
-    said = str(too_many_bad(config, index, range(3)))
+    with pytest.raises(DataError) as refused:
+        check_bad(config, index, range(3))
+    said = str(refused.value)
     assert "3 of these have changed since they were listed" in said and "check_images" not in said
     for path in data.rglob("*.jpg"):
         path.unlink()

@@ -184,7 +184,7 @@ def add(writer: IdsWriter, rows: Rows, config: Config, index: Index) -> None:
     Raises:
         DataError: the storage fails, or too many images are unreadable.
     """
-    from mapet_ds.data.samples import allowed_bad, too_many_bad
+    from mapet_ds.data.samples import check_bad
 
     # A row is an image's from its own place: one that stands in for an unreadable image has another place.
     rows.ids[rows.index != rows.first + np.arange(len(rows.index))] = NO_ID
@@ -194,8 +194,7 @@ def add(writer: IdsWriter, rows: Rows, config: Config, index: Index) -> None:
     except OSError as error:
         done = f"{writer.done} images are done; the same command goes on from there"
         raise DataError(f"{writer.path} can't be written: {error}. {done}.") from error
-    if len(writer.unreadable) > allowed_bad(config, index):
-        raise too_many_bad(config, index, [int(i) for i in writer.unreadable])
+    check_bad(config, index, [int(i) for i in writer.unreadable])
 
 
 def compare(config: Config, ranks: Ranks, number: int) -> None:

@@ -61,6 +61,8 @@ class LabelledDataConfig:
     """The same classes, other images."""
     num_classes: Positive | None = None
     """Number of classes that the data must have; null takes what there is."""
+    exif_orientation: bool = False
+    """Turn images as EXIF's orientation says; false: pixels stay as they are stored."""
     crop_scale: tuple[float, float] = (0.08, 1.0)
     """Share of the image's area that a random crop has."""
     flip: Share = 0.5

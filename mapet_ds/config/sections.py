@@ -124,6 +124,8 @@ class DataConfig:
     """Subtracted from the student's view per channel, whose values are in 0 .. 1."""
     std: Triple = (0.229, 0.224, 0.225)
     """Divisor of the student's view per channel, after the mean."""
+    exif_orientation: bool = False
+    """Turn images as EXIF's orientation says; false: pixels stay as they are stored (published runs)."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """Where JPEGs are decoded; auto: gpu where the rank has one."""
     threads: Positive = 2

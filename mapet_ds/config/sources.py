@@ -27,7 +27,7 @@ def _one_a_line(value: Any) -> Any:
     return value
 
 
-Paths = Annotated[str, BeforeValidator(_one_a_line)]
+Paths = Annotated[str, BeforeValidator(_one_a_line, json_schema_input_type=str | list[str])]
 """The type of a knob that names data: one text, or a list of them, which is kept as lines."""
 
 

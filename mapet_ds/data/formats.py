@@ -10,10 +10,13 @@ import io
 import struct
 import warnings
 import zlib
+from typing import Any
 
-from PIL import Image, TiffImagePlugin
+from PIL import ExifTags, Image, TiffImagePlugin
 
 MAX_PIXELS = 200_000_000
+SIDEWAYS = (5, 6, 7, 8)
+"""EXIF's orientations whose width is that of the upright image's height."""
 JPEG_FRAMES = {0xC0, 0xC1, 0xC2, 0xC9, 0xCA}
 TIFF_MODES = {"RGB", "RGBA", "L", "P", "CMYK", "YCbCr", "I;16", "I;16B"}
 TIFF_STRIPS_OR_TILES = (
@@ -26,12 +29,14 @@ class BadImage(Exception):
     """Raised for one unreadable image, with the reason. The image is skipped, counted and listed."""
 
 
-def inspect(data: bytes) -> tuple[int, int]:
+def inspect(data: bytes, upright: bool = False) -> tuple[int, int]:
     """Reads (width, height) in pixels from the structure of an encoded image. No pixel is decoded.
 
     Takes JPEG (8 bits, Huffman or arithmetic, baseline or progressive), PNG, WebP, BMP and TIFF, as far as
-    both DALI and Pillow decode them to the same RGB. EXIF's orientation is ignored. The data must reach to
-    the end marker, and PNG's checksums must be right.
+    both DALI and Pillow decode them to the same RGB. The data must reach to the end marker, and PNG's
+    checksums must be right.
+
+    upright: whether the image is turned as EXIF's orientation says; False: its pixels stay as stored.
 
     Raises:
         BadImage: the image is damaged, cut off, of another kind, or has more than MAX_PIXELS.
@@ -48,7 +53,27 @@ def inspect(data: bytes) -> tuple[int, int]:
         raise BadImage(f"{width} x {height} pixels")
     if width * height > MAX_PIXELS:
         raise BadImage(f"{width} x {height} pixels, more than the {MAX_PIXELS} that are decoded")
-    return width, height
+    return (height, width) if upright and exif_orientation(data) in SIDEWAYS else (width, height)
+
+
+def exif_orientation(data: bytes) -> int:
+    """EXIF's orientation of an image whose structure is whole: 1 to 8, and 1 where it says nothing valid.
+
+    DALI reads the same. Neither looks into XMP.
+    """
+    tags: Any = Image.Exif()
+    try:
+        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data)) as image:
+            if b"eXIf" in data:  # a PNG's may follow its pixels
+                image.load()
+            if isinstance(image, TiffImagePlugin.TiffImageFile):
+                tags = image.tag_v2
+            else:
+                tags.load(image.info.get("exif"))
+            orientation = tags.get(ExifTags.Base.Orientation)
+    except (OSError, SyntaxError, ValueError, struct.error):
+        return 1
+    return orientation if orientation in range(1, 9) else 1
 
 
 def content(beginning: bytes) -> str | None:

@@ -101,6 +101,10 @@ class Index:
         """[n] `label` of every sample."""
         return self._samples["label"]
 
+    def lengths(self) -> NDArray[np.uint64]:
+        """[n] bytes of every sample."""
+        return self._samples["length"]
+
     def empty_folders(self) -> list[str]:
         """Names of the folders beside those of the classes, which hold no sample; none with shards."""
         if self.shards:

@@ -145,7 +145,8 @@ def measure_storage(arguments: argparse.Namespace) -> Figures | None:
             return None
     slowest = [min(values) for values in zip(*(each[0] for each in readers))]
     together = [sum(values) for values in zip(*(each[1] for each in readers))]
+    again = arguments.images * arguments.repeats * ranks.world_size > len(index)
     return circumstances(settings(arguments), arguments) | {
-        "hosts": len(readers), "images": len(index), "repeatedly": arguments.images > len(index),
+        "hosts": len(readers), "images": len(index), "repeatedly": again,
         "host_gbyte_s": summary(slowest), "images_per_second": summary(together),
     }  # fmt: skip
