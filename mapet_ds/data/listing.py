@@ -220,6 +220,8 @@ class Listing:
                     yield from self._walk(entry.path, (*ancestors, (here.st_dev, here.st_ino)))
                 continue
             kind = kind or by_name(entry.name) or looked_at(entry.path)
+            if kind == "shard" and status and not stat.S_ISREG(status.st_mode):
+                kind = "pipes and devices"
             if kind in ("image", "shard", "archives"):
                 # Without a status it is in the list all the same, so that it is reported when it is read.
                 yield entry.path, status.st_size if status else 0, kind
