@@ -14,6 +14,7 @@ from pydantic import Field
 
 from mapet_ds.config.knobs import Natural, NonNegative, Positive, Share, knobs
 from mapet_ds.config.sections import MetricsConfig, OptimConfig, RunConfig
+from mapet_ds.config.sources import Paths
 
 
 @knobs
@@ -54,9 +55,9 @@ class ClassifierConfig:
 class LabelledDataConfig:
     """Images with labels. A label is the name of the first sub-folder, or `.cls` in tar shards."""
 
-    train: str = ""
-    """Folder of class folders, or of tar shards."""
-    val: str = ""
+    train: Paths = ""
+    """Folder of class folders, or of tar shards; or what else pre-training's data.train may name."""
+    val: Paths = ""
     """The same classes, other images."""
     num_classes: Positive | None = None
     """Number of classes that the data must have; null takes what there is."""

@@ -43,7 +43,7 @@ def inspect(data: bytes, upright: bool = False) -> tuple[int, int]:
     """
     parsers = [parse for magic, parse in PARSERS.items() if data.startswith(magic)]
     if not parsers:
-        start = f"{len(data)} bytes that begin with {data[:8]!r}"
+        start = content(data) or f"{len(data)} bytes that begin with {data[:8]!r}"
         raise BadImage(f"neither JPEG, PNG, WebP, BMP nor TIFF: {start}")
     try:
         width, height = parsers[0](data)
@@ -74,6 +74,21 @@ def exif_orientation(data: bytes) -> int:
     except (OSError, SyntaxError, ValueError, struct.error):
         return 1
     return orientation if orientation in range(1, 9) else 1
+
+
+def content(beginning: bytes) -> str | None:
+    """Names the format of an image from its first 32 bytes; None for what is no image.
+
+    A BMP must have a header of a known length, because two letters alone begin many a text.
+    """
+    if beginning.startswith(b"BM"):
+        known = beginning[6:10] == bytes(4) and beginning[14:18] in BMP_HEADERS
+        return "BMP" if known else None
+    if beginning[4:8] == b"ftyp":
+        return ISO_BRANDS.get(beginning[8:12])
+    if beginning.startswith(b"RIFF"):
+        return "WebP" if beginning[8:12] == b"WEBP" else None
+    return next((name for magic, name in MAGIC.items() if beginning.startswith(magic)), None)
 
 
 def smallest_jpeg() -> bytes:
@@ -170,3 +185,14 @@ PARSERS = {
     b"\xff\xd8": _inspect_jpeg, b"\x89PNG\r\n\x1a\n": _inspect_png, b"RIFF": _inspect_webp,
     b"BM": _inspect_bmp, b"II*\0": _inspect_tiff, b"MM\0*": _inspect_tiff,
 }  # fmt: skip
+MAGIC = {
+    b"\xff\xd8\xff": "JPEG", b"\x89PNG\r\n\x1a\n": "PNG", b"II*\0": "TIFF", b"MM\0*": "TIFF", b"GIF8": "GIF",
+    b"II+\0": "BigTIFF", b"MM\0+": "BigTIFF", b"\0\0\0\x0cjP  ": "JPEG 2000",
+    b"\xff\x4f\xff\x51": "JPEG 2000", b"\xff\x0a": "JPEG XL", b"\0\0\0\x0cJXL ": "JPEG XL",
+    b"8BPS": "Photoshop", b"DDS ": "DDS", b"v/1\x01": "OpenEXR", b"qoif": "QOI",
+}  # fmt: skip
+ISO_BRANDS = {
+    b"avif": "AVIF", b"avis": "AVIF", b"heic": "HEIC", b"heix": "HEIC", b"hevc": "HEIC", b"heim": "HEIC",
+    b"heis": "HEIC", b"mif1": "HEIC", b"msf1": "HEIC",
+}  # fmt: skip
+BMP_HEADERS = {struct.pack("<I", length) for length in (12, 40, 52, 56, 64, 108, 124)}

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from mapet_ds.config.sections import RunConfig
 from mapet_ds.data.formats import BadImage, exif_orientation, inspect
 from mapet_ds.data.index import Images, Index
+from mapet_ds.data.kinds import EXAMPLES, summary
 from mapet_ds.data.samples import check_bad, holds_splits
 from mapet_ds.errors import DataError
 from mapet_ds.launch import Ranks
@@ -212,16 +213,23 @@ def _check_labels(name: str, index: Index) -> None:
             f"them, e.g. {index.root / classes[0]}."
         )
     if (unlabelled := np.flatnonzero(labels < 0)).size:
+        unread = {kind: found for kind, found in index.noted.items() if kind.startswith("labels ")}
         raise DataError(
             f"{name}: {unlabelled.size} of {len(index)} images have no label, e.g. "
             f"{index.path(int(unlabelled[0]))}. Put images into a sub-folder for each class, or a .cls "
-            "beside each image of a tar shard."
+            "beside each image of a tar shard, with a whole number from 0 on or the name of a class."
+            + (f" There are {summary(unread, EXAMPLES)}." if unread else "")
         )
     counts = np.bincount(labels, minlength=len(classes))
     empty = [classes[i] for i in np.flatnonzero(counts[: len(classes)] == 0)] + index.empty_folders()
     if empty or len(counts) > len(classes):
         unnamed = f"label {len(counts) - 1} names no class"
         problem = f"class {', '.join(empty[:5])} has no image" if empty else unnamed
+        if empty == ["0"] and classes == [*map(str, range(len(classes)))] and index.shards:
+            raise DataError(
+                f"{name} = {index.root}: class 0 has no image, and labels go up to {len(classes) - 1}: the "
+                ".cls of its shards are probably counted from 1. Count them from 0, in both sets."
+            )
         raise DataError(
             f"{name} = {index.root}: {problem}. Add images, or take the class out of training and validation."
         )

@@ -18,7 +18,7 @@ from nvidia import dali
 from torch import Tensor
 
 from mapet_ds.config.sections import Config
-from mapet_ds.data.batch import Batch, Draw, DrawsAhead, View
+from mapet_ds.data.batch import Batch, Draw, DrawsAhead, View, to_device
 from mapet_ds.data.formats import BadImage, inspect
 from mapet_ds.data.index import Index
 from mapet_ds.data.samples import JITTER_NUMBERS, STRONG_VALUES, SampleSource, Unreadable
@@ -293,6 +293,6 @@ class Loader:
     def _to_torch(self, view: Any) -> Tensor:
         images = torch.from_dlpack(view.as_tensor())
         if images.device != self.device:
-            return images.to(self.device)
+            return to_device(images, self.device)
         # On a GPU a copy is memory that torch's streams know.
         return images.clone() if images.is_cuda else images

@@ -283,6 +283,13 @@ def check_bad(config: Any, index: Images, bad: Collection[int]) -> None:
     if len(bad) <= allowed:
         return
     some = ", ".join(index.path(i) for i in bad[:3])
+    if changed := sum(map(index.has_changed, bad)):
+        raise DataError(
+            f"Unreadable images: at least {len(bad)} of {len(index)}, and {changed} of these have changed "
+            f"since they were listed; among them {some}. Put back what was there, or start the same "
+            "command again: it lists anew. A run that has learnt from others than are there now needs a new "
+            "run_dir."
+        )
     raise DataError(
         f"Unreadable images: at least {len(bad)} of {len(index)}, more than the {allowed} that "
         f"data.max_bad_share = {config.data.max_bad_share} allows; among them {some}. tools/check_images.py "

@@ -19,7 +19,7 @@ from timm.data.mixup import mixup_target
 from torch import Tensor
 
 from mapet_ds.config.finetune import FinetuneConfig, LabelledDataConfig
-from mapet_ds.data.batch import Draw, DrawsAhead
+from mapet_ds.data.batch import Draw, DrawsAhead, to_device
 from mapet_ds.data.formats import BadImage
 from mapet_ds.data.index import Index
 from mapet_ds.data.labelled import Bad, Batches, decode, served
@@ -44,8 +44,8 @@ class LabelledBatch(NamedTuple):
     """None until the loader adds it."""
 
     def to(self, device: torch.device) -> LabelledBatch:
-        """The batch with images, target and draw on a device; index stays on the CPU."""
-        images, target = (x.to(device, non_blocking=True) for x in (self.images, self.target))
+        """Copies images, target and draw to a device; index stays on the CPU. The host waits for nothing."""
+        images, target = to_device(self.images, device), to_device(self.target, device)
         return self._replace(images=images, target=target, draw=self.draw and self.draw.to(device))
 
 

@@ -41,7 +41,8 @@ class OnlineProbe:
         def index(name: str, root: str) -> Index:
             if root == config.data.train:
                 return trained_on
-            return ranks.first_then_all(lambda: open_index(root, folder / f"index_evaluate_{name}"))
+            cache, first = folder / f"index_evaluate_{name}", ranks.rank == 0
+            return ranks.first_then_all(lambda: open_index(root, cache, compare=first))
 
         assert config.evaluate.train and config.evaluate.val
         train, val = index("train", config.evaluate.train), index("val", config.evaluate.val)

@@ -195,13 +195,17 @@ class LinearHeads(nn.Module):
 
     def __init__(self, heads: int, width: int, classes: int, batch_norm: bool) -> None:
         super().__init__()
-        norm = nn.BatchNorm1d(width, affine=False, eps=1e-6, momentum=None)
-        self.norm = norm if batch_norm else nn.Identity()
+        self.norm = nn.BatchNorm1d(width, affine=False, eps=1e-6) if batch_norm else nn.Identity()
+        self.batches = 0
         self.weight = nn.Parameter(torch.zeros(heads, width, classes))
         self.bias = nn.Parameter(torch.zeros(heads, 1, classes))
 
     def forward(self, x: Tensor) -> Tensor:
         """The logits [heads, B, classes] of features [B, D]."""
+        if self.training and isinstance(self.norm, nn.BatchNorm1d):
+            self.batches += 1
+            # A momentum of None means the same, but is read from the GPU at every batch.
+            self.norm.momentum = 1 / self.batches
         return self.norm(x) @ self.weight + self.bias
 
     @torch.no_grad()
