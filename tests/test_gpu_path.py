@@ -20,10 +20,12 @@ from line import free_port, write_classes
 from nullcuda import CannotBuild, NullDevice
 from towers import write_tower
 
+from mapet_ds.config.engine import load_deepspeed_config
 from mapet_ds.config.recipe import load_config
 from mapet_ds.config.sections import REPOSITORY
 from mapet_ds.planning.counting import student, target
-from mapet_ds.planning.forecast import GIB, GPUS, USABLE, Cluster, Request, Speeds, memory
+from mapet_ds.planning.forecast import GIB, USABLE, Cluster, Request, Speeds, memory
+from mapet_ds.planning.roofline import GPUS
 from mapet_ds.targets.codebook import Codebook, source_of
 from mapet_ds.targets.teacher import build_teacher
 

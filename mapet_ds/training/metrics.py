@@ -40,7 +40,7 @@ def cut_after(path: Path, step: int) -> None:
 
 
 def _events(path: Path) -> Iterator[tuple[Event, bytes]]:
-    """Yields TensorBoard's events of a file, each with its record's bytes, up to the first that is damaged."""
+    """Yields the events of a file, each with its record's bytes, up to the first that is damaged."""
     data, start = path.read_bytes(), 0
     while len(data) - start > 12:
         end = (
