@@ -37,6 +37,7 @@ from mapet_ds.data.samples import (
     UNBLURRED,
     SampleSource,
     central_square,
+    doubts,
     random_crop,
     strong_values,
 )  # fmt: skip
@@ -734,6 +735,23 @@ def test_a_gpu_asked_for_must_be_there(photos, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match=r"data\.device = gpu"):
         load(settings(4, device="gpu"), photos, 1)
+
+
+def test_doubts_about_the_images_are_said(tmp_path):
+    index = make_index(tmp_path / "few", images.photos(6))
+    assert list(doubts(settings(6), index)) == []
+    (doubt,) = doubts(settings(15), index)
+    assert "has 6 images: each comes 2.5 times in a step" in doubt
+
+    split = {f"{part}/{name}": data for part in ("train", "val") for name, data in images.photos(4).items()}
+    index = make_index(tmp_path / "split", split)
+    (doubt,) = doubts(settings(6), index)
+    assert (
+        f"holds the folders train and val: the run learns from all of them. data.train={index.root}/train"
+        in doubt
+    )
+    classes = {name.replace("val/", "bus/"): data for name, data in split.items()}
+    assert list(doubts(settings(6), make_index(tmp_path / "classes", classes))) == []
 
 
 # ---- programs
