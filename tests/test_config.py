@@ -257,6 +257,53 @@ def test_a_mistake_stops_the_program_before_torch_is_imported(recipe):
 
 
 @pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("seed=010", 10),
+        ("seed=0x10", 16),
+        ("seed=1_000", 1000),
+        ("optim.lr=.5", 0.5),
+        ("model.args={depth: 010, at: 1:30}", {"depth": 10, "at": "1:30"}),
+        ("model.init_from=null", None),
+        ("run_dir=exp #2", "exp #2"),
+        ("run_dir='exp 2'", "exp 2"),
+        ("run_dir=010", "010"),
+        ("run_dir=2024-01-31", "2024-01-31"),
+        ("run_dir=[a]", "[a]"),
+        ("run_dir=~/runs", str(Path.home() / "runs")),
+        ("model.init_from=~", str(Path.home())),
+    ],
+)
+def test_an_override_is_read_by_the_type_of_its_knob(recipe, override, value):
+    found = load_config(recipe, [override]).to_dict()
+    for part in override.partition("=")[0].split("."):
+        found = found[part]
+    assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("seed=1:30", "valid integer"),
+        ("seed=8 #2", "would be lost"),
+        ("run_dir=null", "valid string"),
+        ("run_dir=~nobody-of-this-name/x", "no user's home folder"),
+    ],
+)
+def test_an_override_that_yaml_would_make_another_value_of_is_refused(recipe, override, says):
+    with pytest.raises(ConfigError, match=says):
+        load_config(recipe, [override])
+
+
+def test_a_recipe_file_is_read_by_the_same_rules(recipe, tmp_path):
+    values = yaml.safe_load(recipe.read_text())
+    path = tmp_path / "numbers.yaml"
+    path.write_text(yaml.safe_dump(values | {"run_dir": "~/x"}) + "seed: 010\n")
+    config = load_config(path)
+    assert config.seed == 10 and config.run_dir == str(Path.home() / "x")
+
+
+@pytest.mark.parametrize(
     ("engine", "says"),
     [
         ({"zero_optimization": {"stage": 2}, "train_batch_size": 8}, "train.global_batch_size"),

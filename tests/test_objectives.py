@@ -1,5 +1,6 @@
 """Each objective against its slow twin, and what its paper promises."""
 
+import dataclasses
 import math
 
 import pytest
@@ -7,6 +8,7 @@ import reference
 import timm
 import torch
 import torch.nn.functional as F
+from torch._dynamo.utils import counters
 
 from mapet_ds.config.sections import (
     BEiTConfig,
@@ -141,6 +143,29 @@ def test_logits_in_groups_of_images_change_nothing(name, monkeypatch):
     assert all((a - b).abs().max() < 1e-12 for a, b in zip(whole_grads, part_grads, strict=True))
 
 
+@pytest.mark.parametrize("name", ["mapet", "beit"])
+def test_a_compiled_loss_is_that_of_uneven_groups(name, monkeypatch):
+    """Groups of three images and of one are two graphs, each of which the backward pass finds again."""
+    model = far_from_init(build_objective(tiny_config(name), VOCAB).double())
+    images, target, draw = tiny_batch(model)
+    plain = model(images, target, draw)
+    plain.loss.backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    rows = []
+    handle = model.head.register_forward_hook(lambda head, x, logits: rows.append(logits.shape[:2]))
+    model(images, target, draw)
+    monkeypatch.setattr(objective_module, "LOGITS", 3 * rows[0][1] * VOCAB)
+    torch.compiler.reset()
+    model.loss.compile(backend="aot_eager", fullgraph=True, dynamic=False)
+    loss = model(images, target, draw)
+    loss.loss.backward()
+    handle.remove()
+    assert [len(group) for group in torch.arange(len(images)).split(3)] == [3, 1] == [n for n, _ in rows[1:3]]
+    assert torch.equal(plain.prediction, loss.prediction) and abs(plain.loss - loss.loss) < 1e-12
+    assert all((a - p.grad).abs().max() < 1e-12 for a, p in zip(expected, model.parameters(), strict=True))
+
+
 def test_grad_checkpointing_changes_nothing(any_model):
     images, target, draw = tiny_batch(any_model)
     trained = [p for p in any_model.parameters() if p.requires_grad]
@@ -152,24 +177,37 @@ def test_grad_checkpointing_changes_nothing(any_model):
     assert all(torch.equal(a, p.grad) for a, p in zip(plain, trained, strict=True))
 
 
-def test_compiled_blocks_change_nothing(any_model, monkeypatch):
-    """As torch.compile traces and differentiates them; aot_eager runs PyTorch's kernels, uncompiled."""
-    images, target, draw = tiny_batch(any_model)
-    trained = [p for p in any_model.parameters() if p.requires_grad]
-    plain = any_model(images, target, draw).loss
+@pytest.mark.parametrize("name", METHODS)
+def test_compiled_blocks_change_nothing_kept_or_recomputed(name, monkeypatch):
+    """As torch.compile traces and differentiates them; aot_eager runs PyTorch's kernels, uncompiled.
+
+    Four blocks have four rates of stochastic depth: a graph that knew of the rate would fail when recomputed.
+    """
+    config = tiny_config(name, saim=SAIMConfig(query_depth=4))
+    deep = dataclasses.replace(config.model, args=TINY | {"depth": 4})
+    model = far_from_init(build_objective(dataclasses.replace(config, model=deep), DIMS[name]).double())
+    images, target, draw = tiny_batch(model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    plain = model(images, target, draw).loss
     plain.backward()
-    kept = [p.grad.clone() for p in trained]
-    any_model.zero_grad()
+    expected = [p.grad.clone() for p in trained]
     torch.compiler.reset()  # it compiles one function no more than eight times, whichever objective's
+    counters.clear()
     whole = torch.nn.Module.compile
     monkeypatch.setattr(
-        torch.nn.Module, "compile", lambda self: whole(self, backend="aot_eager", fullgraph=True)
+        torch.nn.Module,
+        "compile",
+        lambda self, **options: whole(self, backend="aot_eager", fullgraph=True, **options),
     )
-    compile_blocks(any_model)
-    compiled = any_model(images, target, draw).loss
-    compiled.backward()
-    assert abs(plain - compiled) < 1e-12
-    assert all((a - p.grad).abs().max() < 1e-12 for a, p in zip(kept, trained, strict=True))
+    compile_blocks(model)
+    for recompute in (True, False):
+        model.zero_grad()
+        model.vit.set_grad_checkpointing(recompute)
+        compiled = model(images, target, draw).loss
+        compiled.backward()
+        assert abs(plain - compiled) < 1e-12
+        assert all((a - p.grad).abs().max() < 1e-12 for a, p in zip(expected, trained, strict=True))
+    assert counters["stats"]["unique_graphs"] <= 2, "a graph for each kind of block, not for each block"
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -21,7 +21,14 @@ from torch import Tensor
 from mapet_ds.config.sections import Config
 from mapet_ds.data.batch import Draw
 from mapet_ds.draws import permutations
-from mapet_ds.objectives.objective import Loss, Objective, depth_uniforms, rank_quarters, token_losses
+from mapet_ds.objectives.objective import (
+    Loss,
+    Objective,
+    TokenLoss,
+    depth_uniforms,
+    rank_quarters,
+    token_losses,
+)
 from mapet_ds.vit import Band, build_vit, embed, mask_token_and_head, run_blocks, take_rows
 
 
@@ -56,6 +63,7 @@ class MaPeT(Objective):
         self.seed, self.permute = config.seed, config.mapet.permute
         self.vit = build_vit(config.model)
         self.mask_token, self.head = mask_token_and_head(self.vit.embed_dim, target_dim)
+        self.loss = TokenLoss()
 
         hidden = config.mapet.num_hidden(config)
         self.num_visible = config.num_patches - hidden
@@ -108,7 +116,7 @@ class MaPeT(Objective):
         # Predict the ids, and put them back in raster order.
         x = run_blocks(self.vit, rows, self._bands(), draw.keep)
         ids = target.gather(1, predicted)
-        losses, likeliest = token_losses(self.head, x, ids)
+        losses, likeliest = token_losses(self.head, self.loss, x, ids)
         with torch.no_grad():
             metrics = {"token_accuracy": (likeliest == ids).float().mean(), **rank_quarters(losses)}
             prediction = torch.full_like(by_rank, -1).scatter(1, predicted, likeliest)
