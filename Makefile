@@ -3,11 +3,13 @@
 # make quick     set up .venv, then run the fast tests: under two minutes on two cores
 # make lint      set up .venv, then run ruff and pyright
 # make drill     set up .venv, then let faults happen for forty minutes or so: docs/reliability.md
+# make gpu       set up .venv, then try all once on this machine's GPUs, for an hour or so: docs/first_day.md
 # make gpu_path  set up .venv, then run every recipe's first steps on a CUDA device that runs nothing
 # make clean     remove .venv and the demo's run
 
 PYTHON ?= python3
 RUN ?= runs/demo
+TRIAL ?= runs/trial
 OBJECTIVE ?= mapet
 PYTEST = .venv/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 export OMP_NUM_THREADS ?= 1
@@ -29,6 +31,9 @@ lint: .venv/dev
 	.venv/bin/ruff format --check .
 	.venv/bin/pyright
 
+gpu: .venv/dev
+	.venv/bin/python tools/trial.py gpu $(TRIAL)
+
 drill: .venv/dev
 	.venv/bin/python -m pytest -m drill -v
 
@@ -48,4 +53,4 @@ gpu_path: .venv/dev
 clean:
 	rm -rf .venv runs/demo
 
-.PHONY: demo objective test quick lint drill gpu_path clean
+.PHONY: demo objective test quick lint gpu drill gpu_path clean

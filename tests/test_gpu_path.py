@@ -20,7 +20,6 @@ from line import free_port, write_classes
 from nullcuda import CannotBuild, NullDevice
 from towers import write_tower
 
-from mapet_ds.config.engine import load_deepspeed_config
 from mapet_ds.config.recipe import load_config
 from mapet_ds.config.sections import REPOSITORY
 from mapet_ds.planning.counting import student, target

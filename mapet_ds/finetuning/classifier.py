@@ -9,7 +9,6 @@ import timm
 import torch
 from timm.layers import DropPath
 from timm.loss import SoftTargetCrossEntropy
-from timm.models import save_for_hf
 from torch import Tensor, nn
 
 from mapet_ds.config.finetune import ClassifierConfig, FinetuneConfig
@@ -18,6 +17,7 @@ from mapet_ds.draws import Purpose, uniforms
 from mapet_ds.errors import ConfigError
 from mapet_ds.files import checksum, staged
 from mapet_ds.objectives.objective import Loss, Objective, seed_weights
+from mapet_ds.results.export import write_timm
 from mapet_ds.targets.momentum import MovingAverage
 from mapet_ds.targets.target import Target
 from mapet_ds.weights import mismatches, shapes, timm_weights
@@ -182,7 +182,6 @@ def export_classifier(
     """
     vit = _create(config.model, len(classes))
     vit.load_state_dict(state)
-    description = {"num_classes": len(classes), "label_names": classes, "tag": "finetune"}
-    vit.pretrained_cfg = {**vit.pretrained_cfg, **description}
+    vit.pretrained_cfg = {**vit.pretrained_cfg, "num_classes": len(classes), "tag": "finetune"}
     with staged(out) as folder:
-        save_for_hf(vit, str(folder), safe_serialization=True, data_config=data_config)
+        write_timm(vit, folder, data_config, classes)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from mapet_ds.config.sections import Config, total_steps
 from mapet_ds.errors import ConfigError
 from mapet_ds.planning.counting import Student, Target, student, target
+from mapet_ds.planning.roofline import Gpu
 
 GIB = 2**30
 FP32 = 4
@@ -82,28 +83,6 @@ def engine_costs(engine_config: dict[str, Any], parameters: int, ranks: int, acc
     # Their copies in fp32, which ranks sum, come when half of the activations are gone.
     buckets = bucket * size * (2 if zero.get("overlap_comm") else 1)
     return engine._replace(buffers=buckets, gradients_stay=accumulate, gathered_per_step=weights)
-
-
-class Gpu(NamedTuple):
-    """NVIDIA's data sheet of the SXM module: no sparsity, one direction of NVLink."""
-
-    name: str
-    gib: float
-    """Memory in GiB, as torch reports it."""
-    bf16_tflops: float
-    fp32_tflops: float
-    memory_gbyte_s: float
-    nvlink_gbyte_s: float
-    share: float
-    """Share of bf16_tflops that student and teacher attain. It is assumed."""
-
-
-GPUS = {
-    "a100-40": Gpu("A100", 39.4, 312, 19.5, 1555, 300, 0.30),
-    "a100-80": Gpu("A100", 79.1, 312, 19.5, 2039, 300, 0.30),
-    "h100": Gpu("H100", 79.1, 989, 66.9, 3350, 450, 0.20),
-    "h200": Gpu("H200", 139.7, 989, 66.9, 4800, 450, 0.20),
-}
 
 
 class Speeds(NamedTuple):

@@ -33,7 +33,7 @@ model = timm.create_model("hf-hub:{repository}", pretrained=True)
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
 ```
 
-A folder of these files loads as `local-dir:FOLDER`.
+A folder of these files loads as `local-dir:FOLDER`, and by transformers' `AutoModel.from_pretrained`.
 
 | | |
 |---|---|
@@ -66,6 +66,7 @@ def _provenance(run: dict[str, Any], config: Config) -> dict[str, Any]:
         "steps": steps,
         "images per step": config.train.global_batch_size,
         "data": f"{images} images, {data}" if images else data,
+        "EXIF orientation": "applied" if config.data.exif_orientation else "ignored: pixels as stored",
         "fingerprint of the data": identity.get("data.fingerprint"),
         "began from": _last(model.init_from) or "fresh weights",
         "sha256 of these": identity.get("init_from.sha256"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -77,6 +78,20 @@ def evaluation_data(config: Config) -> dict[str, Any]:
     return {**arguments, "interpolation": "bicubic", "crop_pct": crop_pct}
 
 
+def write_timm(vit: Any, folder: Path, data_config: dict[str, Any], classes: Sequence[str] = ()) -> None:
+    """Writes a timm model as model.safetensors and config.json, which timm and transformers load themselves.
+
+    data_config: timm's, of the images that the model takes. classes: names, for `id2label` and timm's cards.
+    """
+    labels = {"label_names": list(classes)} if classes else {}
+    save_for_hf(vit, str(folder), model_config=labels, safe_serialization=True, data_config=data_config)
+    # The number of classes stands at the root. transformers passes it on by itself, and fails over a second.
+    path = folder / "config.json"
+    description = json.loads(path.read_text())
+    del description["model_args"]["num_classes"]
+    path.write_text(json.dumps(description, indent=2))
+
+
 def _save(config: Config, state: dict[str, Tensor], arguments: dict[str, Any], folder: Path) -> None:
     overlay = NO_PROVENANCE | {"tag": config.objective}
     vit = timm.create_model(config.model.name, pretrained_cfg_overlay=overlay, **arguments)
@@ -84,7 +99,7 @@ def _save(config: Config, state: dict[str, Tensor], arguments: dict[str, Any], f
         vit.load_state_dict(state)
     except RuntimeError as error:
         raise ExportError(f"timm's {config.model.name} doesn't take the run's weights: {error}") from error
-    save_for_hf(vit, str(folder), safe_serialization=True, data_config=evaluation_data(config))
+    write_timm(vit, folder, evaluation_data(config))
 
 
 @torch.no_grad()

@@ -14,12 +14,11 @@ from typing import Any, Literal, NamedTuple
 import timm
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import save_for_hf
 from torch import Tensor
 
 from mapet_ds.errors import ConfigError
 from mapet_ds.files import staged
-from mapet_ds.results.export import NO_PROVENANCE
+from mapet_ds.results.export import NO_PROVENANCE, write_timm
 from mapet_ds.weights import HEAD_DIM, LAYER_SCALE, fold_layer_scale, mismatches, read_tensors, shapes
 
 
@@ -191,6 +190,6 @@ def import_weights(
         "crop_pct": METHODS[method].crop_pct if size < 384 else 1.0,
     }
     with staged(out) as folder:
-        save_for_hf(vit, str(folder), safe_serialization=True, data_config=data_config)
+        write_timm(vit, folder, data_config)
     dropped = sorted(set().union(*left_out.values()))
     return Import(out, arguments["model_name"], arguments["num_classes"], dropped)

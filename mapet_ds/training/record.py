@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
-from importlib.metadata import distributions
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,14 @@ PACKAGES = (
 """The packages on which results depend."""
 
 
+@cache
 def versions() -> dict[str, str]:
     """The installed versions of the packages on which results depend."""
-    return {d.name: d.version for d in distributions() if d.name in PACKAGES}
+    found = {}
+    for name in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def _git(*arguments: str) -> str | None:
@@ -34,14 +41,20 @@ def _git(*arguments: str) -> str | None:
         return None
 
 
-def write_record(config: RunConfig, engine_config: dict[str, Any], folder: Path) -> None:
-    """Writes the resolved settings (config.yaml), and command, commit and versions (environment.json)."""
+def write_record(
+    config: RunConfig, engine_config: dict[str, Any], folder: Path, data: dict[str, Any]
+) -> None:
+    """Writes the resolved settings (config.yaml), and command, commit and versions (environment.json).
+
+    data: what the index says of data.train.
+    """
     write_whole(folder / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
     changed = (_git("status", "--porcelain") or "").splitlines()
     environment = {
         "command": sys.argv,
         "deepspeed_config": engine_config,
         "git": {"commit": _git("rev-parse", "HEAD"), "changed": changed},
+        "data.train": data,
         "python": sys.version,
         "versions": versions(),
     }
