@@ -20,10 +20,12 @@ from line import free_port, write_classes
 from nullcuda import CannotBuild, NullDevice
 from towers import write_tower
 
+from mapet_ds.config.engine import load_deepspeed_config
 from mapet_ds.config.recipe import load_config
 from mapet_ds.config.sections import REPOSITORY
 from mapet_ds.planning.counting import student, target
-from mapet_ds.planning.forecast import GIB, GPUS, USABLE, Cluster, Request, Speeds, memory
+from mapet_ds.planning.forecast import GIB, USABLE, Cluster, Request, Speeds, memory
+from mapet_ds.planning.roofline import GPUS
 from mapet_ds.targets.codebook import Codebook, source_of
 from mapet_ds.targets.teacher import build_teacher
 
@@ -38,7 +40,7 @@ GATHERED = {
 }
 WAITS = {"zero1": FLAT, "zero2": FLAT, "zero3": GATHERED}
 """DeepSpeed's functions that make the host wait in a step. Nothing else may."""
-OURS = {"data/batch.py to"}  # images that were decoded on the CPU, as all are here
+OURS = {"training/engine.py _gradient_norm"}  # in the place of all of DeepSpeed's under ZeRO-1/2
 FUSED = {"flash_attention", "efficient_attention", "cudnn_attention"}
 """What scaled_dot_product_attention may launch; never products and a softmax."""
 OUTSIDE = ("context", "decoder")
