@@ -21,6 +21,7 @@ from torch import Tensor
 
 from mapet_ds.config.sections import RunConfig, flatten, total_steps
 from mapet_ds.data.quarantine import Quarantine
+from mapet_ds.data.samples import doubts
 from mapet_ds.errors import ConfigError, RunError, UserError
 from mapet_ds.files import write_whole
 from mapet_ds.launch import Ranks, StopRequest, claim, init_distributed
@@ -111,8 +112,10 @@ class Run:
 
         # Nothing is refused from here on, so another run's folder stays as it was until now.
         if ranks.rank == 0:
+            for doubt in doubts(config, self.index):
+                print(f"WARNING: {doubt}", file=sys.stderr, flush=True)
             (self.folder / "DONE").unlink(missing_ok=True)
-            write_record(config, engine_config, self.folder)
+            write_record(config, engine_config, self.folder, self.index.record())
         self.quarantine = Quarantine(config, self.index)
         self._open_at_step()
         self.watchdog = Watchdog(config.train.hang_seconds, ranks)
@@ -152,7 +155,8 @@ class Run:
         """Continues from a checkpoint, if there is one. Every rank must call it, and loads it."""
         if newest is None:
             return
-        checkpoint.check_identity(newest, self.identity, flatten(type(self.config)().to_dict()))
+        defaults = flatten(type(self.config)().to_dict())
+        checkpoint.check_identity(newest, self.identity, defaults, len(self.index))
         self.step, self.skipped = newest.run["step"], newest.run["skipped"]
         self.saved = self.step
         updates = self.step - len(self.skipped)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mapet_ds.config.sections import ModelConfig
+from mapet_ds.data.batch import to_device
 from mapet_ds.errors import ConfigError
 
 
@@ -104,32 +105,36 @@ class StreamBlock(Block):
         self,
         x: Tensor,
         bands: Sequence[Band] | None = None,
-        keep: Tensor | None = None,
+        kept: Tensor | None = None,
         **timm_arguments: Any,
     ) -> Tensor:
         """[B, N, D] -> [B, rows of the bands, D]; without bands, all rows attend to all.
 
-        keep: float [B, 2], the uniforms of this block's two stochastic depth decisions, one per image and
-        residual, which all rows of the image share. None keeps every residual.
+        kept: [B, 2], the factors of each image's two residuals, which all of its rows share; see
+        stochastic_depth. None keeps every residual.
         """
         first = bands[0].rows.start if bands else 0
         residual = self.ls1(self.attn(self.norm1(x), bands, **timm_arguments))
-        x = x[:, first:] + self._thin(residual, self.drop_path1, keep, 0)
+        x = x[:, first:] + (residual if kept is None else residual * kept[:, 0, None, None])
         residual = self.ls2(self.mlp(self.norm2(x)))
-        return x + self._thin(residual, self.drop_path2, keep, 1)
+        return x + (residual if kept is None else residual * kept[:, 1, None, None])
 
-    def _thin(self, residual: Tensor, drop_path: nn.Module, keep: Tensor | None, column: int) -> Tensor:
-        if keep is None or not self.training or not isinstance(drop_path, DropPath):
-            return residual
-        kept = (keep[:, column] >= drop_path.drop_prob).to(residual.dtype) / (1 - drop_path.drop_prob)
-        return residual * kept[:, None, None]
+
+class Graph(nn.Module):
+    """Marks what `compile_blocks` compiles beside blocks: it reads and writes much, and computes little."""
 
 
 def compile_blocks(module: nn.Module) -> None:
-    """Sets torch.compile to compile each block of a module's ViTs at its first call."""
-    for block in module.modules():
-        if isinstance(block, Block):
-            block.compile()
+    """Sets torch.compile to compile each block of a module's ViTs, and each Graph, at its first call.
+
+    A Graph is compiled for each shape it meets. One graph for all shapes could take the place of another
+    between a forward pass and its repetition in the backward pass, which then keeps other tensors.
+    """
+    for part in module.modules():
+        if isinstance(part, Block):
+            part.compile()
+        elif isinstance(part, Graph):
+            part.compile(dynamic=False)
 
 
 def build_vit(config: ModelConfig) -> VisionTransformer:
@@ -180,13 +185,33 @@ def embed(
     return x[:, : vit.num_prefix_tokens], x[:, vit.num_prefix_tokens :], vit.pos_embed[:, -num_patches:]
 
 
+def stochastic_depth(
+    blocks: Sequence[nn.Module], keep: Tensor | None, dtype: torch.dtype
+) -> Sequence[Tensor | None]:
+    """The factors [B, 2] of each block's two residuals: 0, or 1 / (1 - drop_prob) where one is kept.
+
+    They are made outside of the blocks, because torch.compile would trace a block anew for a second
+    drop_prob, and then recompute other tensors than it had kept (pytorch#166926).
+
+    keep: float [B, 2 * blocks], uniforms. None keeps every residual, and so do blocks that don't train.
+    """
+    paths = [path for block in blocks for path in (block.drop_path1, block.drop_path2)]
+    drop = [path.drop_prob if isinstance(path, DropPath) else 0.0 for path in paths]
+    if keep is None or not blocks[0].training or not any(drop):
+        return [None] * len(blocks)
+    rates = to_device(torch.tensor(drop, dtype=torch.float64), keep.device)
+    wide = torch.promote_types(dtype, torch.float32)
+    factors = (keep >= rates.to(keep.dtype)).to(wide) / (1 - rates).to(wide)
+    return factors.to(dtype).unflatten(1, (-1, 2)).transpose(0, 1).contiguous().unbind()
+
+
 def run_block(
-    block: nn.Module, x: Tensor, bands: Sequence[Band] | None, keep: Tensor | None, recompute: bool
+    block: nn.Module, x: Tensor, bands: Sequence[Band] | None, kept: Tensor | None, recompute: bool
 ) -> Tensor:
     """A StreamBlock's output for rows [B, N, D]. recompute: drop its activations until the backward pass."""
     if recompute and torch.is_grad_enabled():
-        return checkpoint(block, x, bands, keep, use_reentrant=False)
-    return block(x, bands, keep)
+        return checkpoint(block, x, bands, kept, use_reentrant=False)
+    return block(x, bands, kept)
 
 
 def run_blocks(
@@ -199,9 +224,9 @@ def run_blocks(
 
     bands: an entry a block; None, of a block or for all, is dense attention. keep: [B, 2 * depth] or None.
     """
+    kept = stochastic_depth(list(vit.blocks), keep, x.dtype)
     for i, block in enumerate(vit.blocks):
-        block_keep = None if keep is None else keep[:, 2 * i : 2 * i + 2]
-        x = run_block(block, x, None if bands is None else bands[i], block_keep, vit.grad_checkpointing)
+        x = run_block(block, x, None if bands is None else bands[i], kept[i], vit.grad_checkpointing)
     return vit.norm(x)
 
 

@@ -71,6 +71,11 @@ def test_index():
     assert set(found["first_batch"]) == {"0", "10000000"}
     for first in (found["first_batch_of_few"], *found["first_batch"].values()):
         assert first["workers"] == [] and first["rank"]["own_mib"] > 0 and first["seconds"] > 0
+    for kind in ("folders", "shards"):
+        listed = found["listing_us"][kind]
+        assert set(listed) == {"first", "bare", "again"} and all(
+            set(each) == SPREAD for each in listed.values()
+        )
     whole, windowed = found["order_window_0"], found["order_window_65536"]
     assert all(set(values) == SPREAD for values in (*whole.values(), *windowed.values()))
     assert whole["samples_side_by_side"]["max"] < 20 < 200 < windowed["samples_side_by_side"]["min"]

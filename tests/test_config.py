@@ -77,6 +77,7 @@ def test_published_settings():
     [
         (["objective=simmim"], "there are: mapet, beit, mvp, saim, conmim"),
         (["objective=beit", "beit.hidden_share=0"], r"beit\.hidden_share = 0\.0 hides 0 of 196"),
+        (["objective=beit", "beit.hidden_share=1"], "at least one must be hidden and one visible"),
         (["objective=mvp", "mvp.loss=mse"], r"mvp\.loss"),
         (["objective=conmim", "conmim.cell=4"], r"conmim\.cell = 4 does not divide the student's grid of 14"),
         (
@@ -132,7 +133,9 @@ def test_objectives_without_a_teacher_do_not_mind_its_grid(tmp_path):
         ("checkpoint.keep=1", "may leave no checkpoint from before a jump of the loss: keep 2, or"),
         ("optim.warmup_epochs=400", "leaves nothing"),
         ("optim.min_lr=1", "is above optim.lr"),
-        ("mapet.hidden_share=1", "at least one must be hidden and one visible"),
+        ("mapet.hidden_share=0", r"mapet\.hidden_share = 0\.0 hides 0 of 196 patches; hide one at least"),
+        ("mapet.predicted_share=0.8", r"predicts 157 of 196 patches, and .* = 0\.75 hides 147"),
+        ("mapet.predicted_share=0", r"predicts 0 of 196 patches.*: predict one at least"),
         ("objective=mae", "objective = mae is not known; there are: mapet"),
         ("model=3", "model = 3"),
         ("model.name.x=3", "single value|model.name"),
@@ -250,6 +253,53 @@ def test_a_mistake_stops_the_program_before_torch_is_imported(recipe):
         cwd=REPOSITORY, capture_output=True, text=True,
     )  # fmt: skip
     assert modules.stdout.strip() == "False", "a check must not wait for torch"
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("seed=010", 10),
+        ("seed=0x10", 16),
+        ("seed=1_000", 1000),
+        ("optim.lr=.5", 0.5),
+        ("model.args={depth: 010, at: 1:30}", {"depth": 10, "at": "1:30"}),
+        ("model.init_from=null", None),
+        ("run_dir=exp #2", "exp #2"),
+        ("run_dir='exp 2'", "exp 2"),
+        ("run_dir=010", "010"),
+        ("run_dir=2024-01-31", "2024-01-31"),
+        ("run_dir=[a]", "[a]"),
+        ("run_dir=~/runs", str(Path.home() / "runs")),
+        ("model.init_from=~", str(Path.home())),
+    ],
+)
+def test_an_override_is_read_by_the_type_of_its_knob(recipe, override, value):
+    found = load_config(recipe, [override]).to_dict()
+    for part in override.partition("=")[0].split("."):
+        found = found[part]
+    assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("seed=1:30", "valid integer"),
+        ("seed=8 #2", "would be lost"),
+        ("run_dir=null", "valid string"),
+        ("run_dir=~nobody-of-this-name/x", "no user's home folder"),
+    ],
+)
+def test_an_override_that_yaml_would_make_another_value_of_is_refused(recipe, override, says):
+    with pytest.raises(ConfigError, match=says):
+        load_config(recipe, [override])
+
+
+def test_a_recipe_file_is_read_by_the_same_rules(recipe, tmp_path):
+    values = yaml.safe_load(recipe.read_text())
+    path = tmp_path / "numbers.yaml"
+    path.write_text(yaml.safe_dump(values | {"run_dir": "~/x"}) + "seed: 010\n")
+    config = load_config(path)
+    assert config.seed == 10 and config.run_dir == str(Path.home() / "x")
 
 
 @pytest.mark.parametrize(

@@ -23,18 +23,32 @@ import argparse
 import importlib
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from benchmarks.loaders import OTHERS
 
-from mapet_ds.config.sections import REPOSITORY
+from mapet_ds.config.shipped import ENGINES, RECIPES
 from mapet_ds.errors import UserError
 from mapet_ds.terminal import answer, number, option_parser
 
-RECIPE = REPOSITORY / "mapet_ds/recipes/mapet_vitb16.yaml"
-ENGINE = REPOSITORY / "ds_configs/zero2.json"
+RECIPE = RECIPES / "mapet_vitb16.yaml"
+ENGINE = ENGINES / "zero2.json"
 count = number(int, 1)
+
+
+def add_machines(command: Callable[..., Any]) -> None:
+    """Adds the benchmarks of the machine itself: its GPUs, links and storage."""
+    command("machine", "machines", 1, "what the GPUs, the links and the tools here are")
+    allreduce = command("allreduce", "machines", 1, "bytes a second of a sum over all ranks")
+    allreduce.add_argument("--repeats", type=count, default=20)
+    allreduce.add_argument("--mebibytes", type=count, nargs="+", default=[1, 16, 256])
+    storage = command("storage", "machines", 1, "bytes a second of the images, read in random order")
+    storage.add_argument("--repeats", type=count, default=3)
+    storage.add_argument("--data", required=True, help="folder of images")
+    storage.add_argument("--images", type=count, default=2000, help="read a repeat by each host")
+    storage.add_argument("--index", type=Path, metavar="DIR", help="the list of the images, kept there")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -61,15 +75,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     train = command("train", "runs", 32, "a whole training step and its parts")
     scaling = command("scaling", "runs", 32, "`train` at 1, 2, 4 .. ranks of this host")
     checkpoint = command("checkpoint", "runs", 2, "what a save costs the training")
-    command("machine", "machines", 1, "what the GPUs, the links and the tools here are")
-    allreduce = command("allreduce", "machines", 1, "bytes a second of a sum over all ranks")
-    storage = command("storage", "machines", 1, "bytes a second of the images, read in random order")
 
     repeats = {loader: 5, bad: 5, index: 20, step: 3, teacher: 5, train: 5, scaling: 5, checkpoint: 5}
-    repeats |= {allreduce: 20, storage: 3}
     for made, times in repeats.items():
         made.add_argument("--repeats", type=count, default=times)
-    for made in (loader, bad, assign, train, scaling, checkpoint, storage):
+    for made in (loader, bad, assign, train, scaling, checkpoint):
         made.add_argument("--data", required=True, help="folder of images")
     for made in (loader, bad):
         turns = "timed, a multiple of --threads: workers come in turns"
@@ -100,9 +110,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     teacher.add_argument("--against", choices=["eager", "unsharded"], help=other)
     scaling.add_argument("--ranks", type=count, default=2, help="the most")
     scaling.add_argument("--rounds", type=count, default=2)
-    allreduce.add_argument("--mebibytes", type=count, nargs="+", default=[1, 16, 256])
-    storage.add_argument("--images", type=count, default=2000, help="read a repeat by each host")
-    storage.add_argument("--index", type=Path, metavar="DIR", help="the list of the images, kept there")
+    add_machines(command)
     return parser.parse_args(argv)
 
 

@@ -71,7 +71,8 @@ def fit_codebook(config: Config) -> None:
     from mapet_ds.targets.teacher import build_teacher
 
     ranks, tokenizer = init_distributed(), config.tokenizer
-    index = ranks.first_then_all(lambda: open_index(config.data.train, Path(f"{tokenizer.path}.index")))
+    cache = Path(f"{tokenizer.path}.index")
+    index = ranks.first_then_all(lambda: open_index(config.data.train, cache, ranks.rank == 0))
     points = num_points(len(index), config)
     teacher = build_teacher(config.teacher, ranks.device, config.train.compile)
     teacher.check_grid(config.grid)

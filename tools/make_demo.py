@@ -34,7 +34,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mapet_ds.data.formats import BadImage
-from mapet_ds.data.index import SUFFIXES
+from mapet_ds.data.kinds import SUFFIXES
 from mapet_ds.data.labelled import decode
 from mapet_ds.errors import DataError
 from mapet_ds.terminal import answer, number, option_parser

@@ -22,7 +22,7 @@ from mapet_ds.data.batch import Draw
 from mapet_ds.draws import permutations
 from mapet_ds.errors import ConfigError
 from mapet_ds.objectives.objective import Loss, Objective, depth_uniforms, rank_quarters, widened
-from mapet_ds.vit import Band, QKVLinear, build_vit, embed, run_block, take_rows
+from mapet_ds.vit import Band, QKVLinear, build_vit, embed, run_block, stochastic_depth, take_rows
 
 
 def mae_init(module: nn.Module) -> None:
@@ -96,14 +96,14 @@ class SAIM(Objective):
         h = torch.cat([prefix, take_rows(patches, by_rank)], dim=1)
         g = take_rows(positions.expand_as(patches), by_rank)
         depth, every = len(self.vit.blocks), len(self.vit.blocks) // len(self.decoder)
-        keep = draw.keep.unflatten(1, (-1, 2))
+        kept = stochastic_depth([*self.vit.blocks, *self.decoder], draw.keep, h.dtype)
         recompute = self.vit.grad_checkpointing
         for i, block in enumerate(self.vit.blocks):
-            h = run_block(block, h, self.content, keep[:, i], recompute)
+            h = run_block(block, h, self.content, kept[i], recompute)
             if (i + 1) % every == 0:
                 j = i // every
                 rows = torch.cat([h[:, :-1], g], dim=1)  # the patch of the last rank is nobody's context
-                g = run_block(self.decoder[j], rows, self.query, keep[:, depth + j], recompute)
+                g = run_block(self.decoder[j], rows, self.query, kept[depth + j], recompute)
         return g, by_rank
 
     def forward(self, images: Tensor, target: Tensor, draw: Draw) -> Loss:

@@ -72,12 +72,15 @@ def identity(config: RunConfig, data: str, target: dict[str, Any]) -> dict[str, 
     return kept | flatten({"data": {"fingerprint": data}, "target": target})
 
 
-def check_identity(checkpoint: Checkpoint, now: dict[str, Any], defaults: dict[str, Any]) -> None:
+def check_identity(
+    checkpoint: Checkpoint, now: dict[str, Any], defaults: dict[str, Any], images: int | None = None
+) -> None:
     """Refuses to continue another run's checkpoint.
 
     now: the identity of the present run.
     defaults: those of every knob. A knob that is newer than the checkpoint counts as its default, which is
     what was done before there was a choice.
+    images: their number in data.train now, for the sentence.
 
     Raises:
         ResumeError: naming each setting that differs, with both values.
@@ -88,7 +91,10 @@ def check_identity(checkpoint: Checkpoint, now: dict[str, Any], defaults: dict[s
     for k in sorted(now.keys() | then.keys()):
         if now.get(k) != then.get(k):
             old, new = ("nothing" if values.get(k) is None else values[k] for values in (then, now))
-            meaning = " (names and lengths of what data.train holds)" if k == "data.fingerprint" else ""
+            meaning = ""
+            if k == "data.fingerprint":
+                counts = f"{checkpoint.run.get('images')} images then, {images} now"
+                meaning = f" (names and lengths of what data.train holds; {counts})"
             lines.append(f"  {k}{meaning}: {old} in the checkpoint, {new} now")
     if lines:
         raise ResumeError(

@@ -16,13 +16,14 @@ import torch
 import torch.nn.functional as F
 from benchmarks import measuring
 from benchmarks.measuring import Figures, Times, circumstances, device_of, in_turns, ratio, summary
-from benchmarks.roofline import Parts, breakdown, flops_by_part, show
+from benchmarks.roofline import breakdown, flops_by_part, show
 from torch import Tensor
 
 from mapet_ds.config.sections import REPOSITORY, Config
 from mapet_ds.errors import ConfigError
 from mapet_ds.methods import build_objective
 from mapet_ds.planning.counting import shape_of_target, student
+from mapet_ds.planning.parts import Parts
 
 
 def check_twin(arguments: argparse.Namespace, config: Config) -> None:
