@@ -86,18 +86,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
         made.add_argument("--batches", type=count, default=16, help=turns)
     for made in (step, train):
         made.add_argument("--plot", metavar="FILE.png", type=Path, help="the breakdown as a picture")
-        trace = "the profiled steps, for Perfetto or chrome://tracing"
-        made.add_argument("--trace", metavar="FILE.json.gz", type=Path, help=trace)
+        made.add_argument("--trace", metavar="FILE.json.gz", type=Path, help="its steps, for Perfetto")
     for made in (train, scaling, checkpoint):
         made.add_argument("--deepspeed_config", default=ENGINE, metavar="JSON", type=Path)
         made.add_argument("--steps", type=count, default=10, help="a repeat")
 
-    readers = (
-        "default: dali and torchvision; _whole: cut out of the whole image; others: a GPU's JPEG decoder"
-    )
+    readers = "default: dali and torchvision; _whole: cut from the whole image; others: a GPU's decoder"
     loader.add_argument("--against", action="append", choices=list(OTHERS), help=readers)
-    size = "65 bytes each are written to $TMPDIR, and deleted"
-    index.add_argument("--images", type=count, default=20_000_000, help=size)
+    index.add_argument("--images", type=count, default=20_000_000, help="65 bytes each, in $TMPDIR")
     step.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"], help="bf16: autocast")
     step.add_argument("--model", default="vit_base_patch16_224", help="timm model name")
     for made, default in ((step, "dense"), (train, "none")):
