@@ -117,7 +117,7 @@ def untrained(recipe, name, spoil=lambda objective: None):
     identity = checkpoint.identity(config, index.fingerprint, target.identity)
     record = {"step": 0, "skipped": [], "config": config.to_dict(), "identity": identity, "versions": {}}
     weights = {name: parameter.detach().clone() for name, parameter in objective.named_parameters()}
-    checkpoint.save(folder, record, {"model": weights, "target": target.state_dict()}, keep=2)
+    checkpoint.save(folder, record, {"model": weights, "target": target.state_dict()})
     return folder, config, target, objective.eval()
 
 
