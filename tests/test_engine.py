@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from deepspeed.ops.op_builder import FusedAdamBuilder
 from safetensors.torch import load_file
+from test_objectives import tiny_config
 
-from mapet_ds.config.sections import REPOSITORY
+from mapet_ds.config.sections import REPOSITORY, OptimConfig
 from mapet_ds.errors import ConfigError
-from mapet_ds.training.engine import check_engine_config
+from mapet_ds.training.engine import build_adamw, check_engine_config
 
 HERE = Path(__file__).parent
 STAGES = (1, 2, 3)
@@ -54,6 +56,48 @@ def test_resume_is_bit_equal_at_the_same_ranks(results, case):
     straight, resumed = (load_file(folder / f"{case}.{end}.safetensors") for end in ("end", "resumed"))
     assert straight.keys() == resumed.keys()
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_gradient_that_is_not_finite_changes_nothing(results, case):
+    _, losses = results
+    assert losses[f"{case}.2"]["changed"] == []
+
+
+def test_the_gradient_norm_is_deepspeeds(results):
+    _, losses = results
+    norms = {case: losses[f"{case}.2"]["norms"] for case in CASES}
+    assert {case for case in CASES if norms[case]} == {"zero1", "zero2", "zero2_bf16"}
+    assert all(ours == theirs > 0 for pairs in norms.values() for ours, theirs in pairs)
+
+
+BROKEN = """Error building extension 'fused_adam': [1/2] nvcc -c multi_tensor_adam.cu
+FAILED: multi_tensor_adam.cuda.o
+multi_tensor_adam.cu:8:10: fatal error: cusparse.h: No such file or directory
+compilation terminated.
+ninja: build stopped: subcommand failed."""
+
+
+def test_without_a_working_toolkit_adamw_is_torchs_or_a_sentence(alone, monkeypatch, capsys):
+    def load(self, verbose):
+        raise RuntimeError(BROKEN)
+
+    def adamw(which):
+        config = tiny_config(optim=OptimConfig(adamw=which))
+        return build_adamw([{"params": [torch.nn.Parameter(torch.ones(2))]}], config, torch.device("cuda"))
+
+    monkeypatch.setattr(FusedAdamBuilder, "load", load)
+    monkeypatch.setattr("shutil.which", lambda name: f"/bin/{name}")
+    assert type(adamw("auto")) is torch.optim.AdamW
+    printed = capsys.readouterr().out
+    assert "8:10: fatal error: cusparse.h: No such file or directory). It needs" in printed
+    assert printed.endswith("none of them. This run takes torch's fused AdamW.\n")
+    with pytest.raises(ConfigError, match=r"cusparse.h.*optim.adamw=torch"):
+        adamw("deepspeed")
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with pytest.raises(ConfigError, match=r"can't be compiled on .* \(no nvcc on PATH\)"):
+        adamw("deepspeed")
+    assert type(adamw("torch")) is torch.optim.AdamW and capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -27,7 +27,7 @@ def load_deepspeed_config(path: str | Path) -> dict[str, Any]:
 
     Raises:
         ConfigError: the file can't be read, holds an unknown key or one that the recipe owns, offloads the
-            optimizer, or has a ZeRO stage other than 1, 2, 3.
+            optimizer, lets a gradient that is not finite through, or has a ZeRO stage other than 1, 2, 3.
     """
     try:
         engine = json.loads(Path(path).read_text())
@@ -50,5 +50,10 @@ def load_deepspeed_config(path: str | Path) -> dict[str, Any]:
     if offload := [key for key in ("offload_optimizer", "offload_param") if key in zero]:
         raise ConfigError(
             f"{path} sets zero_optimization.{offload[0]}: offloading uses an Adam that can't resume exactly."
+        )
+    if zero.get("compute_grad_norm") is False or engine.get("bf16", {}).get("check_grad_overflow") is False:
+        raise ConfigError(
+            f"{path} switches compute_grad_norm or bf16.check_grad_overflow off: a gradient that is not "
+            "finite would then reach the weights. Leave both out."
         )
     return engine

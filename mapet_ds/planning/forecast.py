@@ -75,7 +75,8 @@ def engine_costs(engine_config: dict[str, Any], parameters: int, ranks: int, acc
     if stage == 1:
         kept = FP32 * parameters + (size * parameters if bf16 and accumulate else 0)
         return engine._replace(gradients=kept, reduced_each_micro_step=False, gathered_per_step=weights)
-    buckets = bucket * (size * (2 if zero.get("overlap_comm") else 1) + (sent if sent != size else 0))
+    both = 2 if zero.get("overlap_comm") and ranks > 1 else 1
+    buckets = bucket * (size * both + (sent if sent != size else 0))
     return engine._replace(buffers=buckets, gathered_per_step=weights)
 
 
