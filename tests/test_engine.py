@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,8 +22,8 @@ STAGES = (1, 2, 3)
 CASES = [f"zero{stage}{precision}" for stage in STAGES for precision in ("", "_bf16")]
 
 
-def torchrun(ranks, *arguments):
-    """A test program under torchrun, as a user's cluster would start ours."""
+def torchrun(ranks, *arguments, accelerator="cpu"):
+    """A test program under torchrun, as a user's cluster would start ours, on this type of device."""
     command = [
         sys.executable,
         "-m",
@@ -32,6 +33,7 @@ def torchrun(ranks, *arguments):
         *arguments,
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{REPOSITORY}:{HERE}"}
+    environment["DS_ACCELERATOR"] = accelerator
     done = subprocess.run(
         list(map(str, command)), env=environment, capture_output=True, text=True, timeout=400
     )
@@ -126,7 +128,18 @@ def test_a_state_read_before_the_first_step_is_the_initial_one(results, case):
 
 def test_unknown_zero_key_is_a_sentence():
     with pytest.raises(ConfigError, match="reduce_bucket_sise"):
-        check_engine_config({"zero_optimization": {"stage": 2, "reduce_bucket_sise": 3}})
+        check_engine_config({"zero_optimization": {"stage": 2, "reduce_bucket_sise": 3}}, torch.device("cpu"))
+
+
+def test_bf16_on_a_cpu_is_refused_unless_it_is_asked_for(monkeypatch):
+    gpu = {"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}}
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    with pytest.raises(ConfigError, match="sees no GPU on .*zero2_cpu.json.*DS_ACCELERATOR=cpu"):
+        check_engine_config(gpu, torch.device("cpu"))
+    check_engine_config(gpu, torch.device("cuda"))
+    check_engine_config({"zero_optimization": {"stage": 2}}, torch.device("cpu"))
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    check_engine_config(gpu, torch.device("cpu"))
 
 
 @pytest.mark.gpu
@@ -134,10 +147,10 @@ def test_unknown_zero_key_is_a_sentence():
 def test_gpu_engines_agree_with_the_cpu(results):
     """On one GPU from the two CPU ranks' states: fp32 over NCCL, FusedAdam, and bf16 within its precision."""
     folder, losses = results
-    cases = ["zero2_cuda@zero2", "zero2_cuda_fused@zero2", "zero2_cuda_bf16@zero2"]
-    torchrun(1, HERE / "engine_worker.py", folder, ",".join(cases), 1)
+    cases = ["zero2_cuda@zero2", "zero2_cuda_bf16@zero2"]
+    cases += ["zero2_cuda_fused@zero2"] if shutil.which("nvcc") and shutil.which("ninja") else []
+    torchrun(1, HERE / "engine_worker.py", folder, ",".join(cases), 1, accelerator="cuda")
     expected = losses["zero2.2"]["straight"][3:]
-    found = [json.loads((folder / f"{case}.1.json").read_text())["rest"] for case in cases]
-    assert found[0] == pytest.approx(expected, rel=1e-4)
-    assert found[1] == pytest.approx(expected, rel=1e-4)
-    assert found[2] == pytest.approx(expected, rel=2e-2)
+    for case in cases:
+        found = json.loads((folder / f"{case}.1.json").read_text())["rest"]
+        assert found == pytest.approx(expected, rel=2e-2 if "bf16" in case else 1e-4), case

@@ -68,6 +68,7 @@ def _define(
     crop = fn.decoders.image_slice(
         data, anchor, shape, axes=[0, 1], normalized_anchor=False, normalized_shape=False,
         device="mixed" if device == "gpu" else "cpu", output_type=types.RGB, adjust_orientation=False,
+        jpeg_fancy_upsampling=True,  # on a GPU, chroma as the CPU upsamples it
     )  # fmt: skip
 
     def render(view: View, recolour: Callable[..., Any], values: list[Any]) -> Any:

@@ -11,6 +11,7 @@ import contextlib
 import functools
 import importlib
 import logging
+import os
 import re
 import shutil
 import socket
@@ -44,7 +45,7 @@ from torch import Tensor, nn
 
 from mapet_ds.config.sections import RunConfig
 from mapet_ds.errors import ConfigError
-from mapet_ds.launch import once_per_node
+from mapet_ds.launch import no_gpu, once_per_node
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 BUILD_ERRORS = (
@@ -54,12 +55,18 @@ BUILD_ERRORS = (
 """What a missing header, library or driver makes of a compilation: ninja's output, or no library to load."""
 
 
-def check_engine_config(engine_config: dict[str, Any]) -> None:
-    """Lets DeepSpeed's own schema read the ZeRO section before any GPU is touched.
+def check_engine_config(engine_config: dict[str, Any], device: torch.device) -> None:
+    """Lets DeepSpeed's own schema read the ZeRO section, before anything is built on the device.
 
     Raises:
-        ConfigError: an unknown or ill-typed key in zero_optimization.
+        ConfigError: an unknown or ill-typed key in zero_optimization; or bf16 on a CPU that nobody asked for.
     """
+    wants_gpu = engine_config.get("bf16", {}).get("enabled") and os.environ.get("DS_ACCELERATOR") != "cpu"
+    if wants_gpu and device.type == "cpu":
+        raise ConfigError(
+            f"The DeepSpeed config asks for bf16, as GPUs compute. {no_gpu(socket.gethostname())} To train "
+            "on CPUs, take a _cpu JSON (ds_configs/zero2_cpu.json), or export DS_ACCELERATOR=cpu."
+        )
     try:
         DeepSpeedZeroConfig(**engine_config["zero_optimization"])
     except ValidationError as error:
