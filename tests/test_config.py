@@ -313,6 +313,8 @@ def test_a_recipe_file_is_read_by_the_same_rules(recipe, tmp_path):
         ({"zero_optimisation": {"stage": 2}}, "zero_optimisation.*meant zero_optimization"),
         ({"zero_optimization": {"stage": 0}}, "1, 2 or 3"),
         ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, "offload"),
+        ({"zero_optimization": {"stage": 2, "compute_grad_norm": False}}, "not finite"),
+        ({"zero_optimization": {"stage": 2}, "bf16": {"check_grad_overflow": False}}, "not finite"),
         ([], "JSON object"),
     ],
 )

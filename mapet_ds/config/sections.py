@@ -207,7 +207,7 @@ class OptimConfig:
     """Largest norm of the whole gradient; 0 never clips."""
     adamw: Literal["auto", "deepspeed", "torch"] = "auto"
     """deepspeed: FusedAdam, compiled once per node; torch: torch's own (fused on a GPU), no compiler.
-    auto: deepspeed on a GPU with nvcc, else torch."""
+    auto: deepspeed on GPUs where it compiles, else torch."""
 
 
 @knobs
