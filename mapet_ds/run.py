@@ -11,12 +11,10 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from mapet_ds.config.sections import RunConfig, flatten, total_steps
@@ -107,8 +105,7 @@ class Run:
             self.identity[BEGAN] = began
         self.skipped: list[int] = []
         self.step = self.begun = self.saved = 0
-        self.writer, self.disk = ThreadPoolExecutor(1, "checkpoint"), ThreadPoolExecutor(1, "disk")
-        self.writing: Future[Future[None] | None] | None = None  # gives the wait for the disk
+        self.writer = checkpoint.Writer(self.folder, config.checkpoint.keep)
         self._resume(newest)
 
         # Nothing is refused from here on, so another run's folder stays as it was until now.
@@ -361,7 +358,7 @@ class Run:
         Raises:
             RunError: the weights that DeepSpeed gathers are not those that the forward uses.
         """
-        self._by_rank_0(lambda: self.writing and self.writing.result() and None)
+        self._by_rank_0(self.writer.wait)
         self.watchdog.doing("gathering the state for a checkpoint")
         self.quarantine.merge(self.loader.new_bad(), self.ranks)
         weights, moments = gather_state(self.engine, self.ranks.rank)
@@ -376,41 +373,15 @@ class Run:
                 "versions": versions(),
             }
             files = {"model": weights, "optimizer": moments, "target": self.target.state_dict()}
-            self.writing = self.writer.submit(self._write, state, files)
+            self.writer.begin(state, files)
         self.watchdog.doing("going on while a checkpoint is written")
-
-    def _write(self, state: dict[str, Any], files: dict[str, dict[str, Tensor]]) -> Future[None] | None:
-        """Tries to write a checkpoint; gives the wait for the disk, which begins. For rank 0's thread."""
-        try:
-            folder = checkpoint.save(self.folder, state, files)
-        except (OSError, SafetensorError) as error:
-            message = f"NO CHECKPOINT of step {state['step']} could be written: {error}."
-            print(message, file=sys.stderr, flush=True)
-            return None
-        return self.disk.submit(self._secure, folder, state["step"])
-
-    def _secure(self, folder: Path, step: int) -> None:
-        """Waits until a checkpoint is on the disk, and counts it then. For rank 0's other thread."""
-        try:
-            checkpoint.secure(folder, self.config.checkpoint.keep)
-            self.saved = step
-        except OSError as error:
-            message = f"THE CHECKPOINT of step {step} may not be on the disk: {error}."
-            print(message, file=sys.stderr, flush=True)
 
     def settle(self) -> None:
         """Waits until the checkpoint that is being written is on disk or has failed. Every rank must call it.
 
         Afterwards `saved` is the step of the newest checkpoint.
         """
-
-        def on_disk() -> int:
-            if self.writing and (disk := self.writing.result()):
-                disk.result()
-            return self.saved
-
-        self.saved = self._by_rank_0(on_disk)
-        self.writing = None
+        self.saved = self._by_rank_0(self.writer.settle) or self.saved
         self.watchdog.doing("going on after a checkpoint")
 
     def _by_rank_0(self, work: Callable[[], T]) -> T:

@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable, Collection
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -135,6 +137,55 @@ def secure(path: Path, keep: int) -> None:
     counted = [each for each in checkpoint_folders(path.parents[1]) if each.name <= path.name]
     for old in counted[keep:]:
         shutil.rmtree(old)
+
+
+class Writer:
+    """Writes a run's checkpoints while training goes on: one thread writes, another waits for the disk.
+
+    For rank 0. A full disk does not stop the run: standard error names it.
+    """
+
+    def __init__(self, run_dir: Path, keep: int) -> None:
+        self._folder, self._keep = run_dir, keep
+        self._saved: int | None = None
+        self._writer, self._disk = ThreadPoolExecutor(1, "checkpoint"), ThreadPoolExecutor(1, "disk")
+        self._writing: Future[Future[None] | None] | None = None  # gives the wait for the disk
+
+    def begin(self, state: dict[str, Any], files: dict[str, dict[str, Tensor]]) -> None:
+        """Has a checkpoint written. See save."""
+        self._writing = self._writer.submit(self._write, state, files)
+
+    def wait(self) -> None:
+        """Waits until the last one is written, not until it is on the disk."""
+        if self._writing:
+            self._writing.result()
+
+    def settle(self) -> int | None:
+        """Waits until the last one is on the disk or has failed; gives the newest step that got there.
+
+        None where none did since it was called before.
+        """
+        if self._writing and (securing := self._writing.result()):
+            securing.result()
+        saved, self._writing, self._saved = self._saved, None, None
+        return saved
+
+    def _write(self, state: dict[str, Any], files: dict[str, dict[str, Tensor]]) -> Future[None] | None:
+        try:
+            folder = save(self._folder, state, files)
+        except (OSError, SafetensorError) as error:
+            message = f"NO CHECKPOINT of step {state['step']} could be written: {error}."
+            print(message, file=sys.stderr, flush=True)
+            return None
+        return self._disk.submit(self._secure, folder, state["step"])
+
+    def _secure(self, folder: Path, step: int) -> None:
+        try:
+            secure(folder, self._keep)
+            self._saved = step
+        except OSError as error:
+            message = f"THE CHECKPOINT of step {step} may not be on the disk: {error}."
+            print(message, file=sys.stderr, flush=True)
 
 
 def checkpoint_folders(run_dir: Path) -> list[Path]:
