@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from mapet_ds.errors import ConfigError, UserError
-from mapet_ds.launchers import has_ended, launchers
+from mapet_ds.launchers import has_ended, ignored_gpus, launchers
 
 T = TypeVar("T")
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -104,6 +104,8 @@ def take_device(rank: int, local_rank: int) -> torch.device:
             "start no more ranks per host than it has GPUs (slots= in the hostfile)."
         )
     torch.cuda.set_device(local_rank)
+    if local_rank == 0 and (sentence := ignored_gpus(os.environ.get("CUDA_VISIBLE_DEVICES", ""))):
+        print(sentence, file=sys.stderr, flush=True)
     # cuDNN's attention, which torch prefers for bf16 on an H100, has given NaN gradients (pytorch#196678).
     torch.backends.cuda.enable_cudnn_sdp(False)
     return torch.device("cuda", local_rank)

@@ -11,7 +11,8 @@ from mapet_ds.config.recipe import load_config
 from mapet_ds.config.sections import REPOSITORY
 from mapet_ds.errors import ConfigError
 from mapet_ds.planning.counting import student
-from mapet_ds.planning.forecast import GPUS, Cluster, Request, Speeds, engine_costs, predict, scaling
+from mapet_ds.planning.forecast import Cluster, Request, Speeds, engine_costs, predict, scaling
+from mapet_ds.planning.roofline import GPUS
 
 ENGINES = ("zero1", "zero2", "zero3", "zero2_cpu")
 BUCKET = 1_000_000

@@ -4,7 +4,8 @@
 
 The costs of any objective, student and target are counted on tensors without values, in some ten seconds.
 Speeds are the data sheets' times a share that GPUs attain, which is assumed until --calibrate gives lines
-that tools/benchmark.py printed on such a GPU. Every assumption is printed.
+that tools/benchmark.py printed on such a GPU. Every assumption is printed. The bound beside them is computed:
+each kernel at the full rate of the products, or of the memory, whichever is slower.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ from typing import Any
 from mapet_ds.config.engine import load_deepspeed_config
 from mapet_ds.config.recipe import load_config
 from mapet_ds.config.rules import check_method
-from mapet_ds.config.sections import REPOSITORY
+from mapet_ds.config.shipped import ENGINES
 from mapet_ds.errors import ConfigError
 from mapet_ds.planning.advice import changes, report
+from mapet_ds.planning.bound import bound
 from mapet_ds.planning.calibration import calibrate
-from mapet_ds.planning.forecast import GPUS, Cluster, Request, Speeds, assumptions, predict, scaling
+from mapet_ds.planning.forecast import Cluster, Request, Speeds, assumptions, predict, scaling
+from mapet_ds.planning.roofline import GPUS
 from mapet_ds.terminal import answer, number, recipe_parser
 
 
@@ -31,7 +34,7 @@ def parse(argv: list[str]) -> Any:
     parser.add_argument("--gpu", required=True, help=", ".join(GPUS))
     parser.add_argument("--nodes", type=count, default=1)
     parser.add_argument("--gpus_per_node", type=count, default=8)
-    engine = REPOSITORY / "ds_configs/zero2.json"
+    engine = ENGINES / "zero2.json"
     parser.add_argument("--engine", default=engine, metavar="JSON", help="default: ZeRO-2")
     parser.add_argument("--images", type=count, default=1_281_167, help="of the data set; ImageNet-1k's")
     parser.add_argument("--image_kbyte", type=amount, default=110, help="mean size of a file")
@@ -62,12 +65,13 @@ def plan(arguments: Any) -> None:
     if arguments.calibrate:
         request = calibrate(request, arguments.calibrate)
 
-    prediction = predict(request)
+    prediction: dict[str, Any] = predict(request) | {"bound": bound(request)}
     advice = changes(request.with_micro(prediction["micro_batch_size"]), prediction)
     curve = scaling(request)
     if arguments.json:
         changed = {words: other["images_per_second"] for words, other in advice}
-        line = {"predicted": prediction, "changes": changed, "scaling": curve}
+        bounds = {words: other["bound"]["images_per_second"] for words, other in advice}
+        line = {"predicted": prediction, "changes": changed, "bounds": bounds, "scaling": curve}
         print(json.dumps(line | {"assumptions": assumptions(request)}))
     else:
         print(report(request, prediction, advice, curve))

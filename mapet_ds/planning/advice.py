@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from mapet_ds.errors import ConfigError
+from mapet_ds.planning.bound import bound, bound_report
 from mapet_ds.planning.forecast import Request, assumptions, predict
 
 Plan = dict[str, Any]
@@ -17,7 +18,7 @@ def changes(request: Request, plan: Plan) -> list[tuple[str, Plan]]:
     results = []
     for words, other in _remedies(request, plan):
         try:
-            results.append((words, predict(other)))
+            results.append((words, predict(other) | {"bound": bound(other)}))
         except ConfigError:
             continue  # not to be had here: no advice
     return [
@@ -95,7 +96,13 @@ def report(request: Request, plan: Plan, advice: list[tuple[str, Plan]], curve: 
         f"run                   {plan['steps']:,} steps, {hours:,.1f} h ({hours / 24:.1f} days), "
         f"{plan['gpu_hours']:,.0f} GPU-hours",
         f"binds                 {plan['binds']}, {step[plan['binds']] / step['total']:.0%} of the step",
-        *(f"  change: {words}: {other['images_per_second']:,.0f} images/s" for words, other in advice),
+        *(
+            f"  change: {words}: {other['images_per_second']:,.0f} images/s "
+            f"(bound {other['bound']['images_per_second']:,.0f})"
+            for words, other in advice
+        ),
+        "",
+        *bound_report(request, plan),
         "",
         "  GPUs  micro x accum  images/s  of linear     hours  GPU-hours  binds",
         *map(_row, curve),

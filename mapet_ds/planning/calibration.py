@@ -9,7 +9,8 @@ from typing import Any
 
 from mapet_ds.errors import ConfigError
 from mapet_ds.planning.counting import student, target
-from mapet_ds.planning.forecast import Gpu, Request, predict
+from mapet_ds.planning.forecast import Request, predict
+from mapet_ds.planning.roofline import Gpu
 
 
 def number(record: dict[str, Any], name: str) -> float:

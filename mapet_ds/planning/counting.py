@@ -29,8 +29,11 @@ from mapet_ds.config.sections import Config, TeacherConfig, TokenizerConfig
 from mapet_ds.errors import ConfigError
 from mapet_ds.methods import build_objective, build_target
 from mapet_ds.objectives.objective import Objective
+from mapet_ds.planning.parts import Parts
+from mapet_ds.planning.roofline import Kernels, kernels
 from mapet_ds.planning.tally import Tables, Tally
-from mapet_ds.targets.teacher import Teacher
+from mapet_ds.targets.teacher import Teacher, tower_blocks
+from mapet_ds.vit import Graph, StreamBlock
 from mapet_ds.weights import UNREADABLE
 
 CPU = torch.device("cpu")
@@ -71,6 +74,8 @@ class Student(NamedTuple):
     """FLOPs that train.grad_checkpointing adds; 0 where it is off."""
     peak: Line
     """Bytes of activations at the peak, in eager mode."""
+    kernels: Kernels
+    """What a forward and a backward pass launches."""
 
 
 class Shape(NamedTuple):
@@ -109,6 +114,8 @@ class Target(NamedTuple):
     """Bytes at the peak of computing it, its result included."""
     output: float
     """Bytes of its result, which the student's pass keeps."""
+    kernels: Kernels
+    """What computing it launches."""
 
 
 def _once(count: Callable[..., T]) -> Callable[..., T]:
@@ -186,7 +193,9 @@ def _count_student(config: Config, few: int, many: int, size: int, goal: Shape) 
         if config.train.grad_checkpointing:
             model.vit.set_grad_checkpointing(True)
             smaller, _, _ = _learn(model, *batches[0])
-        larger, _, _ = _learn(model, *batches[1])
+        parts = Parts()
+        with parts.watching(model):
+            larger, _, _ = _learn(model, *batches[1], parts)
     return Student(
         parameters=trainable,
         constants=constants,
@@ -195,6 +204,7 @@ def _count_student(config: Config, few: int, many: int, size: int, goal: Shape) 
         minimum=(flops - 3 * forbidden) / few,
         recomputed=(smaller.flops.total() - flops) / few,
         peak=_line(few, smaller.peak, many, larger.peak),
+        kernels=kernels(larger.operations, many),
     )
 
 
@@ -238,11 +248,14 @@ def modules(config: Config) -> dict[str, float]:
     return {name: sum(counts.values()) / few for name, counts in counter.get_flop_counts().items()}
 
 
-def _learn(model: Objective, views: Tensor, targets: Tensor) -> tuple[Tally, int, float]:
+def _learn(
+    model: Objective, views: Tensor, targets: Tensor, parts: Parts | None = None
+) -> tuple[Tally, int, float]:
     """A forward and a backward pass; FLOPs of the forward pass, and those of them that its masks forbid."""
     with unset_fake_temporarily():
         draw = model.draw(0, 0, len(views))
-    tally, tables = Tally(*model.parameters(), *model.buffers(), views, targets), Tables()
+    tally = Tally(*model.parameters(), *model.buffers(), views, targets, parts=parts)
+    tables = Tables()
     with tables, tally:
         loss = model(views, targets, draw).loss
         forward, forbidden = tally.flops.total(), tables.forbidden
@@ -272,16 +285,20 @@ def shape_of_target(config: Config) -> Shape:
 
 @_once
 def _count_target(config: Config, few: int, many: int) -> Target:
-    teachers: set[Teacher] = set()
-    handle = register_module_forward_pre_hook(
-        lambda module, _: teachers.add(module) if isinstance(module, Teacher) else None
-    )
+    called = dict[nn.Module, None]()
+    handle = register_module_forward_pre_hook(lambda module, _: called.setdefault(module))
     try:
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
             with _movable_modules(mode), Tables(), Tally() as building:
                 goal = build_target(config, CPU)
                 gc.collect()
-            (smaller, made), (larger, _) = (_teach(goal, config, images) for images in (few, many))
+            smaller, made = _teach(goal, config, few)
+            teachers = [module for module in called if isinstance(module, Teacher)]
+            graphs = [block for teacher in teachers for block in tower_blocks(teacher.visual)]
+            graphs += [module for module in called if isinstance(module, (StreamBlock, Graph))]
+            parts = Parts()
+            with parts.inside((block, "target", True) for block in graphs), parts("target"):
+                larger, _ = _teach(goal, config, many, parts)
             follows = sum(tensor.nbytes for tensor in goal.state_dict().values())
     except UNREADABLE as error:
         raise ConfigError(
@@ -305,13 +322,14 @@ def _count_target(config: Config, few: int, many: int) -> Target:
         follows=follows,
         peak=_line(few, smaller.peak, many, larger.peak),
         output=made.nbytes / few,
+        kernels=kernels(larger.operations, many),
     )
 
 
-def _teach(goal: Any, config: Config, images: int) -> tuple[Tally, Tensor]:
+def _teach(goal: Any, config: Config, images: int, parts: Parts | None = None) -> tuple[Tally, Tensor]:
     """The target of so many images."""
     sides = (config.model.img_size, goal.teacher_view.size if goal.teacher_view else config.model.img_size)
     views = [torch.zeros(images, 3, side, side) for side in sides]
-    with Tally(*views) as tally:
+    with Tally(*views, parts=parts) as tally:
         made = goal(SimpleNamespace(images=views[0], teacher_images=views[1], index=range(images)))
     return tally, made

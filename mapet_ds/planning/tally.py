@@ -6,7 +6,7 @@ import contextlib
 import math
 import weakref
 from collections import Counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,41 +16,131 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
+from mapet_ds.planning.parts import Parts, Place, in_backward
+
 ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 CONVOLUTION = torch.ops.aten.convolution
+FREE = ("empty", "new_empty", "_unsafe_view")
+"""Beginnings of the names of operations that move nothing, beside views."""
+OVERWRITES = {"copy_", "zero_", "fill_"}
+"""Operations that do not read what they change."""
+
+
+class Piece(NamedTuple):
+    """A stretch of a storage."""
+
+    storage: int
+    """A number that no other storage of the same tally has."""
+    offset: int
+    size: int
+    """Bytes."""
+
+
+class Operation(NamedTuple):
+    """What one of torch's operations computes, reads and writes: a kernel or a few. Views are none."""
+
+    name: str
+    place: Place
+    phase: str
+    """`forward`, `backward`, or `again`: of the forward pass, made anew within the backward pass."""
+    precision: str
+    """As `_precision` says; empty where there is no product."""
+    flops: int
+    reads: tuple[Piece, ...]
+    writes: tuple[Piece, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Each operand and result once, whole: what no cache keeps."""
+        return sum(piece.size for piece in (*self.reads, *self.writes))
 
 
 class Tally(TorchDispatchMode):
-    """FLOPs of all operations by precision, and the peak of the bytes that they make.
+    """FLOPs of all operations by precision, the peak of the bytes that they make, and what each moves.
 
     A storage is counted once, from the operation that makes it until it is freed.
 
-    Attributes: flops (by `_precision`), live and peak (bytes).
+    Attributes: flops (by `_precision`), live and peak (bytes), operations (only with parts).
     """
 
-    def __init__(self, *there: Tensor) -> None:
-        """there: tensors that are not counted."""
+    def __init__(self, *there: Tensor, parts: Parts | None = None) -> None:
+        """there: tensors that are not counted. parts: knows where each operation is."""
         super().__init__()
         self.flops = Counter[str]()
-        self.known = {tensor.untyped_storage()._cdata for tensor in there}
-        self.live = self.peak = 0
+        self.parts, self.operations = parts, list[Operation]()
+        self.numbers = dict[int, int]()
+        self.seen = self.live = self.peak = 0
+        for tensor in there:
+            self._number(tensor)
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        if count := _flops_of(function.overloadpacket, args, kwargs or {}, result):
-            self.flops[_precision(function.overloadpacket, args)] += count
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage())._cdata not in self.known:
-                self.known.add(storage._cdata)
+        kwargs = kwargs or {}
+        result = function(*args, **kwargs)
+        if function.namespace == "prim":  # a question to a tensor without values
+            return result
+        precision, count = "", _flops_of(function.overloadpacket, args, kwargs, result)
+        if count:
+            precision = _precision(function.overloadpacket, args)
+            self.flops[precision] += count
+        results = _tensors(result)
+        for tensor in results:
+            if (storage := tensor.untyped_storage())._cdata not in self.numbers:
+                self._number(tensor)
                 self.live += storage.nbytes()
-                weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
+                weakref.finalize(storage, self._freed, storage.nbytes())
                 self.peak = max(self.peak, self.live)
+        name = function.overloadpacket.__name__
+        if self.parts and results and not function.is_view and not name.startswith(FREE):
+            pieces = _moved(function, name, args, kwargs, results)
+            reads, writes = (tuple(map(self._piece, side)) for side in pieces)
+            place, phase = self.parts.here(), _phase()
+            self.operations.append(Operation(name, place, phase, precision, count, reads, writes))
         return result
 
-    def _freed(self, key: int, size: int) -> None:
-        self.known.discard(key)
+    def _number(self, tensor: Tensor) -> int:
+        """The number of a tensor's storage."""
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.numbers:
+            self.seen += 1
+            self.numbers[storage._cdata] = self.seen
+            weakref.finalize(storage, self.numbers.pop, storage._cdata, None)
+        return self.numbers[storage._cdata]
+
+    def _piece(self, x: Tensor) -> Piece:
+        size = x.element_size()
+        return Piece(
+            self._number(x),
+            size * int(x.storage_offset()),
+            min(size * x.numel(), x.untyped_storage().nbytes()),
+        )
+
+    def _freed(self, size: int) -> None:
         self.live -= size
+
+
+def _phase() -> str:
+    """The phase of the operation that is being dispatched. A backward pass records no gradient of its own."""
+    if not in_backward():
+        return "forward"
+    return "again" if torch.is_grad_enabled() else "backward"
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [tree] if isinstance(tree, Tensor) else [x for x in tree_leaves(tree) if isinstance(x, Tensor)]
+
+
+def _moved(
+    function: Any, name: str, args: tuple, kwargs: dict[str, Any], results: list[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """What an operation reads, and what it writes: its results, or what it changes in place."""
+    reads, written = [], []
+    for i, argument in enumerate(function._schema.arguments):
+        value = args[i] if i < len(args) else kwargs.get(argument.name)
+        changed = argument.alias_info is not None and argument.alias_info.is_write
+        written += _tensors(value) if changed else []
+        reads += [] if changed and name in OVERWRITES else _tensors(value)
+    return reads, written or results
 
 
 def _flops_of(operation: Any, args: tuple, kwargs: dict[str, Any], result: Any) -> int:

@@ -150,7 +150,7 @@ def build_teacher(config: TeacherConfig, device: torch.device, compiled: bool = 
             weights = {f"visual.{name}": tensor for name, tensor in build(torch.float32).state_dict().items()}
         source = "random weights"
     else:
-        source = _weights_file(config)
+        source = weights_file(config)
         weights = read_tensors(Path(source), f"The teacher's weights {source}", slices=True)
         weights = _fit_sizes(convert_state_dict(cast(Any, teacher), weights), teacher)
     _check_strictly(teacher, weights, source, config)
@@ -171,7 +171,7 @@ def build_teacher(config: TeacherConfig, device: torch.device, compiled: bool = 
         torch._dynamo.config.recompile_limit = 64  # the default is 8, and a ResNet's blocks have eight shapes
         # Casts round as in eager mode, else 1 in 100 of a ViT's ids in bf16 change. The compiled forward lies
         # beneath the hooks that gather a block's weights.
-        for block in _blocks(teacher.visual):
+        for block in tower_blocks(teacher.visual):
             options: Any = {"emulate_precision_casts": True}
             block.forward = torch.compile(block.forward, dynamic=False, options=options)
     return teacher
@@ -234,7 +234,7 @@ def _build_tower(model: dict[str, Any], img_size: int, dtype: torch.dtype) -> nn
     return visual
 
 
-def _weights_file(config: TeacherConfig) -> str:
+def weights_file(config: TeacherConfig) -> str:
     """Path of the weights. The first rank of each node downloads those of a tag, while the others wait."""
     if config.name.startswith("local-dir:"):
         path = Path(config.name.removeprefix("local-dir:")) / "open_clip_model.safetensors"
@@ -314,13 +314,13 @@ def _fingerprint(teacher: Teacher, weights: Tensors, model: dict[str, Any]) -> s
     return mine
 
 
-def _blocks(module: nn.Module) -> Iterator[nn.Module]:
+def tower_blocks(module: nn.Module) -> Iterator[nn.Module]:
     """The members of a tower's outermost lists: its transformer blocks, residual blocks or stages."""
     for child in module.children():
         if isinstance(child, (nn.ModuleList, nn.Sequential)):
             yield from child.children()
         else:
-            yield from _blocks(child)
+            yield from tower_blocks(child)
 
 
 def _shard(teacher: Teacher, config: TeacherConfig, device: torch.device) -> None:
@@ -339,7 +339,7 @@ def _shard(teacher: Teacher, config: TeacherConfig, device: torch.device) -> Non
     group, _ = dist.new_subgroups(group_size=ranks)
     assert group is not None
     mesh = DeviceMesh.from_group(group, device.type)
-    for block in _blocks(teacher.visual):
+    for block in tower_blocks(teacher.visual):
         if list(block.parameters()):
             fully_shard(block, mesh=mesh)
     fully_shard(teacher, mesh=mesh, reshard_after_forward=True)

@@ -81,7 +81,7 @@ class LookedUpIds(TokenIds):
             return
         self.stored = stored = StoredIds(config.tokenizer.ids)
         self.identity = stored.identity
-        index = open_index(config.data.train, Path(config.run_dir) / "index")
+        index = open_index(config.data.train, Path(config.run_dir) / "index", compare=False)
         stored.check_data(config.data.train, index.fingerprint)
 
         # The ranks of a host share the reading. It brings the rows, looked up at random, into the page cache.

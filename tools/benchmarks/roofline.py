@@ -2,73 +2,44 @@
 
 from __future__ import annotations
 
-import bisect
-import contextlib
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from benchmarks.measuring import Figures, bandwidth, repeatedly, timed
-from timm.models.vision_transformer import Block
-from torch import Tensor, nn
+from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from mapet_ds.config.sections import Config
 from mapet_ds.planning.counting import modules
+from mapet_ds.planning.parts import HEAD, REST, UNEXPLAINED, Parts, in_backward
+from mapet_ds.planning.tally import Tally
 
 RANGE = "part of a step: "
 BACKWARD = "autograd::engine::evaluate_function"
 COLLECTIVES = ("c10d::", "gloo:", "nccl:", "record_param_comms")
-REST, HEAD, GRADIENTS, UNEXPLAINED = "norms and rest", "head and loss", "gradients", "unexplained"
 
 
-def in_backward() -> bool:
-    return torch._C._current_autograd_node() is not None
-
-
-class Parts:
-    """The parts of a step, by name, that operations belong to.
-
-    In the forward pass it is the innermost one that is entered: a module that `watching` has named. In the
-    backward pass it is the part that made the node, found by autograd's sequence number.
-    """
+class Ranges(Parts):
+    """The parts of a step, each a range that the profiler sees."""
 
     def __init__(self) -> None:
-        self.open: list[tuple[str, record_function]] = []
-        self.marks: list[tuple[int, str]] = []
+        super().__init__()
+        self.ranges: list[record_function] = []
 
-    def enter(self, name: str) -> None:
-        # What is made anew there belongs to the node that asks for it, and may end before the module does.
-        if in_backward():
-            return
-        self.open.append((name, record_function(RANGE + name)))
-        self.open[-1][1].__enter__()
-        self._mark()
+    def enter(self, name: str, graph: bool = False) -> None:
+        if not in_backward():
+            self.ranges.append(record_function(RANGE + name))
+            self.ranges[-1].__enter__()
+        super().enter(name, graph)
 
     def leave(self) -> None:
-        if in_backward():
-            return
-        self.open.pop()[1].__exit__(None, None, None)
-        self._mark()
-
-    def _mark(self) -> None:
-        self.marks.append((torch.autograd._get_sequence_nr(), self.now()))
-
-    def now(self) -> str:
-        return self.open[-1][0] if self.open else UNEXPLAINED
-
-    def of_node(self, sequence_nr: int) -> str:
-        """The part of a node of the backward pass.
-
-        Nodes that only add up a parameter's gradient have no number of a forward pass: GRADIENTS.
-        """
-        place = bisect.bisect_right(self.marks, sequence_nr, key=lambda mark: mark[0])
-        return self.marks[place - 1][1] if 0 <= sequence_nr < self.marks[-1][0] else GRADIENTS
+        if not in_backward():
+            self.ranges.pop().__exit__(None, None, None)
+        super().leave()
 
     def of_event(self, event: Any) -> str | None:
         """The part of an event of the profiler's; None outside of a step, where other threads work."""
@@ -78,54 +49,9 @@ class Parts:
             if event.name.startswith(COLLECTIVES):
                 return "comm"
             if event.name.startswith(BACKWARD):
-                return self.of_node(event.sequence_nr)
+                return self.of_node(event.sequence_nr).part
             event = event.cpu_parent
         return None
-
-    @contextlib.contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        self.enter(name)
-        yield
-        self.leave()
-
-    @contextlib.contextmanager
-    def watching(self, objective: Any) -> Iterator[None]:
-        """Name the calls of an objective's modules; what follows the ViT's final norm is head and loss."""
-        vit, named = objective.vit, [(objective, REST), (objective.vit.patch_embed, "patch_embed")]
-        for block in (module for module in objective.modules() if isinstance(module, Block)):
-            attention: Any = block.attn
-            named += [(attention, "attention"), (attention.qkv, "qkv"), (attention.proj, "proj")]
-            named.append((block.mlp, "mlp"))
-        handles = [vit.norm.register_forward_hook(lambda *_: self.enter(HEAD))]
-        handles.append(objective.register_forward_hook(lambda *_: self.leave()))  # of the head
-        for module, name in named:
-            handles.append(module.register_forward_pre_hook(lambda *_, name=name: self.enter(name)))
-            handles.append(module.register_forward_hook(lambda *_: self.leave()))
-        yield
-        for handle in handles:
-            handle.remove()
-
-
-class Traffic(TorchDispatchMode):
-    """Bytes that operations read and write, each its whole operands and results: what no cache keeps."""
-
-    def __init__(self, parts: Parts) -> None:
-        super().__init__()
-        self.parts, self.bytes = parts, Counter[str]()
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        free = ("empty", "new_empty", "_unsafe_view")
-        if function.is_view or function.overloadpacket.__name__.startswith(free):
-            return result
-        known = [argument.alias_info for argument in function._schema.arguments]
-        written = [arg for arg, alias in zip(args, known) if alias and alias.is_write]
-        moved = [x for x in tree_leaves((args, kwargs, written or result)) if isinstance(x, Tensor)]
-        node: Any = torch._C._current_autograd_node()
-        part = self.parts.now() if node is None else self.parts.of_node(node._sequence_nr())
-        for x in moved:
-            self.bytes[part] += min(x.numel() * x.element_size(), x.untyped_storage().nbytes())
-        return result
 
 
 def flops_by_part(config: Config) -> dict[str, float]:
@@ -151,17 +77,18 @@ def breakdown(
     device: torch.device,
     repeats: int,
     count_bytes: bool = True,
+    trace: Path | None = None,
 ) -> Figures:
     """Seconds, FLOPs and bytes of a step by part, and what bounds each.
 
     step: does a step and names what is not the objective's forward and backward.
     flops: of a step, by part.
     peak: FLOP/s of matrix products.
+    trace: a file for all events of the profiled steps.
     The seconds are torch.profiler's, of kernels on a GPU and of operations on a CPU. `unexplained` is the
     step's wall clock less its parts: Python, launches, waiting. It is negative where kernels overlap.
     """
-    parts, spent = Parts(), Counter[str]()
-    traffic = Traffic(parts)
+    parts, spent, moved = Ranges(), Counter[str](), Counter[str]()
     kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
 
     def whole() -> None:
@@ -171,10 +98,14 @@ def breakdown(
     # Take the bytes of one step, unless torch.compile has made it one piece, and the seconds of others.
     with parts.watching(objective):
         if count_bytes:
-            with traffic:
+            with Tally(parts=parts) as tally:
                 whole()
+            for operation in tally.operations:
+                moved[operation.place.part] += operation.bytes
         with profile(activities=kinds) as profiler:
             seconds = timed(device, repeatedly, whole, repeats)[0] / repeats
+    if trace:
+        profiler.export_chrome_trace(str(trace))
 
     # Sum up by part.
     clock = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
@@ -187,7 +118,7 @@ def breakdown(
     for name, value in spent.most_common():
         if value:
             found[name] = {"seconds": value, "share": value / seconds}
-            found[name] |= bounds(flops.get(name, 0), traffic.bytes[name], value, peak, speed)
+            found[name] |= bounds(flops.get(name, 0), moved[name], value, peak, speed)
     left = seconds - sum(spent.values())
     return {"seconds": seconds, "parts": found, UNEXPLAINED: left / seconds, "bandwidth_gbyte_s": speed / 1e9}
 

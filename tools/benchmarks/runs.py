@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from benchmarks import measuring
 from benchmarks.measuring import Figures, Times, Work, in_turns, ratio, repeatedly, summary, timed
-from benchmarks.roofline import GRADIENTS, Parts, breakdown, flops_by_part, show
+from benchmarks.roofline import breakdown, flops_by_part, show
 from benchmarks.steps import check_twin, dense_twin
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -27,6 +27,7 @@ from mapet_ds.errors import ConfigError
 from mapet_ds.launch import init_distributed
 from mapet_ds.methods import build_objective
 from mapet_ds.planning.counting import student as student_costs
+from mapet_ds.planning.parts import GRADIENTS, Parts
 from mapet_ds.run import Run
 from mapet_ds.task import Pretraining
 from mapet_ds.training.engine import gather_state
@@ -177,7 +178,8 @@ def train_breakdown(arguments: argparse.Namespace, run: Run, target_flops: float
     flops = {"target": target_flops, **flops_by_part(config)}
     flops = {name: arguments.batch_size * count for name, count in flops.items()}
     whole = config.train.compile
-    return breakdown(objective, step, flops, 1e12 * peak, device, arguments.steps, count_bytes=not whole)
+    options = {"count_bytes": not whole, "trace": arguments.trace if run.ranks.rank == 0 else None}
+    return breakdown(objective, step, flops, 1e12 * peak, device, arguments.steps, **options)
 
 
 def train_figures(
