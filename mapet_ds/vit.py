@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -39,15 +39,20 @@ class Band(NamedTuple):
 
 
 class QKVLinear(nn.Linear):
-    """timm's fused `qkv`, of which a call may use a part: queries, or keys and values.
+    """timm's fused `qkv`, which also computes queries, and keys and values, for different rows.
 
-    The weight is sliced inside the module's own call, because ZeRO-3 gathers it there; outside it is empty.
+    The weight is split inside the module's own call, because ZeRO-3 gathers it there; outside it is empty.
+    Both parts take one call, because the gradients of a split are put together by one copy.
     """
 
-    def forward(self, x: Tensor, part: Literal["q", "kv", "qkv"] = "qkv") -> Tensor:
-        width = self.out_features // 3
-        rows = {"q": slice(0, width), "kv": slice(width, None), "qkv": slice(None)}[part]
-        return F.linear(x, self.weight[rows], None if self.bias is None else self.bias[rows])
+    def forward(self, x: Tensor, first: int | None = None, keys: int | None = None) -> Any:
+        """[B, N, D] -> [B, N, 3 D]; with rows named, q [B, N - first, D] and kv [B, keys, 2 D]."""
+        if first is None:
+            return super().forward(x)
+        sizes = [self.out_features // 3, self.out_features // 3 * 2]
+        q, kv = self.weight.split(sizes)
+        q_bias, kv_bias = (None, None) if self.bias is None else self.bias.split(sizes)
+        return F.linear(x[:, first:], q, q_bias), F.linear(x[:, :keys], kv, kv_bias)
 
 
 class StreamAttention(Attention):
@@ -66,8 +71,9 @@ class StreamAttention(Attention):
         if bands is None:
             return super().forward(x, **timm_arguments)
         first, keys = bands[0].rows.start, max(band.keys.stop for band in bands)
-        q = self.q_norm(self._heads(self.qkv(x[:, first:], part="q")))
-        k, v = (self._heads(rows) for rows in self.qkv(x[:, :keys], part="kv").chunk(2, dim=-1))
+        queries, rest = self.qkv(x, first, keys)
+        q = self.q_norm(self._heads(queries))
+        k, v = (self._heads(rows) for rows in rest.chunk(2, dim=-1))
         k = self.k_norm(k)
         outputs = []
         for band in bands:

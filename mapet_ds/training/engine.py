@@ -142,7 +142,7 @@ def build_engine(
 def _gradient_norm(zero: DeepSpeedZeroOptimizer) -> Tensor:
     """The norm of the gradients of all ranks, a scalar on the CPU, finite only where every gradient is.
 
-    It is DeepSpeed's under ZeRO-1/2, bit for bit, in a few launches instead of four a parameter. The host
+    It is DeepSpeed's under ZeRO-1/2, bit for bit, in a few launches instead of two a parameter. The host
     waits for the GPU once, here, where DeepSpeed would wait six times and more.
     """
     squares = []
