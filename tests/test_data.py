@@ -844,6 +844,14 @@ def test_check_images_ends_well_or_with_a_sentence(photos, tmp_path):
     )
 
 
+def test_the_decoder_is_told_to_upsample_chroma_as_the_cpu_does(photos):
+    """Only a GPU's decoder has another way, so that a CPU shows no difference."""
+    loader = Loader(settings(4), photos, student=True, teacher=None, rank=0, world_size=1, local_rank=0)
+    graph = loader._pipeline.serialize()
+    loader.close()
+    assert b"jpeg_fancy_upsampling" in graph
+
+
 # ---- on a GPU
 
 
@@ -881,4 +889,5 @@ def test_gpu_gives_the_cpus_strong_view(photos):
     )
     for one, other in zip(solarized, plain, strict=True):
         expected = ImageOps.solarize(Image.fromarray(pixels(other, *TEACHER[1:3]).round().astype(np.uint8)))
-        np.testing.assert_allclose(pixels(one, *TEACHER[1:3]), np.asarray(expected, float), atol=1e-3)
+        # The GPU's colour twist, here by nothing, may round a pixel to its neighbour.
+        np.testing.assert_allclose(pixels(one, *TEACHER[1:3]), np.asarray(expected, float), atol=1 + 1e-3)

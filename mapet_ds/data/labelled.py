@@ -210,7 +210,7 @@ def _check_labels(name: str, index: Index) -> None:
         folders = " and ".join(classes)
         raise DataError(
             f"{name} = {index.root}: its folders {folders} are parts of a data set, no classes. Name one of "
-            f"them, e.g. {index.root / classes[0]}."
+            f"them, e.g. {index.root}/{classes[0]}."
         )
     if (unlabelled := np.flatnonzero(labels < 0)).size:
         unread = {kind: found for kind, found in index.noted.items() if kind.startswith("labels ")}
