@@ -15,6 +15,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from safetensors.numpy import load_file
 from timm.models import save_for_hf
 from towers import write_tower
 
@@ -337,8 +338,9 @@ def test_mistakes_are_sentences(run_tool, model_folder, image_folders, tmp_path)
 
     def message(*arguments, model=model_folder, val=val):
         code, printed = run_tool(model, train, val, *arguments)
-        assert code == 2 and len(printed.err.splitlines()) == 1
-        return printed.err
+        (sentence,) = [line for line in printed.err.splitlines() if not line.endswith(" classes.")]
+        assert code == 2
+        return sentence
 
     assert str(val) in message()
     copy_tree(image_folders / "val", val)
@@ -442,6 +444,74 @@ def test_shards_and_two_ranks_give_the_folders_figures(run_tool, model_folder, i
     done = subprocess.run([sys.executable, *launcher, EVALUATE, *words], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == expected
+
+
+def test_features_are_computed_once_into_a_file(
+    run_tool_with, model_folder, image_folders, tmp_path, monkeypatch
+):
+    sets = ["--train", image_folders / "train", "--val", image_folders / "val"]
+    words, file = ["--model", model_folder, *sets, "--json"], tmp_path / "f.safetensors"
+    code, printed = run_tool_with("features", *words, "--out", file)
+    assert code == 0 and json.loads(printed.out)["features"] == str(file)
+    stored = load_file(file)
+    assert {name: array.shape for name, array in stored.items()} == {
+        "train": (36, 32), "train_labels": (36,), "val": (18, 32), "val_labels": (18,)
+    }  # fmt: skip
+    assert np.bincount(stored["val_labels"]).tolist() == [6, 6, 6] and stored["val"].std() > 0.01
+
+    # The probes find the same from it, and compute none.
+    fresh = json.loads(run_tool_with("all", *words, "--epochs", "2")[1].out)
+    last = run_tool_with("knn", *words, "--k", "5", "--layer", "-1")[1].out
+    assert json.loads(last) == json.loads(run_tool_with("knn", *words, "--k", "5")[1].out) | {"layer": -1}
+    monkeypatch.setattr(probe, "labelled_features", None)
+    assert json.loads(run_tool_with("all", *words, "--epochs", "2", "--features", file)[1].out) == fresh
+
+    # Those of anything else are refused.
+    for differing, *other in (
+        ("--pool", "--pool", "token"),
+        ("--layer", "--layer", "0"),
+        ("--exif_orientation", "--exif_orientation"),
+        ("the model's weights", "--untrained", "--seed", "1"),
+    ):
+        code, printed = run_tool_with("knn", *words, "--features", file, *other)
+        assert code == 2 and f"{file} holds features of other things: {differing} differ." in printed.err
+    copy_tree(image_folders, tmp_path / "images")
+    (tmp_path / "images" / "val" / "blue" / "1.jpg").unlink()
+    words = ["--model", model_folder, "--features", file]
+    words += ["--train", tmp_path / "images" / "train", "--val", tmp_path / "images" / "val"]
+    code, printed = run_tool_with("knn", *words)
+    assert code == 2 and "the images of --val, the labels of --val differ" in printed.err
+    file.write_bytes(b"no features")
+    code, printed = run_tool_with("knn", *words)
+    assert code == 2 and f"{file} is no file of features" in printed.err
+
+
+def test_mistakes_in_layers_are_sentences(run_tool, run_tool_with, model_folder, image_folders):
+    sets = image_folders / "train", image_folders / "val"
+    code, printed = run_tool(model_folder, *sets, "--layer", "1")
+    assert code == 2 and "--layer 1: this model has layers 0 to 0, or -1" in printed.err
+    words = ["--model", model_folder, "--train", sets[0], "--val", sets[1]]
+    code, printed = run_tool_with("features", *words)
+    assert code == 2 and "features needs --out FILE.safetensors" in printed.err
+
+
+def test_a_layer_is_what_hooks_see(image_folders):
+    """The slow twin: the blocks' own outputs, then the model's norm."""
+    torch.manual_seed(0)
+    model = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, depth=3, embed_dim=32, num_heads=2, num_classes=0
+    ).eval()  # fmt: skip
+    images, outputs = torch.randn(2, 3, 32, 32), []
+    for block in model.blocks:
+        block.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    with torch.no_grad():
+        model.forward_features(images)
+        tokens = [model.norm(output) for output in outputs]
+    for layer, expected in ((0, tokens[0]), (1, tokens[1]), (-1, tokens[2]), (None, tokens[2])):
+        for pool, vectors in (("avg", expected[:, 1:].mean(1)), ("token", expected[:, 0])):
+            found, _ = features(model, [(images, torch.zeros(2))], torch.device("cpu"), pool, layer)
+            np.testing.assert_allclose(found, vectors.numpy(), atol=1e-5)
+    assert not torch.allclose(tokens[0], tokens[1], atol=0.1)
 
 
 def test_the_teacher_itself_is_evaluated_by_the_same_tool(run_tool_with, image_folders, tmp_path):

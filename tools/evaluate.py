@@ -1,6 +1,6 @@
 """Evaluate a timm ViT on labelled images.
 
-python tools/evaluate.py knn|linear|all --model OUT --train DIR --val DIR
+python tools/evaluate.py knn|linear|all|features --model OUT --train DIR --val DIR
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from mapet_ds.terminal import answer, number
 if TYPE_CHECKING:
     import torch
 
+    from mapet_ds.config.finetune import FinetuneConfig
     from mapet_ds.config.sections import TeacherConfig
+    from mapet_ds.data.index import Index
     from mapet_ds.launch import Ranks
 
 # torch and what needs it are imported once the words are parsed: --help and a mistake answer at once.
@@ -71,7 +73,7 @@ def build_model(arguments: argparse.Namespace) -> Any:
     """The model that is judged, on the CPU.
 
     Raises:
-        ConfigError: there is nothing to load, or it has no class token for --pool token.
+        ConfigError: there is nothing to load, or it lacks what --pool or --layer asks for.
     """
     from mapet_ds.results.probe import load_timm
 
@@ -85,6 +87,13 @@ def build_model(arguments: argparse.Namespace) -> Any:
         raise ConfigError(
             "--pool token: this model has no class token; leave it out, for the mean of the patch tokens."
         )
+    if arguments.layer is not None:
+        if arguments.teacher:
+            raise ConfigError("--layer is for --model; a teacher's is teacher.layer=, as in training.")
+        if arguments.layer not in range(-(blocks := len(model.blocks)), blocks):
+            raise ConfigError(
+                f"--layer {arguments.layer}: this model has layers 0 to {blocks - 1}, or -1, ..."
+            )
     return model
 
 
@@ -94,21 +103,22 @@ def extract(arguments: argparse.Namespace, model: Any, ranks: Ranks) -> tuple[li
     Images are read as fine-tuning reads them. Every rank must call it.
 
     Raises:
+        ConfigError: --features holds others.
         DataError: labels or images that can't be judged by, or too many unreadable ones.
     """
-    from timm.data import create_transform, resolve_model_data_config
-    from tqdm import tqdm
+    from timm.data import resolve_model_data_config
 
     from mapet_ds.config.finetune import FinetuneConfig, LabelledDataConfig
     from mapet_ds.config.sections import TrainConfig
     from mapet_ds.data.index import open_index
     from mapet_ds.data.labelled import check_apart, check_classes
-    from mapet_ds.results.probe import labelled_features
+    from mapet_ds.results.stored_features import identity, is_stored, load, save
 
     names = ("train", "val", "workers", "max_bad_share", "exif_orientation")
     data = LabelledDataConfig(**{name: getattr(arguments, name) for name in names})
     config = FinetuneConfig(data=data, train=TrainConfig(micro_batch_size=arguments.batch_size))
-    transform: Any = create_transform(**resolve_model_data_config(model))
+    about = {"model": str(arguments.model or f"teacher of {arguments.teacher}")}
+    about |= {name: getattr(arguments, name) for name in ("untrained", "pool", "layer")}
     with tempfile.TemporaryDirectory() as cache:
         train, val = (
             ranks.first_then_all(lambda name=name: open_index(getattr(data, name), Path(cache, name)))
@@ -116,22 +126,41 @@ def extract(arguments: argparse.Namespace, model: Any, ranks: Ranks) -> tuple[li
         )
         check_classes(train, val, section="--")
         check_apart(train, val, "--", ranks, refuse=True)
+        settings = {f"--{name}": getattr(arguments, name) for name in ("pool", "layer", "exif_orientation")}
+        settings["the evaluation transform"] = resolve_model_data_config(model)
+        file = arguments.features
+        key = identity(model, train, val, settings) if file else {}
+        if file and ranks.from_first(lambda: is_stored(file, key)):
+            arrays, counts = load(file) if ranks.rank == 0 else ([], {})
+            return arrays, counts | about
 
         # What is wrong with the validation images is found before the training images are computed.
-        arrays, basis = {}, {"classes": len(train.classes)}
+        arrays, counts = [], {"classes": len(train.classes)}
         for name, images in (("val", val), ("train", train)):
-            batches = -(-len(images) // (arguments.batch_size * ranks.world_size))
-            quiet = ranks.rank != 0 or not sys.stderr.isatty()
-            with tqdm(desc=name, total=batches, unit="batch", disable=quiet) as bar:
-                arrays[name] = labelled_features(
-                    config, model, images, transform, ranks, lambda _, bar=bar: bar.update(), arguments.pool,
-                    start_method="fork",
-                )  # fmt: skip
-            read = len(arrays[name][1])
-            basis |= {f"{name}_images": read, f"{name}_unreadable": len(images) - read}
-    about = {"model": str(arguments.model or f"teacher of {arguments.teacher}")}
-    about |= {"untrained": arguments.untrained, "pool": arguments.pool}
-    return [*arrays["train"], *arrays["val"]], basis | about
+            arrays = [*computed(arguments, config, model, name, images, ranks), *arrays]
+            counts |= {f"{name}_images": len(arrays[1]), f"{name}_unreadable": len(images) - len(arrays[1])}
+    if file and ranks.rank == 0:
+        save(file, arrays, key, counts)
+    return arrays, counts | about
+
+
+def computed(
+    arguments: argparse.Namespace, config: FinetuneConfig, model: Any, name: str, images: Index, ranks: Ranks
+) -> tuple[Any, Any]:
+    """Features and labels of the images of --train or --val, on rank 0."""
+    from timm.data import create_transform, resolve_model_data_config
+    from tqdm import tqdm
+
+    from mapet_ds.results.probe import labelled_features
+
+    transform: Any = create_transform(**resolve_model_data_config(model))
+    batches = -(-len(images) // (arguments.batch_size * ranks.world_size))
+    quiet = ranks.rank != 0 or not sys.stderr.isatty()
+    with tqdm(desc=name, total=batches, unit="batch", disable=quiet) as bar:
+        return labelled_features(
+            config, model, images, transform, ranks, lambda _: bar.update(), arguments.pool, arguments.layer,
+            start_method="fork",
+        )  # fmt: skip
 
 
 def unit(arrays: list[Any]) -> list[Any]:
@@ -179,6 +208,12 @@ def evaluate_linear(arguments: argparse.Namespace, arrays: list[Any]) -> Result:
     return [sentence], figures | {"held_out_accuracy_percent": held_out} | settings
 
 
+def evaluate_features(arguments: argparse.Namespace, arrays: list[Any]) -> Result:
+    """The features themselves, which are in --features by now."""
+    rows = " and ".join(f"{len(each)} rows of {each.shape[1]}" for each in (arrays[0], arrays[2]))
+    return [f"{arguments.features}: {rows} of --train and --val"], {"features": str(arguments.features)}
+
+
 def evaluate_all(arguments: argparse.Namespace, arrays: list[Any]) -> Result:
     """k-NN for several k, and linear classifiers: SGD without and with BatchNorm; lbfgs for small sets."""
     train, train_labels = arrays[:2]
@@ -217,6 +252,8 @@ def shared_options() -> argparse.ArgumentParser:
     option("--train", required=True, help="folder with a sub-folder of images per class, or tar shards")
     option("--val", required=True, help="the same classes, other images")
     option("--pool", choices=("avg", "token"), default="avg", help="mean patch token, or class token")
+    layer = "the block to judge, from 0, or -1 for the last; the final norm follows (default: the last)"
+    option("--layer", type=int, metavar="N", help=layer)
     option("--batch_size", type=number(int, 1), default=128)
     option("--workers", type=number(int, 0), default=2, help="processes that read and decode")
     few = "of each set at most this share, rounded up, may be unreadable; they are left out"
@@ -226,6 +263,8 @@ def shared_options() -> argparse.ArgumentParser:
     option("--device", help="cuda, cuda:1, cpu; default: a GPU where there is one")
     option("--json", action="store_true", help="print one JSON object instead of sentences")
     option("--out", type=output_file, metavar="FILE", help="write that JSON object to a file, too")
+    stored = "take features from this safetensors file; compute them into it where it isn't there yet"
+    option("--features", type=output_file, metavar="FILE", help=stored)
     return shared
 
 
@@ -257,7 +296,17 @@ def parse(argv: list[str]) -> argparse.Namespace:
     everything = "all of these, from one pass over the images"
     command = commands.add_parser("all", parents=[shared, voting, fitting], help=everything)
     command.set_defaults(evaluate=evaluate_all)
-    return parser.parse_args(argv)
+
+    command = commands.add_parser(
+        "features", parents=[shared], help="the features, into --out FILE.safetensors"
+    )
+    command.set_defaults(evaluate=evaluate_features)
+    arguments = parser.parse_args(argv)
+    if arguments.command == "features":
+        arguments.features, arguments.out = arguments.out or arguments.features, None
+        if arguments.features is None:
+            parser.error("features needs --out FILE.safetensors")
+    return arguments
 
 
 def evaluate(arguments: argparse.Namespace) -> None:

@@ -72,17 +72,26 @@ def load_timm(path: Path, architecture: str | None = None, untrained: bool = Fal
 @torch.inference_mode()
 def features(
     model: Any, loader: Iterable[tuple[Tensor, Tensor]], device: torch.device,
-    pool: Literal["avg", "token"] = "avg",
+    pool: Literal["avg", "token"] = "avg", layer: int | None = None,
 ) -> tuple[Features, Labels]:  # fmt: skip
     """Mean patch tokens [n, D] after the final norm, or class tokens, and labels [n], in the loader's order.
 
+    layer: the block whose output goes through that norm, negative ones from the last; None: the last.
     model: a timm ViT. Its class and register tokens are no part of the mean, because MaPeT's loss never
     reaches the class token. The host waits for the GPU.
     """
     model = model.to(device).eval()
     collected, labels = [], []
     for images, label in loader:
-        tokens = model.forward_features(images.to(device, non_blocking=True))
+        images = images.to(device, non_blocking=True)
+        if layer is None:
+            tokens = model.forward_features(images)
+        else:
+            ((patches, prefix),) = model.forward_intermediates(
+                images, [layer], return_prefix_tokens=True, norm=True, output_fmt="NLC",
+                intermediates_only=True,
+            )  # fmt: skip
+            tokens = torch.cat([prefix, patches], dim=1)
         pooled = tokens[:, model.num_prefix_tokens :].mean(1) if pool == "avg" else tokens[:, 0]
         collected.append(pooled.float().cpu())
         labels.append(label)
@@ -91,14 +100,16 @@ def features(
 
 def labelled_features(
     config: Any, model: Any, images: Images, transform: Callable[[Image.Image], Tensor], ranks: Ranks,
-    doing: Callable[[str], Any], pool: Literal["avg", "token"] = "avg", start_method: str = "spawn",
+    doing: Callable[[str], Any], pool: Literal["avg", "token"] = "avg", layer: int | None = None,
+    start_method: str = "spawn",
 ) -> tuple[Features, Labels]:  # fmt: skip
     """The features and labels of the readable images in their order, on rank 0; empty elsewhere.
 
     Every rank must call it, and computes those of its share.
 
     config: gives train.micro_batch_size, data.workers, data.max_bad_share and data.exif_orientation.
-    doing: called with a phrase before each batch. start_method: as for `served`.
+    doing: called with a phrase before each batch.
+    pool, layer: as for `features`. start_method: as for `served`.
 
     Raises:
         DataError: more than data.max_bad_share of the images are unreadable.
@@ -113,7 +124,7 @@ def labelled_features(
             bad.extend(batch.bad)
             yield batch.images, batch.label
 
-    shares = [torch.from_numpy(each) for each in features(model, batches(), ranks.device, pool)]
+    shares = [torch.from_numpy(each) for each in features(model, batches(), ranks.device, pool, layer)]
     report_unreadable(config, images, bad, ranks)
 
     # Image i is in the share of rank i % world_size.
