@@ -128,15 +128,19 @@ class EvaluationBatches(Batches):
         return EvaluationBatch(torch.stack(images), torch.tensor(labels), bad)
 
 
-def served(dataset: Batches, numbers: Iterator[int] | range, workers: int, ranks: Ranks) -> Iterator[Any]:
+def served(
+    dataset: Batches, numbers: Iterator[int] | range, workers: int, ranks: Ranks, start_method: str = "spawn"
+) -> Iterator[Any]:
     """Yields the batches of these numbers in order. Workers make them ahead.
+
+    start_method: of the workers. "spawn" suits a rank with an engine; "fork" spares each worker its imports.
 
     Raises:
         DataError: a batch could not be made.
     """
     loader = DataLoader(
         dataset, batch_size=None, sampler=numbers, num_workers=workers,
-        pin_memory=ranks.device.type == "cuda", multiprocessing_context="spawn" if workers else None,
+        pin_memory=ranks.device.type == "cuda", multiprocessing_context=start_method if workers else None,
     )  # fmt: skip
     for item in loader:
         if isinstance(item, DataError):
