@@ -562,3 +562,9 @@ def test_what_a_wildcard_finds_and_what_vanishes(tmp_path):
     (data / "b").rename(tmp_path / "away")
     with pytest.raises(DataError, match=r"data/b is gone or no longer mounted"):
         index.read(1)
+
+
+def test_parquet_alone_is_refused_with_a_way_out(tmp_path):
+    data = images.write(tmp_path / "data", {"data/train-00000-of-00002.parquet": b"PAR1", "README.md": b""})
+    with pytest.raises(DataError, match=r"no image, but 1 Parquet files.*make_shards"):
+        opened(tmp_path, data)

@@ -92,6 +92,11 @@ def _nothing(root: str, listing: Listing | None) -> str:
     """The sentence about a place without samples."""
     endings = ", ".join("." + suffix.decode() for suffix in sorted(SUFFIXES))
     passed = listing.findings.passed_over if listing else {}
+    if ".parquet" in passed:
+        return (
+            f"{root} holds no image, but {passed['.parquet'][0]} Parquet files, which are not read. Write "
+            "their images as files (with the library `datasets`); tools/make_shards.py packs these."
+        )
     return (
         f"{root} holds no image: looked in it and below for {endings}, for other files whose first "
         f"bytes are an image's, and for .tar shards.{f' Passed over: {summary(passed)}.' if passed else ''}"
