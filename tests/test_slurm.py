@@ -240,8 +240,9 @@ def test_one_node_needs_no_ssh(job):
 LAUNCHERS = pytest.mark.parametrize("launcher", ["ssh", "srun"])
 
 
-@LAUNCHERS
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("number", "launcher"), [(signal.SIGUSR1, "ssh"), (signal.SIGTERM, "ssh"), (signal.SIGTERM, "srun")]
+)
 def test_a_warning_stops_the_ranks_in_order_and_requeues(job, number, launcher):
     process = job(TRAIN="wait", LAUNCHER=launcher)
     _wait_for(job.notes / "training")

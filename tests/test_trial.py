@@ -111,6 +111,24 @@ def test_a_trial_goes_on_where_it_stopped(trial, tmp_path):
     assert counter.read_text() == "xxxxxx"
 
 
+def test_some_steps_alone_keep_what_the_others_have_measured(trial):
+    steps = [
+        Step("first", [says('{"speed": 1}')], calibrates=True),
+        Step("second", [says('{"speed": 2}')], calibrates=True, after=("first",)),
+        Step("third", [says("{}")]),
+    ]
+    assert list(verdicts(trial.run(steps, only=["first"]))) == ["first"]
+    second = steps[1]._replace(commands=[["echo", lambda known: json.dumps(known["first"])]])
+    records = Trial(trial.folder, SETUP).run([steps[0], second, steps[2]], only=["second"])
+    assert verdicts(records) == {"first": "passed", "second": "passed"}
+    assert (trial.folder / "calibration.jsonl").read_text() == '{"speed": 1}\n' * 2
+
+
+def test_an_unknown_step_is_a_sentence(tmp_path):
+    with pytest.raises(UserError, match="--only speed: there is no such step; there are machine, tests,"):
+        program.try_all(program.parse(["gpu", str(tmp_path), "--cpu", "--only", "speed"]))
+
+
 def test_another_commit_is_another_setup(trial, monkeypatch):
     step = Step("step", [says('{"speed": 1}')])
     trial.run([step])
@@ -251,7 +269,7 @@ def test_what_can_not_be_had_is_left_out_and_said(monkeypatch, tmp_path, absent)
 def test_figures_go_to_the_page_and_calibrate_the_plan(trial, tmp_path, capsys):
     steps = [
         Step("step", [says(json.dumps(LINE))], calibrates=True),
-        Step("other", [says(json.dumps({"images": 7, "host": "n1"}))]),
+        Step("other", [says(json.dumps({"images": 7, "backend": "nccl", "host": "n1"}))]),
         Step("left", [], lacks="it needs two GPUs"),
     ]
     records = trial.run(steps)
@@ -265,7 +283,8 @@ def test_figures_go_to_the_page_and_calibrate_the_plan(trial, tmp_path, capsys):
     assert text.startswith(before) and text.endswith(after.partition("<!-- trial gpu: end -->")[2])
     assert "| seconds, step | 0.1 (0.09 .. 0.12) |" in text
     assert "| mlp | 75.0% | 12.5 | 99.5 | 400 | 50% |" in text
-    assert "| images | 7 |" in text and "| host | n1 |" in text
+    assert "| images | 7 |" in text and "| backend | nccl |" in text
+    assert "| host |" not in text and sys.executable not in text  # the page names no hosts
     assert "Left out: it needs two GPUs" in text
 
     capsys.readouterr()

@@ -21,6 +21,7 @@ from trials.runner import Trial, report
 from trials.tables import write_tables
 
 from mapet_ds.config.sections import REPOSITORY
+from mapet_ds.errors import ConfigError
 from mapet_ds.terminal import answer, number, option_parser
 
 BENCHMARKS = REPOSITORY / "docs/benchmarks.md"
@@ -60,14 +61,17 @@ def try_all(arguments: argparse.Namespace) -> int:
 
     out, where = folder_of(arguments.out), arguments.where
     machine = gpu.Machine.here(arguments.cpu) if where == "gpu" else cluster.machine()
-    trial = Trial(REPOSITORY / out, machine.setup())
+    setup = machine.setup() if where == "gpu" else cluster.setup(arguments, machine)
     steps = gpu.steps(machine, out) if where == "gpu" else cluster.steps(arguments, machine, out)
-    records = trial.run([step for step in steps if not arguments.only or step.name in arguments.only])
+    if unknown := set(arguments.only) - {step.name for step in steps}:
+        known = ", ".join(step.name for step in steps)
+        raise ConfigError(f"--only {' '.join(sorted(unknown))}: there is no such step; there are {known}.")
+    trial = Trial(REPOSITORY / out, setup)
+    records = trial.run(steps, arguments.only)
 
     # What was measured goes where it is read.
-    page = arguments.docs or (
-        BENCHMARKS if machine.gpu and where == "gpu" else trial.folder / "benchmarks.md"
-    )
+    copy = trial.folder / "benchmarks.md"
+    page = arguments.docs or (BENCHMARKS if machine.gpu and where == "gpu" else copy)
     write_tables(where, records, page, BENCHMARKS)
     print(report(records, trial.folder, page))
     return 1 if any(record["verdict"] == "FAILED" for record in records) else 0

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -26,6 +27,13 @@ TOLERANCE = 0.02
 def machine() -> Machine:
     """This host, which has the GPUs of all; a CPU where it has none."""
     return Machine.here(cpu=not torch.cuda.is_available())
+
+
+def setup(arguments: argparse.Namespace, machine: Machine) -> Figures:
+    """What an outcome rests on, beside step and commit."""
+    names = "config", "data", "deepspeed_config", "nodes", "gpus_per_node", "overrides"
+    asked = {name: str(getattr(arguments, name)) for name in names}
+    return machine.setup() | asked | {"launcher": os.environ.get("LAUNCHER", "ssh")}
 
 
 def losses(folder: Path) -> dict[int, float]:

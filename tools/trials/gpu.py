@@ -210,7 +210,7 @@ LOADER = "loader --data {data} --batches {batches} --repeats {repeats}"
 TRAIN = "train --data {data} --repeats {repeats} --steps {few} --deepspeed_config {engine}"
 PARTS = [
     Benchmark("step", f"{STEP} --dtype {{dtype}}", (), calibrates=True, dali=False),
-    Benchmark("step_fp32", f"{STEP} --dtype fp32", (), dali=False),
+    Benchmark("step_fp32", f"{STEP} --dtype fp32 --batch_size {{half}}", (), dali=False),
     Benchmark("step_beit", f"{STEP} --dtype {{dtype}} --against none", (), "objective=beit", dali=False,
               config="mapet_ds/recipes/beit_vitb16.yaml"),
     Benchmark("teacher", "teacher --repeats {repeats}", calibrates=True, dali=False),
@@ -259,7 +259,7 @@ class Steps:
         self.values = self.at._asdict() | {
             "data": f"{out}/data/train", "codebook": f"{out}/codebook.safetensors", "out": out,
             "ids": self.ids, "dtype": "bf16" if machine.gpu else "fp32", "ranks": max(2, ranks),
-            "entries": 100 * self.at.samples,
+            "entries": 100 * self.at.samples, "half": self.at.batch // 2,
             "decoders": " ".join(f"--against {name}" for name in decoders),
         }  # fmt: skip
 
@@ -319,7 +319,8 @@ class Steps:
         sizes = ["--device", at.device, "--batch_size", at.batch, "--threads", threads(self.machine)]
         config = each.config if each.config and self.machine.gpu else at.recipe
         start = self.together if each.together else [PYTHON]
-        command = [*start, "tools/benchmark.py", *filled(each.words), *sizes, "--config", config]
+        kind, *words = filled(each.words)
+        command = [*start, "tools/benchmark.py", kind, *sizes, "--config", config, *words]
         command += [*at.settings, *filled(each.settings)]
         alone = self.machine.gpus < 2 and (each.together or (each.step == "scaling" and self.machine.gpu))
         lacks = "it needs two GPUs" if alone else self.no_dali if each.dali else ""

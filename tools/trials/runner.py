@@ -146,21 +146,25 @@ class Trial:
                     found[record["step"]] = record
         return {name: record for name, record in found.items() if record["verdict"] == "passed"}
 
-    def run(self, steps: list[Step]) -> list[Record]:
-        """Runs the steps that have not passed yet, in turn; gives the record of each."""
-        done, records, lines = self.passed(), [], list[str]()
-        verdicts = dict.fromkeys(done, "passed")
+    def run(self, steps: list[Step], only: Sequence[str] = ()) -> list[Record]:
+        """Runs the steps that have not passed yet, in turn; gives the record of each.
+
+        only: names of steps; of the others those count that have passed.
+        """
+        done, records, lines, verdicts = self.passed(), list[Record](), list[str](), dict[str, str]()
         for i, step in enumerate(steps, start=1):
-            start = f"[{i}/{len(steps)}] {step.name:<20}"
-            if record := done.get(step.name):
-                print(f"{start} passed before", flush=True)
-            else:
-                print(start, end=" ", flush=True)
+            record = done.get(step.name)
+            if record is None and only and step.name not in only:
+                continue
+            print(f"[{i}/{len(steps)}] {step.name:<20}", end=" ", flush=True)
+            if record is None:
                 record = self._take(step, verdicts, {each["step"]: each["figures"] for each in records})
                 with self.lines.open("a") as file:
                     file.write(json.dumps(record) + "\n")
                 reason = f": {record['reason']}" if record["reason"] else ""
                 print(f"{record['verdict']}, {record['seconds']:.0f} s{reason}", flush=True)
+            else:
+                print("passed before", flush=True)
             stood_in = verdicts.get(step.unless) == "passed"
             verdicts[step.name] = "passed" if stood_in else record["verdict"]
             records.append(record)
@@ -215,8 +219,7 @@ def report(records: list[Record], folder: Path, page: Path) -> str:
     form = "{step:<20}{verdict:<10}{seconds:6.0f} s  {reason}"
     lines = [form.format(**record).rstrip() for record in records]
     verdicts = [record["verdict"] for record in records]
-    lines.append(
-        ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in ("passed", "FAILED", "left out"))
-    )
+    counts = [f"{verdicts.count(verdict)} {verdict}" for verdict in ("passed", "FAILED", "left out")]
+    lines.append(", ".join(counts))
     lines.append(f"lines, logs, calibration.jsonl for plan.py: {folder}; tables: {page}")
     return "\n" + "\n".join(lines)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,8 +12,8 @@ from mapet_ds.errors import UserError
 from mapet_ds.files import write_whole
 from trials.runner import Figures, Record
 
-APART = {"hardware", "versions", "settings", "command", "breakdown", "tools", "seconds_of_parts"}
-"""Entries of a line that say how it came about, or have a form of their own."""
+APART = {"hardware", "versions", "settings", "command", "breakdown", "tools", "host", "hosts"}
+"""Entries of a line that say how and where it came about, or have a form of their own."""
 
 
 def show(value: float) -> str:
@@ -55,7 +57,8 @@ def section(record: Record) -> Iterator[str]:
         yield f"{record['verdict'].capitalize()}: {record['reason'].replace('|', '/')}"[:100].rstrip()
         yield ""
         return
-    yield from (f"    {command}" for command in record["commands"])
+    python = shlex.quote(sys.executable)
+    yield from (f"    {command.replace(python, 'python')}" for command in record["commands"])
     yield ""
     figures = record["figures"]
     if found := list(rows({key: value for key, value in figures.items() if key not in APART})):
