@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import faulthandler
+import importlib
 import json
 import os
 import runpy
@@ -22,7 +23,7 @@ from pathlib import Path
 
 import faiss
 import torch
-from torch.cuda._sanitizer import enable_cuda_sanitizer
+import torch.utils.checkpoint
 
 # DeepSpeed counts GPUs when it is imported, after which torch would refuse CUDA in a forked process.
 count, torch._C._cuda_getDeviceCount = torch._C._cuda_getDeviceCount, lambda: 1
@@ -48,7 +49,9 @@ def job(words: dict, rank: int) -> int:
         local |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": words["port"]}
         os.environ |= {name: str(value) for name, value in local.items()}
     if words["sanitize"]:
-        enable_cuda_sanitizer()
+        # Its import alone loses the exceptions that end a recomputation early (torch 2.14).
+        importlib.import_module("torch.cuda._sanitizer").enable_cuda_sanitizer()
+        torch.utils.checkpoint._enable_checkpoint_early_stop = False
     faulthandler.enable()  # where the host touches device memory
 
     # The program, and what became of it.
