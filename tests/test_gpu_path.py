@@ -29,16 +29,14 @@ from mapet_ds.planning.roofline import GPUS
 from mapet_ds.targets.codebook import Codebook, source_of
 from mapet_ds.targets.teacher import build_teacher
 
-FLAT = {"mask_nan_or_inf_with_val_inplace", "is_invalid_grad_norm", "has_overflow"}
-GATHERED = {
-    "wait",  # for what it gathered
-    "independent_gradient_partition_epilogue",
-    "get_grad_norm_direct",
-    "is_invalid_grad_norm",
-    "has_overflow",
-    "_get_fp32_opt_state_partition",  # for each master weight that a momentum teacher takes
+NORM = {"mask_nan_or_inf_with_val_inplace", "is_invalid_grad_norm"}
+GATHERS = {"wait", "independent_gradient_partition_epilogue", "get_grad_norm_direct", "is_invalid_grad_norm"}
+MASTERS = {"_get_fp32_opt_state_partition"}  # for each that a momentum teacher takes
+WAITS = {
+    "zero1": NORM | {"clip_tensors_by_global_norm"},
+    "zero2": NORM | {"has_overflow"},
+    "zero3": GATHERS | MASTERS,
 }
-WAITS = {"zero1": FLAT, "zero2": FLAT, "zero3": GATHERED}
 """DeepSpeed's functions that make the host wait in a step. Nothing else may."""
 OURS = {"training/engine.py _gradient_norm"}  # in the place of all of DeepSpeed's under ZeRO-1/2
 FUSED = {"flash_attention", "efficient_attention", "cudnn_attention"}
