@@ -1,7 +1,7 @@
 """Files and folders that exist whole or not at all, and their checksums.
 
-A file takes its name last, after every byte is on the disk. Nothing here imports torch, because loader
-workers import this module.
+A file takes its name last, after every byte is on the disk. (A checkpoint, which has checksums, takes it
+before.) Nothing here imports torch, because loader workers import this module.
 """
 
 from __future__ import annotations
@@ -36,6 +36,14 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def flush_folder(path: Path) -> None:
+    """Waits until a folder, with what is in it and its name, is on the disk."""
+    for file in path.rglob("*"):
+        flush(file)
+    flush(path)
+    flush(path.parent)
 
 
 def _beside(path: Path) -> Path:
@@ -74,20 +82,21 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def whole_folder(path: Path, replace: bool = True) -> Iterator[Path]:
+def whole_folder(path: Path, replace: bool = True, flushed: bool = True) -> Iterator[Path]:
     """Gives a new folder to write in. It takes the name `path` when the block ends without an error.
 
     replace: a folder of that name is replaced; else it must be empty, and an OSError says that it is not.
         Where two processes write it at once, the folder of the later one stays.
+    flushed: it is on the disk before it takes its name. Without, it is whole for every process, also when
+        this one is killed, but may not outlive a loss of power until flush_folder returns.
     """
     beside = _beside(path)
     old = beside.with_suffix(".old.partial")
     beside.mkdir(parents=True)
     try:
         yield beside
-        for file in beside.rglob("*"):
-            flush(file)
-        flush(beside)
+        if flushed:
+            flush_folder(beside)
         while True:
             if replace:
                 with contextlib.suppress(FileNotFoundError):
@@ -99,7 +108,8 @@ def whole_folder(path: Path, replace: bool = True) -> Iterator[Path]:
             except OSError as error:  # another process has put its own there
                 if not replace or error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                     raise
-        flush(path.parent)
+        if flushed:
+            flush(path.parent)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 

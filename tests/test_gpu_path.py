@@ -81,7 +81,7 @@ OFTEN = [
     Case("mvp_vitb16", "zero2", (*EAGER, "teacher.ahead=true"), ranks=2, sanitize=True),
 ]
 """Those that hold most."""
-RECIPES = ["mapet_vitb16", "beit_vitb16", "mvp_vitb16", "saim_vitb16", "conmim_vits16"]
+RECIPES = ["mapet_vitb16", "beit_vitb16", "mvp_vitb16", "saim_vitb16", "conmim_vits16", "mae_vitb16"]
 PRODUCT = itertools.product(RECIPES, ("zero1", "zero2", "zero3"), (EAGER, COMPILED, DETERMINISTIC))
 SELDOM = [Case(*words) for words in PRODUCT]
 SELDOM += [Case(recipe, overrides=COMPILED) for recipe in ("mapet_vits16", "mapet_vitl16", "conmim_vitl16")]

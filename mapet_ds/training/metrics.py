@@ -40,12 +40,13 @@ def cut_after(path: Path, step: int) -> None:
 
 
 def _events(path: Path) -> Iterator[tuple[Event, bytes]]:
-    """Yields TensorBoard's events of a file, each with its record's bytes, up to the first that is damaged."""
+    """Yields TensorBoard's events of a file, each with its record, up to the first that is damaged.
+
+    A record is 8 bytes of length, 4 of a checksum, the event, 4 of a checksum.
+    """
     data, start = path.read_bytes(), 0
     while len(data) - start > 12:
-        end = (
-            start + 16 + int.from_bytes(data[start : start + 8], "little")
-        )  # 8 of length, 4 + 4 of checksums
+        end = start + 16 + int.from_bytes(data[start : start + 8], "little")
         if end > len(data):
             return
         try:
