@@ -14,6 +14,7 @@ import importlib
 import json
 import os
 import runpy
+import signal
 import sys
 import traceback
 import warnings
@@ -166,8 +167,19 @@ def serve() -> None:
                     sys.stderr.flush()
                     os._exit(code)
             children.append(child)
-        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-        print(json.dumps(codes), flush=True)
+        print(json.dumps(outcomes(children)), flush=True)
+
+
+def outcomes(children: list[int]) -> list[int]:
+    """The exit codes of all ranks. Where one fails, the others would wait for it: they are ended."""
+    codes = {}
+    while len(codes) < len(children):
+        child, status = os.wait()
+        codes[child] = os.waitstatus_to_exitcode(status)
+        if codes[child]:
+            for other in set(children) - codes.keys():
+                os.kill(other, signal.SIGKILL)
+    return [codes[child] for child in children]
 
 
 if __name__ == "__main__":
