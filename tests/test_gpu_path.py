@@ -29,16 +29,14 @@ from mapet_ds.planning.roofline import GPUS
 from mapet_ds.targets.codebook import Codebook, source_of
 from mapet_ds.targets.teacher import build_teacher
 
-FLAT = {"mask_nan_or_inf_with_val_inplace", "is_invalid_grad_norm", "has_overflow"}
-GATHERED = {
-    "wait",  # for what it gathered
-    "independent_gradient_partition_epilogue",
-    "get_grad_norm_direct",
-    "is_invalid_grad_norm",
-    "has_overflow",
-    "_get_fp32_opt_state_partition",  # for each master weight that a momentum teacher takes
+NORM = {"mask_nan_or_inf_with_val_inplace", "is_invalid_grad_norm"}
+GATHERS = {"wait", "independent_gradient_partition_epilogue", "get_grad_norm_direct", "is_invalid_grad_norm"}
+MASTERS = {"_get_fp32_opt_state_partition"}  # for each that a momentum teacher takes
+WAITS = {
+    "zero1": NORM | {"clip_tensors_by_global_norm"},
+    "zero2": NORM | {"has_overflow"},
+    "zero3": GATHERS | MASTERS,
 }
-WAITS = {"zero1": FLAT, "zero2": FLAT, "zero3": GATHERED}
 """DeepSpeed's functions that make the host wait in a step. Nothing else may."""
 OURS = {"training/engine.py _gradient_norm"}  # in the place of all of DeepSpeed's under ZeRO-1/2
 FUSED = {"flash_attention", "efficient_attention", "cudnn_attention"}
@@ -63,6 +61,10 @@ class Case(NamedTuple):
     ranks: int = 1
     gpu: str = "h100"
     sanitize: bool = False
+
+    @property
+    def compiled(self) -> bool:
+        return "train.compile=true" in self.overrides and self.engine != "zero3"
 
     def __str__(self) -> str:
         words = [self.recipe, self.engine, *self.overrides]
@@ -165,8 +167,7 @@ def check_step(device, folder, case, overrides):
         assert unlisted(facts["waits"], case.engine) == {}
         assert {kernel.partition("scaled_dot_product_")[2] for kernel, *_ in facts["attention"]} <= FUSED
         assert facts["attention"]
-        compiled = "train.compile=true" in case.overrides and case.engine != "zero3"
-        assert facts["launches"] and (facts["triton"] > 0) == compiled
+        assert facts["launches"] and (facts["triton"] > 0) == case.compiled
         if not case.sanitize:
             check_memory(facts, case, overrides)
 
@@ -190,13 +191,10 @@ def check_memory(facts, case, overrides):
     cluster = Cluster(GPUS[case.gpu], 1, case.ranks, 400, 2, 110)
     request = Request(config, engine, cluster, 1_281_167, Speeds(0.2, 0.2), fixed=True)
     held = memory(request, student(config), target(config))
-    parts = {name: round(size / 1e6) for name, size in held.items()}
-    expected = sum(size for name, size in held.items() if name not in OUTSIDE)
-    print(
-        "MEMORY", case, round(facts["allocated"] / expected, 3), parts, facts["allocated"], facts["reserved"]
-    )
-    assert facts["allocated"] == pytest.approx(expected, rel=0.05), parts
+    parts = {name: f"{size / 1e6:.0f} MB" for name, size in held.items()} | facts
     outside = sum(held[name] for name in OUTSIDE)
+    expected, spared = sum(held.values()) - outside, held["activations"] / 8 if case.compiled else 0
+    assert 0.95 * expected - spared < facts["allocated"] < 1.05 * expected, parts
     assert facts["reserved"] + outside < min(GPUS[case.gpu].gib, 80e9 / GIB) * GIB * USABLE
 
 

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import ctypes
 import faulthandler
+import importlib
 import json
 import os
 import runpy
+import signal
 import sys
 import traceback
 import warnings
@@ -22,7 +24,7 @@ from pathlib import Path
 
 import faiss
 import torch
-from torch.cuda._sanitizer import enable_cuda_sanitizer
+import torch.utils.checkpoint
 
 # DeepSpeed counts GPUs when it is imported, after which torch would refuse CUDA in a forked process.
 count, torch._C._cuda_getDeviceCount = torch._C._cuda_getDeviceCount, lambda: 1
@@ -48,7 +50,9 @@ def job(words: dict, rank: int) -> int:
         local |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": words["port"]}
         os.environ |= {name: str(value) for name, value in local.items()}
     if words["sanitize"]:
-        enable_cuda_sanitizer()
+        # Its import alone loses the exceptions that end a recomputation early (torch 2.14).
+        importlib.import_module("torch.cuda._sanitizer").enable_cuda_sanitizer()
+        torch.utils.checkpoint._enable_checkpoint_early_stop = False
     faulthandler.enable()  # where the host touches device memory
 
     # The program, and what became of it.
@@ -163,8 +167,19 @@ def serve() -> None:
                     sys.stderr.flush()
                     os._exit(code)
             children.append(child)
-        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-        print(json.dumps(codes), flush=True)
+        print(json.dumps(outcomes(children)), flush=True)
+
+
+def outcomes(children: list[int]) -> list[int]:
+    """The exit codes of all ranks. Where one fails, the others would wait for it: they are ended."""
+    codes = {}
+    while len(codes) < len(children):
+        child, status = os.wait()
+        codes[child] = os.waitstatus_to_exitcode(status)
+        if codes[child]:
+            for other in set(children) - codes.keys():
+                os.kill(other, signal.SIGKILL)
+    return [codes[child] for child in children]
 
 
 if __name__ == "__main__":
