@@ -11,16 +11,15 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from mapet_ds.config.sections import RunConfig, flatten, total_steps
 from mapet_ds.data.quarantine import Quarantine
+from mapet_ds.data.samples import doubts
 from mapet_ds.errors import ConfigError, RunError, UserError
 from mapet_ds.files import write_whole
 from mapet_ds.launch import Ranks, StopRequest, claim, init_distributed
@@ -39,7 +38,7 @@ from mapet_ds.training.engine import (
 )
 from mapet_ds.training.metrics import Metrics
 from mapet_ds.training.optim import learning_rate
-from mapet_ds.training.record import versions, write_record
+from mapet_ds.training.record import check_versions, other_versions, versions, write_record
 from mapet_ds.training.spikes import Rollback, SpikeGuard
 from mapet_ds.training.watchdog import GOING_BACK, SAVING, Watchdog
 from mapet_ds.vit import compile_blocks
@@ -82,6 +81,8 @@ class Run:
         self.ranks, self.folder = ranks, Path(config.run_dir)
         self.config: Any = config  # what the task takes
         self._open_folder()
+        if (untested := ranks.from_first(check_versions)) and ranks.rank == 0:
+            print(untested, file=sys.stderr, flush=True)
         self.stop = StopRequest(self.folder, ranks)
         if config.train.deterministic:  # cuBLAS is deterministic only with this
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -106,14 +107,15 @@ class Run:
             self.identity[BEGAN] = began
         self.skipped: list[int] = []
         self.step = self.begun = self.saved = 0
-        self.writer, self.disk = ThreadPoolExecutor(1, "checkpoint"), ThreadPoolExecutor(1, "disk")
-        self.writing: Future[Future[None] | None] | None = None  # gives the wait for the disk
+        self.writer = checkpoint.Writer(self.folder, config.checkpoint.keep)
         self._resume(newest)
 
         # Nothing is refused from here on, so another run's folder stays as it was until now.
         if ranks.rank == 0:
+            for doubt in doubts(config, self.index):
+                print(f"WARNING: {doubt}", file=sys.stderr, flush=True)
             (self.folder / "DONE").unlink(missing_ok=True)
-            write_record(config, engine_config, self.folder, self.index.record())
+            write_record(config, engine_config, self.folder, self.index.record(), self.step)
         self.quarantine = Quarantine(config, self.index)
         self._open_at_step()
         self.watchdog = Watchdog(config.train.hang_seconds, ranks)
@@ -156,7 +158,7 @@ class Run:
         defaults = flatten(type(self.config)().to_dict())
         checkpoint.check_identity(newest, self.identity, defaults, len(self.index))
         self.step, self.skipped = newest.run["step"], newest.run["skipped"]
-        self.begun = self.saved = self.step
+        self.begun = self.saved = self.writer.saved = self.step
         updates = self.step - len(self.skipped)
         scatter_state(self.engine, newest.load("model"), newest.load("optimizer"), updates)
         if state := newest.load("target"):
@@ -164,6 +166,8 @@ class Run:
         if self.ranks.rank == 0:
             beginning = "Continuing" if self.step < self.total_steps else "Nothing is left to do in"
             print(f"{beginning} {self.folder} at step {self.step} of {self.total_steps}.", flush=True)
+            if others := other_versions(newest.run.get("versions", versions())):
+                print(f"Other versions than the checkpoint's: {others}.", file=sys.stderr, flush=True)
 
     def _open_at_step(self) -> None:
         """Opens the loader, the targets, the metrics and the usual loss at the present step."""
@@ -356,7 +360,7 @@ class Run:
         Raises:
             RunError: the weights that DeepSpeed gathers are not those that the forward uses.
         """
-        self._by_rank_0(lambda: self.writing and self.writing.result() and None)
+        self._by_rank_0(self.writer.written)
         self.watchdog.doing("gathering the state for a checkpoint")
         self.quarantine.merge(self.loader.new_bad(), self.ranks)
         weights, moments = gather_state(self.engine, self.ranks.rank)
@@ -371,41 +375,15 @@ class Run:
                 "versions": versions(),
             }
             files = {"model": weights, "optimizer": moments, "target": self.target.state_dict()}
-            self.writing = self.writer.submit(self._write, state, files)
+            self.writer.begin(state, files)
         self.watchdog.doing("going on while a checkpoint is written")
-
-    def _write(self, state: dict[str, Any], files: dict[str, dict[str, Tensor]]) -> Future[None] | None:
-        """Tries to write a checkpoint; gives the wait for the disk, which begins. For rank 0's thread."""
-        try:
-            folder = checkpoint.save(self.folder, state, files)
-        except (OSError, SafetensorError) as error:
-            message = f"NO CHECKPOINT of step {state['step']} could be written: {error}."
-            print(message, file=sys.stderr, flush=True)
-            return None
-        return self.disk.submit(self._secure, folder, state["step"])
-
-    def _secure(self, folder: Path, step: int) -> None:
-        """Waits until a checkpoint is on the disk, and counts it then. For rank 0's other thread."""
-        try:
-            checkpoint.secure(folder, self.config.checkpoint.keep)
-            self.saved = step
-        except OSError as error:
-            message = f"THE CHECKPOINT of step {step} may not be on the disk: {error}."
-            print(message, file=sys.stderr, flush=True)
 
     def settle(self) -> None:
         """Waits until the checkpoint that is being written is on disk or has failed. Every rank must call it.
 
         Afterwards `saved` is the step of the newest checkpoint.
         """
-
-        def on_disk() -> int:
-            if self.writing and (disk := self.writing.result()):
-                disk.result()
-            return self.saved
-
-        self.saved = self._by_rank_0(on_disk)
-        self.writing = None
+        self.saved = self._by_rank_0(self.writer.settled)
         self.watchdog.doing("going on after a checkpoint")
 
     def _by_rank_0(self, work: Callable[[], T]) -> T:

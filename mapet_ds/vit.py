@@ -120,11 +120,21 @@ class StreamBlock(Block):
         return x + (residual if kept is None else residual * kept[:, 1, None, None])
 
 
+class Graph(nn.Module):
+    """Marks what `compile_blocks` compiles beside blocks: it reads and writes much, and computes little."""
+
+
 def compile_blocks(module: nn.Module) -> None:
-    """Sets torch.compile to compile each block of a module's ViTs at its first call."""
-    for block in module.modules():
-        if isinstance(block, Block):
-            block.compile()
+    """Sets torch.compile to compile each block of a module's ViTs, and each Graph, at its first call.
+
+    A Graph is compiled for each shape it meets. One graph for all shapes could take the place of another
+    between a forward pass and its repetition in the backward pass, which then keeps other tensors.
+    """
+    for part in module.modules():
+        if isinstance(part, Block):
+            part.compile()
+        elif isinstance(part, Graph):
+            part.compile(dynamic=False)
 
 
 def build_vit(config: ModelConfig) -> VisionTransformer:

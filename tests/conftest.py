@@ -8,7 +8,17 @@ from mapet_ds.launch import Ranks
 
 LONGEST = ["methods", "pretrain", "faults", "tutorial", "finetune", "benchmark"]
 """Files that run for minutes, by what follows `test_`."""
-SLOW = [*LONGEST, "counting", "ds_configs", "engine", "export_onnx", "extending", "fit_codebook", "forecast"]
+SLOW = [
+    *LONGEST,
+    "counting",
+    "ds_configs",
+    "engine",
+    "export_onnx",
+    "extending",
+    "fit_codebook",
+    "forecast",
+    "gpu_path",
+]
 SLOW += [
     "export",
     "hub",

@@ -77,6 +77,7 @@ def test_published_settings():
     [
         (["objective=simmim"], "there are: mapet, beit, mvp, saim, conmim"),
         (["objective=beit", "beit.hidden_share=0"], r"beit\.hidden_share = 0\.0 hides 0 of 196"),
+        (["objective=beit", "beit.hidden_share=1"], "at least one must be hidden and one visible"),
         (["objective=mvp", "mvp.loss=mse"], r"mvp\.loss"),
         (["objective=conmim", "conmim.cell=4"], r"conmim\.cell = 4 does not divide the student's grid of 14"),
         (
@@ -132,7 +133,9 @@ def test_objectives_without_a_teacher_do_not_mind_its_grid(tmp_path):
         ("checkpoint.keep=1", "may leave no checkpoint from before a jump of the loss: keep 2, or"),
         ("optim.warmup_epochs=400", "leaves nothing"),
         ("optim.min_lr=1", "is above optim.lr"),
-        ("mapet.hidden_share=1", "at least one must be hidden and one visible"),
+        ("mapet.hidden_share=0", r"mapet\.hidden_share = 0\.0 hides 0 of 196 patches; hide one at least"),
+        ("mapet.predicted_share=0.8", r"predicts 157 of 196 patches, and .* = 0\.75 hides 147"),
+        ("mapet.predicted_share=0", r"predicts 0 of 196 patches.*: predict one at least"),
         ("objective=mae", "objective = mae is not known; there are: mapet"),
         ("model=3", "model = 3"),
         ("model.name.x=3", "single value|model.name"),

@@ -147,6 +147,34 @@ def test_modules_of_mapet_by_hand():
 
 
 @pytest.mark.parametrize(
+    ("words", "tokens", "visible", "predicted"),
+    [
+        (["mapet.position_tokens=false"], 0, 49, 147),
+        (["mapet.hidden_share=1", "mapet.predicted_share=0.25"], 196, 0, 49),
+    ],
+)
+def test_ablations_of_mapet_by_hand(words, tokens, visible, predicted):
+    width, hidden = 192, 196 - visible
+    dense = tokens + 1 + visible
+    keys = dense + hidden
+    rows = keys + predicted
+    whole = 2 * width**2 * (3 * keys + predicted + 9 * rows) + 4 * width * (
+        dense**2 + (hidden + predicted) * keys
+    )
+    last = 2 * width**2 * (2 * keys + 10 * predicted) + 4 * width * predicted * keys
+    small = ["model.name=vit_tiny_patch16_224", "model.args={depth: 2}", "tokenizer.vocab_size=64"]
+    counted = student(recipe("mapet_vitb16", *small, *words))
+    head = 2 * predicted * width * 64
+    assert counted.flops == 4 * 196 * 768 * width + 3 * (whole + last + head)
+
+    # A patch of rank r from the first hidden one on, and its query, read so many of the keys.
+    reads = [1 + 196 if tokens else 1 + visible + rank + 1 for rank in range(hidden)]
+    asks = [1 + 196 if tokens else 1 + visible + rank for rank in range(hidden - predicted, hidden)]
+    vain = sum(keys - n for n in [*reads, *asks, *asks])
+    assert counted.flops - counted.minimum == pytest.approx(3 * 4 * width * vain, rel=1e-6)
+
+
+@pytest.mark.parametrize(
     ("size", "width", "published"),
     [("tiny", 192, 5_717_416), ("small", 384, 22_050_664), ("base", 768, 86_567_656)],
 )

@@ -94,7 +94,7 @@ def test_folders(tmp_path, name, capsys):
     files, expected, passed_over = FOLDERS[name]
     index = opened(tmp_path, images.write(tmp_path / "data", files))
     assert taken(index) == expected
-    assert {kind: count for kind, (count, _) in index.passed_over.items()} == passed_over
+    assert {kind: count for kind, (count, *_) in index.passed_over.items()} == passed_over
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and all(f"{count} {kind}" in said for kind, count in passed_over.items())
     assert index.record()["passed_over"] == index.passed_over
@@ -525,3 +525,21 @@ def test_folders_of_the_system_are_no_classes(tmp_path):
     (tmp_path / "data/c").mkdir()
     assert index.empty_folders() == ["c"]
     assert np.array_equal(index.labels(), [0, 1])
+
+
+def test_shards_are_packed_from_any_source(tmp_path, shards):
+    """By name or by bytes, from folders and shards at once; each has a key and a class of its own."""
+    sys.path.insert(0, str(REPOSITORY / "tools"))
+    import make_shards
+
+    folders = images.write(tmp_path / "folders", {"cat/photo": JPEG, "cat/1.2.jfif": PNG, "dog/x.jpg": JPEG})
+    both = f"{shards}/train-000{{0,1}}.tar\n{folders} x2"
+    make_shards.make_shards(make_shards.parse([both, str(tmp_path / "out")]))
+    packed, listed = opened(tmp_path, tmp_path / "out"), open_index(both, tmp_path / "listed")
+    assert len(packed) == 8 and packed.classes == listed.classes == ["0", "1", "cat", "dog"]
+    for i in range(8):
+        assert (packed.read(i), packed.label(i)) == (listed.read(i), listed.label(i))
+    anew = open_index(f"{tmp_path}/out/*.tar", tmp_path / "anew")
+    assert taken(anew) == taken(packed) and anew.passed_over == {}
+    with pytest.raises(DataError, match="lies inside"):
+        make_shards.make_shards(make_shards.parse([both, str(folders / "out")]))

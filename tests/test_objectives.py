@@ -78,7 +78,7 @@ def model():
 def slow_loss(model, images, target, draw):
     name = type(model).__name__.lower()
     if name == "mapet":
-        return reference.mapet_loss(model, images, target, draw.order, model.num_visible, draw.keep.double())
+        return reference.mapet_loss(model, images, target, draw, num_visible=5, num_predicted=11)
     if name == "conmim":
         return reference.conmim_loss(model, images, target, draw, GROUP, 0.1)
     return getattr(reference, f"{name}_loss")(model, images, target, draw)
@@ -139,6 +139,29 @@ def test_logits_in_groups_of_images_change_nothing(name, monkeypatch):
     assert all((a - b).abs().max() < 1e-12 for a, b in zip(whole_grads, part_grads, strict=True))
 
 
+@pytest.mark.parametrize("name", ["mapet", "beit"])
+def test_a_compiled_loss_is_that_of_uneven_groups(name, monkeypatch):
+    """Groups of three images and of one are two graphs, each of which the backward pass finds again."""
+    model = far_from_init(build_objective(tiny_config(name), VOCAB).double())
+    images, target, draw = tiny_batch(model)
+    plain = model(images, target, draw)
+    plain.loss.backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    rows = []
+    handle = model.head.register_forward_hook(lambda head, x, logits: rows.append(logits.shape[:2]))
+    model(images, target, draw)
+    monkeypatch.setattr(objective_module, "LOGITS", 3 * rows[0][1] * VOCAB)
+    torch.compiler.reset()
+    model.loss.compile(backend="aot_eager", fullgraph=True, dynamic=False)
+    loss = model(images, target, draw)
+    loss.loss.backward()
+    handle.remove()
+    assert [len(group) for group in torch.arange(len(images)).split(3)] == [3, 1] == [n for n, _ in rows[1:3]]
+    assert torch.equal(plain.prediction, loss.prediction) and abs(plain.loss - loss.loss) < 1e-12
+    assert all((a - p.grad).abs().max() < 1e-12 for a, p in zip(expected, model.parameters(), strict=True))
+
+
 def test_grad_checkpointing_changes_nothing(any_model):
     images, target, draw = tiny_batch(any_model)
     trained = [p for p in any_model.parameters() if p.requires_grad]
@@ -168,7 +191,9 @@ def test_compiled_blocks_change_nothing_kept_or_recomputed(name, monkeypatch):
     counters.clear()
     whole = torch.nn.Module.compile
     monkeypatch.setattr(
-        torch.nn.Module, "compile", lambda self: whole(self, backend="aot_eager", fullgraph=True)
+        torch.nn.Module,
+        "compile",
+        lambda self, **options: whole(self, backend="aot_eager", fullgraph=True, **options),
     )
     compile_blocks(model)
     for recompute in (True, False):
@@ -238,29 +263,70 @@ def test_mapet_masks_and_counts_at_the_published_size():
     assert all(len({patch for _, patch in keys}) == 197 for keys in visible.values())
 
 
-def test_mapet_masks_agree_with_the_table_bit_for_bit(model):
+ABLATIONS = {
+    "published": ({}, 5, 11, True),
+    "no_position_tokens": ({"position_tokens": False}, 5, 11, False),
+    "raster_order": ({"permute": False}, 5, 11, True),
+    "all_predicted": ({"hidden_share": 1.0}, 0, 16, True),
+    "last_predicted": ({"predicted_share": 0.25}, 5, 4, True),
+    "all_but_permutation": ({"position_tokens": False, "permute": False, "hidden_share": 1.0}, 0, 16, False),
+    "xlnet": ({"position_tokens": False, "hidden_share": 1.0, "predicted_share": 0.25}, 0, 4, False),
+}
+"""Settings of MaPeT; then, of 16 patches: always visible, predicted; and whether positions are keys."""
+
+
+@pytest.fixture(params=ABLATIONS)
+def ablated(request):
+    """A model with settings of MaPeT, and what they mean."""
+    changes, *meaning = ABLATIONS[request.param]
+    section = MaPeTConfig(**{"hidden_share": 0.67, **changes})
+    return far_from_init(build_objective(tiny_config(mapet=section), VOCAB).double()), *meaning
+
+
+def test_each_ablation_equals_its_slow_twin_with_gradients(ablated):
+    model, *meaning = ablated
+    images, ids, draw = tiny_batch(model, slots=2)
+    found = model(images, ids, draw)
+    found.loss.backward()
+    fast = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    slow = reference.mapet_loss(model, images, ids, draw, *meaning)
+    slow.backward()
+    assert abs(found.loss - slow) < 1e-9
+    assert all(
+        (gradient - model.get_parameter(name).grad).abs().max() < 1e-9 for name, gradient in fast.items()
+    )
+    assert ((found.prediction >= 0) == draw.mask).all() and draw.mask.sum(dim=1).tolist() == [meaning[1]] * 2
+
+
+def test_mapet_masks_agree_with_the_table_bit_for_bit(ablated):
     """The bands of the sorted form, undone into raster order, are the paper's table."""
+    model, num_visible, num_predicted, position_tokens = ablated
     draw = model.draw(step=0, first_slot=0, slots=1)
     by_rank = draw.order[0].argsort().tolist()
-    first, hidden = by_rank[: model.num_visible], by_rank[model.num_visible :]
-    rows = [("m", p) for p in hidden] + [("x", p) for p in [-1, *first]] + [("x", p) for p in hidden]
-    rows += [("g", p) for p in hidden]
-    table = reference.mapet_visible_keys(draw.order[0], model.num_visible)
-    for band in model._bands()[0]:
-        for i, row in enumerate(rows[band.rows]):
-            keys = (
-                rows[band.keys]
-                if band.mask is None
-                else [k for k, on in zip(rows[band.keys], band.mask[i]) if on]
-            )
-            assert sorted(keys) == sorted(table[row]), row
+    first, hidden = by_rank[:num_visible], by_rank[num_visible:]
+    rows = [("m", p) for p in hidden if position_tokens] + [("x", p) for p in [-1, *first, *hidden]]
+    rows += [("g", p) for p in by_rank[-num_predicted:]]
+    table = reference.mapet_visible_keys(draw.order[0], num_visible, position_tokens)
+    for bands in model._bands():
+        for band in bands:
+            for i, row in enumerate(rows[band.rows]):
+                keys = (
+                    rows[band.keys]
+                    if band.mask is None
+                    else [k for k, on in zip(rows[band.keys], band.mask[i], strict=True) if on]
+                )
+                assert sorted(keys) == sorted(table[row]), row
+        assert bands[-1].rows.stop == len(rows)
 
 
-def test_mapet_does_not_leak(model):
+def test_mapet_does_not_leak(ablated):
     """The loss at a rank has no gradient at a pixel of its own or a later patch, some at each earlier one."""
+    model, *_ = ablated
     images, ids, draw = tiny_batch(model, slots=1)
     images.requires_grad_()
     order = draw.order[0]
+    assert (order == torch.arange(16)).all() == (not model.permute)
     model.eval()
     for patch_index in draw.mask[0].nonzero()[:, 0].tolist():
         other = ids.clone()
@@ -270,6 +336,21 @@ def test_mapet_does_not_leak(model):
         (gradient,) = torch.autograd.grad(difference, images)
         pixels = gradient[0].unfold(1, 4, 4).unfold(2, 4, 4).abs().amax(dim=(0, 3, 4)).flatten()
         assert ((pixels > 0) == (order < order[patch_index])).all(), patch_index
+
+
+@pytest.mark.parametrize(("position_tokens", "changed"), [(True, 11), (False, 1)])
+def test_without_position_tokens_no_row_knows_of_patches_after_it(position_tokens, changed):
+    """Another position of the last patch changes every prediction, or that patch's alone."""
+    section = MaPeTConfig(hidden_share=0.67, position_tokens=position_tokens)
+    model = far_from_init(build_objective(tiny_config(mapet=section), VOCAB).double()).eval()
+    images, ids, draw = tiny_batch(model, slots=1)
+    logits = []
+    model.head.register_forward_hook(lambda head, rows, out: logits.append(out[0]))
+    model(images, ids, draw)
+    with torch.no_grad():
+        model.vit.pos_embed[0, 1 + draw.order[0].argmax()] += 1
+    model(images, ids, draw)
+    assert (logits[0] != logits[1]).any(dim=1).sum() == changed
 
 
 @pytest.mark.parametrize(

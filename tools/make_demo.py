@@ -77,7 +77,7 @@ PATTERNS: dict[str, Callable[[Field, Field], NDArray[np.bool_]]] = {
 def render(rng: np.random.Generator, pattern: str, sides: Sequence[int] = SIDES) -> tuple[Image.Image, str]:
     """One picture of the pattern, with least and most pixels a side, and its caption."""
     width = int(rng.integers(sides[0], sides[1] + 1))
-    height = int(np.clip(width * rng.uniform(0.7, 1.4), *sides))
+    height = int(np.clip(width * rng.uniform(0.7, 1.4), sides[0], sides[1]))
     dark, light = rng.uniform(10, 100, 3), rng.uniform(140, 245, 3)
     tone, front, back = ("dark", dark, light) if rng.random() < 0.5 else ("light", light, dark)
     side = min(width, height)

@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import time
+import unicodedata
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 from mapet_ds.config.sources import Source, named, sources
 from mapet_ds.data.formats import BadImage
 from mapet_ds.data.index_files import STATE, write_index
-from mapet_ds.data.kinds import by_name, hidden, json_name, summary, text
+from mapet_ds.data.kinds import EXAMPLES, by_name, hidden, json_name, summary, text
 from mapet_ds.data.listing import LOOSE, OF_THE_FILE, Listing, changed, root_of
 from mapet_ds.errors import DataError
 
@@ -99,6 +100,10 @@ class Index:
         """[n] `label` of every sample."""
         return self._samples["label"]
 
+    def lengths(self) -> NDArray[np.uint64]:
+        """[n] bytes of every sample."""
+        return self._samples["length"]
+
     def empty_folders(self) -> list[str]:
         """Names of the folders beside those of the classes, which hold no sample; none with shards."""
         if self.shards:
@@ -107,7 +112,8 @@ class Index:
         one = len(self.sources) == 1  # its folder may have moved
         for folder in [str(self.root)] if one else [path for path, _ in self.sources if os.path.isdir(path)]:
             with os.scandir(os.fsencode(folder)) as entries:
-                names |= {text(entry.name) for entry in entries if entry.is_dir() and not hidden(entry.name)}
+                there = [text(entry.name) for entry in entries if entry.is_dir() and not hidden(entry.name)]
+                names |= {unicodedata.normalize("NFC", name) for name in there}
         return sorted(names - {*self.classes})
 
     def record(self) -> dict[str, Any]:
@@ -120,7 +126,7 @@ class Index:
         classes = f", {len(self.classes):,} classes" if self.classes else ""
         parts = [f"{self.root}: {len(self):,} images{classes}"]
         parts += [f"Passed over: {summary(self.passed_over)}"] if self.passed_over else []
-        parts += [f"To note: {summary(self.noted)}"] if self.noted else []
+        parts += [f"To note: {summary(self.noted, EXAMPLES)}"] if self.noted else []
         return ". ".join(parts) + "."
 
     def read(self, i: int) -> bytes:

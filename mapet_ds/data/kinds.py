@@ -22,10 +22,12 @@ OTHERS = set(
     b"cr2 cr3 nef nrw arw sr2 srf dng orf rw2 pef srw 3fr erf kdc dcr iiq mos raf".split()
 )
 """Endings of what is never opened to see whether it is an image; the last line are the cameras' raw files."""
-KEPT = dict.fromkeys((b"thumbs.db", b"desktop.ini", b"icon\r", b".ds_store"), "system files") | dict.fromkeys(
-    (b"__macosx", b"@eadir", b"lost+found", b"$recycle.bin", b"#recycle", b"system volume information"),
-    "system folders",
-)
+KEPT: dict[bytes, str] = {
+    b"thumbs.db": "system files", b"desktop.ini": "system files", b"icon\r": "system files",
+    b".ds_store": "system files", b"__macosx": "system folders", b"@eadir": "system folders",
+    b"lost+found": "system folders", b"$recycle.bin": "system folders", b"#recycle": "system folders",
+    b"system volume information": "system folders",
+}  # fmt: skip
 """What a system keeps for itself: name in small letters -> kind."""
 COMPANIONS = set(
     b"seg segm segmentation mask masks thumb thumbnail preview depth normal normals semantic instance "
@@ -99,24 +101,36 @@ def looked_at(path: bytes) -> str:
         return f"unreadable ({error.strerror})"
 
 
+EXAMPLES = 3
+
+
 class Findings:
-    """What a listing passed over, and what it took and must say: kind -> count and first example."""
+    """What a listing passed over, and what it took and must say: kind -> count and the first examples."""
 
     def __init__(self) -> None:
         self.passed_over: dict[str, list[Any]] = {}
         self.noted: dict[str, list[Any]] = {}
 
     def pass_over(self, kind: str, example: bytes) -> None:
-        self.passed_over.setdefault(kind, [0, text(example)])[0] += 1
+        _count(self.passed_over, kind, text(example), 1)
 
     def note(self, kind: str, example: str, count: int = 1) -> None:
-        self.noted.setdefault(kind, [0, example])[0] += count
+        _count(self.noted, kind, example, count)
 
 
-def summary(kinds: dict[str, list[Any]]) -> str:
-    """Kinds with their counts and examples on one line."""
-    largest = sorted(kinds.items(), key=lambda item: -item[1][0])
-    return ", ".join(f"{count:,} {kind} (e.g. {json_name(example)})" for kind, (count, example) in largest)
+def _count(kinds: dict[str, list[Any]], kind: str, example: str, count: int) -> None:
+    found = kinds.setdefault(kind, [0])
+    found[0] += count
+    if len(found) <= EXAMPLES:
+        found.append(example)
+
+
+def summary(kinds: dict[str, list[Any]], examples: int = 1) -> str:
+    """Kinds with their counts and first examples on one line, the most frequent first."""
+    parts = []
+    for kind, (count, *found) in sorted(kinds.items(), key=lambda item: -item[1][0]):
+        parts.append(f"{count:,} {kind} (e.g. {', '.join(map(json_name, found[:examples]))})")
+    return ", ".join(parts)
 
 
 def json_name(name: str) -> str:

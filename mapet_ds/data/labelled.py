@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import sys
@@ -17,13 +18,15 @@ from torch.utils.data import DataLoader, Dataset
 from mapet_ds.config.sections import RunConfig
 from mapet_ds.data.formats import BadImage, exif_orientation, inspect
 from mapet_ds.data.index import Images, Index
-from mapet_ds.data.kinds import summary
-from mapet_ds.data.samples import check_bad
+from mapet_ds.data.kinds import EXAMPLES, summary
+from mapet_ds.data.samples import check_bad, holds_splits
 from mapet_ds.errors import DataError
 from mapet_ds.launch import Ranks
 
 Bad = list[tuple[int, str]]
 """Place in the index and reason of images that are unreadable."""
+LOOKED_AT = 32
+"""Images of a validation set that are looked for among those of training."""
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -42,7 +45,7 @@ class EvaluationBatch(NamedTuple):
     images: Tensor
     """float32 [B, 3, S, S], normalised."""
     label: Tensor
-    """long [B]; -1 for an image that doesn't count: it is unreadable, or fills up the last batch."""
+    """long [B]; -1 for an image that doesn't count: it is unreadable, or fills up a rank's share."""
     bad: Bad
     """The unreadable images of this batch."""
 
@@ -94,7 +97,7 @@ class Batches(Dataset):
 
 
 class EvaluationBatches(Batches):
-    """A rank's share of a data set. Every rank has the same number of batches."""
+    """A rank's share of a data set. Every rank has the same number of batches, of the same sizes."""
 
     def __init__(
         self, config: Any, index: Images, transform: Callable[[Image.Image], Tensor], rank: int,
@@ -102,15 +105,16 @@ class EvaluationBatches(Batches):
     ) -> None:  # fmt: skip
         self.index, self.transform, self.rank, self.world_size = index, transform, rank, world_size
         self.batch_size, self.upright = config.train.micro_batch_size, config.data.exif_orientation
+        self.share = math.ceil(len(index) / world_size)
 
     def __len__(self) -> int:
-        return math.ceil(len(self.index) / (self.world_size * self.batch_size))
+        return math.ceil(self.share / self.batch_size)
 
     def batch(self, number: int) -> EvaluationBatch:
         """Reads and decodes the images of a batch, which lie `world_size` apart in the index."""
         bad: Bad = []
         images, labels = [], []
-        for i in range(number * self.batch_size, (number + 1) * self.batch_size):
+        for i in range(number * self.batch_size, min((number + 1) * self.batch_size, self.share)):
             place = i * self.world_size + self.rank
             image, label = Image.new("RGB", (1, 1)), -1
             if place < len(self.index):
@@ -154,16 +158,63 @@ def report_unreadable(config: RunConfig, index: Images, bad: Bad, ranks: Ranks) 
         print(message, file=sys.stderr, flush=True)
 
 
+def shared_images(train: Index, val: Index) -> tuple[list[int], int]:
+    """Places in `val` of images that are in `train` byte for byte, and the number of those looked at.
+
+    At most LOOKED_AT of `val` are, evenly spaced, and each is compared with as many of its length.
+    """
+    places = np.unique(np.linspace(0, len(val) - 1, LOOKED_AT).astype(int)).tolist()
+    if train.fingerprint == val.fingerprint:
+        return places, len(places)
+    lengths, shared = train.lengths(), []
+    for place in places:
+        alike = np.flatnonzero(lengths == val.lengths()[place])[:LOOKED_AT].tolist()
+        with contextlib.suppress(BadImage):
+            data = val.read(place)
+            if any(train.read(i) == data for i in alike):
+                shared.append(place)
+    return shared, len(places)
+
+
+def check_apart(train: Index, val: Index, section: str, ranks: Ranks, refuse: bool = False) -> None:
+    """Says on rank 0 where images of `val` are in `train`, too. Every rank must call it.
+
+    Raises:
+        DataError: with `refuse`, on every rank, where all that were looked at are.
+    """
+
+    def look() -> None:
+        shared, looked_at = shared_images(train, val)
+        if not shared:
+            return
+        sentence = (
+            f"{section}val = {val.root}: {len(shared)} of {looked_at} images that were looked at are in "
+            f"{section}train, too, byte for byte, e.g. {val.path(shared[0])}. Images that were learnt from "
+            "can't judge what was learnt: name others."
+        )
+        if refuse and len(shared) == looked_at:
+            raise DataError(sentence)
+        print(f"WARNING: {sentence}", file=sys.stderr, flush=True)
+
+    ranks.from_first(look)
+
+
 def _check_labels(name: str, index: Index) -> None:
     """Refuses images without a label, and labels without images or without a name."""
     labels, classes = index.labels(), index.classes
+    if holds_splits(index):
+        folders = " and ".join(classes)
+        raise DataError(
+            f"{name} = {index.root}: its folders {folders} are parts of a data set, no classes. Name one of "
+            f"them, e.g. {index.root / classes[0]}."
+        )
     if (unlabelled := np.flatnonzero(labels < 0)).size:
         unread = {kind: found for kind, found in index.noted.items() if kind.startswith("labels ")}
         raise DataError(
             f"{name}: {unlabelled.size} of {len(index)} images have no label, e.g. "
             f"{index.path(int(unlabelled[0]))}. Put images into a sub-folder for each class, or a .cls "
             "beside each image of a tar shard, with a whole number from 0 on or the name of a class."
-            + (f" There are {summary(unread)}." if unread else "")
+            + (f" There are {summary(unread, EXAMPLES)}." if unread else "")
         )
     counts = np.bincount(labels, minlength=len(classes))
     empty = [classes[i] for i in np.flatnonzero(counts[: len(classes)] == 0)] + index.empty_folders()
@@ -180,17 +231,17 @@ def _check_labels(name: str, index: Index) -> None:
         )
 
 
-def check_classes(train: Index, val: Index, section: str = "data", num_classes: int | None = None) -> None:
+def check_classes(train: Index, val: Index, section: str = "data.", num_classes: int | None = None) -> None:
     """Refuses data whose labels can't be learnt. Every rank may call it.
 
-    section: the section of the knobs `train` and `val`, for the sentences.
+    section: what stands before `train` and `val` where they are named, for the sentences.
 
     Raises:
         DataError: images have no label, a class has no images, the two sets have different classes, or their
             number is not data.num_classes.
     """
-    _check_labels(f"{section}.train", train)
-    _check_labels(f"{section}.val", val)
+    _check_labels(f"{section}train", train)
+    _check_labels(f"{section}val", val)
     if differing := sorted(set(train.classes) ^ set(val.classes)):
         more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
         raise DataError(

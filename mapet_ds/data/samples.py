@@ -43,6 +43,8 @@ UNBLURRED = 0.01
 """A sigma in pixels that changes no pixel: the neighbour's weight is exp(-5000). DALI refuses 0."""
 SOLARIZE_FROM, NEVER = 128, 256
 """Grey levels from which pixels are inverted."""
+SPLITS = {"train", "training", "val", "valid", "validation", "test"}
+"""Names of a data set's parts, which are taken for classes where the folder above them is named."""
 
 
 def central_square(width: int, height: int) -> Crop:
@@ -237,6 +239,26 @@ class SampleSource:
         return self._drawn
 
 
+def holds_splits(index: Index) -> bool:
+    """Whether the folders of a data set are named like its parts (train, val) instead of like classes."""
+    return bool(index.classes) and {name.lower() for name in index.classes} <= SPLITS
+
+
+def doubts(config: Any, index: Index) -> Iterator[str]:
+    """Yields a sentence where a run can learn from the images of `data.train`, but hardly as it was meant."""
+    batch, root = config.train.global_batch_size, index.root
+    if batch > len(index):
+        yield (
+            f"train.global_batch_size = {batch}, but data.train = {root} has {len(index)} images: each comes "
+            f"{batch / len(index):.1f} times in a step, and an epoch is less than one. Lower the batch."
+        )
+    if holds_splits(index):
+        yield (
+            f"data.train = {root} holds the folders {' and '.join(index.classes)}: the run learns from all "
+            f"of them. data.train={root / index.classes[0]} keeps the others out."
+        )
+
+
 def candidates(config: Any, index: Images, order: draws.SampleOrder, n: int, due: int) -> Iterator[int]:
     """Yields the index that is due as sample n, then those that stand in for it.
 
@@ -275,14 +297,14 @@ def check_bad(config: Any, index: Images, bad: Collection[int]) -> None:
     )
 
 
-class Unreadable:
+class Unreadable(Collection[int]):
     """The images that a rank has found unreadable, each told of once. It holds those known before, too."""
 
     def __init__(self, config: Any, index: Images, known: Collection[int]) -> None:
         self._config, self._index = config, index
         self._known, self._new = set(known), list[tuple[int, str]]()
 
-    def __contains__(self, i: int) -> bool:
+    def __contains__(self, i: object) -> bool:
         return i in self._known
 
     def __iter__(self) -> Iterator[int]:

@@ -15,7 +15,14 @@ from torch import Tensor
 
 from mapet_ds.config.finetune import FinetuneConfig
 from mapet_ds.data.index import Index, open_index
-from mapet_ds.data.labelled import Bad, EvaluationBatches, check_classes, report_unreadable, served
+from mapet_ds.data.labelled import (
+    Bad,
+    EvaluationBatches,
+    check_apart,
+    check_classes,
+    report_unreadable,
+    served,
+)
 from mapet_ds.errors import ConfigError, RunError
 from mapet_ds.files import write_whole
 from mapet_ds.finetuning.classifier import (
@@ -55,6 +62,7 @@ class Finetuning:
 
         self.index, self.val = index(config.data.train, "index"), index(config.data.val, "index_val")
         check_classes(self.index, self.val, num_classes=config.data.num_classes)
+        check_apart(self.index, self.val, "data.", ranks)
         classes = len(self.index.classes)
 
         # The model, and the images that it takes.

@@ -12,7 +12,7 @@ from torch import Tensor
 from mapet_ds.config.sections import Config
 from mapet_ds.data.batch import Draw
 from mapet_ds.objectives.masks import BlockMasked
-from mapet_ds.objectives.objective import Loss, mean_of, token_losses
+from mapet_ds.objectives.objective import Loss, TokenLoss, mean_of, token_losses
 
 
 class BEiT(BlockMasked):
@@ -20,12 +20,13 @@ class BEiT(BlockMasked):
 
     def __init__(self, config: Config, target_dim: int) -> None:
         super().__init__(config, config.beit, target_dim)
+        self.loss = TokenLoss()
 
     def forward(self, images: Tensor, target: Tensor, draw: Draw) -> Loss:
         """See Objective. target: token ids, long [B, L]. Metrics: token_accuracy."""
         x, hidden, valid = self.rows(images, draw)
         ids = target.gather(1, hidden)
-        losses, predicted = token_losses(self.head, x, ids)
+        losses, predicted = token_losses(self.head, self.loss, x, ids)
         with torch.no_grad():
             accuracy = mean_of((predicted == ids).float(), valid)
             everywhere = torch.full_like(target, -1).scatter(1, hidden, torch.where(valid, predicted, -1))

@@ -24,7 +24,7 @@ from mapet_ds.data.batch import Draw
 from mapet_ds.draws import cell_masks
 from mapet_ds.objectives.masks import hidden_rows
 from mapet_ds.objectives.objective import Loss, Objective, depth_uniforms, mean_of, widened
-from mapet_ds.vit import beit_init, build_vit, embed, run_blocks, take_rows
+from mapet_ds.vit import Graph, beit_init, build_vit, embed, run_blocks, take_rows
 
 
 class GroupBatchNorm(nn.Module):
@@ -50,6 +50,10 @@ class GroupBatchNorm(nn.Module):
         return rows.view(x.shape).to(x.dtype)
 
 
+class Projector(Graph, nn.Sequential):
+    """Three linear layers, each with its BatchNorm."""
+
+
 class ConMIM(Objective):
     """The student of ConMIM. Its momentum teacher is a copy of all its parameters (targets/momentum.py)."""
 
@@ -63,7 +67,7 @@ class ConMIM(Objective):
         first = linear(width, inner), norm(inner), nn.ReLU()
         second = linear(inner, inner), norm(inner), nn.ReLU()
         last = linear(inner, target_dim), norm(target_dim, affine=False, centre=True)
-        self.projector = nn.Sequential(*first, *second, *last)
+        self.projector = Projector(*first, *second, *last)
         trunc_normal_(self.mask_token, std=0.02)
         for module in self.projector:
             if isinstance(module, nn.Linear):

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from mapet_ds.config.sections import LOGITS
 from mapet_ds.data.batch import Draw
 from mapet_ds.draws import Purpose, uniforms
+from mapet_ds.vit import Graph
 
 
 class Loss(NamedTuple):
@@ -106,17 +107,24 @@ def rank_quarters(losses: Tensor) -> dict[str, Tensor]:
     return {f"loss_rank_quarter_{i}": quarter.mean() for i, quarter in enumerate(quarters, start=1)}
 
 
-def token_losses(head: nn.Linear, x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy [B, n] of the head's logits for rows x [B, n, D] at ids [B, n], and the likeliest ids.
+class TokenLoss(Graph):
+    """The cross-entropy of logits [B, n, K] at ids [B, n], fp32 or wider, and the likeliest ids."""
 
-    Losses are fp32 or wider. Never more than LOGITS logits are held: beyond that, images are taken in groups
-    whose logits the backward pass makes anew, which costs one more product with the head.
+    def forward(self, logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        logits = widened(logits)  # bf16 can't tell 8192 logits apart
+        losses = F.cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="none").view(ids.shape)
+        return losses, logits.detach().argmax(dim=-1)
+
+
+def token_losses(head: nn.Linear, loss: TokenLoss, x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """The losses [B, n] of the head's logits for rows x [B, n, D] at ids [B, n], and the likeliest ids.
+
+    Never more than LOGITS logits are held: beyond that, images are taken in groups whose logits the backward
+    pass makes anew, which costs one more product with the head.
     """
 
     def score(x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-        logits = widened(head(x))  # bf16 can't tell 8192 logits apart
-        losses = F.cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="none").view(ids.shape)
-        return losses, logits.detach().argmax(dim=-1)
+        return loss(head(x), ids)
 
     images = max(1, LOGITS // (ids.shape[1] * head.out_features))
     if images >= len(x):

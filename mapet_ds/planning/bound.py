@@ -69,7 +69,7 @@ def bound_report(request: Request, plan: dict[str, Any]) -> Iterator[str]:
     for name in ("student", "target"):
         whole = sum(seconds[name].values())
         kinds = ", ".join(f"{kind} {1e3 * part:.1f}" for kind, part in seconds[name].items())
-        kernels = f"{found['kernels'][name]:,} kernels a micro-step"
+        kernels = f"at least {found['kernels'][name]:,} kernels a micro-step"
         yield f"  {name:<20}{1e3 * whole:8.1f} ms, {whole / seconds['total']:.0%}: {kinds}; {kernels}"
     yield f"  {'update':<20}{1e3 * seconds['update']:8.1f} ms"
     for words, faster in found["changes"].items():

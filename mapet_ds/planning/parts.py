@@ -11,6 +11,8 @@ import torch
 from timm.models.vision_transformer import Block
 from torch import nn
 
+from mapet_ds.vit import Graph
+
 REST, HEAD, GRADIENTS, UNEXPLAINED = "norms and rest", "head and loss", "gradients", "unexplained"
 
 
@@ -101,6 +103,7 @@ class Parts:
             attention: Any = block.attn
             named += [(block, REST, True), (attention, "attention", False), (attention.qkv, "qkv", False)]
             named += [(attention.proj, "proj", False), (block.mlp, "mlp", False)]
+        named += [(module, HEAD, True) for module in objective.modules() if isinstance(module, Graph)]
         handles = [objective.vit.norm.register_forward_hook(lambda *_: self.enter(HEAD))]
         handles.append(objective.register_forward_hook(lambda *_: self.leave()))  # of the head
         with self.inside(named):

@@ -91,7 +91,7 @@ class Tally(TorchDispatchMode):
                 weakref.finalize(storage, self._freed, storage.nbytes())
                 self.peak = max(self.peak, self.live)
         name = function.overloadpacket.__name__
-        if self.parts and not function.is_view and not name.startswith(FREE):
+        if self.parts and results and not function.is_view and not name.startswith(FREE):
             pieces = _moved(function, name, args, kwargs, results)
             reads, writes = (tuple(map(self._piece, side)) for side in pieces)
             place, phase = self.parts.here(), _phase()

@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable, Collection
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -135,6 +137,52 @@ def secure(path: Path, keep: int) -> None:
     counted = [each for each in checkpoint_folders(path.parents[1]) if each.name <= path.name]
     for old in counted[keep:]:
         shutil.rmtree(old)
+
+
+class Writer:
+    """Two threads of rank 0, for checkpoints while training goes on: one writes, one waits for the disk.
+
+    A full disk stops nothing: standard error names the step, and `saved` stays behind.
+    """
+
+    saved = 0
+    """The step of the newest checkpoint that is on the disk."""
+
+    def __init__(self, run_dir: Path, keep: int) -> None:
+        self._run_dir, self._keep = run_dir, keep
+        self._writer, self._disk = ThreadPoolExecutor(1, "checkpoint"), ThreadPoolExecutor(1, "disk")
+        self._writing: Future[Future[None] | None] | None = None
+
+    def begin(self, state: dict[str, Any], files: dict[str, dict[str, Tensor]]) -> None:
+        """Has a checkpoint written; see `save`."""
+        self._writing = self._writer.submit(self._write, state, files)
+
+    def written(self) -> None:
+        """Waits until what is being written has its name or has failed, not until it is on the disk."""
+        if self._writing:
+            self._writing.result()
+
+    def settled(self) -> int:
+        """Waits until what is being written is on the disk or has failed; gives `saved`."""
+        if self._writing and (disk := self._writing.result()):
+            disk.result()
+        return self.saved
+
+    def _write(self, state: dict[str, Any], files: dict[str, dict[str, Tensor]]) -> Future[None] | None:
+        step = state["step"]
+        try:
+            folder = save(self._run_dir, state, files)
+        except (OSError, SafetensorError) as error:
+            print(f"NO CHECKPOINT of step {step} could be written: {error}.", file=sys.stderr, flush=True)
+            return None
+        return self._disk.submit(self._secure, folder, step)
+
+    def _secure(self, folder: Path, step: int) -> None:
+        try:
+            secure(folder, self._keep)
+            self.saved = step
+        except OSError as error:
+            print(f"THE CHECKPOINT of step {step} is not on the disk: {error}.", file=sys.stderr, flush=True)
 
 
 def checkpoint_folders(run_dir: Path) -> list[Path]:

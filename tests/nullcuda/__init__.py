@@ -52,7 +52,8 @@ class NullDevice:
         print(json.dumps(words), file=self._server.stdin, flush=True)
         codes = json.loads(self._server.stdout.readline())
         for rank, code in enumerate(codes):
-            assert code == 0, (folder / f"rank_{rank}.err").read_text()
+            printed = "".join((folder / f"rank_{rank}.{name}").read_text() for name in ("out", "err"))
+            assert code == 0, f"{words['command'][0]}, rank {rank}, ended with {code}: {printed[-8000:]}"
         return [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in range(ranks)]
 
     def close(self) -> None:

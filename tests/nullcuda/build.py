@@ -18,7 +18,7 @@ SITE = Path(torch.__file__).parent.parent
 PRELOADED = ("runtime", "libraries", "nccl")
 LIBRARIES = ("c10_cuda", "torch_cpu", "torch_cuda", "torch_cuda_linalg", "torch_python")
 """Libraries of torch that call CUDA's."""
-CUDA = re.compile(r"(__)?(cuda|cublas|cudnn|cusolver|cusparse|cufft|nccl)\w+")
+RUNTIME = re.compile(r"(__)?(cuda|cublas|cudnn|cusolver|cusparse|cufft|nccl)\w+")
 
 
 class CannotBuild(Exception):
@@ -72,25 +72,34 @@ def build(cache: Path) -> dict[str, str]:
 
 def _compile(folder: Path, include: Path) -> None:
     flags = ["-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unused", "-Wno-deprecated-declarations"]
-    objects = [folder / f"{name}.o" for name in PRELOADED]
-    for made in objects:
-        _run("gcc", *flags, f"-I{include}", "-c", SOURCES / f"{made.stem}.c", "-o", made)
+    for name in (*PRELOADED, "driver"):
+        _run("gcc", *flags, f"-I{include}", "-c", SOURCES / f"{name}.c", "-o", folder / f"{name}.o")
 
-    # Whatever else torch's libraries call of CUDA's answers with success, and is noted.
+    # The runtime and its libraries, as torch's libraries call them.
+    objects = [folder / f"{name}.o" for name in PRELOADED]
     called = _symbols("--undefined-only", *(SITE / f"torch/lib/lib{name}.so" for name in LIBRARIES))
-    answered = _symbols("--defined-only", *objects)
+    _link(folder / "libnullcuda.so", objects, {name for name in called if RUNTIME.fullmatch(name)})
+
+    # The driver, as Triton's sources and torch's loader of compiled kernels call it.
+    called = _symbols("--undefined-only", SITE / "torch/lib/libcaffe2_nvrtc.so")
+    called |= set(re.findall(r"\bcu[A-Z]\w+(?=\()", (SITE / "triton/backends/nvidia/driver.c").read_text()))
+    driver = {name for name in called if re.fullmatch(r"cu[A-Z]\w+", name)}
+    _link(folder / "libcuda.so.1", [folder / "driver.o"], driver)
+
+
+def _link(library: Path, objects: list[Path], called: set[str]) -> None:
+    """Links a library. What is called and not answered for succeeds and is noted."""
+    missing = sorted(called - _symbols("--defined-only", *objects))
     lines = ["int nullcuda_stub(const char *name);"]
-    lines += [f'int {name}(void) {{ return nullcuda_stub("{name}"); }}' for name in sorted(called - answered)]
-    stubs = folder / "stubs.c"
+    lines += [f'int {name}(void) {{ return nullcuda_stub("{name}"); }}' for name in missing]
+    stubs = library.with_suffix(".stubs.c")
     stubs.write_text("\n".join(lines))
-    _run("gcc", "-O1", "-fPIC", "-shared", "-o", folder / "libnullcuda.so", *objects, stubs, "-ldl", "-lrt")
-    _run("gcc", *flags, "-shared", f"-I{include}", "-o", folder / "libcuda.so.1", SOURCES / "driver.c")
+    _run("gcc", "-O1", "-fPIC", "-shared", "-o", library, *objects, stubs, "-ldl", "-lrt")
 
 
 def _symbols(kind: str, *paths: Path) -> set[str]:
     lines = _run("nm", "--dynamic" if kind == "--undefined-only" else "--extern-only", kind, *paths)
-    names = {line.split()[-1].partition("@")[0] for line in lines.splitlines() if line.strip()}
-    return {name for name in names if CUDA.fullmatch(name)}
+    return {line.split()[-1].partition("@")[0] for line in lines.splitlines() if line.strip()}
 
 
 def _run(*command: object) -> str:

@@ -1,14 +1,15 @@
 """Runs programs of the project on the null device, and notes what a test may want to know of each rank.
 
-    python -m nullcuda.observe        a job as one JSON line on standard input, its exit codes as one line back
+    python -m nullcuda.observe
 
-torch, DeepSpeed and the package are imported once; each rank of each job is forked from here, before CUDA is
-touched.
+takes a job as one JSON line on standard input, and gives its exit codes as one line. torch, DeepSpeed and the
+package are imported once; each rank of each job is forked from here, before CUDA is touched.
 """
 
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import json
 import os
 import runpy
@@ -19,7 +20,9 @@ from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
+import faiss
 import torch
+from torch.cuda._sanitizer import enable_cuda_sanitizer
 
 # DeepSpeed counts GPUs when it is imported, after which torch would refuse CUDA in a forked process.
 count, torch._C._cuda_getDeviceCount = torch._C._cuda_getDeviceCount, lambda: 1
@@ -27,39 +30,38 @@ import mapet_ds.task  # noqa: E402, F401
 from mapet_ds.run import Run  # noqa: E402
 
 torch._C._cuda_getDeviceCount = count
+faiss.get_num_gpus = lambda: 0  # its GPU code reads on the host what its kernels write
 
 STEP = 3
-"""The step that is looked at. Those before compile blocks, and show DeepSpeed the order of ZeRO-3's gathers."""
+"""The step that is looked at. Those before it compile blocks, and show DeepSpeed in which order to gather."""
 
 
 def job(words: dict, rank: int) -> int:
     """A rank's part of a job: gives its exit code, and writes what it noted to FOLDER/rank_N.json."""
-    folder = Path(words["folder"])
-    for number, name in ((1, f"rank_{rank}.out"), (2, f"rank_{rank}.err")):
-        file = os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(file, number)
-    ranks = words["ranks"]
-    os.environ |= {"NULLCUDA_DEVICE": words["gpu"], "NULLCUDA_LOG": str(folder / f"rank_{rank}.log")}
+    folder, ranks = Path(words["folder"]), words["ranks"]
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(folder / f"rank_{rank}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), number)
+    log = folder / f"rank_{rank}.log"
+    os.environ |= {"NULLCUDA_DEVICE": words["gpu"], "NULLCUDA_LOG": str(log)}
     if ranks > 1:
         local = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
         local |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": words["port"]}
         os.environ |= {name: str(value) for name, value in local.items()}
     if words["sanitize"]:
-        torch.cuda._sanitizer.enable_cuda_sanitizer()
-    notes = Notes()
+        enable_cuda_sanitizer()
+    faulthandler.enable()  # where the host touches device memory
+
+    # The program, and what became of it.
+    notes, code = Notes(), 0
     notes.watch(Run)
     sys.argv = words["command"]
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")
-        code = 0
     except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else end.code is not None
-    except BaseException:
-        traceback.print_exc()
-        code = 1
-    log = Path(f"{folder}/rank_{rank}.log.{os.getpid()}")
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
     notes.mark("end")
-    (folder / f"rank_{rank}.json").write_text(json.dumps(notes.facts | {"code": code} | launches(log)))
+    facts = notes.facts | launches(Path(f"{log}.{os.getpid()}"))
+    (folder / f"rank_{rank}.json").write_text(json.dumps(facts))
     return code
 
 
@@ -133,17 +135,15 @@ def place(stack: traceback.StackSummary) -> str:
 
 
 def launches(log: Path) -> dict:
-    """Number of launches of each kernel in the step, and the calls that the device answers without a thought."""
-    kernels, stubs, inside = Counter(), set(), False
+    """How many kernels and products the step launched, and how many of them Triton compiled."""
+    names, inside = [], False
     for line in log.open(errors="replace"):
         kind, _, rest = line.rstrip().partition(" ")
         if kind == "mark":
             inside = rest == "step"
-        elif kind == "stub":
-            stubs.add(rest)
         elif inside and kind in ("kernel", "gemm"):
-            kernels[rest.split(" ")[0]] += 1
-    return {"kernels": kernels, "stubs": sorted(stubs)}
+            names.append(rest)
+    return {"launches": len(names), "triton": sum(name.startswith("triton_") for name in names)}
 
 
 def serve() -> None:
@@ -156,7 +156,11 @@ def serve() -> None:
                 code = 1
                 try:
                     code = job(words, rank)
-                finally:
+                except BaseException:
+                    traceback.print_exc()
+                finally:  # the destructors of what was imported are not this process's to run
+                    sys.stdout.flush()
+                    sys.stderr.flush()
                     os._exit(code)
             children.append(child)
         codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from benchmarks import measuring
 from benchmarks.measuring import Figures, circumstances, device_of, settings, summary, timed
+from torch.cuda import nccl
 
 from mapet_ds.data.index import open_index
 from mapet_ds.draws import SampleOrder
@@ -59,7 +60,7 @@ def gpu_figures(device: torch.device) -> Figures:
         "memory_gib": properties.total_memory / 2**30, "multiprocessors": properties.multi_processor_count,
         "capability": f"{properties.major}.{properties.minor}",
         "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(),
-        "nccl": ".".join(map(str, torch.cuda.nccl.version())) if dist.is_nccl_available() else None,
+        "nccl": ".".join(map(str, nccl.version())) if dist.is_nccl_available() else None,
         "to_gpu_gbyte_s": copies(there, host), "from_gpu_gbyte_s": copies(host, there),
     }  # fmt: skip
 
@@ -145,7 +146,8 @@ def measure_storage(arguments: argparse.Namespace) -> Figures | None:
             return None
     slowest = [min(values) for values in zip(*(each[0] for each in readers))]
     together = [sum(values) for values in zip(*(each[1] for each in readers))]
+    again = arguments.images * arguments.repeats * ranks.world_size > len(index)
     return circumstances(settings(arguments), arguments) | {
-        "hosts": len(readers), "images": len(index), "repeatedly": arguments.images > len(index),
+        "hosts": len(readers), "images": len(index), "repeatedly": again,
         "host_gbyte_s": summary(slowest), "images_per_second": summary(together),
     }  # fmt: skip

@@ -9,7 +9,7 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ ALONE: dict[str, Any] = {"rank": 0, "world_size": 1, "local_rank": 0}
 """A loader's place where nothing else runs."""
 
 
-def summary(values: list[float]) -> Figures:
+def summary(values: Sequence[float]) -> Figures:
     """Median and spread."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 

@@ -156,30 +156,12 @@ class Cluster:
             sizes: dict[str, Any] = figures["sizes"]
             return 8 * max(size["bus_gbyte_s"]["median"] for size in sizes.values()) / LINK_SHARE
 
-        figures: list[object] = [
-            "--storage_gbyte_s",
-            self.measured("storage", lambda f: f["host_gbyte_s"]["median"]),
-        ]
+        recipe = [sys.executable, "tools/plan.py", *self.arguments.overrides, *self.recipe]
+        cluster = ["--gpu", name, "--nodes", self.nodes, "--gpus_per_node", self.arguments.gpus_per_node]
+        figures: list[object] = ["--storage_gbyte_s"]
+        figures += [self.measured("storage", lambda found: found["host_gbyte_s"]["median"])]
         figures += ["--link_gbit", self.measured("allreduce", link)] if self.nodes > 1 else []
-        cluster = [
-            "--gpu",
-            name,
-            "--nodes",
-            self.nodes,
-            "--gpus_per_node",
-            self.arguments.gpus_per_node,
-            "--json",
-        ]
-        lines = ["--calibrate", self.out / "calibration.jsonl"]
-        command = [
-            sys.executable,
-            "tools/plan.py",
-            *self.recipe,
-            *cluster,
-            *figures,
-            *lines,
-            *self.arguments.overrides,
-        ]
+        command = [*recipe, *cluster, *figures, "--json", "--calibrate", self.out / "calibration.jsonl"]
         return Step("plan", [command], lacks, ("train", "storage"))
 
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from mapet_ds.errors import UserError
-from mapet_ds.planning.forecast import GPUS
+from mapet_ds.planning.roofline import GPUS
 from trials.runner import Failed, Figures, Step
 
 PYTHON = sys.executable

@@ -87,8 +87,9 @@ def run_command(words: list[str], log: Any, seconds: float) -> tuple[int | None,
     """
     log.write(f"$ {shlex.join(words)}\n")
     log.flush()
-    pipe, group = subprocess.PIPE, {"start_new_session": True}
-    process = subprocess.Popen(words, cwd=REPOSITORY, stdout=pipe, stderr=log, text=True, **group)
+    process = subprocess.Popen(
+        words, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True
+    )
     try:
         printed, _ = process.communicate(timeout=max(seconds, 1))
     except subprocess.TimeoutExpired:
