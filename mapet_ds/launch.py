@@ -9,9 +9,11 @@ import contextlib
 import fcntl
 import os
 import re
+import shutil
 import signal
 import socket
 import sys
+import sysconfig
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -88,6 +90,27 @@ def use_gpu() -> bool:
     return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
 
 
+def take_device(rank: int, local_rank: int) -> torch.device:
+    """The device of this rank, which it then computes on: the GPU of its number, or the CPU.
+
+    Raises:
+        ConfigError: this host has more ranks than GPUs.
+    """
+    if not use_gpu():
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"This host has {torch.cuda.device_count()} GPUs and rank {rank} is its number {local_rank}: "
+            "start no more ranks per host than it has GPUs (slots= in the hostfile)."
+        )
+    torch.cuda.set_device(local_rank)
+    if local_rank == 0 and (sentence := ignored_gpus(os.environ.get("CUDA_VISIBLE_DEVICES", ""))):
+        print(sentence, file=sys.stderr, flush=True)
+    # cuDNN's attention, which torch prefers for bf16 on an H100, has given NaN gradients (pytorch#196678).
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    return torch.device("cuda", local_rank)
+
+
 def ranks_per_host() -> int:
     """Number of ranks on this host: deepspeed sets LOCAL_SIZE, torchrun LOCAL_WORLD_SIZE."""
     return int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -113,14 +136,52 @@ def _meet(world_size: int, seconds: float) -> dist.Store:
         ) from error
 
 
+def agree_on_device(store: dist.Store, rank: int, world_size: int, device: torch.device) -> None:
+    """Sees through the store that all ranks compute on one type of device. Every rank must call it.
+
+    Raises:
+        ConfigError: on every rank, where some have a GPU and others none.
+    """
+    # Rank 0 compares them and tells the others.
+    store.set(f"device/{rank}", f"{device.type} {socket.gethostname()}")
+    if rank == 0:
+        places = [
+            place.decode().split() for place in store.multi_get([f"device/{i}" for i in range(world_size)])
+        ]
+        without = sorted({host for kind, host in places if kind == "cpu"})
+        mixed = len({kind for kind, _ in places}) > 1
+        store.set(
+            "device/sentence", f"{no_gpu(', '.join(without))} Other ranks have theirs." if mixed else ""
+        )
+    sentence = store.get("device/sentence").decode()
+
+    # The store ends with rank 0, which waits until all have read it.
+    if store.add("device/heard", 1) == world_size:
+        store.set("device/done", "")
+    if rank == 0:
+        store.wait(["device/done"])
+    if sentence:
+        error = ConfigError(sentence)
+        error.printed_elsewhere = rank != 0
+        raise error
+
+
+def no_gpu(hosts: str) -> str:
+    """A sentence about hosts where torch sees no GPU, and what to look at."""
+    return (
+        f"torch {torch.__version__}, built for CUDA {torch.version.cuda}, sees no GPU on {hosts}: look at "
+        "nvidia-smi there; a driver may be too old for it, or CUDA_VISIBLE_DEVICES empty."
+    )
+
+
 def init_distributed(join_seconds: float = 600) -> Ranks:
     """Joins the launch: NCCL on GPUs, gloo on CPUs; a plain process is alone. Every rank must call it.
 
     join_seconds: time that it waits for the other ranks.
 
     Raises:
-        ConfigError: the launcher's variables are incomplete, ranks don't come, or this host has more ranks
-            than GPUs.
+        ConfigError: the launcher's variables are incomplete, ranks don't come, some ranks have a GPU and
+            others none, or this host has more ranks than GPUs.
     """
     # Read the variables of the launcher, or set those of a single process.
     single = {
@@ -140,22 +201,11 @@ def init_distributed(join_seconds: float = 600) -> Ranks:
         )
     rank, local_rank, world_size = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
 
-    # Take the GPU of this rank.
-    device = torch.device("cpu")
-    if use_gpu():
-        if local_rank >= torch.cuda.device_count():
-            raise ConfigError(
-                f"This host has {torch.cuda.device_count()} GPUs and rank {rank} is its number {local_rank}: "
-                "start no more ranks per host than it has GPUs (slots= in the hostfile)."
-            )
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
-        if local_rank == 0 and (sentence := ignored_gpus(os.environ.get("CUDA_VISIBLE_DEVICES", ""))):
-            print(sentence, file=sys.stderr, flush=True)
-
-    # Meet the other ranks.
+    # Meet the other ranks. NCCL and gloo would wait for each other for half an hour.
+    device = take_device(rank, local_rank)
     backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
     store = _meet(world_size, join_seconds)
+    agree_on_device(store, rank, world_size, device)
     dist.init_process_group(
         backend, store=store, rank=rank, world_size=world_size, timeout=STEP_TIMEOUT, device_id=device_id
     )
@@ -196,6 +246,22 @@ def claim(run_dir: Path, seconds: float = 60) -> IO[bytes]:
                 file.truncate(0)
                 file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
             return file
+
+
+def say_what_triton_lacks(ranks: Ranks) -> None:
+    """Says on rank 0 which hosts miss what Triton compiles its kernels with. Every rank must call it.
+
+    It refuses nothing, because a cache of kernels that is already there does without them.
+    """
+    lacks = []
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        lacks.append("C compiler (gcc)")
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        lacks.append("Python.h (python3-dev)")
+    for host, missing in sorted(set(ranks.gather_on_first((socket.gethostname(), " and no ".join(lacks))))):
+        if missing:
+            sentence = f"train.compile = true: {host} has no {missing}, which Triton compiles with"
+            print(f"{sentence}. train.compile=false does without.", file=sys.stderr, flush=True)
 
 
 class StopRequest:

@@ -22,7 +22,7 @@ from mapet_ds.data.quarantine import Quarantine
 from mapet_ds.data.samples import doubts
 from mapet_ds.errors import ConfigError, RunError, UserError
 from mapet_ds.files import write_whole
-from mapet_ds.launch import Ranks, StopRequest, claim, init_distributed
+from mapet_ds.launch import Ranks, StopRequest, claim, init_distributed, say_what_triton_lacks
 from mapet_ds.objectives.objective import Loss
 from mapet_ds.targets.target import begin
 from mapet_ds.task import Task
@@ -77,7 +77,7 @@ class Run:
         self, build_task: Callable[[Any, Ranks], Task], config: RunConfig, engine_config: dict[str, Any],
         ranks: Ranks,
     ) -> None:  # fmt: skip
-        check_engine_config(engine_config)
+        ranks.from_first(lambda: check_engine_config(engine_config, ranks.device))
         self.ranks, self.folder = ranks, Path(config.run_dir)
         self.config: Any = config  # what the task takes
         self._open_folder()
@@ -145,6 +145,8 @@ class Run:
         self.engine = build_engine(objective, groups, config, engine_config, ranks.world_size, ranks.device)
         if not config.train.compile:
             return
+        if ranks.device.type == "cuda":
+            say_what_triton_lacks(ranks)
         if self.engine.zero_optimization_stage() < 3:
             compile_blocks(objective)
         elif ranks.rank == 0:  # it would trace DeepSpeed's hooks anew without end (docs/log.md)

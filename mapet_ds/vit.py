@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import timm
 import torch
 import torch.nn.functional as F
-from timm.layers import Attention, DropPath, Mlp, trunc_normal_
+from timm.layers import Attention, DropPath, Mlp, build_sincos2d_pos_embed, trunc_normal_
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -242,6 +242,41 @@ def beit_init(vit: VisionTransformer) -> VisionTransformer:
         for layer in ("attn.proj", "mlp.fc2"):
             vit.get_parameter(f"blocks.{i}.{layer}.weight").div_(math.sqrt(2 * (i + 1)))
     return vit
+
+
+def sincos_positions(grid: int, width: int) -> Tensor:
+    """Fixed 2-D sine and cosine positions of grid x grid patches: [1, L, width], in timm's order of channels.
+
+    MAE and SAIM have the same numbers in another order of channels.
+
+    Raises:
+        ConfigError: a width that is no multiple of 4.
+    """
+    if width % 4:
+        raise ConfigError(f"Fixed sin-cos positions need a width that is a multiple of 4, not {width}.")
+    return build_sincos2d_pos_embed([grid, grid], width)[None]
+
+
+def mae_init(module: nn.Module, vit: VisionTransformer, split_qkv: bool = False) -> None:
+    """Initialises a module's linear layers, and its ViT's tokens and fixed positions, as MAE does.
+
+    Weights are Xavier-uniform; with split_qkv those of query, key and value each on their own. Biases are
+    zero. Positions are a sin-cos table, zero for prefix tokens, that no gradient reaches.
+
+    Source: MAE, arXiv 2111.06377, A.1 and the released code.
+    """
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            for weight in layer.weight.data.chunk(3 if split_qkv and isinstance(layer, QKVLinear) else 1):
+                nn.init.xavier_uniform_(weight)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+    assert vit.cls_token is not None and vit.pos_embed is not None
+    nn.init.xavier_uniform_(vit.patch_embed.proj.weight.data.flatten(1))
+    nn.init.normal_(vit.cls_token, std=0.02)
+    table = sincos_positions(vit.patch_embed.grid_size[0], vit.embed_dim)
+    prefix = vit.pos_embed.shape[1] - table.shape[1]
+    vit.pos_embed.requires_grad_(False).copy_(F.pad(table, (0, 0, prefix, 0)))
 
 
 def mask_token_and_head(width: int, target_dim: int) -> tuple[nn.Parameter, nn.Linear]:

@@ -2,10 +2,9 @@
 
     engine_worker.py FOLDER CASE[,CASE...] accum
 
-With two ranks each case trains 6 steps straight, then 3, gathers, scatters into a fresh engine,
-and trains the
-other 3. With another number of ranks it trains the last 3 from what two ranks have gathered. Losses go to
-FOLDER/CASE.RANKS.json.
+With two ranks each case trains 6 steps straight, then 3, gathers, scatters into a fresh engine, trains the
+other 3, and then meets gradients that are not finite. With another number of ranks it trains the last 3 from
+what two ranks have gathered. Losses go to FOLDER/CASE.RANKS.json.
 """
 
 import json
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from safetensors.torch import load_file, save_file
 from test_objectives import VOCAB, tiny_config
 
@@ -69,6 +69,22 @@ class Trainer:
             objective, parameter_groups(objective, 0.05), config, engine_config(case), world, self.device
         )
 
+        self.norms = self.hear_norms()
+
+    def hear_norms(self):
+        """Under ZeRO-1/2, each norm of a step beside the one that DeepSpeed's own method gives."""
+        zero, norms = self.engine.optimizer, []
+        if not isinstance(zero, DeepSpeedZeroOptimizer):
+            return norms
+        ours = zero.scaled_global_norm
+
+        def both():
+            norms.append([float(ours()), float(DeepSpeedZeroOptimizer.scaled_global_norm(zero))])
+            return ours()
+
+        zero.scaled_global_norm = both
+        return norms
+
     def train(self, first, last):
         losses = []
         rank, world = dist.get_rank(), dist.get_world_size()
@@ -118,7 +134,32 @@ def straight_and_resumed(folder, case, accum):
     resumed = gather_state(trainer.engine, rank)
     if rank == 0:
         save(folder / f"{case}.resumed.safetensors", resumed)
-    return {"straight": straight, "first": first, "rest": rest}
+    norms = list(trainer.norms)
+    return {
+        "straight": straight, "first": first, "rest": rest, "norms": norms,
+        "changed": meet_gradients_that_are_not_finite(trainer, resumed),
+    }  # fmt: skip
+
+
+def meet_gradients_that_are_not_finite(trainer, before):
+    """One number of one gradient of the last rank is NaN, inf, -inf. Gives what changed by it on rank 0."""
+    rank, changed = dist.get_rank(), []
+    for number, value in enumerate(map(float, ("nan", "inf", "-inf")), start=1):
+
+        def spoil(gradient, value=value):
+            if rank == dist.get_world_size() - 1:
+                gradient = gradient.clone()
+                gradient.flatten()[1] = value
+            return gradient
+
+        hook = trainer.engine.module.vit.blocks[1].attn.proj.weight.register_hook(spoil)
+        trainer.train(6, 7)
+        hook.remove()
+        after = gather_state(trainer.engine, rank)
+        changed += [] if trainer.engine.skipped_steps == number else [f"{value} was not skipped"]
+        for old, new in zip(before, after):
+            changed += [f"{name} by {value}" for name in old if not torch.equal(old[name], new[name])]
+    return changed
 
 
 def elsewhere(folder, case, accum):
@@ -131,6 +172,7 @@ def main(folder, cases, accum):
     torch.set_num_threads(1)
     if "cuda" in cases:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.backends.cudnn.allow_tf32 = False  # the patch embedding's convolution, as exact as the CPU's
     dist.init_process_group("nccl" if "cuda" in cases else "gloo")
     for case in cases.split(","):
         same = dist.get_world_size() == 2 and "@" not in case

@@ -203,6 +203,32 @@ def saim_loss(model: nn.Module, images: Tensor, pixels: Tensor, draw: tuple[Tens
     return torch.stack(losses).mean()
 
 
+def mae_encoded(model: nn.Module, image: Tensor, mask: Tensor, keep: Tensor) -> Tensor:
+    """[1 + v, D] of one image: the class token and the visible patches, which alone are there; final norm."""
+    vit, position = model.vit, model.vit.pos_embed[0]
+    patches = vit.patch_embed(image[None])[0] + position[1:]
+    rows = torch.stack([vit.cls_token[0, 0] + position[0]] + [patches[p] for p in (~mask).nonzero()[:, 0]])
+    for i, block in enumerate(vit.blocks):
+        rows = _through(block, rows, [rows] * len(rows), keep[2 * i : 2 * i + 2])
+    return vit.norm(rows)
+
+
+def mae_loss(model: nn.Module, images: Tensor, pixels: Tensor, draw: tuple[Tensor, ...]) -> Tensor:
+    losses = []
+    for image, wanted, mask, keep in zip(images, pixels, draw.mask, draw.keep.double()):
+        first, *encoded = model.decoder_embed(mae_encoded(model, image, mask, keep))
+        seen = iter(encoded)
+        rows = [model.mask_token[0, 0] if hidden else next(seen) for hidden in mask]
+        rows = torch.stack([first] + [row + model.positions[0, p] for p, row in enumerate(rows)])
+        for block in model.decoder:
+            rows = _through(block, rows, [rows] * len(rows), torch.ones(2, dtype=rows.dtype))
+        found = model.head(model.norm(rows))[1:]
+        losses.append(
+            torch.stack([(found[p] - wanted[p]).square().mean() for p in mask.nonzero()[:, 0]]).mean()
+        )
+    return torch.stack(losses).mean()
+
+
 class DenseMaPeT(nn.Module):
     """MaPeT as published: raster order, both streams through every block, one dense float mask per image.
 

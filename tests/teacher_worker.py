@@ -73,6 +73,14 @@ def settings(towers, case):
     return TeacherConfig(**named, img_size=SIZE[kind], precision=precision, shard=shard)
 
 
+def gpu_bytes(device):
+    """Bytes of a GPU that tensors hold, without the allocator's rounding: these teachers are tiny."""
+    if device.type == "cpu":
+        return 0
+    torch.cuda.synchronize(device)
+    return torch.cuda.memory_stats(device)["requested_bytes.all.current"]
+
+
 def download_results(towers, out, device):
     """What a tag's teacher is made of when only the node's first rank may download, and when that fails."""
     calls = Path(out) / "calls"
@@ -124,10 +132,10 @@ def main(towers, out, device):
     results = {}
     for case in CASES:
         kind = case[0].removesuffix(".pt")
-        CountingFile.last = None
-        before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+        CountingFile.last = teacher = None  # the teacher before gives its memory back
+        before = gpu_bytes(device)
         teacher = module.build_teacher(settings(towers, case), device)
-        allocated = torch.cuda.memory_allocated(device) - before if device.type == "cuda" else 0
+        allocated = gpu_bytes(device) - before
         read = CountingFile.last.read if CountingFile.last else None
         features = [
             teacher(images(kind).to(device)) for _ in range(2)

@@ -75,7 +75,7 @@ def test_published_settings():
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        (["objective=simmim"], "there are: mapet, beit, mvp, saim, conmim"),
+        (["objective=simmim"], "there are: mapet, beit, mvp, saim, conmim, mae"),
         (["objective=beit", "beit.hidden_share=0"], r"beit\.hidden_share = 0\.0 hides 0 of 196"),
         (["objective=beit", "beit.hidden_share=1"], "at least one must be hidden and one visible"),
         (["objective=mvp", "mvp.loss=mse"], r"mvp\.loss"),
@@ -84,6 +84,7 @@ def test_published_settings():
             ["objective=conmim", "train.micro_batch_size=32"],
             r"bn_group = 64 does not divide.*conmim\.bn_group=32",
         ),
+        (["objective=mae", "mae.decoder_heads=3"], r"mae\.decoder_width = 512 must be a multiple of .* = 3,"),
         (["data.strong.blur_sigma=[2, 1]"], "blur_sigma = .* must be positive and rising"),
         (["data.strong.jitter=[0.4, 0.4, 0.2, 0.6]"], "hue at most 0.5"),
         (["objective=mvp", "teacher.img_size=224"], "teacher's grid is 7"),
@@ -103,7 +104,7 @@ def test_each_objective_knows_its_contradictions(overrides, says, tmp_path):
 
 def test_objectives_without_a_teacher_do_not_mind_its_grid(tmp_path):
     given = [f"data.train={tmp_path}", f"run_dir={tmp_path}-run", "teacher.img_size=224"]
-    for objective in ("saim", "conmim"):
+    for objective in ("saim", "conmim", "mae"):
         check(load_config(RECIPES_BY_NAME["mapet_vitb16"], [*given, f"objective={objective}"]), 1)
     check(load_config(RECIPES_BY_NAME["mapet_vitb16"], [*given, "tokenizer.name=vqkd"]), 1)
 
@@ -312,6 +313,8 @@ def test_a_recipe_file_is_read_by_the_same_rules(recipe, tmp_path):
         ({"zero_optimisation": {"stage": 2}}, "zero_optimisation.*meant zero_optimization"),
         ({"zero_optimization": {"stage": 0}}, "1, 2 or 3"),
         ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, "offload"),
+        ({"zero_optimization": {"stage": 2, "compute_grad_norm": False}}, "not finite"),
+        ({"zero_optimization": {"stage": 2}, "bf16": {"check_grad_overflow": False}}, "not finite"),
         ([], "JSON object"),
     ],
 )
@@ -340,7 +343,7 @@ NUMBERS = st.integers(1, 64) | st.floats(0.01, 1)
 SCALARS = (
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=12) | WORDS
     | st.sampled_from(["center", "random", "projected", "pixels", "features", "RN50x64"])
-    | st.sampled_from(["mapet", "beit", "mvp", "saim", "conmim"])
+    | st.sampled_from(["mapet", "beit", "mvp", "saim", "conmim", "mae"])
 )  # fmt: skip
 VALUES = st.recursive(
     SCALARS,

@@ -112,6 +112,19 @@ def test_conmim_is_a_plain_vit_by_hand():
     assert counted.minimum == counted.flops and counted.recomputed == 0
 
 
+def test_mae_is_a_quarter_of_a_vit_and_a_narrow_one():
+    """The encoder has 50 of 197 rows. The decoder's last block updates the hidden ones alone."""
+    width, narrow, seen, rows, patches, hidden = 768, 512, 50, 197, 196, 147
+    last = 2 * narrow**2 * (2 * rows + 10 * hidden) + 4 * narrow * hidden * rows
+    learnt = plain_vit(width, 12, seen) + plain_vit(narrow, 7, rows) + last
+    learnt += 2 * seen * width * narrow + 2 * hidden * narrow * 768
+    counted = student(recipe("mae_vitb16"))
+    assert counted.flops == counted.minimum == 4 * patches * 768 * width + 3 * learnt
+    assert (
+        counted.parameters + counted.constants + rows * narrow == 111_907_840
+    )  # as published, with both tables
+
+
 def test_beits_last_block_updates_no_row_that_no_loss_reads():
     width, rows, patches, hidden, ids = 768, 197, 196, 75, 8192
     last = 2 * width**2 * (2 * rows + 2 * hidden + 8 * hidden) + 4 * rows * hidden * width

@@ -37,6 +37,7 @@ from mapet_ds.data.samples import (
     UNBLURRED,
     SampleSource,
     central_square,
+    doubts,
     random_crop,
     strong_values,
 )  # fmt: skip
@@ -736,6 +737,23 @@ def test_a_gpu_asked_for_must_be_there(photos, monkeypatch):
         load(settings(4, device="gpu"), photos, 1)
 
 
+def test_doubts_about_the_images_are_said(tmp_path):
+    index = make_index(tmp_path / "few", images.photos(6))
+    assert list(doubts(settings(6), index)) == []
+    (doubt,) = doubts(settings(15), index)
+    assert "has 6 images: each comes 2.5 times in a step" in doubt
+
+    split = {f"{part}/{name}": data for part in ("train", "val") for name, data in images.photos(4).items()}
+    index = make_index(tmp_path / "split", split)
+    (doubt,) = doubts(settings(6), index)
+    assert (
+        f"holds the folders train and val: the run learns from all of them. data.train={index.root}/train"
+        in doubt
+    )
+    classes = {name.replace("val/", "bus/"): data for name, data in split.items()}
+    assert list(doubts(settings(6), make_index(tmp_path / "classes", classes))) == []
+
+
 # ---- programs
 
 
@@ -826,6 +844,14 @@ def test_check_images_ends_well_or_with_a_sentence(photos, tmp_path):
     )
 
 
+def test_the_decoder_is_told_to_upsample_chroma_as_the_cpu_does(photos):
+    """Only a GPU's decoder has another way, so that a CPU shows no difference."""
+    loader = Loader(settings(4), photos, student=True, teacher=None, rank=0, world_size=1, local_rank=0)
+    graph = loader._pipeline.serialize()
+    loader.close()
+    assert b"jpeg_fancy_upsampling" in graph
+
+
 # ---- on a GPU
 
 
@@ -863,4 +889,5 @@ def test_gpu_gives_the_cpus_strong_view(photos):
     )
     for one, other in zip(solarized, plain, strict=True):
         expected = ImageOps.solarize(Image.fromarray(pixels(other, *TEACHER[1:3]).round().astype(np.uint8)))
-        np.testing.assert_allclose(pixels(one, *TEACHER[1:3]), np.asarray(expected, float), atol=1e-3)
+        # The GPU's colour twist, here by nothing, may round a pixel to its neighbour.
+        np.testing.assert_allclose(pixels(one, *TEACHER[1:3]), np.asarray(expected, float), atol=1 + 1e-3)

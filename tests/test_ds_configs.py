@@ -69,7 +69,8 @@ for path in sys.argv[2:]:
         engine.step()
         losses.append(loss.item())
     types = [str(dtype), str(accumulate), str(engine.communication_data_type)]
-    facts[path] = [engine.zero_optimization_stage(), *types, losses]
+    waits = engine.tput_timer.config.enabled, engine.zero_overlap_comm()
+    facts[path] = [engine.zero_optimization_stage(), *types, losses, waits]
     engine.destroy()
 print("FACTS", json.dumps(facts))
 """
@@ -97,8 +98,9 @@ def test_each_builds_an_engine_that_learns(tmp_path):
     assert done.returncode == 0, done.stderr
     facts = json.loads(done.stdout.split("FACTS")[1])
     for path in FILES:
-        stage, dtype, accumulate, communicate, losses = facts[str(path)]
+        stage, dtype, accumulate, communicate, losses, waits = facts[str(path)]
         assert stage == int(path.stem[4])
         assert dtype == ("torch.float32" if path.stem.endswith("_cpu") else "torch.bfloat16")
         assert accumulate == communicate == "torch.float32"
         assert losses[2] < losses[0]
+        assert waits == [False, False], "a timer, and one rank's overlap, would make the host wait"

@@ -4,18 +4,22 @@ import contextlib
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 import yaml
 from line import ENVIRONMENT, command, free_port, start
 
 from mapet_ds.config.sections import REPOSITORY
 from mapet_ds.errors import ConfigError
-from mapet_ds.launch import claim, init_distributed
+from mapet_ds.launch import agree_on_device, claim, init_distributed, say_what_triton_lacks, take_device
 from mapet_ds.launchers import check_hostfile
 
 HOLD = """
@@ -119,6 +123,61 @@ def test_an_incomplete_environment_is_named(monkeypatch, missing):
     monkeypatch.delenv(missing)
     with pytest.raises(ConfigError, match=f"WORLD_SIZE = 2, but {missing} is not set"):
         init_distributed()
+
+
+def agree(*kinds):
+    """The sentence that each rank raises, by its type of device, in threads that share a store."""
+    store, sentences = dist.HashStore(), {}
+
+    def rank(number, kind):
+        try:
+            agree_on_device(store, number, len(kinds), torch.device(kind))
+        except ConfigError as error:
+            sentences[number] = error
+
+    threads = [threading.Thread(target=rank, args=place) for place in enumerate(kinds)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in threads)
+    return sentences
+
+
+def test_a_host_without_a_gpu_is_named_by_one_rank_and_ends_all():
+    assert agree("cuda", "cuda") == agree("cpu", "cpu", "cpu") == agree("cpu") == {}
+    sentences = agree("cuda", "cpu", "cuda")
+    assert sorted(sentences) == [0, 1, 2]
+    assert re.search(f"sees no GPU on {socket.gethostname()}: look at nvidia-smi", str(sentences[1]))
+    assert [sentences[i].printed_elsewhere for i in range(3)] == [False, True, True]
+
+
+def test_a_rank_takes_the_gpu_of_its_number_without_cudnns_attention(monkeypatch):
+    taken, switch = [], torch.backends.cuda.cudnn_sdp_enabled()
+    monkeypatch.setattr("mapet_ds.launch.use_gpu", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    try:
+        assert take_device(rank=9, local_rank=1) == torch.device("cuda", 1) and taken == [1]
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(switch)
+    with pytest.raises(ConfigError, match="2 GPUs and rank 9 is its number 2"):
+        take_device(rank=9, local_rank=2)
+
+
+def test_a_host_that_can_not_compile_kernels_is_named(alone, monkeypatch, tmp_path, capsys):
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setenv("CC", "cc")
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    say_what_triton_lacks(alone)
+    assert capsys.readouterr().err == ""
+    (tmp_path / "Python.h").unlink()
+    monkeypatch.delenv("CC")
+    say_what_triton_lacks(alone)
+    expected = f"{socket.gethostname()} has no C compiler (gcc) and no Python.h (python3-dev), which Triton"
+    assert expected in capsys.readouterr().err
 
 
 @pytest.fixture

@@ -543,3 +543,22 @@ def test_shards_are_packed_from_any_source(tmp_path, shards):
     assert taken(anew) == taken(packed) and anew.passed_over == {}
     with pytest.raises(DataError, match="lies inside"):
         make_shards.make_shards(make_shards.parse([both, str(folders / "out")]))
+
+
+def test_what_a_wildcard_finds_and_what_vanishes(tmp_path):
+    files = {
+        "a/0.jpg": JPEG,
+        "b/0.jpg": JPEG,
+        "lost+found/0.jpg": JPEG,
+        "notes.json": b"no",
+        ".x/0.jpg": JPEG,
+    }
+    data = images.write(tmp_path / "data", files)
+    index = opened(tmp_path, f"{data}/*")
+    assert len(index) == 2 and index.empty_folders() == []
+    assert index.passed_over == {
+        "system folders": [1, f"{data}/lost+found"], ".json": [1, f"{data}/notes.json"]
+    }  # fmt: skip
+    (data / "b").rename(tmp_path / "away")
+    with pytest.raises(DataError, match=r"data/b is gone or no longer mounted"):
+        index.read(1)

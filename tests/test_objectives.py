@@ -5,6 +5,7 @@ import math
 
 import pytest
 import reference
+import timm
 import torch
 import torch.nn.functional as F
 from torch._dynamo.utils import counters
@@ -13,13 +14,15 @@ from mapet_ds.config.sections import (
     BEiTConfig,
     Config,
     ConMIMConfig,
+    MAEConfig,
     MaPeTConfig,
     ModelConfig,
     MVPConfig,
     SAIMConfig,
     TokenizerConfig,
 )  # fmt: skip
-from mapet_ds.draws import block_masks, cell_masks
+from mapet_ds.data.batch import Batch
+from mapet_ds.draws import Place, block_masks, cell_masks
 from mapet_ds.errors import ConfigError
 from mapet_ds.methods import METHODS, build_objective
 from mapet_ds.objectives import objective as objective_module
@@ -28,7 +31,7 @@ from mapet_ds.vit import build_vit, compile_blocks
 VOCAB = 11
 GROUP = 2
 TINY = {"depth": 3, "embed_dim": 24, "num_heads": 2}
-DIMS = {"mapet": VOCAB, "beit": VOCAB, "mvp": 10, "saim": 48, "conmim": 12}
+DIMS = {"mapet": VOCAB, "beit": VOCAB, "mvp": 10, "saim": 48, "conmim": 12, "mae": 48}
 SEES_BY_ORDER = {"mapet", "saim"}
 
 
@@ -40,6 +43,7 @@ def tiny_config(objective="mapet", **changes):
         "mvp": MVPConfig(hidden_share=0.5),
         "saim": SAIMConfig(query_depth=3),
         "conmim": ConMIMConfig(hidden_share=0.5, projector_dim=16, bn_group=GROUP),
+        "mae": MAEConfig(hidden_share=0.67, decoder_depth=2, decoder_width=16, decoder_heads=2),
     }  # fmt: skip
     return Config(**(settings | changes))
 
@@ -417,7 +421,7 @@ def test_what_is_no_student_is_a_sentence(changes, says):
 def test_registers_take_part():
     args = TINY | {"reg_tokens": 3}
     changes = {"model": ModelConfig(name="vit_tiny_patch16_224", img_size=16, patch_size=4, args=args)}
-    for name in ("mapet", "beit", "mvp", "conmim"):
+    for name in ("mapet", "beit", "mvp", "conmim", "mae"):
         model = build_objective(tiny_config(name, **changes), DIMS[name])
         model(*tiny_batch(model, dtype=torch.float32)).loss.backward()
         assert model.vit.reg_token.grad.abs().max() > 0, name
@@ -555,3 +559,54 @@ def test_saim_and_mvp_have_other_losses(loss):
     images, target, draw = tiny_batch(model)
     scaled = model(images, 3 * target + 1, draw).loss
     assert abs(scaled - model(images, target, draw).loss) < 1e-4, "the target's own scale is gone"
+
+
+# ---- MAE
+
+
+@pytest.fixture
+def mae():
+    return far_from_init(build_objective(tiny_config("mae"), DIMS["mae"]).double()).eval()
+
+
+def test_maes_encoder_is_timms_forward_on_the_visible_rows(mae):
+    images, _, draw = tiny_batch(mae)
+    timms = timm.create_model("vit_tiny_patch16_224", img_size=16, patch_size=4, init_values=0.1, **TINY)
+    timms = timms.double().eval()
+    timms.load_state_dict(mae.vit.state_dict(), strict=False)
+    rows = timms._pos_embed(timms.patch_embed(images))
+    shown = F.pad(~draw.mask, (1, 0), value=True)
+    wanted = timms.norm(timms.blocks(rows[shown].view(len(images), -1, rows.shape[2])))
+    found, order = mae.encode(images, draw)
+    assert found.shape[1] == 1 + 16 - 11 and (found - wanted).abs().max() < 1e-9
+    assert torch.equal(torch.zeros_like(draw.mask).scatter(1, order[:, 5:], True), draw.mask)
+
+
+def test_maes_encoder_sees_nothing_of_hidden_patches(mae):
+    """Nor does the loss, but through its target; each visible patch reaches both."""
+    images, target, draw = tiny_batch(mae)
+    images.requires_grad_()
+    for output in (mae.encode(images, draw)[0].square().sum(), mae(images, target, draw).loss):
+        (gradient,) = torch.autograd.grad(output, images)
+        pixels = gradient.unfold(2, 4, 4).unfold(3, 4, 4).abs().amax(dim=(1, 4, 5)).flatten(1)
+        assert torch.equal(pixels > 0, ~draw.mask)
+
+
+def test_mae_is_the_published_size_and_starts_at_the_spread_of_its_target():
+    """Pixels have variance 1 in each patch. What an untrained head adds to it goes with the head."""
+    config = Config(objective="mae", model=ModelConfig(drop_path=0.0, layer_scale=None, args={"depth": 2}))
+    model = build_objective(config, 768)
+    sizes = [sum(p.numel() for p in part.parameters()) for part in (model.vit.blocks[0], model.decoder[0])]
+    assert sizes == [7_087_872, 3_152_384] and len(model.decoder) == 8
+    assert not model.vit.pos_embed.requires_grad and (model.vit.pos_embed[0, 0] == 0).all()
+    images = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    batch = Batch(images=images, teacher_images=None, index=torch.arange(2), place=Place(0, 0))
+    target, draw = METHODS["mae"][1](config, torch.device("cpu"))(batch), model.draw(0, 0, 2)
+    assert draw.mask.sum(dim=1).tolist() == [147, 147]
+    heads = []
+    model.head.register_forward_hook(lambda head, rows, out: heads.append(out.square().mean()))
+    with torch.no_grad():
+        loss = model(images, target, draw).loss
+        assert abs(loss - 1 - heads[0]) < 0.02
+        model.head.weight.zero_()
+        assert abs(model(images, target, draw).loss - 1) < 0.01

@@ -36,6 +36,7 @@ SETTINGS = {
     "mvp": ["teacher.features=projected", "mvp.hidden_share=0.9"],
     "saim": ["model.layer_scale=null", "saim.target=features", "saim.loss=cosine"],
     "conmim": ["conmim.bn_group=4", "conmim.projector_dim=32"],
+    "mae": ["mae.decoder_depth=2", "mae.decoder_width=16", "mae.decoder_heads=2"],
 }
 """Of each objective. With so large a share, rectangles hide fewer patches in some images than in others."""
 

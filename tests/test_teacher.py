@@ -11,7 +11,7 @@ import open_clip
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from teacher_worker import CASES, images, settings
+from teacher_worker import CASES, gpu_bytes, images, settings
 from towers import SIZE, VISION, know_tiny_models, model_config, whole_model, write_tower
 
 from mapet_ds.config.sections import TeacherConfig
@@ -437,10 +437,12 @@ def test_bf16_on_a_gpu_is_near_fp32_on_a_cpu(towers, kind):
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_sharded_on_two_gpus_is_the_whole_one_and_half_the_memory(towers, tmp_path):
     results = run_sharded(towers, tmp_path, "cuda")
+    device, whole = torch.device("cuda", 0), None
     for case in CASES:
-        before = torch.cuda.memory_allocated()
-        whole = build_teacher(settings(towers, case), torch.device("cuda", 0))
-        allocated = torch.cuda.memory_allocated() - before
+        del whole
+        before = gpu_bytes(device)
+        whole = build_teacher(settings(towers, case), device)
+        allocated = gpu_bytes(device) - before
         expected = whole(images(case[0].removesuffix(".pt")).cuda()).cpu()
         for features, *_, mine in (result[case] for result in results):
             assert all(torch.equal(f, expected) for f in features), case

@@ -23,6 +23,7 @@ import argparse
 import importlib
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,19 @@ from mapet_ds.terminal import answer, number, option_parser
 RECIPE = RECIPES / "mapet_vitb16.yaml"
 ENGINE = ENGINES / "zero2.json"
 count = number(int, 1)
+
+
+def add_machines(command: Callable[..., Any]) -> None:
+    """Adds the benchmarks of the machine itself: its GPUs, links and storage."""
+    command("machine", "machines", 1, "what the GPUs, the links and the tools here are")
+    allreduce = command("allreduce", "machines", 1, "bytes a second of a sum over all ranks")
+    allreduce.add_argument("--repeats", type=count, default=20)
+    allreduce.add_argument("--mebibytes", type=count, nargs="+", default=[1, 16, 256])
+    storage = command("storage", "machines", 1, "bytes a second of the images, read in random order")
+    storage.add_argument("--repeats", type=count, default=3)
+    storage.add_argument("--data", required=True, help="folder of images")
+    storage.add_argument("--images", type=count, default=2000, help="read a repeat by each host")
+    storage.add_argument("--index", type=Path, metavar="DIR", help="the list of the images, kept there")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -61,33 +75,25 @@ def parse(argv: list[str]) -> argparse.Namespace:
     train = command("train", "runs", 32, "a whole training step and its parts")
     scaling = command("scaling", "runs", 32, "`train` at 1, 2, 4 .. ranks of this host")
     checkpoint = command("checkpoint", "runs", 2, "what a save costs the training")
-    command("machine", "machines", 1, "what the GPUs, the links and the tools here are")
-    allreduce = command("allreduce", "machines", 1, "bytes a second of a sum over all ranks")
-    storage = command("storage", "machines", 1, "bytes a second of the images, read in random order")
 
     repeats = {loader: 5, bad: 5, index: 20, step: 3, teacher: 5, train: 5, scaling: 5, checkpoint: 5}
-    repeats |= {allreduce: 20, storage: 3}
     for made, times in repeats.items():
         made.add_argument("--repeats", type=count, default=times)
-    for made in (loader, bad, assign, train, scaling, checkpoint, storage):
+    for made in (loader, bad, assign, train, scaling, checkpoint):
         made.add_argument("--data", required=True, help="folder of images")
     for made in (loader, bad):
         turns = "timed, a multiple of --threads: workers come in turns"
         made.add_argument("--batches", type=count, default=16, help=turns)
     for made in (step, train):
         made.add_argument("--plot", metavar="FILE.png", type=Path, help="the breakdown as a picture")
-        trace = "the profiled steps, for Perfetto or chrome://tracing"
-        made.add_argument("--trace", metavar="FILE.json.gz", type=Path, help=trace)
+        made.add_argument("--trace", metavar="FILE.json.gz", type=Path, help="its steps, for Perfetto")
     for made in (train, scaling, checkpoint):
         made.add_argument("--deepspeed_config", default=ENGINE, metavar="JSON", type=Path)
         made.add_argument("--steps", type=count, default=10, help="a repeat")
 
-    readers = (
-        "default: dali and torchvision; _whole: cut out of the whole image; others: a GPU's JPEG decoder"
-    )
+    readers = "default: dali and torchvision; _whole: cut from the whole image; others: a GPU's decoder"
     loader.add_argument("--against", action="append", choices=list(OTHERS), help=readers)
-    size = "65 bytes each are written to $TMPDIR, and deleted"
-    index.add_argument("--images", type=count, default=20_000_000, help=size)
+    index.add_argument("--images", type=count, default=20_000_000, help="65 bytes each, in $TMPDIR")
     step.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"], help="bf16: autocast")
     step.add_argument("--model", default="vit_base_patch16_224", help="timm model name")
     for made, default in ((step, "dense"), (train, "none")):
@@ -100,9 +106,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     teacher.add_argument("--against", choices=["eager", "unsharded"], help=other)
     scaling.add_argument("--ranks", type=count, default=2, help="the most")
     scaling.add_argument("--rounds", type=count, default=2)
-    allreduce.add_argument("--mebibytes", type=count, nargs="+", default=[1, 16, 256])
-    storage.add_argument("--images", type=count, default=2000, help="read a repeat by each host")
-    storage.add_argument("--index", type=Path, metavar="DIR", help="the list of the images, kept there")
+    add_machines(command)
     return parser.parse_args(argv)
 
 

@@ -118,19 +118,20 @@ def extract(arguments: argparse.Namespace, model: Any, ranks: Ranks) -> tuple[li
         check_apart(train, val, "--", ranks, refuse=True)
 
         # What is wrong with the validation images is found before the training images are computed.
-        arrays = {}
-        for images in (val, train):
+        arrays, basis = {}, {"classes": len(train.classes)}
+        for name, images in (("val", val), ("train", train)):
+            batches = -(-len(images) // (arguments.batch_size * ranks.world_size))
             quiet = ranks.rank != 0 or not sys.stderr.isatty()
-            with tqdm(desc=images.root.name, unit="batch", disable=quiet) as bar:
-                arrays[images] = labelled_features(
-                    config, model, images, transform, ranks, lambda _, bar=bar: bar.update(), arguments.pool
-                )
-    basis: dict[str, Any] = {"model": str(arguments.model or f"teacher of {arguments.teacher}")}
-    basis |= {"untrained": arguments.untrained, "pool": arguments.pool, "classes": len(train.classes)}
-    for name, images in (("train", train), ("val", val)):
-        read = len(arrays[images][1])
-        basis |= {f"{name}_images": read, f"{name}_unreadable": len(images) - read}
-    return [*arrays[train], *arrays[val]], basis
+            with tqdm(desc=name, total=batches, unit="batch", disable=quiet) as bar:
+                arrays[name] = labelled_features(
+                    config, model, images, transform, ranks, lambda _, bar=bar: bar.update(), arguments.pool,
+                    start_method="fork",
+                )  # fmt: skip
+            read = len(arrays[name][1])
+            basis |= {f"{name}_images": read, f"{name}_unreadable": len(images) - read}
+    about = {"model": str(arguments.model or f"teacher of {arguments.teacher}")}
+    about |= {"untrained": arguments.untrained, "pool": arguments.pool}
+    return [*arrays["train"], *arrays["val"]], basis | about
 
 
 def unit(arrays: list[Any]) -> list[Any]:

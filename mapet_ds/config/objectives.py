@@ -155,3 +155,26 @@ class ConMIMConfig(ObjectiveConfig):
                 "BatchNorm is over whole groups. Keep the group through a run, e.g. "
                 f"conmim.bn_group={math.gcd(micro, self.bn_group)}."
             )
+
+
+@knobs
+class MAEConfig(ObjectiveConfig):
+    """Prediction of pixels by an encoder of the visible patches alone. MAE, arXiv 2111.06377."""
+
+    hidden_share: Share = 0.75
+    """Share of the patches that is hidden (147 of 196)."""
+    decoder_depth: Positive = 8
+    """Blocks of the decoder."""
+    decoder_width: Positive = 512
+    """Width of the decoder's rows."""
+    decoder_heads: Positive = 16
+    """Attention heads of a decoder's block."""
+    predicts_ids: ClassVar[bool] = False
+
+    def rules(self, config: Config) -> Iterator[str]:
+        yield from super().rules(config)
+        if self.decoder_width % self.decoder_heads or self.decoder_width % 4:
+            yield (
+                f"mae.decoder_width = {self.decoder_width} must be a multiple of mae.decoder_heads = "
+                f"{self.decoder_heads}, and of 4 for its sin-cos positions."
+            )

@@ -20,6 +20,7 @@ from mapet_ds.config.knobs import Natural, NonNegative, Positive, Share, Triple,
 from mapet_ds.config.objectives import (
     BEiTConfig,
     ConMIMConfig,
+    MAEConfig,
     MaPeTConfig,
     MVPConfig,
     ObjectiveConfig,
@@ -206,7 +207,7 @@ class OptimConfig:
     """Largest norm of the whole gradient; 0 never clips."""
     adamw: Literal["auto", "deepspeed", "torch"] = "auto"
     """deepspeed: FusedAdam, compiled once per node; torch: torch's own (fused on a GPU), no compiler.
-    auto: deepspeed on a GPU with nvcc, else torch."""
+    auto: deepspeed on GPUs where it compiles, else torch."""
 
 
 @knobs
@@ -323,7 +324,7 @@ class Config(RunConfig):
     """The settings of a pre-training run."""
 
     objective: str = "mapet"
-    """mapet, beit, mvp, saim, conmim, or one of your own (docs/extending.md)."""
+    """mapet, beit, mvp, saim, conmim, mae, or one of your own (docs/extending.md)."""
     model: ModelConfig = Field(default_factory=ModelConfig)
     data: DataConfig = Field(default_factory=DataConfig)
     teacher: TeacherConfig = Field(default_factory=TeacherConfig)
@@ -333,6 +334,7 @@ class Config(RunConfig):
     mvp: MVPConfig = Field(default_factory=MVPConfig)
     saim: SAIMConfig = Field(default_factory=SAIMConfig)
     conmim: ConMIMConfig = Field(default_factory=ConMIMConfig)
+    mae: MAEConfig = Field(default_factory=MAEConfig)
     log: LogConfig = Field(default_factory=LogConfig)
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
 

@@ -88,6 +88,9 @@ def sources(text: str) -> list[Source]:
     """
     found = []
     for line in filter(None, map(str.strip, str(text).split("\n"))):
+        if "://" in line:  # no name of a file system: it is looked at where it is read
+            found.append(Source(line, 1))
+            continue
         repeated = None if os.path.exists(line) else REPEATED.fullmatch(line)
         pattern, repeats = (repeated["path"], int(repeated["repeats"])) if repeated else (line, 1)
         found += [Source(os.path.abspath(path), repeats) for path in _there(pattern)]

@@ -23,6 +23,7 @@ from mapet_ds.data.formats import BadImage
 from mapet_ds.data.index_files import STATE, write_index
 from mapet_ds.data.kinds import EXAMPLES, by_name, hidden, json_name, summary, text
 from mapet_ds.data.listing import LOOSE, OF_THE_FILE, Listing, changed, root_of
+from mapet_ds.data.remote import Remote, is_remote
 from mapet_ds.errors import DataError
 
 MAX_BYTES = 1 << 30
@@ -48,7 +49,7 @@ def build_index(source: str | Path, folder: Path, classes: list[str] | None = No
 class Index:
     """A memory-mapped list of samples. It pickles as its two paths, so that workers map the same pages."""
 
-    def __init__(self, folder: Path, root: Path) -> None:
+    def __init__(self, folder: Path, root: Path | str) -> None:
         """Opens the index that `build_index` wrote into `folder`, for the data set that now lies at `root`.
 
         Raises:
@@ -60,7 +61,12 @@ class Index:
             self._samples = np.load(folder / "samples.npy", mmap_mode="r").view(np.ndarray)
             self._path_ends = np.load(folder / "path_ends.npy", mmap_mode="r").view(np.ndarray)
             self._paths = np.memmap(folder / "paths.bin", mode="r").view(np.ndarray)
-            self._device = os.stat(root).st_dev
+            self.sources = [Source(*source) for source in description.get("sources", [(str(root), 1)])]
+            folders = description.get("folders", [str(root)])
+            self.folders: list[str] = [str(root)] if folders and len(self.sources) == 1 else folders
+            self.remote = Remote(str(root)) if is_remote(str(root)) else None
+            here = () if self.remote else (str(root), *self.folders)
+            self._devices = {folder: os.stat(folder).st_dev for folder in here}
         except (OSError, ValueError, EOFError) as error:
             raise DataError(
                 f"The index {folder} of {root} can't be opened: {error}. Delete it to have it built anew."
@@ -72,7 +78,6 @@ class Index:
         """Kind of what the listing passed over -> number, and the first one's path."""
         self.noted: dict[str, list[Any]] = description.get("noted", {})
         """What the listing took and has to say, the same way."""
-        self.sources = [Source(*source) for source in description.get("sources", [(str(root), 1)])]
         self.shards = [shard.encode("utf-8", "surrogateescape") for shard in description["shards"]]
         self._open_shards: OrderedDict[int, int] = OrderedDict()
 
@@ -81,7 +86,7 @@ class Index:
         """What data.train would name the same by, from any folder."""
         return named(self.sources)
 
-    def __reduce__(self) -> tuple[type[Index], tuple[Path, Path]]:
+    def __reduce__(self) -> tuple[type[Index], tuple[Path, Path | str]]:
         return Index, (self.folder, self.root)
 
     def __len__(self) -> int:
@@ -109,8 +114,7 @@ class Index:
         if self.shards:
             return []
         names = set[str]()
-        one = len(self.sources) == 1  # its folder may have moved
-        for folder in [str(self.root)] if one else [path for path, _ in self.sources if os.path.isdir(path)]:
+        for folder in self.folders:
             with os.scandir(os.fsencode(folder)) as entries:
                 there = [text(entry.name) for entry in entries if entry.is_dir() and not hidden(entry.name)]
                 names |= {unicodedata.normalize("NFC", name) for name in there}
@@ -170,6 +174,8 @@ class Index:
                 return _pread(descriptor, length, 0)
             finally:
                 os.close(descriptor)
+        if self.remote:
+            return self.remote.read(text(self.shards[file]), offset, length)
         if file not in self._open_shards:
             if len(self._open_shards) == OPEN_SHARDS:
                 os.close(self._open_shards.popitem(last=False)[1])
@@ -179,6 +185,8 @@ class Index:
 
     def has_changed(self, i: int) -> bool:
         """Whether the file of a sample is gone, or of another length than it was when it was listed."""
+        if self.remote:
+            return False
         file, offset, length, _ = self._samples[i].item()
         loose = not self.shards or file == LOOSE
         try:
@@ -189,15 +197,16 @@ class Index:
         return there != length if loose else there < offset + length
 
     def _check_root(self) -> None:
-        try:
-            there = os.stat(self.root).st_dev == self._device
-        except OSError:
-            there = False
-        if not there:
-            raise DataError(
-                f"The folder {self.root} is gone or no longer mounted. Start the same command when it is "
-                "back."
-            )
+        for folder, device in self._devices.items():
+            try:
+                there = os.stat(folder).st_dev == device
+            except OSError:
+                there = False
+            if not there:
+                raise DataError(
+                    f"The folder {folder} is gone or no longer mounted. Start the same command when it is "
+                    "back."
+                )
 
     def close(self) -> None:
         """Closes the shards that are open. Reading opens them again."""
@@ -261,6 +270,14 @@ def open_index(source: str, cache: Path, compare: bool = True) -> Index:
     there = sources(source)
     if not there:
         raise DataError("The name of the data set is empty.")
+    if any(is_remote(path) for path, _ in there):
+        if len(there) > 1:
+            raise DataError(
+                f"{there[0].path} and others: a remote folder must stand alone. Pack them as one."
+            )
+        if compare or not (cache / "index.json").is_file():
+            Remote(there[0].path).copy_index(cache)
+        return Index(cache, there[0].path)
     root, own = Path(root_of(there)), Path(there[0].path, "index")
     if there == [Source(str(root), 1)] and (own / "index.json").is_file():
         index = Index(own, root)
@@ -285,6 +302,8 @@ def open_index(source: str, cache: Path, compare: bool = True) -> Index:
     if before and index.fingerprint != before.fingerprint:
         then = f"{len(before):,} images then, {len(index):,} now"
         _say(f"{root} has changed since it was listed ({json_name(path or '')}): {then}.")
+    elif before and not np.array_equal(before.labels(), index.labels()):
+        _say(f"{root}: the images are those of before, but their labels have changed.")
     _say(index.summary())
     return index
 

@@ -128,15 +128,19 @@ class EvaluationBatches(Batches):
         return EvaluationBatch(torch.stack(images), torch.tensor(labels), bad)
 
 
-def served(dataset: Batches, numbers: Iterator[int] | range, workers: int, ranks: Ranks) -> Iterator[Any]:
+def served(
+    dataset: Batches, numbers: Iterator[int] | range, workers: int, ranks: Ranks, start_method: str = "spawn"
+) -> Iterator[Any]:
     """Yields the batches of these numbers in order. Workers make them ahead.
+
+    start_method: of the workers. "spawn" suits a rank with an engine; "fork" spares each worker its imports.
 
     Raises:
         DataError: a batch could not be made.
     """
     loader = DataLoader(
         dataset, batch_size=None, sampler=numbers, num_workers=workers,
-        pin_memory=ranks.device.type == "cuda", multiprocessing_context="spawn" if workers else None,
+        pin_memory=ranks.device.type == "cuda", multiprocessing_context=start_method if workers else None,
     )  # fmt: skip
     for item in loader:
         if isinstance(item, DataError):
@@ -206,7 +210,7 @@ def _check_labels(name: str, index: Index) -> None:
         folders = " and ".join(classes)
         raise DataError(
             f"{name} = {index.root}: its folders {folders} are parts of a data set, no classes. Name one of "
-            f"them, e.g. {index.root / classes[0]}."
+            f"them, e.g. {index.root}/{classes[0]}."
         )
     if (unlabelled := np.flatnonzero(labels < 0)).size:
         unread = {kind: found for kind, found in index.noted.items() if kind.startswith("labels ")}

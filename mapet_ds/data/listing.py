@@ -82,6 +82,9 @@ class Listing:
         self.classes, self.findings = Classes(), Findings()
         self.state: dict[str, list[int]] = {}
         """Path below the root -> length and time of what would change with the samples."""
+        self.folders: list[str] = []
+        """Those that are sources."""
+        self._numbers: dict[bytes, int] = {}
         self._names: dict[bytes, list[str]] = {}
         self.loose = len(sources) > 1 or not os.path.isdir(sources[0].path)
 
@@ -92,12 +95,19 @@ class Listing:
             DataError: a folder or a shard can't be read, or what lies there can't be meant.
         """
         for path, repeats in self.sources:
-            for _ in range(repeats):
+            found = self.findings
+            yield from self._of(os.fsencode(path))
+            self.findings = Findings()  # what is there again is said once
+            for _ in range(1, repeats):
                 yield from self._of(os.fsencode(path))
+            self.findings = found
 
     def _of(self, path: bytes) -> Iterator[Member]:
         """Yields the samples of one source."""
-        if os.path.isdir(path):
+        if self.loose and hidden(os.path.basename(path)) == "system folders" and os.path.isdir(path):
+            self.findings.pass_over("system folders", path)
+        elif os.path.isdir(path):
+            self.folders.append(text(path))
             yield from self._of_folder(path)
         elif by_name(path) == "shard":
             yield from self._of_shard(path)
@@ -142,11 +152,9 @@ class Listing:
 
     def _of_shard(self, path: bytes) -> Iterator[Member]:
         relative = os.path.relpath(path, self.root)
-        number = len(self.shards)
-        if self.shards[-1:] != [relative]:
+        number = self._numbers.setdefault(relative, len(self.shards))
+        if number == len(self.shards):
             self.shards.append(relative)
-        else:
-            number -= 1
         self.state[text(relative)] = _state(path)
         names = self._names_beside(os.path.dirname(path))
         for name, offset, length, label in read_shard(path, relative, self.findings):
@@ -213,6 +221,8 @@ class Listing:
                     yield from self._walk(entry.path, (*ancestors, (here.st_dev, here.st_ino)))
                 continue
             kind = kind or by_name(entry.name) or looked_at(entry.path)
+            if kind == "shard" and status and not stat.S_ISREG(status.st_mode):
+                kind = "pipes and devices"
             if kind in ("image", "shard", "archives"):
                 # Without a status it is in the list all the same, so that it is reported when it is read.
                 yield entry.path, status.st_size if status else 0, kind
@@ -305,6 +315,7 @@ def described(listing: Listing) -> dict[str, Any]:
     found = listing.findings
     return {
         "sources": [list(source) for source in listing.sources],
+        "folders": sorted({*listing.folders}),
         "passed_over": found.passed_over,
         "noted": found.noted,
     }

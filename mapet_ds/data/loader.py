@@ -69,6 +69,7 @@ def _define(
         data, anchor, shape, axes=[0, 1], normalized_anchor=False, normalized_shape=False,
         device="mixed" if device == "gpu" else "cpu", output_type=types.RGB,
         adjust_orientation=source.config.data.exif_orientation,
+        jpeg_fancy_upsampling=True,  # on a GPU, chroma as the CPU upsamples it
     )  # fmt: skip
 
     def render(view: View, recolour: Callable[..., Any], values: list[Any]) -> Any:

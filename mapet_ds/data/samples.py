@@ -255,7 +255,7 @@ def doubts(config: Any, index: Index) -> Iterator[str]:
     if holds_splits(index):
         yield (
             f"data.train = {root} holds the folders {' and '.join(index.classes)}: the run learns from all "
-            f"of them. data.train={root / index.classes[0]} keeps the others out."
+            f"of them. data.train={root}/{index.classes[0]} keeps the others out."
         )
 
 

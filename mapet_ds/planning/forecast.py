@@ -81,7 +81,7 @@ def engine_costs(engine_config: dict[str, Any], parameters: int, ranks: int, acc
         return engine._replace(gradients=kept, reduced_each_micro_step=False, gathered_per_step=weights)
 
     # Their copies in fp32, which ranks sum, come when half of the activations are gone.
-    buckets = bucket * size * (2 if zero.get("overlap_comm") else 1)
+    buckets = bucket * size * (2 if zero.get("overlap_comm") and ranks > 1 else 1)
     return engine._replace(buffers=buckets, gradients_stay=accumulate, gathered_per_step=weights)
 
 

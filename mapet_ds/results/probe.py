@@ -91,14 +91,14 @@ def features(
 
 def labelled_features(
     config: Any, model: Any, images: Images, transform: Callable[[Image.Image], Tensor], ranks: Ranks,
-    doing: Callable[[str], Any], pool: Literal["avg", "token"] = "avg",
+    doing: Callable[[str], Any], pool: Literal["avg", "token"] = "avg", start_method: str = "spawn",
 ) -> tuple[Features, Labels]:  # fmt: skip
     """The features and labels of the readable images in their order, on rank 0; empty elsewhere.
 
     Every rank must call it, and computes those of its share.
 
     config: gives train.micro_batch_size, data.workers, data.max_bad_share and data.exif_orientation.
-    doing: called with a phrase before each batch.
+    doing: called with a phrase before each batch. start_method: as for `served`.
 
     Raises:
         DataError: more than data.max_bad_share of the images are unreadable.
@@ -107,7 +107,8 @@ def labelled_features(
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
         numbers = range(len(dataset))
-        for number, batch in enumerate(served(dataset, numbers, config.data.workers, ranks)):
+        made = served(dataset, numbers, config.data.workers, ranks, start_method)
+        for number, batch in enumerate(made):
             doing(f"evaluating batch {number} of {len(dataset)}")
             bad.extend(batch.bad)
             yield batch.images, batch.label

@@ -8,25 +8,32 @@ No other file imports DeepSpeed. Workarounds for deepspeed 0.19.8 live here, eac
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import json
 import logging
 import os
+import re
 import shutil
+import socket
+import subprocess
 import warnings
 from collections.abc import Iterator
 from typing import Any
 from unittest.mock import patch
 
 import deepspeed
-import deepspeed.ops
+import deepspeed.ops.adam
 import deepspeed.runtime.compiler
 import torch
 import torch.distributed as dist
 from deepspeed.comm.config import CommsLoggerConfig
+from deepspeed.ops.op_builder import FusedAdamBuilder
+from deepspeed.ops.op_builder.builder import CUDAMismatchException, MissingCUDAException
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config
 from deepspeed.runtime.zero import parameter_offload
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import (
     logger,
     safe_get_full_fp32_param,
@@ -41,8 +48,14 @@ from torch import Tensor, nn
 
 from mapet_ds.config.sections import RunConfig
 from mapet_ds.errors import ConfigError, RunError
+from mapet_ds.launch import no_gpu, once_per_node
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+BUILD_ERRORS = (
+    RuntimeError, OSError, ImportError, AssertionError, subprocess.SubprocessError, MissingCUDAException,
+    CUDAMismatchException,
+)  # fmt: skip
+"""What a missing header, library or driver makes of a compilation: ninja's output, or no library to load."""
 
 
 SCHEMAS = {
@@ -50,12 +63,18 @@ SCHEMAS = {
 }  # fmt: skip
 
 
-def check_engine_config(engine_config: dict[str, Any]) -> None:
-    """Lets DeepSpeed's own schemas read the sections before any GPU is touched.
+def check_engine_config(engine_config: dict[str, Any], device: torch.device) -> None:
+    """Lets DeepSpeed's own schemas read the sections, before anything is built on the device.
 
     Raises:
-        ConfigError: an unknown or ill-typed key in a section.
+        ConfigError: an unknown or ill-typed key in a section; or bf16 on a CPU that nobody asked for.
     """
+    wants_gpu = engine_config.get("bf16", {}).get("enabled") and os.environ.get("DS_ACCELERATOR") != "cpu"
+    if wants_gpu and device.type == "cpu":
+        raise ConfigError(
+            f"The DeepSpeed config asks for bf16, as GPUs compute. {no_gpu(socket.gethostname())} To train "
+            "on CPUs, take a _cpu JSON (ds_configs/zero2_cpu.json), or export DS_ACCELERATOR=cpu."
+        )
     for section, schema in SCHEMAS.items():
         try:
             schema(**engine_config.get(section, {}))
@@ -86,15 +105,19 @@ def build_engine(
     with patch.object(deepspeed.runtime.compiler, "compile", lambda: lambda function: function):
         importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
 
+    zero, timers = engine_config["zero_optimization"], {"throughput": {"enabled": False}}
     full = {
         **engine_config,
+        # One rank has nothing to send behind its backward pass, and would wait for the GPU after it.
+        "zero_optimization": zero if world_size > 1 else zero | {"overlap_comm": False},
+        "timers": timers,  # it makes the host wait twice a micro-step, and nobody reads it
         "train_batch_size": config.train.global_batch_size,
         "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
         "gradient_accumulation_steps": config.grad_accum_steps(world_size),
         "gradient_clipping": config.optim.clip_grad,  # without the key DeepSpeed clips at 1.0
         "steps_per_print": 2**31,
     }
-    adam = _adamw(groups, config, device)
+    adam = build_adamw(groups, config, device)
     try:
         engine, *_ = deepspeed.initialize(
             model=objective, optimizer=adam, config=full, dist_init_required=False
@@ -108,34 +131,75 @@ def build_engine(
         # The objective reads the ViT's own position table and class token outside of the ViT's forward.
         for parameter in objective.vit.parameters(recurse=False):
             deepspeed.zero.register_external_parameter(objective, parameter)
+    if isinstance(engine.optimizer, DeepSpeedZeroOptimizer):
+        # Before the norm, which tells as much, it looks through one gradient after the other in bf16.
+        engine.optimizer.check_overflow = lambda partition_gradients: None
+        engine.optimizer.scaled_global_norm = functools.partial(_gradient_norm, engine.optimizer)
     _allocate_states(engine, step=0)
     return engine
 
 
-def _adamw(groups: list[dict[str, Any]], config: RunConfig, device: torch.device) -> torch.optim.Optimizer:
+def _gradient_norm(zero: DeepSpeedZeroOptimizer) -> Tensor:
+    """The norm of the gradients of all ranks, a scalar on the CPU, finite only where every gradient is.
+
+    It is DeepSpeed's under ZeRO-1/2, bit for bit, in a few launches instead of four a parameter. The host
+    waits for the GPU once, here, where DeepSpeed would wait six times and more.
+    """
+    squares = []
+    for i in range(len(zero.bit16_groups)):
+        norms = torch.stack(torch._foreach_norm(zero.averaged_gradients[i], dtype=torch.float64))
+        own = norms[: len(zero.params_in_partition[i])]  # zeros that fill a partition up come last
+        squares.append(own.square().sum().float())
+    total = torch.stack(squares)
+    dist.all_reduce(total)
+    return torch.linalg.vector_norm(total.sqrt()).cpu()
+
+
+def build_adamw(
+    groups: list[dict[str, Any]], config: RunConfig, device: torch.device
+) -> torch.optim.Optimizer:
+    """The AdamW that optim.adamw names, the same on all ranks. Every rank must call it.
+
+    Raises:
+        ConfigError: FusedAdam is asked for where it can't be compiled.
+    """
     optim = config.optim
     arguments: dict[str, Any] = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps}
 
-    # All hosts must choose the same optimizer.
-    here = device.type == "cuda" and all(map(shutil.which, ("nvcc", "ninja")))
-    can_build = torch.tensor(float(here), device=device)
-    dist.all_reduce(can_build, op=dist.ReduceOp.MIN)
-    if optim.adamw == "deepspeed" and not can_build:
+    # FusedAdam compiles at its first use, once on each host. Where one can't, none takes it.
+    if optim.adamw != "torch" and (device.type == "cuda" or optim.adamw == "deepspeed"):
+        try:
+            once_per_node(functools.partial(_compile_fused_adam, device))
+            return deepspeed.ops.adam.FusedAdam(groups, **arguments, adam_w_mode=True)
+        except ConfigError as error:
+            if optim.adamw == "deepspeed":
+                raise
+            if dist.get_rank() == 0:
+                print(f"{error} This run takes torch's fused AdamW.", flush=True)
+    return torch.optim.AdamW(groups, **arguments, fused=device.type == "cuda")
+
+
+def _compile_fused_adam(device: torch.device) -> str:
+    """Has DeepSpeed compile FusedAdam, or find it compiled.
+
+    Raises:
+        ConfigError: there is no GPU here, or no toolkit that works.
+    """
+    reason = f"a rank on {device}" if device.type != "cuda" else None
+    for name in ("nvcc", "ninja"):
+        reason = reason or (None if shutil.which(name) else f"no {name} on PATH")
+    try:
+        if not reason:
+            FusedAdamBuilder().load(verbose=False)
+    except BUILD_ERRORS as error:
+        telling = re.search(r".*(?:error:|cannot find).*", str(error)) or re.search(r".*", str(error))
+        reason = f"{type(error).__name__}: {telling[0].strip() if telling else ''}"
+    if reason:
         raise ConfigError(
-            "optim.adamw = deepspeed compiles FusedAdam, which needs a GPU, nvcc and ninja on every host "
-            f"(this rank: {device}); optim.adamw=torch needs none of them."
+            f"FusedAdam can't be compiled on {socket.gethostname()} ({reason}). It needs a GPU, a CUDA "
+            "toolkit and ninja on every host; optim.adamw=torch needs none of them."
         )
-    if optim.adamw == "torch" or not can_build:
-        return torch.optim.AdamW(groups, **arguments, fused=device.type == "cuda")
-
-    # FusedAdam compiles at its first use: one rank of each node does, the others wait and find it done.
-    from deepspeed.ops.adam import FusedAdam
-
-    for turn in (0, 1):
-        if (int(os.environ.get("LOCAL_RANK", "0")) == 0) == (turn == 0):
-            optimizer = FusedAdam(groups, **arguments, adam_w_mode=True)
-        dist.barrier()
-    return optimizer
+    return ""
 
 
 def _flat_tensors(optimizer: Any) -> list[Tensor]:

@@ -30,8 +30,8 @@ SMALL = b"\xff\xd8\xff" + bytes(5000)
 """Stands for an image where none is decoded."""
 LOOKUPS, FEW, LATE, WINDOW = 10_000, 1000, 10_000_000, 65_536
 """Images looked up; images of the small data set; a late step; samples read one after the other."""
-LISTED, LISTINGS = 20_000, 5
-"""Images of the data set that is listed, and how often."""
+LISTINGS = 5
+"""How often a data set of a thousandth of the images is listed."""
 
 
 def memory(process: int | str = "self") -> Figures:
@@ -160,7 +160,7 @@ def measure_index(arguments: argparse.Namespace) -> Figures:
 
         # The listing of a data set that has no index.
         (listed := Path(scratch) / "listed").mkdir()
-        found["listing_us"] = listing_figures(listed, min(LISTED, arguments.images), LISTINGS)
+        found["listing_us"] = listing_figures(listed, max(arguments.images // 1000, 100), LISTINGS)
 
         # The loader's start and its order.
         small = open_index(str(few), few)

@@ -41,9 +41,7 @@ def driver() -> str | None:
 
 def toolchain() -> Figures:
     """What compiling needs at run time: FusedAdam nvcc, ninja and g++, Triton a C compiler and Python.h."""
-    found: Figures = {
-        name: shutil.which(name) is not None for name in ("nvcc", "ninja", "g++", "gcc", "pdsh")
-    }
+    found: Figures = {name: shutil.which(name) is not None for name in ("nvcc", "ninja", "g++", "gcc")}
     return found | {"Python.h": (Path(sysconfig.get_path("include")) / "Python.h").is_file()}
 
 
@@ -145,7 +143,7 @@ def measure_storage(arguments: argparse.Namespace) -> Figures | None:
         if ranks.rank:
             return None
     slowest = [min(values) for values in zip(*(each[0] for each in readers))]
-    together = [sum(values) for values in zip(*(each[1] for each in readers))]
+    together = [float(sum(values)) for values in zip(*(each[1] for each in readers))]
     again = arguments.images * arguments.repeats * ranks.world_size > len(index)
     return circumstances(settings(arguments), arguments) | {
         "hosts": len(readers), "images": len(index), "repeatedly": again,

@@ -8,9 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -77,11 +75,10 @@ class Cluster:
         worst = max(abs(all_[step] / one[step] - 1) for step in one)
         if worst > TOLERANCE:
             raise Failed(f"a loss differs by {worst:.1%} from that of one node, more than {TOLERANCE:.0%}")
-        speeds = [
-            figures["images_per_second"]["median"],
-            training(alone, STEPS, False)["images_per_second"]["median"],
-        ]
-        return figures | {"losses_differ_by": worst, "speed_over_one_node": speeds[0] / speeds[1]}
+        mine, theirs = figures["images_per_second"], training(alone, STEPS, False)["images_per_second"]
+        return figures | {
+            "losses_differ_by": worst, "speed_over_one_node": mine["median"] / theirs["median"],
+        }  # fmt: skip
 
     def same_hosts(self, printed: str) -> Figures:
         """The machine's figures.
@@ -96,15 +93,6 @@ class Cluster:
             raise Failed(f"the hosts {', '.join(figures['hosts'])} differ in {', '.join(unlike)}")
         return figures
 
-    def measured(self, step: str, read: Callable[[Figures], float]) -> Callable[[], str]:
-        """A word of a command: a figure of an earlier step."""
-
-        def word() -> str:
-            lines = map(json.loads, (REPOSITORY / self.out / "steps.jsonl").read_text().splitlines())
-            return f"{read([line['figures'] for line in lines if line['step'] == step][-1]):.3g}"
-
-        return word
-
     def steps(self) -> list[Step]:
         """In their order: nothing that fails is met twice."""
         nodes, runs = self.nodes, self.out / "runs"
@@ -115,31 +103,17 @@ class Cluster:
         data = ["--data", self.arguments.data]
         storage = [*data, "--index", self.out / "index", "--threads", 16]
         engine = ["--deepspeed_config", self.arguments.deepspeed_config]
-        train = self.benchmark(
-            1, "train", *data, *engine, "--repeats", 2, "--threads", self.config.data.threads
-        )
+        threads = ["--threads", self.config.data.threads]
+        train = self.benchmark(1, "train", *data, *engine, *threads, "--repeats", 2)
         alone = "it needs two nodes" if nodes < 2 else ""
+        figures, beside = lambda _: training(one, STEPS, learns=False), lambda _: self.all_nodes(all_, one)
         return [
             Step("hosts", [self.benchmark(nodes, "machine")], figures=self.same_hosts),
-            Step("weights_offline", [weights], figures=lambda _: {}, optional=True),
-            Step("stand_in_codebook", [stand_in], no_need, optional=True),
+            Step("weights_offline", [weights], figures=lambda _: {}),
+            Step("stand_in_codebook", [stand_in], no_need),
             Step("storage", [self.benchmark(nodes, "storage", *storage)]),
-            Step(
-                "one_node",
-                self.run("one_node", 1),
-                "",
-                ("storage",),
-                lambda _: training(one, STEPS, False),
-                (one,),
-            ),
-            Step(
-                "all_nodes",
-                self.run("all_nodes", nodes),
-                alone,
-                ("one_node",),
-                lambda _: self.all_nodes(all_, one),
-                (all_,),
-            ),
+            Step("one_node", self.run("one_node", 1), "", ("storage",), figures, (one,)),
+            Step("all_nodes", self.run("all_nodes", nodes), alone, ("one_node",), beside, (all_,)),
             Step("allreduce_one_node", [self.benchmark(1, "allreduce")]),
             Step("allreduce", [self.benchmark(nodes, "allreduce")], alone),
             Step("train", [train], "", ("one_node",), calibrates=True),
@@ -151,18 +125,21 @@ class Cluster:
         gpu, name = self.machine.gpu, self.machine.plan_name
         lacks = "" if name else f"plan.py knows no {gpu}" if gpu else "plan.py takes no figures of a CPU"
 
-        def link(figures: Figures) -> float:
+        def storage(figures: dict[str, Figures]) -> float:
+            return figures["storage"]["host_gbyte_s"]["median"]
+
+        def link(figures: dict[str, Figures]) -> float:
             """Gbit/s of the adapters whose attained share this is: a ring leaves each node once."""
-            sizes: dict[str, Any] = figures["sizes"]
-            return 8 * max(size["bus_gbyte_s"]["median"] for size in sizes.values()) / LINK_SHARE
+            sizes = figures["allreduce"]["sizes"].values()
+            return 8 * max(size["bus_gbyte_s"]["median"] for size in sizes) / LINK_SHARE
 
         recipe = [sys.executable, "tools/plan.py", *self.arguments.overrides, *self.recipe]
         cluster = ["--gpu", name, "--nodes", self.nodes, "--gpus_per_node", self.arguments.gpus_per_node]
-        figures: list[object] = ["--storage_gbyte_s"]
-        figures += [self.measured("storage", lambda found: found["host_gbyte_s"]["median"])]
-        figures += ["--link_gbit", self.measured("allreduce", link)] if self.nodes > 1 else []
-        command = [*recipe, *cluster, *figures, "--json", "--calibrate", self.out / "calibration.jsonl"]
-        return Step("plan", [command], lacks, ("train", "storage"))
+        several = self.nodes > 1
+        measured = ["--storage_gbyte_s", storage, *(["--link_gbit", link] if several else [])]
+        command = [*recipe, *cluster, *measured, "--json", "--calibrate", self.out / "calibration.jsonl"]
+        after = ("train", "storage", *(["allreduce"] if several else []))
+        return Step("plan", [command], lacks, after)
 
 
 def steps(arguments: argparse.Namespace, machine: Machine, out: Path) -> list[Step]:

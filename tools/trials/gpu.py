@@ -204,7 +204,7 @@ class Benchmark(NamedTuple):
     """Another recipe, on a GPU."""
 
 
-IDS, CODEBOOK = ("ids",), ("codebook", "stand_in_codebook")
+IDS, CODEBOOK = ("ids",), ("stand_in_codebook",)
 STEP = "step --model {model} --repeats {repeats}"
 LOADER = "loader --data {data} --batches {batches} --repeats {repeats}"
 TRAIN = "train --data {data} --repeats {repeats} --steps {few} --deepspeed_config {engine}"
@@ -279,8 +279,8 @@ class Steps:
             self.benchmark(Benchmark("machine", "machine", (), dali=False)),
             Step("tests", [tests], no_gpu, figures=counts),
             Step("images", [images], fresh=(self.out / "data",)),
-            Step("codebook", [fit], self.no_dali or self.no_faiss, ("images",), optional=True),
-            Step("stand_in_codebook", [stand_in], "" if self.no_faiss else "FAISS fits one", optional=True),
+            Step("codebook", [fit], self.no_dali or self.no_faiss, ("images",)),
+            Step("stand_in_codebook", [stand_in], "", ("images",), unless="codebook"),
         ]
 
     def runs(self) -> list[Step]:

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -22,6 +23,8 @@ LIMIT = 540
 """Seconds that a step may take: a session of ten minutes holds any of them."""
 SOURCES = ("mapet_ds", "tools", "tests", "ds_configs", "slurm", "requirements.txt")
 """What a step's outcome depends on; docs are what the trial writes."""
+TORCHRUN = re.compile(r"^.*torch/distributed/elastic/.* failed \(exitcode", re.MULTILINE)
+NOISE = re.compile(r"warnings\.warn|\[W|\^|pdsh@|.*\[launch\.py")
 Figures = dict[str, Any]
 Record = dict[str, Any]
 
@@ -33,7 +36,7 @@ class Failed(Exception):
 class Step(NamedTuple):
     """Commands that follow each other, and what must be true after them.
 
-    A word of a command that depends on earlier steps is a function without arguments.
+    A word of a command may be a function: of the figures of the steps before, by name.
     """
 
     name: str
@@ -48,8 +51,8 @@ class Step(NamedTuple):
     """Folders that it writes: what an earlier try left there goes first."""
     calibrates: bool = False
     """Its figures tell plan.py how fast the recipe is."""
-    optional: bool = False
-    """Others that come after it run where it was left out, too."""
+    unless: str = ""
+    """It stands in for that step: where that one has passed, nothing is to do, and it counts as passed."""
 
 
 def last_line(printed: str) -> Figures:
@@ -87,9 +90,8 @@ def run_command(words: list[str], log: Any, seconds: float) -> tuple[int | None,
     """
     log.write(f"$ {shlex.join(words)}\n")
     log.flush()
-    process = subprocess.Popen(
-        words, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True
-    )
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(words, cwd=REPOSITORY, stdout=pipe, stderr=log, text=True, process_group=0)
     try:
         printed, _ = process.communicate(timeout=max(seconds, 1))
     except subprocess.TimeoutExpired:
@@ -113,9 +115,13 @@ def end(process: subprocess.Popen[str]) -> None:
 
 
 def reason_in(log: Path) -> str:
-    """The last line of a log that says something: a program's sentence, or an exception's."""
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines()]
-    said = [line for line in lines if line and not line.startswith(("$ ", "warnings.warn", "[W", "^"))]
+    """The last line of a log that says something: a program's sentence, or an exception's.
+
+    torchrun's own account of a rank that failed comes after the rank's, and is passed over.
+    """
+    text = log.read_text(errors="replace").rpartition("\n$ ")[2]
+    lines = [line.strip() for line in TORCHRUN.split(text)[0].splitlines()[1:]]
+    said = [line for line in lines if line and not NOISE.match(line)]
     return said[-1][:300] if said else "it said nothing"
 
 
@@ -150,29 +156,34 @@ class Trial:
                 print(f"{start} passed before", flush=True)
             else:
                 print(start, end=" ", flush=True)
-                record = self._take(step, verdicts)
+                record = self._take(step, verdicts, {each["step"]: each["figures"] for each in records})
                 with self.lines.open("a") as file:
                     file.write(json.dumps(record) + "\n")
                 reason = f": {record['reason']}" if record["reason"] else ""
                 print(f"{record['verdict']}, {record['seconds']:.0f} s{reason}", flush=True)
-            verdicts[step.name] = "passed" if step.optional else record["verdict"]
+            stood_in = verdicts.get(step.unless) == "passed"
+            verdicts[step.name] = "passed" if stood_in else record["verdict"]
             records.append(record)
             if step.calibrates and record["verdict"] == "passed":
                 lines.append(json.dumps(record["figures"]) + "\n")
                 write_whole(self.folder / "calibration.jsonl", "".join(lines))
         return records
 
-    def _take(self, step: Step, verdicts: dict[str, str]) -> Record:
+    def _take(self, step: Step, verdicts: dict[str, str], known: dict[str, Figures]) -> Record:
         """Runs one step; gives its record."""
         record: Record = {"step": step.name, "verdict": "left out", "reason": step.lacks, "seconds": 0.0}
         record |= {"commands": [], "setup": self.setup, "figures": {}}
         missing = [name for name in step.after if verdicts.get(name) != "passed"]
         if missing and not step.lacks:
             record["reason"] = f"{missing[0]} has not passed"
+        if verdicts.get(step.unless) == "passed":
+            record["reason"] = f"{step.unless} has passed"
         if record["reason"]:
             return record
         start, log = time.monotonic(), self.folder / "logs" / f"{step.name}.log"
-        commands = [[str(word() if callable(word) else word) for word in words] for words in step.commands]
+        commands = [
+            [str(word(known) if callable(word) else word) for word in words] for words in step.commands
+        ]
         record["commands"] = list(map(shlex.join, commands))
         for folder in step.fresh:
             shutil.rmtree(REPOSITORY / folder, ignore_errors=True)
