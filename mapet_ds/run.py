@@ -38,7 +38,7 @@ from mapet_ds.training.engine import (
 )
 from mapet_ds.training.metrics import Metrics
 from mapet_ds.training.optim import learning_rate
-from mapet_ds.training.record import versions, write_record
+from mapet_ds.training.record import check_versions, other_versions, versions, write_record
 from mapet_ds.training.spikes import Rollback, SpikeGuard
 from mapet_ds.training.watchdog import GOING_BACK, SAVING, Watchdog
 from mapet_ds.vit import compile_blocks
@@ -81,6 +81,8 @@ class Run:
         self.ranks, self.folder = ranks, Path(config.run_dir)
         self.config: Any = config  # what the task takes
         self._open_folder()
+        if (untested := ranks.from_first(check_versions)) and ranks.rank == 0:
+            print(untested, file=sys.stderr, flush=True)
         self.stop = StopRequest(self.folder, ranks)
         if config.train.deterministic:  # cuBLAS is deterministic only with this
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -113,7 +115,7 @@ class Run:
             for doubt in doubts(config, self.index):
                 print(f"WARNING: {doubt}", file=sys.stderr, flush=True)
             (self.folder / "DONE").unlink(missing_ok=True)
-            write_record(config, engine_config, self.folder, self.index.record())
+            write_record(config, engine_config, self.folder, self.index.record(), self.step)
         self.quarantine = Quarantine(config, self.index)
         self._open_at_step()
         self.watchdog = Watchdog(config.train.hang_seconds, ranks)
@@ -158,7 +160,7 @@ class Run:
         defaults = flatten(type(self.config)().to_dict())
         checkpoint.check_identity(newest, self.identity, defaults, len(self.index))
         self.step, self.skipped = newest.run["step"], newest.run["skipped"]
-        self.begun = self.saved = self.step
+        self.begun = self.saved = self.writer.saved = self.step
         updates = self.step - len(self.skipped)
         scatter_state(self.engine, newest.load("model"), newest.load("optimizer"), updates)
         if state := newest.load("target"):
@@ -166,6 +168,8 @@ class Run:
         if self.ranks.rank == 0:
             beginning = "Continuing" if self.step < self.total_steps else "Nothing is left to do in"
             print(f"{beginning} {self.folder} at step {self.step} of {self.total_steps}.", flush=True)
+            if others := other_versions(newest.run.get("versions", versions())):
+                print(f"Other versions than the checkpoint's: {others}.", file=sys.stderr, flush=True)
 
     def _open_at_step(self) -> None:
         """Opens the loader, the targets, the metrics and the usual loss at the present step."""
@@ -358,7 +362,7 @@ class Run:
         Raises:
             RunError: the weights that DeepSpeed gathers are not those that the forward uses.
         """
-        self._by_rank_0(self.writer.wait)
+        self._by_rank_0(self.writer.written)
         self.watchdog.doing("gathering the state for a checkpoint")
         self.quarantine.merge(self.loader.new_bad(), self.ranks)
         weights, moments = gather_state(self.engine, self.ranks.rank)
@@ -381,7 +385,7 @@ class Run:
 
         Afterwards `saved` is the step of the newest checkpoint.
         """
-        self.saved = self._by_rank_0(self.writer.settle) or self.saved
+        self.saved = self._by_rank_0(self.writer.settled)
         self.watchdog.doing("going on after a checkpoint")
 
     def _by_rank_0(self, work: Callable[[], T]) -> T:

@@ -30,8 +30,8 @@ UNREADABLE = (
     RuntimeError, EOFError, AttributeError, LookupError, TypeError, ValueError,
 )  # fmt: skip
 """The errors of PyTorch's and timm's readers at a file that is damaged or of another kind: nearly any."""
-NESTS = ("state_dict", "model", "module")
-AVERAGES = ("state_dict_ema", "model_ema")
+NESTS = ("state_dict", "model", "module", "student")
+AVERAGES = ("state_dict_ema", "model_ema", "teacher")
 PREFIXES = ("module.", "_orig_mod.", "encoder.")
 HEAD_DIM = 64
 """Width of a head in the published ViTs (12 heads of 768), the one size that no tensor's shape gives."""
@@ -112,12 +112,15 @@ def _no_tensors(held: Any, source: str) -> str:
 def timm_weights(path: Path, model: nn.Module, source: str) -> dict[str, Tensor]:
     """Reads tensors by timm's names, and resamples positions and patch embedding to the model's.
 
-    A moving average is taken where the file has one, as timm does.
+    A moving average is taken where the file has one, as timm does; DINO's and iBOT's is their teacher, whose
+    backbone is taken without the head that projects its features.
 
     Raises:
         ConfigError: the file can't be read, or its tensors can't be resampled.
     """
     state = read_tensors(path, source, ema=None)
+    inner = {name.removeprefix("backbone."): state[name] for name in state if name.startswith("backbone.")}
+    state = inner or state
     convert = getattr(importlib.import_module(type(model).__module__), "checkpoint_filter_fn", None)
     try:
         return convert(state, model) if convert else state

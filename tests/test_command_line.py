@@ -9,7 +9,9 @@ import pytest
 
 from mapet_ds.config.finetune import FinetuneConfig
 from mapet_ds.config.knobs import describe, knobs_of, known_keys
-from mapet_ds.config.sections import REPOSITORY, Config
+from mapet_ds.config.sections import REPOSITORY, Config, DataConfig
+from mapet_ds.errors import ConfigError
+from mapet_ds.training import record
 from mapet_ds.training.record import write_record
 
 PROGRAMS = {"mapet_ds/pretrain.py": Config, "tools/finetune.py": FinetuneConfig}
@@ -82,6 +84,37 @@ def test_a_check_imports_no_torch(sound):
         "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
     )
     assert run("-c", script, "mapet_ds/pretrain.py", "--check", *sound).stdout.splitlines()[-1] == "False"
+
+
+def test_each_start_is_recorded_and_the_first_stays(tmp_path, monkeypatch):
+    write_record(Config(seed=1), {"bf16": {}}, tmp_path, {"images": 3})
+    first = json.loads((tmp_path / "environment.json").read_text())
+    monkeypatch.setattr(record, "versions", lambda: first["versions"] | {"timm": "1.0.24"})
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", "data.threads=3"])
+    write_record(Config(seed=1, data=DataConfig(threads=3)), {}, tmp_path, {}, step=20)
+    second = json.loads((tmp_path / "environment.json").read_text())
+    assert {k: v for k, v in second.items() if k != "starts"} == {
+        k: v for k, v in first.items() if k != "starts"
+    }
+    old, new = second["starts"]
+    assert [old] == first["starts"] and (old["step"], old["changed"]) == (0, {})
+    assert (new["step"], new["command"]) == (20, ["pretrain.py", "data.threads=3"])
+    assert new["changed"] == {"data.threads": [2, 3], "timm": [first["versions"]["timm"], "1.0.24"]}
+    write_record(Config(seed=2), {}, tmp_path, {})
+    assert len(json.loads((tmp_path / "environment.json").read_text())["starts"]) == 1
+
+
+def test_versions_that_fail_are_refused_and_untested_ones_named(monkeypatch):
+    assert record.check_versions() == ""
+    installed = record.versions()
+    monkeypatch.setattr(record, "versions", lambda: installed | {"open_clip_torch": "2.32.0"})
+    named = "Not tested with these versions: open_clip_torch 2.32.0 (tested: 3.3.0)."
+    assert record.check_versions() == named
+    others = record.other_versions(installed)
+    assert others == f"open_clip_torch 2.32.0 (was {installed['open_clip_torch']})"
+    monkeypatch.setattr(record, "versions", lambda: installed | {"timm": "1.0.19"})
+    with pytest.raises(ConfigError, match="timm 1.0.19 is too old: 1.0.24"):
+        record.check_versions()
 
 
 def test_a_run_without_git_records_no_commit(tmp_path, monkeypatch):

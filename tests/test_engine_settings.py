@@ -81,7 +81,7 @@ def test_every_key_of_deepspeed_is_tried_or_refused():
 def test_an_allowed_key_trains_and_saves_as_adamw_does(found, name, tmp_path):
     """Gathered weights equal the module's own, or gather_state had refused; both equal plain AdamW's."""
     (tmp_path / "engine.json").write_text(json.dumps(allowed()[name]))
-    check_engine_config(load_deepspeed_config(tmp_path / "engine.json"), torch.device("cpu"))
+    check_engine_config(load_deepspeed_config(tmp_path / "engine.json"), torch.device("cuda"))
     within = {"norms": 5e-3, "weights": 2e-2, "moments": 1e-2} if "bf16" in allowed()[name] else {}
     assert isinstance(found[name], dict), found[name]
     for what, difference in found[name].items():

@@ -10,6 +10,7 @@ import shutil
 import tarfile
 import time
 import tracemalloc
+import unicodedata
 from pathlib import Path
 
 import images
@@ -21,6 +22,7 @@ from mapet_ds.data import index as index_module
 from mapet_ds.data.formats import BadImage, exif_orientation, inspect
 from mapet_ds.data.index import Index, build_index, open_index
 from mapet_ds.data.index_files import SAMPLE, write_index
+from mapet_ds.data.labelled import check_classes
 from mapet_ds.data.listing import Member
 from mapet_ds.errors import DataError
 
@@ -362,3 +364,18 @@ def test_inspect_survives_anything():
             except BadImage:
                 refused += 1
     assert refused > 500
+
+
+def test_class_names_are_the_same_however_unicode_writes_them(tmp_path):
+    """macOS writes an accent as a letter of its own, and other systems don't."""
+    for root, form in (("train", "NFC"), ("val", "NFD")):
+        for name in ("cafe\u0301", "zebra"):
+            folder = tmp_path / root / unicodedata.normalize(form, name)
+            folder.mkdir(parents=True)
+            Image.new("RGB", (8, 8)).save(folder / "a.png")
+    indices = []
+    for root in ("train", "val"):
+        build_index(tmp_path / root, tmp_path / f"{root}.index")
+        indices.append(Index(tmp_path / f"{root}.index", tmp_path / root))
+    check_classes(*indices)
+    assert indices[0].classes == indices[1].classes == ["caf\u00e9", "zebra"]

@@ -60,6 +60,18 @@ def assert_same_function(vit, source, size=32):
     torch.testing.assert_close(vit.forward_features(images), expected, atol=2e-5, rtol=0)
 
 
+def test_of_a_file_of_dinos_the_teachers_backbone_is_taken(tmp_path):
+    source = write_source(tmp_path / "source")
+    state = {name: tensor for name, tensor in source.state_dict().items() if not name.startswith("head.")}
+    teacher = {f"backbone.{name}": tensor for name, tensor in state.items()}
+    teacher |= {"head.mlp.0.weight": torch.ones(3, 3), "head.last_layer.weight_g": torch.ones(3, 1)}
+    student = {f"module.{name}": tensor + 1 for name, tensor in teacher.items()}
+    held = {"student": student, "teacher": teacher, "epoch": 3, "optimizer": {"state": {}}}
+    torch.save(held, tmp_path / "dino.pth")
+    vit, _ = begin(tmp_path / "dino.pth", dataclasses.replace(RUN, layer_scale=None))
+    assert_same_function(vit, source)
+
+
 @pytest.mark.parametrize("kind", ["folder", "safetensors", "pth"])
 @pytest.mark.parametrize(
     ("scaled", "layer_scale", "says"),

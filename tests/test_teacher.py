@@ -342,6 +342,16 @@ def test_mean_and_std(towers):
     assert teacher_mean_std(TeacherConfig(name="ViT-B-16", weights="random")) == openai
 
 
+def test_a_file_of_a_tower_whose_tags_differ_in_colours_is_asked_about_once(caplog):
+    file = TeacherConfig(name="ViT-L-14", weights="my.safetensors")
+    for _ in range(2):
+        assert teacher_mean_std(file)[0] == open_clip.OPENAI_DATASET_MEAN
+    assert len(caplog.records) == 1 and "teacher.name=local-dir:FOLDER" in caplog.text
+    teacher_mean_std(TeacherConfig(name="ViT-L-14", weights="laion2b_s32b_b82k"))
+    teacher_mean_std(TeacherConfig(name="ViT-L-14", weights="random"))
+    assert len(caplog.records) == 1
+
+
 def test_a_grid_that_is_not_the_students_is_refused(towers):
     teacher = build(towers, "vit")
     teacher.check_grid(4)

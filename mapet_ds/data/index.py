@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import time
+import unicodedata
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -115,7 +116,8 @@ class Index:
         names = set[str]()
         for folder in self.folders:
             with os.scandir(os.fsencode(folder)) as entries:
-                names |= {text(entry.name) for entry in entries if entry.is_dir() and not hidden(entry.name)}
+                there = [text(entry.name) for entry in entries if entry.is_dir() and not hidden(entry.name)]
+                names |= {unicodedata.normalize("NFC", name) for name in there}
         return sorted(names - {*self.classes})
 
     def record(self) -> dict[str, Any]:

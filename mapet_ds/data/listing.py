@@ -11,6 +11,7 @@ import os
 import re
 import stat
 import time
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,9 +57,9 @@ class Classes:
         """The largest number."""
 
     def number(self, label: int | str | None) -> int:
-        """The label of a `Member` while the listing goes on."""
+        """The label of a `Member` while the listing goes on; a name counts as Unicode composes it."""
         if isinstance(label, str):
-            return -2 - self.names.setdefault(label, len(self.names))
+            return -2 - self.names.setdefault(unicodedata.normalize("NFC", label), len(self.names))
         self.last = max(self.last, -1 if label is None else label)
         return -1 if label is None else label
 

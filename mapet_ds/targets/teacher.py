@@ -12,7 +12,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -194,7 +194,21 @@ def teacher_mean_std(config: TeacherConfig) -> tuple[Triple, Triple]:
         cfgs = [open_clip.get_pretrained_cfg(config.name, tag) for tag in tags]
     default = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}
     pairs = {(tuple({**default, **cfg}["mean"]), tuple({**default, **cfg}["std"])) for cfg in cfgs}
-    return pairs.pop() if len(pairs) == 1 else (default["mean"], default["std"])
+    if len(pairs) == 1:
+        return pairs.pop()
+    _warn_of_colours(config.name, config.weights)
+    return default["mean"], default["std"]
+
+
+@cache
+def _warn_of_colours(name: str, weights: str) -> None:
+    """Says once that a file can't tell the mean and the deviation that its tower has learnt with."""
+    if weights != "random" and int(os.environ.get("RANK", "0")) == 0:
+        log.warning(
+            f"teacher.weights = {weights} is a file and can't tell its mean and std; {name}'s tags differ, "
+            "and OpenAI's are taken. For a file with others, such as LAION's, name the tag, or a folder with "
+            "its open_clip_config.json and preprocess_cfg: teacher.name=local-dir:FOLDER."
+        )
 
 
 def teacher_view(config: TeacherConfig) -> View:

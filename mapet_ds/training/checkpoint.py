@@ -140,52 +140,49 @@ def secure(path: Path, keep: int) -> None:
 
 
 class Writer:
-    """Writes a run's checkpoints while training goes on: one thread writes, another waits for the disk.
+    """Two threads of rank 0, for checkpoints while training goes on: one writes, one waits for the disk.
 
-    For rank 0. A full disk does not stop the run: standard error names it.
+    A full disk stops nothing: standard error names the step, and `saved` stays behind.
     """
 
+    saved = 0
+    """The step of the newest checkpoint that is on the disk."""
+
     def __init__(self, run_dir: Path, keep: int) -> None:
-        self._folder, self._keep = run_dir, keep
-        self._saved: int | None = None
+        self._run_dir, self._keep = run_dir, keep
         self._writer, self._disk = ThreadPoolExecutor(1, "checkpoint"), ThreadPoolExecutor(1, "disk")
-        self._writing: Future[Future[None] | None] | None = None  # gives the wait for the disk
+        self._writing: Future[Future[None] | None] | None = None
 
     def begin(self, state: dict[str, Any], files: dict[str, dict[str, Tensor]]) -> None:
-        """Has a checkpoint written. See save."""
+        """Has a checkpoint written; see `save`."""
         self._writing = self._writer.submit(self._write, state, files)
 
-    def wait(self) -> None:
-        """Waits until the last one is written, not until it is on the disk."""
+    def written(self) -> None:
+        """Waits until what is being written has its name or has failed, not until it is on the disk."""
         if self._writing:
             self._writing.result()
 
-    def settle(self) -> int | None:
-        """Waits until the last one is on the disk or has failed; gives the newest step that got there.
-
-        None where none did since it was called before.
-        """
-        if self._writing and (securing := self._writing.result()):
-            securing.result()
-        saved, self._writing, self._saved = self._saved, None, None
-        return saved
+    def settled(self) -> int:
+        """Waits until what is being written is on the disk or has failed; gives `saved`."""
+        if self._writing and (disk := self._writing.result()):
+            disk.result()
+        return self.saved
 
     def _write(self, state: dict[str, Any], files: dict[str, dict[str, Tensor]]) -> Future[None] | None:
+        step = state["step"]
         try:
-            folder = save(self._folder, state, files)
+            folder = save(self._run_dir, state, files)
         except (OSError, SafetensorError) as error:
-            message = f"NO CHECKPOINT of step {state['step']} could be written: {error}."
-            print(message, file=sys.stderr, flush=True)
+            print(f"NO CHECKPOINT of step {step} could be written: {error}.", file=sys.stderr, flush=True)
             return None
-        return self._disk.submit(self._secure, folder, state["step"])
+        return self._disk.submit(self._secure, folder, step)
 
     def _secure(self, folder: Path, step: int) -> None:
         try:
             secure(folder, self._keep)
-            self._saved = step
+            self.saved = step
         except OSError as error:
-            message = f"THE CHECKPOINT of step {step} may not be on the disk: {error}."
-            print(message, file=sys.stderr, flush=True)
+            print(f"THE CHECKPOINT of step {step} is not on the disk: {error}.", file=sys.stderr, flush=True)
 
 
 def checkpoint_folders(run_dir: Path) -> list[Path]:
