@@ -32,12 +32,12 @@ FLOORS = [
 LINES = {
     "config": 1210,  # every knob with its meaning, and a sentence for each contradiction
     "data": 1700,  # six image formats, folders and shards, the order, DALI, stored ids, labels
-    "objectives": 580,  # five methods, and what they share
+    "objectives": 600,  # five methods, and what they share
     "targets": 1250,  # a frozen CLIP spread over ranks, VQ-KD, the codebook, stored ids, momentum
     "training": 1170,  # DeepSpeed and its workarounds, checkpoints, metrics, jumps, the watchdog
     "finetuning": 530,
     "results": 1730,  # export and its proof, cards, foreign checkpoints, probes, the page about a run
-    "planning": 1030,  # counts on real modules, the arithmetic of a cluster, advice
+    "planning": 1560,  # counts on real modules, the arithmetic of a cluster, the bound by FLOPs and bytes, advice
     "story": 1830,  # the files beside the rooms: pretrain, run, task, draws, vit, launch, weights, ...
     "tools": 2950,  # twelve programs and the benchmarks
 }
