@@ -1,12 +1,15 @@
-# make demo   set up .venv, then pre-train MaPeT (OBJECTIVE=beit, ...) on a small rendered data set, on any machine
-# make test   set up .venv, then run the whole test suite
-# make quick  set up .venv, then run the fast tests: under two minutes on two cores
-# make lint   set up .venv, then run ruff and pyright
-# make drill  set up .venv, then let faults happen for forty minutes or so: docs/reliability.md
-# make clean  remove .venv and the demo's run
+# make demo      set up .venv, then pre-train MaPeT (OBJECTIVE=beit, ...) on a small rendered data set, on any machine
+# make test      set up .venv, then run the whole test suite
+# make quick     set up .venv, then run the fast tests: under two minutes on two cores
+# make lint      set up .venv, then run ruff and pyright
+# make drill     set up .venv, then let faults happen for forty minutes or so: docs/reliability.md
+# make gpu       set up .venv, then try all once on this machine's GPUs, for an hour or so: docs/first_day.md
+# make gpu_path  set up .venv, then run every recipe's first steps on a CUDA device that runs nothing
+# make clean     remove .venv and the demo's run
 
 PYTHON ?= python3
 RUN ?= runs/demo
+TRIAL ?= runs/trial
 OBJECTIVE ?= mapet
 PYTEST = .venv/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 export OMP_NUM_THREADS ?= 1
@@ -28,8 +31,14 @@ lint: .venv/dev
 	.venv/bin/ruff format --check .
 	.venv/bin/pyright
 
+gpu: .venv/dev
+	.venv/bin/python tools/trial.py gpu $(TRIAL)
+
 drill: .venv/dev
 	.venv/bin/python -m pytest -m drill -v
+
+gpu_path: .venv/dev
+	.venv/bin/python -m pytest --numprocesses 2 tests/test_gpu_path.py -m ''
 
 .venv/installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -44,4 +53,4 @@ drill: .venv/dev
 clean:
 	rm -rf .venv runs/demo
 
-.PHONY: demo objective test quick lint drill clean
+.PHONY: demo objective test quick lint gpu drill gpu_path clean

@@ -1,19 +1,23 @@
 """Files and folders that exist whole or not at all, and their checksums.
 
-A file takes its name last, after every byte is on the disk. Nothing here imports torch, because loader
-workers import this module.
+A file takes its name last, after every byte is on the disk. (A checkpoint, which has checksums, takes it
+before.) Nothing here imports torch, because loader workers import this module.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import hashlib
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+import psutil
 
 
 def checksum(path: Path) -> str:
@@ -34,11 +38,30 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def flush_folder(path: Path) -> None:
+    """Waits until a folder, with what is in it and its name, is on the disk."""
+    for file in path.rglob("*"):
+        flush(file)
+    flush(path)
+    flush(path.parent)
+
+
 def _beside(path: Path) -> Path:
-    """A free path beside `path`. What a killed process left there is removed."""
-    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
-        shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
-    return path.with_name(f".{path.name}.{os.getpid()}.partial")
+    """A free path beside `path`, of this process. What killed processes of this host left there is removed.
+
+    What a living one writes there, or one of another host, which can't be asked, stays.
+    """
+    prefix = f".{path.name}.{socket.gethostname()}."
+    for leftover in path.parent.glob(f"{glob.escape(prefix)}*.partial"):
+        number = leftover.name.removeprefix(prefix).partition(".")[0]
+        if number.isdecimal() and not psutil.pid_exists(int(number)):
+            _remove(leftover)
+    return path.with_name(f"{prefix}{os.getpid()}.partial")
+
+
+def _remove(path: Path) -> None:
+    """Removes a file or a folder, if it is there."""
+    shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -59,22 +82,34 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def whole_folder(path: Path, replace: bool = True) -> Iterator[Path]:
+def whole_folder(path: Path, replace: bool = True, flushed: bool = True) -> Iterator[Path]:
     """Gives a new folder to write in. It takes the name `path` when the block ends without an error.
 
     replace: a folder of that name is replaced; else it must be empty, and an OSError says that it is not.
+        Where two processes write it at once, the folder of the later one stays.
+    flushed: it is on the disk before it takes its name. Without, it is whole for every process, also when
+        this one is killed, but may not outlive a loss of power until flush_folder returns.
     """
     beside = _beside(path)
+    old = beside.with_suffix(".old.partial")
     beside.mkdir(parents=True)
     try:
         yield beside
-        for file in beside.rglob("*"):
-            flush(file)
-        flush(beside)
-        if replace:
-            shutil.rmtree(path, ignore_errors=True)
-        beside.rename(path)
-        flush(path.parent)
+        if flushed:
+            flush_folder(beside)
+        while True:
+            if replace:
+                with contextlib.suppress(FileNotFoundError):
+                    path.rename(old)
+                _remove(old)
+            try:
+                beside.rename(path)
+                break
+            except OSError as error:  # another process has put its own there
+                if not replace or error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+        if flushed:
+            flush(path.parent)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 

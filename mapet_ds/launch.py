@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from mapet_ds.errors import ConfigError, UserError
-from mapet_ds.launchers import has_ended, launchers
+from mapet_ds.launchers import has_ended, ignored_gpus, launchers
 
 T = TypeVar("T")
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -150,6 +150,8 @@ def init_distributed(join_seconds: float = 600) -> Ranks:
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
+        if local_rank == 0 and (sentence := ignored_gpus(os.environ.get("CUDA_VISIBLE_DEVICES", ""))):
+            print(sentence, file=sys.stderr, flush=True)
 
     # Meet the other ranks.
     backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)

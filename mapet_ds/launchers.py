@@ -45,6 +45,28 @@ def has_ended(process: psutil.Process) -> bool:
         return True
 
 
+def ignored_gpus(own: str) -> str | None:
+    """A sentence where the user's CUDA_VISIBLE_DEVICES is not what the deepspeed launcher gave this process.
+
+    With --num_gpus, --include or --exclude DeepSpeed 0.19.8 counts the host's GPUs from 0. The launcher's own
+    environment still has what the user wrote.
+
+    own: this process's CUDA_VISIBLE_DEVICES.
+    """
+    for process in (each for each in launchers() if runs_one_of(command_line(each), {"deepspeed", "ds"})):
+        try:
+            asked = process.environ().get("CUDA_VISIBLE_DEVICES", "")
+        except psutil.Error:  # it is another user's, or has just ended
+            continue
+        if asked and not set(own.split(",")) <= set(asked.split(",")):
+            return (
+                f"CUDA_VISIBLE_DEVICES = {asked}, but deepspeed ignores it beside --num_gpus, --include or "
+                f"--exclude, and gave this host's ranks the GPUs {own}. --include localhost:{asked} takes "
+                "those that you named."
+            )
+    return None
+
+
 def check_hostfile(command_lines: list[list[str]]) -> None:
     """Refuses a launch whose hostfile is missing. DeepSpeed 0.19.8 only warns and trains on this host alone.
 

@@ -1,13 +1,13 @@
 """Nearest neighbours and k-means, the only import of FAISS.
 
-Both are exact. They run on all GPUs that FAISS sees, else on the CPU.
+Both are exact. They run on all GPUs that FAISS sees, else on the CPU. FAISS is imported where it is used, so
+that training from a codebook that exists does without it.
 """
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import faiss
 import numpy as np
 from numpy.typing import NDArray
 
@@ -34,6 +34,8 @@ def kmeans(
     seed: int,
 ) -> Clusters:
     """Clusters [n, C] points by Euclidean k-means. On a CPU equal points in equal order give equal bits."""
+    import faiss
+
     gpus = faiss.get_num_gpus()
     solver: Any = faiss.Kmeans(
         points.shape[1], clusters, niter=iterations, nredo=redo, seed=seed, gpu=gpus,
@@ -52,6 +54,8 @@ def most_similar(
 
     Returns [m, k] products, largest first, and [m, k] numbers of the rows.
     """
+    import faiss
+
     index = faiss.IndexFlatIP(rows.shape[1])
     if on_gpus and faiss.get_num_gpus() > 0:
         index = faiss.index_cpu_to_all_gpus(index)

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from mapet_ds.config.sections import RunConfig, flatten, total_steps
 from mapet_ds.data.quarantine import Quarantine
+from mapet_ds.data.samples import doubts
 from mapet_ds.errors import ConfigError, RunError, UserError
 from mapet_ds.files import write_whole
 from mapet_ds.launch import Ranks, StopRequest, claim, init_distributed
@@ -44,6 +45,7 @@ from mapet_ds.training.spikes import Rollback, SpikeGuard
 from mapet_ds.training.watchdog import GOING_BACK, SAVING, Watchdog
 from mapet_ds.vit import compile_blocks
 
+T = TypeVar("T")
 BEGAN = "init_from.sha256"
 """The entry of a run's identity that names the file it began from; each checkpoint hands it to the next."""
 
@@ -104,15 +106,17 @@ class Run:
         if began:
             self.identity[BEGAN] = began
         self.skipped: list[int] = []
-        self.step = self.saved = 0
-        self.writer = ThreadPoolExecutor(1, "checkpoint")
-        self.writing: Future[int] | None = None
+        self.step = self.begun = self.saved = 0
+        self.writer, self.disk = ThreadPoolExecutor(1, "checkpoint"), ThreadPoolExecutor(1, "disk")
+        self.writing: Future[Future[None] | None] | None = None  # gives the wait for the disk
         self._resume(newest)
 
         # Nothing is refused from here on, so another run's folder stays as it was until now.
         if ranks.rank == 0:
+            for doubt in doubts(config, self.index):
+                print(f"WARNING: {doubt}", file=sys.stderr, flush=True)
             (self.folder / "DONE").unlink(missing_ok=True)
-            write_record(config, engine_config, self.folder)
+            write_record(config, engine_config, self.folder, self.index.record())
         self.quarantine = Quarantine(config, self.index)
         self._open_at_step()
         self.watchdog = Watchdog(config.train.hang_seconds, ranks)
@@ -152,9 +156,10 @@ class Run:
         """Continues from a checkpoint, if there is one. Every rank must call it, and loads it."""
         if newest is None:
             return
-        checkpoint.check_identity(newest, self.identity, flatten(type(self.config)().to_dict()))
+        defaults = flatten(type(self.config)().to_dict())
+        checkpoint.check_identity(newest, self.identity, defaults, len(self.index))
         self.step, self.skipped = newest.run["step"], newest.run["skipped"]
-        self.saved = self.step
+        self.begun = self.saved = self.step
         updates = self.step - len(self.skipped)
         scatter_state(self.engine, newest.load("model"), newest.load("optimizer"), updates)
         if state := newest.load("target"):
@@ -186,7 +191,12 @@ class Run:
                     self.roll_back(jump)
                     continue
             if self.step % self.config.checkpoint.every_steps == 0:
+                self.settle()
                 self.save()
+
+        # Who has asked for a stop may wait for seconds only, so the step is saved before anything else.
+        if self.begun != self.step:
+            self.save()
         if self.metrics.logged_step != self.step:
             self.log(self.evaluate())
         self._finish()
@@ -342,13 +352,18 @@ class Run:
     def save(self) -> None:
         """Has a checkpoint of this step written while training goes on. Every rank must call it.
 
-        The host waits for the GPU, and for the checkpoint before. A full disk does not stop the run: standard
-        error names it, `saved` stays behind, and the next save tries again.
+        The host waits for the GPU, and until the checkpoint before is written, not until it is on the disk:
+        settle does. A full disk does not stop the run: standard error names it, `saved` stays behind, and the
+        next save tries again.
+
+        Raises:
+            RunError: the weights that DeepSpeed gathers are not those that the forward uses.
         """
-        self.settle()
+        self._by_rank_0(lambda: self.writing and self.writing.result() and None)
         self.watchdog.doing("gathering the state for a checkpoint")
         self.quarantine.merge(self.loader.new_bad(), self.ranks)
         weights, moments = gather_state(self.engine, self.ranks.rank)
+        self.begun = self.step
         if self.ranks.rank == 0:
             state = {
                 "step": self.step,
@@ -362,22 +377,41 @@ class Run:
             self.writing = self.writer.submit(self._write, state, files)
         self.watchdog.doing("going on while a checkpoint is written")
 
-    def _write(self, state: dict[str, Any], files: dict[str, dict[str, Tensor]]) -> int:
-        """Tries to write a checkpoint; gives the step of the newest one of this run."""
+    def _write(self, state: dict[str, Any], files: dict[str, dict[str, Tensor]]) -> Future[None] | None:
+        """Tries to write a checkpoint; gives the wait for the disk, which begins. For rank 0's thread."""
         try:
-            checkpoint.save(self.folder, state, files, self.config.checkpoint.keep)
+            folder = checkpoint.save(self.folder, state, files)
         except (OSError, SafetensorError) as error:
             message = f"NO CHECKPOINT of step {state['step']} could be written: {error}."
             print(message, file=sys.stderr, flush=True)
-            return self.saved
-        return state["step"]
+            return None
+        return self.disk.submit(self._secure, folder, state["step"])
+
+    def _secure(self, folder: Path, step: int) -> None:
+        """Waits until a checkpoint is on the disk, and counts it then. For rank 0's other thread."""
+        try:
+            checkpoint.secure(folder, self.config.checkpoint.keep)
+            self.saved = step
+        except OSError as error:
+            message = f"THE CHECKPOINT of step {step} may not be on the disk: {error}."
+            print(message, file=sys.stderr, flush=True)
 
     def settle(self) -> None:
         """Waits until the checkpoint that is being written is on disk or has failed. Every rank must call it.
 
         Afterwards `saved` is the step of the newest checkpoint.
         """
-        self.watchdog.doing(SAVING if self.ranks.rank == 0 else "waiting for rank 0 to save")
-        self.saved = self.ranks.from_first(lambda: self.writing.result() if self.writing else self.saved)
+
+        def on_disk() -> int:
+            if self.writing and (disk := self.writing.result()):
+                disk.result()
+            return self.saved
+
+        self.saved = self._by_rank_0(on_disk)
         self.writing = None
         self.watchdog.doing("going on after a checkpoint")
+
+    def _by_rank_0(self, work: Callable[[], T]) -> T:
+        """Lets all ranks wait for rank 0's disk, as long as it takes. Every rank must call it."""
+        self.watchdog.doing(SAVING if self.ranks.rank == 0 else "waiting for rank 0 to save")
+        return self.ranks.from_first(work)

@@ -91,7 +91,10 @@ class Pretraining:
 
     def __init__(self, config: Config, ranks: Ranks) -> None:
         self.config, self.ranks, self.folder = config, ranks, Path(config.run_dir)
-        self.index = ranks.first_then_all(lambda: open_index(config.data.train, self.folder / "index"))
+        first = ranks.rank == 0
+        self.index = ranks.first_then_all(
+            lambda: open_index(config.data.train, self.folder / "index", compare=first)
+        )
         self.probe: OnlineProbe | None = None
         self.evaluate_every_epochs: float | None = None
         if config.evaluate.train:

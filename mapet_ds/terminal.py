@@ -29,7 +29,7 @@ def recipe_parser(description: str | None) -> argparse.ArgumentParser:
     Call its parse_intermixed_args: users write settings before and after other options.
     """
     parser = option_parser(description)
-    recipe = "a recipe, e.g. mapet_ds/recipes/mapet_vitb16.yaml"
+    recipe = "a recipe: a file, or the name of a shipped one, e.g. mapet_vitb16"
     parser.add_argument("--config", required=True, metavar="YAML", help=recipe)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument(

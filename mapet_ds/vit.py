@@ -13,12 +13,13 @@ from typing import Any, Literal, NamedTuple
 import timm
 import torch
 import torch.nn.functional as F
-from timm.layers import Attention, DropPath, Mlp, trunc_normal_
+from timm.layers import Attention, DropPath, Mlp, build_sincos2d_pos_embed, trunc_normal_
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mapet_ds.config.sections import ModelConfig
+from mapet_ds.data.batch import to_device
 from mapet_ds.errors import ConfigError
 
 
@@ -104,25 +105,19 @@ class StreamBlock(Block):
         self,
         x: Tensor,
         bands: Sequence[Band] | None = None,
-        keep: Tensor | None = None,
+        kept: Tensor | None = None,
         **timm_arguments: Any,
     ) -> Tensor:
         """[B, N, D] -> [B, rows of the bands, D]; without bands, all rows attend to all.
 
-        keep: float [B, 2], the uniforms of this block's two stochastic depth decisions, one per image and
-        residual, which all rows of the image share. None keeps every residual.
+        kept: [B, 2], the factors of each image's two residuals, which all of its rows share; see
+        stochastic_depth. None keeps every residual.
         """
         first = bands[0].rows.start if bands else 0
         residual = self.ls1(self.attn(self.norm1(x), bands, **timm_arguments))
-        x = x[:, first:] + self._thin(residual, self.drop_path1, keep, 0)
+        x = x[:, first:] + (residual if kept is None else residual * kept[:, 0, None, None])
         residual = self.ls2(self.mlp(self.norm2(x)))
-        return x + self._thin(residual, self.drop_path2, keep, 1)
-
-    def _thin(self, residual: Tensor, drop_path: nn.Module, keep: Tensor | None, column: int) -> Tensor:
-        if keep is None or not self.training or not isinstance(drop_path, DropPath):
-            return residual
-        kept = (keep[:, column] >= drop_path.drop_prob).to(residual.dtype) / (1 - drop_path.drop_prob)
-        return residual * kept[:, None, None]
+        return x + (residual if kept is None else residual * kept[:, 1, None, None])
 
 
 class Graph(nn.Module):
@@ -190,13 +185,33 @@ def embed(
     return x[:, : vit.num_prefix_tokens], x[:, vit.num_prefix_tokens :], vit.pos_embed[:, -num_patches:]
 
 
+def stochastic_depth(
+    blocks: Sequence[nn.Module], keep: Tensor | None, dtype: torch.dtype
+) -> Sequence[Tensor | None]:
+    """The factors [B, 2] of each block's two residuals: 0, or 1 / (1 - drop_prob) where one is kept.
+
+    They are made outside of the blocks, because torch.compile would trace a block anew for a second
+    drop_prob, and then recompute other tensors than it had kept (pytorch#166926).
+
+    keep: float [B, 2 * blocks], uniforms. None keeps every residual, and so do blocks that don't train.
+    """
+    paths = [path for block in blocks for path in (block.drop_path1, block.drop_path2)]
+    drop = [path.drop_prob if isinstance(path, DropPath) else 0.0 for path in paths]
+    if keep is None or not blocks[0].training or not any(drop):
+        return [None] * len(blocks)
+    rates = to_device(torch.tensor(drop, dtype=torch.float64), keep.device)
+    wide = torch.promote_types(dtype, torch.float32)
+    factors = (keep >= rates.to(keep.dtype)).to(wide) / (1 - rates).to(wide)
+    return factors.to(dtype).unflatten(1, (-1, 2)).transpose(0, 1).contiguous().unbind()
+
+
 def run_block(
-    block: nn.Module, x: Tensor, bands: Sequence[Band] | None, keep: Tensor | None, recompute: bool
+    block: nn.Module, x: Tensor, bands: Sequence[Band] | None, kept: Tensor | None, recompute: bool
 ) -> Tensor:
     """A StreamBlock's output for rows [B, N, D]. recompute: drop its activations until the backward pass."""
     if recompute and torch.is_grad_enabled():
-        return checkpoint(block, x, bands, keep, use_reentrant=False)
-    return block(x, bands, keep)
+        return checkpoint(block, x, bands, kept, use_reentrant=False)
+    return block(x, bands, kept)
 
 
 def run_blocks(
@@ -209,9 +224,9 @@ def run_blocks(
 
     bands: an entry a block; None, of a block or for all, is dense attention. keep: [B, 2 * depth] or None.
     """
+    kept = stochastic_depth(list(vit.blocks), keep, x.dtype)
     for i, block in enumerate(vit.blocks):
-        block_keep = None if keep is None else keep[:, 2 * i : 2 * i + 2]
-        x = run_block(block, x, None if bands is None else bands[i], block_keep, vit.grad_checkpointing)
+        x = run_block(block, x, None if bands is None else bands[i], kept[i], vit.grad_checkpointing)
     return vit.norm(x)
 
 
@@ -227,6 +242,41 @@ def beit_init(vit: VisionTransformer) -> VisionTransformer:
         for layer in ("attn.proj", "mlp.fc2"):
             vit.get_parameter(f"blocks.{i}.{layer}.weight").div_(math.sqrt(2 * (i + 1)))
     return vit
+
+
+def sincos_positions(grid: int, width: int) -> Tensor:
+    """Fixed 2-D sine and cosine positions of grid x grid patches: [1, L, width], in timm's order of channels.
+
+    MAE and SAIM have the same numbers in another order of channels.
+
+    Raises:
+        ConfigError: a width that is no multiple of 4.
+    """
+    if width % 4:
+        raise ConfigError(f"Fixed sin-cos positions need a width that is a multiple of 4, not {width}.")
+    return build_sincos2d_pos_embed([grid, grid], width)[None]
+
+
+def mae_init(module: nn.Module, vit: VisionTransformer, split_qkv: bool = False) -> None:
+    """Initialises a module's linear layers, and its ViT's tokens and fixed positions, as MAE does.
+
+    Weights are Xavier-uniform; with split_qkv those of query, key and value each on their own. Biases are
+    zero. Positions are a sin-cos table, zero for prefix tokens, that no gradient reaches.
+
+    Source: MAE, arXiv 2111.06377, A.1 and the released code.
+    """
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            for weight in layer.weight.data.chunk(3 if split_qkv and isinstance(layer, QKVLinear) else 1):
+                nn.init.xavier_uniform_(weight)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+    assert vit.cls_token is not None and vit.pos_embed is not None
+    nn.init.xavier_uniform_(vit.patch_embed.proj.weight.data.flatten(1))
+    nn.init.normal_(vit.cls_token, std=0.02)
+    table = sincos_positions(vit.patch_embed.grid_size[0], vit.embed_dim)
+    prefix = vit.pos_embed.shape[1] - table.shape[1]
+    vit.pos_embed.requires_grad_(False).copy_(F.pad(table, (0, 0, prefix, 0)))
 
 
 def mask_token_and_head(width: int, target_dim: int) -> tuple[nn.Parameter, nn.Linear]:

@@ -1,6 +1,6 @@
 #!/bin/bash
-# This is the body of the SLURM scripts. It writes the hostfile from the allocation, makes codebook
-# and ids if there are none, trains, and requeues the job where it must.
+# This is the body of the SLURM scripts. It makes codebook and ids if there are none, trains, and
+# requeues the job where it must. slurm/ranks.sh starts the ranks: by ssh, or by srun (LAUNCHER=srun).
 #
 # It needs RECIPE, DATA and RUN_DIR in the environment; CODEBOOK and ENGINE have defaults. Arguments
 # are overrides, a.b=value.
@@ -24,27 +24,8 @@ main() {
     mkdir -p "$RUN_DIR"
     rm -f "$RUN_DIR/DONE" "$RUN_DIR/STOP"
 
-    # The hosts, and how the launcher reaches them.
     gpus=${SLURM_GPUS_ON_NODE:?no GPUs are allocated: the script needs --gpus-per-node}
-    hostfile=$RUN_DIR/hostfile
-    scontrol show hostnames "$SLURM_JOB_NODELIST" | sed "s/\$/ slots=$gpus/" >"$hostfile"
-    nodes=$(wc -l <"$hostfile")
-    head_node=$(head -n 1 "$hostfile")
-    launcher=(--hostfile "$hostfile" --master_addr "${head_node%% *}" --master_port $((10000 + SLURM_JOB_ID % 20000)))
-    if ((nodes == 1)); then
-        launcher+=(--no_ssh_check)
-    elif [[ $PWD == *[[:space:]]* ]]; then
-        echo "$PWD has a space in it, which deepspeed's remote shells split: move the repository." >&2
-        exit 2
-    fi
-
-    # The site's variables are set here, and on every host through the file that deepspeed reads.
-    # shellcheck source=slurm/cluster.env.sh
-    source slurm/cluster.env.sh
-    export DS_ENV_FILE
-    DS_ENV_FILE=$(realpath "$RUN_DIR")/deepspeed_env
-    sed -n 's/^export \([A-Za-z_][A-Za-z0-9_]*\)=.*/\1/p' slurm/cluster.env.sh |
-        while read -r name; do echo "$name=${!name}"; done >"$DS_ENV_FILE"
+    nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | wc -l)
 
     # Stop and requeue. STOP is touched again and again, because ranks that are still starting
     # remove an old one.
@@ -64,13 +45,6 @@ main() {
     trap ask_to_stop USR1 TERM
     trap leave EXIT
 
-    # A preemption sends TERM to every process of the job. deepspeed would die of it, or kill the
-    # ranks, while they save.
-    without_term='
-import os, signal, sys
-signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-os.execvp(sys.argv[1], sys.argv[1:])'
-
     # Run a command in the background, since bash takes signals only while it waits.
     code=0
     launch() {
@@ -86,17 +60,19 @@ os.execvp(sys.argv[1], sys.argv[1:])'
     settings=("data.train=$DATA" "tokenizer.path=$CODEBOOK" "$@")
     ready=1 preparing=1 written=${IDS:+$IDS/ids.json}
     if [[ ! -f $CODEBOOK && ! -f $written ]] && python tools/fit_codebook.py --is_needed --config "$RECIPE" "${settings[@]}"; then
-        launch deepspeed "${launcher[@]}" tools/fit_codebook.py --config "$RECIPE" "${settings[@]}"
+        launch bash slurm/ranks.sh "$nodes" tools/fit_codebook.py --config "$RECIPE" "${settings[@]}"
         [[ -f $CODEBOOK ]] || ready=
     fi
     settings+=(${IDS:+"tokenizer.ids=$IDS"})
     if [[ -n $written && ! -f $written && -n $ready && -z $stopping ]]; then
-        launch deepspeed "${launcher[@]}" tools/tokenize_images.py --config "$RECIPE" "${settings[@]}"
+        launch bash slurm/ranks.sh "$nodes" tools/tokenize_images.py --config "$RECIPE" "${settings[@]}"
         [[ -f $written ]] || ready=
     fi
     preparing=
     if [[ -n $ready && -z $stopping ]]; then
-        launch python -c "$without_term" deepspeed "${launcher[@]}" \
+        # A preemption sends TERM to every process of the job. A launcher would die of it, or kill the ranks,
+        # while they save.
+        IGNORE_TERM=1 launch bash slurm/ranks.sh "$nodes" \
             mapet_ds/pretrain.py --config "$RECIPE" --deepspeed_config "$ENGINE" \
             "run_dir=$RUN_DIR" "train.world_size=$((nodes * gpus))" "${settings[@]}"
     fi

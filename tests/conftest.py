@@ -8,7 +8,17 @@ from mapet_ds.launch import Ranks
 
 LONGEST = ["methods", "pretrain", "faults", "tutorial", "finetune", "benchmark"]
 """Files that run for minutes, by what follows `test_`."""
-SLOW = [*LONGEST, "counting", "ds_configs", "engine", "export_onnx", "extending", "fit_codebook", "forecast"]
+SLOW = [
+    *LONGEST,
+    "counting",
+    "ds_configs",
+    "engine",
+    "export_onnx",
+    "extending",
+    "fit_codebook",
+    "forecast",
+    "gpu_path",
+]
 SLOW += [
     "export",
     "hub",
@@ -22,7 +32,7 @@ SLOW += [
     "published",
     "readme",
 ]
-SLOW += ["report", "slurm", "teacher", "tokenize_images", "vqkd"]
+SLOW += ["report", "slurm", "teacher", "tokenize_images", "vqkd", "wheel"]
 """Files that start whole programs or count large models: `make quick` leaves them out."""
 
 

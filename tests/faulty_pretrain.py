@@ -2,7 +2,7 @@
 
 In steps FIRST .. LAST (counted from 0) rank RANK has, by KIND: nan, a loss that is none; jump, a loss a
 hundred times as large; stuck, images that never come; slow, a disk that takes ten seconds for the
-checkpoint; full, one without room for it.
+checkpoint; full, one without room for it; busy, one on which each fsync of the checkpoint takes four.
 """
 
 import errno
@@ -49,6 +49,12 @@ def slow_save(folder, run, *more):
     return save(folder, run, *more)
 
 
+def save_on_a_busy_disk(folder, run, *more):
+    if is_due(run["step"]):
+        os.fsync = lambda descriptor: time.sleep(4)
+    return save(folder, run, *more)
+
+
 def failing_save(folder, run, *more):
     if is_due(run["step"]):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -60,6 +66,8 @@ if __name__ == "__main__":
         Loader.__next__ = stuck_next
     elif KIND == "slow":
         checkpoint.save = slow_save
+    elif KIND == "busy":
+        checkpoint.save = save_on_a_busy_disk
     elif KIND == "full":
         checkpoint.save = failing_save
     else:

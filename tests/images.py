@@ -9,7 +9,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageChops, ImageCms
 
 
 def picture(width: int = 160, height: int = 120, seed: int = 0, mode: str = "RGB") -> Image.Image:
@@ -43,10 +43,21 @@ def png16(values: np.ndarray, colour_type: int) -> bytes:
     )
 
 
-def rotated() -> Image.Exif:
+def rotated(orientation: int = 6) -> Image.Exif:
     exif = Image.Exif()
-    exif[274] = 6
+    exif[274] = orientation
     return exif
+
+
+def without_adobe(jpeg: bytes) -> bytes:
+    """A JPEG without Adobe's marker, so that the values of its CMYK are not inverted."""
+    at = jpeg.index(b"\xff\xee")
+    return jpeg[:at] + jpeg[at + 2 + struct.unpack_from(">H", jpeg, at + 2)[0] :]
+
+
+def profile() -> bytes:
+    """A colour profile that changes every pixel, if it is used."""
+    return ImageCms.ImageCmsProfile(ImageCms.createProfile("XYZ")).tobytes()
 
 
 def exif_thumbnail(jpeg: bytes) -> bytes:
@@ -58,7 +69,7 @@ def exif_thumbnail(jpeg: bytes) -> bytes:
 def good_images() -> dict[str, bytes]:
     """Name to bytes of what must be read as Pillow reads it."""
     colour, grey = picture(), picture(mode="L")
-    sixteen = np.asarray(colour).astype(np.uint16) * 251 + 97
+    sixteen = np.asarray(picture(mode="RGBA")).astype(np.uint16) * 251 + 97
     jpeg = encode(colour, "JPEG", quality=90)
     return {
         "jpeg.jpg": jpeg,
@@ -78,7 +89,7 @@ def good_images() -> dict[str, bytes]:
         "palette.png": encode(picture(mode="P"), "PNG"),
         "bilevel.png": encode(picture(mode="1"), "PNG"),
         "grey16.png": png16(sixteen[..., 0], 0),
-        "colour16.png": png16(sixteen, 2),
+        "colour16.png": png16(sixteen[..., :3], 2),
         "exif.png": encode(colour, "PNG", exif=rotated()),
         "lossy.webp": encode(colour, "WEBP"),
         "lossless.webp": encode(colour, "WEBP", lossless=True),
@@ -91,20 +102,33 @@ def good_images() -> dict[str, bytes]:
         "lzw.tiff": encode(colour, "TIFF", compression="tiff_lzw"),
         "grey.tif": encode(grey, "TIFF"),
         "grey16.tif": encode(Image.fromarray(sixteen[..., 0]), "TIFF"),
+        "grey16_big.tif": encode(Image.fromarray(sixteen[..., 0]).convert("I;16B"), "TIFF"),
+        "cmyk.tif": encode(picture(mode="CMYK"), "TIFF"),
+        "exif.tif": encode(colour, "TIFF", exif=rotated(3)),
+        "cmyk_no_marker.jpg": without_adobe(encode(picture(mode="CMYK"), "JPEG")),
+        "profile.jpg": encode(colour, "JPEG", icc_profile=profile()),
+        "palette_alpha.png": encode(picture(mode="P"), "PNG", transparency=3),
+        "colour_key.png": encode(colour, "PNG", transparency=(1, 2, 3)),
+        "grey_alpha16.png": png16(sixteen[..., [0, 3]], 4),
         "jpeg_named.png": jpeg,
     }
 
 
 def as_rgb(data: bytes) -> Image.Image:
     """What a sample must look like: Pillow's RGB, 16-bit values over 257, orientation ignored."""
-    if (
-        data.startswith(b"\x89PNG") and data[24:26] == b"\x10\x02"
-    ):  # Pillow would cut 16-bit colour to its high bytes
+    kind = data[24:26] if data.startswith(b"\x89PNG") else b""
+    if kind in (b"\x10\x02", b"\x10\x04"):  # Pillow would cut 16-bit colour to its high bytes
+        channels = 3 if kind[1] == 2 else 2
         width, height = struct.unpack_from(">II", data, 16)
-        raw = np.frombuffer(zlib.decompress(data[41:-16]), np.uint8).reshape(height, 1 + 6 * width)[:, 1:]
-        wide = np.ascontiguousarray(raw).view(">u2").reshape(height, width, 3)
-        return Image.fromarray(np.round(wide / 257).astype(np.uint8))
+        raw = np.frombuffer(zlib.decompress(data[41:-16]), np.uint8).reshape(height, -1)[:, 1:]
+        wide = np.ascontiguousarray(raw).view(">u2").reshape(height, width, channels)
+        narrow = np.round(wide / 257).astype(np.uint8)
+        return Image.fromarray(narrow if channels == 3 else narrow[..., 0]).convert("RGB")
     image = Image.open(io.BytesIO(data))
+    if image.format == "TIFF":
+        image.getexif()[274] = 1
+    if image.mode == "CMYK" and b"Adobe" not in data and image.format == "JPEG":
+        return ImageChops.invert(image).convert("RGB")
     if image.mode.startswith("I"):
         return Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8)).convert("RGB")
     return image.convert("RGB")

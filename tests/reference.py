@@ -11,11 +11,13 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 
 
-def mapet_visible_keys(order: Tensor, num_visible: int) -> dict[tuple[str, int], list[tuple[str, int]]]:
+def mapet_visible_keys(
+    order: Tensor, num_visible: int, position_tokens: bool = True
+) -> dict[tuple[str, int], list[tuple[str, int]]]:
     """For each row of one image, the keys it may attend to, named (kind, patch); patch -1 = class token.
 
     Kinds: x content, m position token, g query. Source: arXiv 2306.07346, the table of attention masks,
-    ranks counted with the class token at rank 0.
+    ranks counted with the class token at rank 0. Without position tokens, nothing is a key but content.
     """
     num_patches = len(order)
     rank = {-1: 0} | {p: int(order[p]) + 1 for p in range(num_patches)}
@@ -32,6 +34,8 @@ def mapet_visible_keys(order: Tensor, num_visible: int) -> dict[tuple[str, int],
         visible["g", p] = [("x", q) for q in rank if rank[q] < rank[p]] + [
             ("m", q) for q in hidden if rank[q] >= rank[p]
         ]
+    if not position_tokens:
+        visible = {row: [key for key in keys if key[0] == "x"] for row, keys in visible.items()}
     return visible
 
 
@@ -56,24 +60,26 @@ def _kept(drop_path: nn.Module, uniform: Tensor) -> Tensor | float:
 
 
 def mapet_loss(
-    model: nn.Module, images: Tensor, ids: Tensor, order: Tensor, num_visible: int, keep: Tensor
-) -> Tensor:
+    model: nn.Module, images: Tensor, ids: Tensor, draw: tuple[Tensor, ...], num_visible: int,
+    num_predicted: int, position_tokens: bool = True,
+) -> Tensor:  # fmt: skip
     """The MaPeT loss, image by image, row by row."""
     losses = []
-    for image, image_ids, image_order, image_keep in zip(images, ids, order, keep):
-        losses.append(_mapet_image_loss(model, image, image_ids, image_order, num_visible, image_keep))
+    for image, image_ids, order, keep in zip(images, ids, draw.order, draw.keep.double()):
+        visible = mapet_visible_keys(order, num_visible, position_tokens)
+        asked = [p for p, rank in enumerate(order) if rank >= len(order) - num_predicted]
+        losses.append(_mapet_image_loss(model, image, image_ids, visible, asked, keep))
     return torch.stack(losses).mean()
 
 
 def _mapet_image_loss(
-    model: nn.Module, image: Tensor, ids: Tensor, order: Tensor, num_visible: int, keep: Tensor
+    model: nn.Module, image: Tensor, ids: Tensor, visible: dict, asked: list[int], keep: Tensor
 ) -> Tensor:
     vit = model.vit
     patches = vit.patch_embed(image[None])[0]
     position = vit.pos_embed[0]
-    visible = mapet_visible_keys(order, num_visible)
     rows = {("x", -1): vit.cls_token[0, 0] + position[0]}
-    for p in range(len(order)):
+    for p in range(len(patches)):
         rows["x", p] = patches[p] + position[1 + p]
     for kind, p in visible:
         if kind in "mg":
@@ -88,10 +94,9 @@ def _mapet_image_loss(
             after[name] = row + kept2 * block.ls2(Mlp.forward(block.mlp, block.norm2(row)))
         rows = after
     losses = []
-    for (kind, p), row in rows.items():
-        if kind == "g":
-            logits = F.linear(vit.norm(row), model.head.weight, model.head.bias)
-            losses.append(torch.logsumexp(logits, 0) - logits[ids[p]])
+    for p in asked:
+        logits = F.linear(vit.norm(rows["g", p]), model.head.weight, model.head.bias)
+        losses.append(torch.logsumexp(logits, 0) - logits[ids[p]])
     return torch.stack(losses).mean()
 
 
@@ -195,6 +200,32 @@ def saim_loss(model: nn.Module, images: Tensor, pixels: Tensor, draw: tuple[Tens
                 j = i // every
                 g = _through(model.decoder[j], g, [h[keys] for keys in before], keep[len(vit.blocks) + j])
         losses.append((model.head(vit.norm(g)) - wanted).square().mean())
+    return torch.stack(losses).mean()
+
+
+def mae_encoded(model: nn.Module, image: Tensor, mask: Tensor, keep: Tensor) -> Tensor:
+    """[1 + v, D] of one image: the class token and the visible patches, which alone are there; final norm."""
+    vit, position = model.vit, model.vit.pos_embed[0]
+    patches = vit.patch_embed(image[None])[0] + position[1:]
+    rows = torch.stack([vit.cls_token[0, 0] + position[0]] + [patches[p] for p in (~mask).nonzero()[:, 0]])
+    for i, block in enumerate(vit.blocks):
+        rows = _through(block, rows, [rows] * len(rows), keep[2 * i : 2 * i + 2])
+    return vit.norm(rows)
+
+
+def mae_loss(model: nn.Module, images: Tensor, pixels: Tensor, draw: tuple[Tensor, ...]) -> Tensor:
+    losses = []
+    for image, wanted, mask, keep in zip(images, pixels, draw.mask, draw.keep.double()):
+        first, *encoded = model.decoder_embed(mae_encoded(model, image, mask, keep))
+        seen = iter(encoded)
+        rows = [model.mask_token[0, 0] if hidden else next(seen) for hidden in mask]
+        rows = torch.stack([first] + [row + model.positions[0, p] for p, row in enumerate(rows)])
+        for block in model.decoder:
+            rows = _through(block, rows, [rows] * len(rows), torch.ones(2, dtype=rows.dtype))
+        found = model.head(model.norm(rows))[1:]
+        losses.append(
+            torch.stack([(found[p] - wanted[p]).square().mean() for p in mask.nonzero()[:, 0]]).mean()
+        )
     return torch.stack(losses).mean()
 
 

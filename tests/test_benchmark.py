@@ -71,6 +71,11 @@ def test_index():
     assert set(found["first_batch"]) == {"0", "10000000"}
     for first in (found["first_batch_of_few"], *found["first_batch"].values()):
         assert first["workers"] == [] and first["rank"]["own_mib"] > 0 and first["seconds"] > 0
+    for kind in ("folders", "shards"):
+        listed = found["listing_us"][kind]
+        assert set(listed) == {"first", "bare", "again"} and all(
+            set(each) == SPREAD for each in listed.values()
+        )
     whole, windowed = found["order_window_0"], found["order_window_65536"]
     assert all(set(values) == SPREAD for values in (*whole.values(), *windowed.values()))
     assert whole["samples_side_by_side"]["max"] < 20 < 200 < windowed["samples_side_by_side"]["min"]
@@ -80,6 +85,28 @@ def small_beit():
     return build_objective(
         load_config(REPOSITORY / "mapet_ds/recipes/beit_vitb16.yaml", [*SMALL, "tokenizer.vocab_size=64"]), 64
     )
+
+
+def test_machine_links_and_storage(photos):
+    machine = benchmark("machine", "--device", "cpu")
+    check_circumstances(machine, "machine")
+    assert set(machine["matrix_product_tflops"]) == {"bf16", "fp32"}
+    assert machine["copy_gbyte_s"] > 0
+    assert (machine["ranks"], len(machine["hosts"]), machine["hosts_differ_in"]) == (1, 1, [])
+    assert {"nvcc", "ninja", "g++", "Python.h"} <= set(machine["tools"])
+    words = ["--nproc_per_node=2", "tools/benchmark.py", "allreduce", "--mebibytes", 1, "--repeats", 2]
+    done = start(sys.executable, "-m", "torch.distributed.run", "--standalone", *words, "--device", "cpu")
+    summed = json.loads(done.stdout)
+    assert (summed["ranks"], summed["hosts"], summed["backend"]) == (2, 1, "gloo")
+    bus, milliseconds = summed["sizes"]["1 MiB"]["bus_gbyte_s"], summed["sizes"]["1 MiB"]["ms"]
+    assert set(bus) == SPREAD
+    assert bus["max"] * milliseconds["min"] == pytest.approx(
+        2**20 / 1e6
+    )  # two ranks: as many bytes as there are
+    sizes = ["--images", 8, "--repeats", 2, "--threads", 2]
+    read = benchmark("storage", "--data", photos, "--device", "cpu", *sizes)
+    assert (read["images"], read["hosts"], read["repeatedly"]) == (20, 1, False)
+    assert set(read["host_gbyte_s"]) == set(read["images_per_second"]) == SPREAD
 
 
 def test_loader_against_one(photos):

@@ -19,9 +19,10 @@ def write(run_dir, step, keep=3, skipped=()):
         "optimizer": {"exp_avg.w": torch.ones(3)},
         "target": {},
     }
-    return checkpoint.save(
-        run_dir, {"step": step, "skipped": list(skipped), "identity": {"seed": 0}}, files, keep
-    )
+    state = {"step": step, "skipped": list(skipped), "identity": {"seed": 0}}
+    folder = checkpoint.save(run_dir, state, files)
+    checkpoint.secure(folder, keep)
+    return folder
 
 
 def test_round_trip_and_retention(tmp_path):
@@ -34,6 +35,24 @@ def test_round_trip_and_retention(tmp_path):
     assert newest.run["step"] == 4
     assert torch.equal(newest.load("model")["w"], torch.full((3,), 4.0))
     assert newest.load("target") == {}
+
+
+def test_a_checkpoint_is_whole_before_the_disk_has_it_and_older_ones_stay_until_then(tmp_path, monkeypatch):
+    """A launcher kills a rank whose disk is too slow: then it has saved all the same."""
+
+    def flush(path):
+        flushed.append(path)
+        assert checkpoint.newest(tmp_path).run["step"] == 2
+        assert (tmp_path / "checkpoints/step_00000001").is_dir()
+
+    write(tmp_path, 1)
+    flushed = []
+    monkeypatch.setattr("mapet_ds.files.flush", flush)
+    folder = checkpoint.save(tmp_path, {"step": 2, "skipped": []}, {"model": {"w": torch.ones(3)}})
+    assert flushed == []
+    checkpoint.secure(folder, keep=1)
+    assert set(flushed) == {*folder.iterdir(), folder, folder.parent}
+    assert checkpoint.checkpoint_folders(tmp_path) == [folder]
 
 
 def truncate(folder):
@@ -165,9 +184,8 @@ def test_a_knob_that_is_newer_than_the_checkpoint_had_its_default(tmp_path):
     ],
 )
 def test_another_run_is_refused_naming_both_values(tmp_path, change, key):
-    checkpoint.save(
-        tmp_path, {"step": 1, "skipped": [], "identity": identity()}, {"model": {"w": torch.ones(1)}}, 2
-    )
+    state = {"step": 1, "skipped": [], "identity": identity()}
+    checkpoint.save(tmp_path, state, {"model": {"w": torch.ones(1)}})
     found = checkpoint.newest(tmp_path)
     checkpoint.check_identity(found, identity(run_dir="elsewhere"), DEFAULTS)
     with pytest.raises(ResumeError, match=rf"{key}.*: .* in the checkpoint, .* now"):

@@ -356,4 +356,5 @@ def test_published_settings():
     assert settings("mapet_vits16") == (5e-3, 0.65, 200, 512, "avg")
     assert settings("mapet_vitti16") == (2.5e-4, 1.0, 300, 512, "avg")
     assert settings("conmim_vitb16") == settings("beit_vitb16") == (4e-3, 0.65, 100, 1024, "avg")
+    assert settings("mae_vitb16") == (2e-3, 0.65, 100, 1024, "avg")
     assert settings("saim_vitb16") == (2e-3, 0.65, 100, 1024, "token")

@@ -86,7 +86,7 @@ def test_a_check_imports_no_torch(sound):
 
 def test_a_run_without_git_records_no_commit(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    write_record(Config(), {}, tmp_path)
+    write_record(Config(), {}, tmp_path, {})
     environment = json.loads((tmp_path / "environment.json").read_text())
     assert environment["git"] == {"commit": None, "changed": []} and environment["versions"]["torch"]
     assert (tmp_path / "config.yaml").read_text().startswith("run_dir: ''")

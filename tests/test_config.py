@@ -75,14 +75,16 @@ def test_published_settings():
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        (["objective=simmim"], "there are: mapet, beit, mvp, saim, conmim"),
+        (["objective=simmim"], "there are: mapet, beit, mvp, saim, conmim, mae"),
         (["objective=beit", "beit.hidden_share=0"], r"beit\.hidden_share = 0\.0 hides 0 of 196"),
+        (["objective=beit", "beit.hidden_share=1"], "at least one must be hidden and one visible"),
         (["objective=mvp", "mvp.loss=mse"], r"mvp\.loss"),
         (["objective=conmim", "conmim.cell=4"], r"conmim\.cell = 4 does not divide the student's grid of 14"),
         (
             ["objective=conmim", "train.micro_batch_size=32"],
             r"bn_group = 64 does not divide.*conmim\.bn_group=32",
         ),
+        (["objective=mae", "mae.decoder_heads=3"], r"mae\.decoder_width = 512 must be a multiple of .* = 3,"),
         (["data.strong.blur_sigma=[2, 1]"], "blur_sigma = .* must be positive and rising"),
         (["data.strong.jitter=[0.4, 0.4, 0.2, 0.6]"], "hue at most 0.5"),
         (["objective=mvp", "teacher.img_size=224"], "teacher's grid is 7"),
@@ -102,7 +104,7 @@ def test_each_objective_knows_its_contradictions(overrides, says, tmp_path):
 
 def test_objectives_without_a_teacher_do_not_mind_its_grid(tmp_path):
     given = [f"data.train={tmp_path}", f"run_dir={tmp_path}-run", "teacher.img_size=224"]
-    for objective in ("saim", "conmim"):
+    for objective in ("saim", "conmim", "mae"):
         check(load_config(RECIPES_BY_NAME["mapet_vitb16"], [*given, f"objective={objective}"]), 1)
     check(load_config(RECIPES_BY_NAME["mapet_vitb16"], [*given, "tokenizer.name=vqkd"]), 1)
 
@@ -132,7 +134,9 @@ def test_objectives_without_a_teacher_do_not_mind_its_grid(tmp_path):
         ("checkpoint.keep=1", "may leave no checkpoint from before a jump of the loss: keep 2, or"),
         ("optim.warmup_epochs=400", "leaves nothing"),
         ("optim.min_lr=1", "is above optim.lr"),
-        ("mapet.hidden_share=1", "at least one must be hidden and one visible"),
+        ("mapet.hidden_share=0", r"mapet\.hidden_share = 0\.0 hides 0 of 196 patches; hide one at least"),
+        ("mapet.predicted_share=0.8", r"predicts 157 of 196 patches, and .* = 0\.75 hides 147"),
+        ("mapet.predicted_share=0", r"predicts 0 of 196 patches.*: predict one at least"),
         ("objective=mae", "objective = mae is not known; there are: mapet"),
         ("model=3", "model = 3"),
         ("model.name.x=3", "single value|model.name"),
@@ -253,6 +257,53 @@ def test_a_mistake_stops_the_program_before_torch_is_imported(recipe):
 
 
 @pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("seed=010", 10),
+        ("seed=0x10", 16),
+        ("seed=1_000", 1000),
+        ("optim.lr=.5", 0.5),
+        ("model.args={depth: 010, at: 1:30}", {"depth": 10, "at": "1:30"}),
+        ("model.init_from=null", None),
+        ("run_dir=exp #2", "exp #2"),
+        ("run_dir='exp 2'", "exp 2"),
+        ("run_dir=010", "010"),
+        ("run_dir=2024-01-31", "2024-01-31"),
+        ("run_dir=[a]", "[a]"),
+        ("run_dir=~/runs", str(Path.home() / "runs")),
+        ("model.init_from=~", str(Path.home())),
+    ],
+)
+def test_an_override_is_read_by_the_type_of_its_knob(recipe, override, value):
+    found = load_config(recipe, [override]).to_dict()
+    for part in override.partition("=")[0].split("."):
+        found = found[part]
+    assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("seed=1:30", "valid integer"),
+        ("seed=8 #2", "would be lost"),
+        ("run_dir=null", "valid string"),
+        ("run_dir=~nobody-of-this-name/x", "no user's home folder"),
+    ],
+)
+def test_an_override_that_yaml_would_make_another_value_of_is_refused(recipe, override, says):
+    with pytest.raises(ConfigError, match=says):
+        load_config(recipe, [override])
+
+
+def test_a_recipe_file_is_read_by_the_same_rules(recipe, tmp_path):
+    values = yaml.safe_load(recipe.read_text())
+    path = tmp_path / "numbers.yaml"
+    path.write_text(yaml.safe_dump(values | {"run_dir": "~/x"}) + "seed: 010\n")
+    config = load_config(path)
+    assert config.seed == 10 and config.run_dir == str(Path.home() / "x")
+
+
+@pytest.mark.parametrize(
     ("engine", "says"),
     [
         ({"zero_optimization": {"stage": 2}, "train_batch_size": 8}, "train.global_batch_size"),
@@ -290,7 +341,7 @@ NUMBERS = st.integers(1, 64) | st.floats(0.01, 1)
 SCALARS = (
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=12) | WORDS
     | st.sampled_from(["center", "random", "projected", "pixels", "features", "RN50x64"])
-    | st.sampled_from(["mapet", "beit", "mvp", "saim", "conmim"])
+    | st.sampled_from(["mapet", "beit", "mvp", "saim", "conmim", "mae"])
 )  # fmt: skip
 VALUES = st.recursive(
     SCALARS,

@@ -112,6 +112,19 @@ def test_conmim_is_a_plain_vit_by_hand():
     assert counted.minimum == counted.flops and counted.recomputed == 0
 
 
+def test_mae_is_a_quarter_of_a_vit_and_a_narrow_one():
+    """The encoder has 50 of 197 rows. The decoder's last block updates the hidden ones alone."""
+    width, narrow, seen, rows, patches, hidden = 768, 512, 50, 197, 196, 147
+    last = 2 * narrow**2 * (2 * rows + 10 * hidden) + 4 * narrow * hidden * rows
+    learnt = plain_vit(width, 12, seen) + plain_vit(narrow, 7, rows) + last
+    learnt += 2 * seen * width * narrow + 2 * hidden * narrow * 768
+    counted = student(recipe("mae_vitb16"))
+    assert counted.flops == counted.minimum == 4 * patches * 768 * width + 3 * learnt
+    assert (
+        counted.parameters + counted.constants + rows * narrow == 111_907_840
+    )  # as published, with both tables
+
+
 def test_beits_last_block_updates_no_row_that_no_loss_reads():
     width, rows, patches, hidden, ids = 768, 197, 196, 75, 8192
     last = 2 * width**2 * (2 * rows + 2 * hidden + 8 * hidden) + 4 * rows * hidden * width
@@ -144,6 +157,34 @@ def test_modules_of_mapet_by_hand():
     assert found["MaPeT.vit.blocks.3.mlp"] == 3 * 16 * (50 + 3 * 147) * 768**2
     assert found["MaPeT.vit.blocks.3.attn.qkv"] == 3 * 2 * 768**2 * (3 * (50 + 2 * 147) + 147)
     assert found["MaPeT.head"] == 3 * 2 * 147 * 768 * 8192
+
+
+@pytest.mark.parametrize(
+    ("words", "tokens", "visible", "predicted"),
+    [
+        (["mapet.position_tokens=false"], 0, 49, 147),
+        (["mapet.hidden_share=1", "mapet.predicted_share=0.25"], 196, 0, 49),
+    ],
+)
+def test_ablations_of_mapet_by_hand(words, tokens, visible, predicted):
+    width, hidden = 192, 196 - visible
+    dense = tokens + 1 + visible
+    keys = dense + hidden
+    rows = keys + predicted
+    whole = 2 * width**2 * (3 * keys + predicted + 9 * rows) + 4 * width * (
+        dense**2 + (hidden + predicted) * keys
+    )
+    last = 2 * width**2 * (2 * keys + 10 * predicted) + 4 * width * predicted * keys
+    small = ["model.name=vit_tiny_patch16_224", "model.args={depth: 2}", "tokenizer.vocab_size=64"]
+    counted = student(recipe("mapet_vitb16", *small, *words))
+    head = 2 * predicted * width * 64
+    assert counted.flops == 4 * 196 * 768 * width + 3 * (whole + last + head)
+
+    # A patch of rank r from the first hidden one on, and its query, read so many of the keys.
+    reads = [1 + 196 if tokens else 1 + visible + rank + 1 for rank in range(hidden)]
+    asks = [1 + 196 if tokens else 1 + visible + rank for rank in range(hidden - predicted, hidden)]
+    vain = sum(keys - n for n in [*reads, *asks, *asks])
+    assert counted.flops - counted.minimum == pytest.approx(3 * 4 * width * vain, rel=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import torch
 from PIL import Image, ImageFilter, ImageOps
 from torchvision.transforms import RandomResizedCrop
 
+from mapet_ds.config.finetune import FinetuneConfig, LabelledDataConfig
 from mapet_ds.config.sections import (
     REPOSITORY,
     Config,
@@ -26,6 +27,7 @@ from mapet_ds.config.sections import (
 )
 from mapet_ds.data.batch import Batch, Draw, View
 from mapet_ds.data.index import Index, open_index
+from mapet_ds.data.labelled import EvaluationBatches
 from mapet_ds.data.loader import ALONE_LIMIT, Loader
 from mapet_ds.data.samples import (
     CROP_NUMBERS,
@@ -35,10 +37,12 @@ from mapet_ds.data.samples import (
     UNBLURRED,
     SampleSource,
     central_square,
+    doubts,
     random_crop,
     strong_values,
 )  # fmt: skip
 from mapet_ds.errors import ConfigError, DataError
+from mapet_ds.finetuning.loader import TrainBatches
 
 TEACHER = View(64, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 STRONG = TEACHER._replace(strong=True)
@@ -260,6 +264,65 @@ def test_every_format_gives_pillows_pixels(tmp_path, crop):
             differences[name] = max(difference, differences.get(name, 0))
     assert differences.pop("bilevel.png") < TOLERANCE_BILEVEL
     assert {name: d for name, d in differences.items() if d > TOLERANCE} == {}
+
+
+SAME_SIZE = {name: data for name, data in images.good_images().items() if not name.startswith("one_")}
+PILLOW_CUTS = {"colour16.png", "grey_alpha16.png"}
+"""Of 16 bits of colour or transparent grey Pillow reads 8, where DALI rounds."""
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory) -> dict[str, dict[str, dict[str, np.ndarray]]]:
+    """Program to orientation's rule to name to the central square of each image, uint8 [120, 120, 3]."""
+    files = {f"class_0/{name}": data for name, data in SAME_SIZE.items()}
+    index = make_index(tmp_path_factory.mktemp("seen"), files)
+    names, number = [Path(index.path(i)).name for i in range(len(index))], len(index)
+
+    def square(image: Image.Image) -> torch.Tensor:
+        width, height = image.size
+        left, top = (width - 120) // 2, (height - 120) // 2
+        return torch.from_numpy(np.array(image.crop((left, top, left + 120, top + 120))))
+
+    found = {}
+    for rule, upright in (("stored", False), ("upright", True)):
+        data = {"color_jitter": 0.0, "exif_orientation": upright, "mean": (0.0,) * 3, "std": (1.0,) * 3}
+        config = settings(number, side=120, **data)
+        config = dataclasses.replace(config, model=ModelConfig(img_size=120, patch_size=8))
+        batch = load(config, index, 1, teacher=None)[0]
+        views = (batch.images.movedim(1, 3) * 255).round().byte().numpy()
+        found["training", rule] = {
+            names[i]: view for i, view in zip(batch.index.tolist(), views, strict=True)
+        }
+
+        evaluated = EvaluationBatches(config, index, square, 0, 1).batch(0)
+        assert evaluated.bad == []
+        found["evaluation", rule] = dict(zip(names, evaluated.images.numpy(), strict=True))
+
+        plain = {"mixup": 0.0, "cutmix": 0.0, "exif_orientation": upright}
+        finetuning = FinetuneConfig(
+            data=LabelledDataConfig(**plain),
+            train=TrainConfig(global_batch_size=number, micro_batch_size=number),
+        )
+        tuned = TrainBatches(finetuning, index, square, 0, 1, ()).batch(0)
+        found["fine-tuning", rule] = {
+            names[i]: image for i, image in zip(tuned.index.tolist(), tuned.images.numpy(), strict=True)
+        }
+    return found
+
+
+@pytest.mark.parametrize("rule", ["stored", "upright"])
+@pytest.mark.parametrize("name", SAME_SIZE)
+def test_every_program_sees_the_same_pixels(seen, name, rule):
+    """Pre-training, its report and token ids decode by DALI; evaluation and fine-tuning by Pillow."""
+    image = images.as_rgb(SAME_SIZE[name])
+    if rule == "upright" and name.startswith("exif."):
+        image = image.rotate(180 if name == "exif.tif" else 270, expand=True)
+    width, height = image.size
+    left, top = (width - 120) // 2, (height - 120) // 2
+    expected = np.asarray(image.crop((left, top, left + 120, top + 120))).astype(int)
+    for program in ("training", "evaluation", "fine-tuning"):
+        difference = np.abs(seen[program, rule][name].astype(int) - expected).max()
+        assert difference <= (1 if name in PILLOW_CUTS else 0), program
 
 
 def test_orientation_is_ignored(tmp_path):
@@ -672,6 +735,23 @@ def test_a_gpu_asked_for_must_be_there(photos, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match=r"data\.device = gpu"):
         load(settings(4, device="gpu"), photos, 1)
+
+
+def test_doubts_about_the_images_are_said(tmp_path):
+    index = make_index(tmp_path / "few", images.photos(6))
+    assert list(doubts(settings(6), index)) == []
+    (doubt,) = doubts(settings(15), index)
+    assert "has 6 images: each comes 2.5 times in a step" in doubt
+
+    split = {f"{part}/{name}": data for part in ("train", "val") for name, data in images.photos(4).items()}
+    index = make_index(tmp_path / "split", split)
+    (doubt,) = doubts(settings(6), index)
+    assert (
+        f"holds the folders train and val: the run learns from all of them. data.train={index.root}/train"
+        in doubt
+    )
+    classes = {name.replace("val/", "bus/"): data for name, data in split.items()}
+    assert list(doubts(settings(6), make_index(tmp_path / "classes", classes))) == []
 
 
 # ---- programs

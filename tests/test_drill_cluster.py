@@ -1,5 +1,6 @@
 """Two hosts for real: deepspeed over ssh, and the SLURM scripts under SLURM. `make drill` runs it."""
 
+import json
 import os
 import signal
 import subprocess
@@ -132,12 +133,12 @@ def slurm(two_hosts, tmp_path_factory):
 
 @pytest.fixture
 def submit(slurm, recipe, tmp_path):
-    """Queues slurm/pretrain_vitl.sh with the tiny recipe on both nodes; gives the job's number."""
+    """Queues a script with the tiny recipe on both nodes; gives the job's number."""
 
-    def submit(*options):
+    def submit(*options, launcher="ssh", script="slurm/pretrain_vitl.sh"):
         environment = {
-            **slurm, "DATA": str(recipe.parent / "train"), "RUN_DIR": str(tmp_path / "run"),
-            "RECIPE": str(recipe),
+            **slurm, "LAUNCHER": launcher, "DATA": str(recipe.parent / "train"),
+            "RUN_DIR": str(tmp_path / "run"), "RECIPE": str(recipe),
             "CODEBOOK": str(recipe.parent / "codebook.safetensors"), "ENGINE": "ds_configs/zero2_cpu.json",
         }  # fmt: skip
         words = [
@@ -148,7 +149,7 @@ def submit(slurm, recipe, tmp_path):
             "--gpus-per-node=1",
             f"--output={tmp_path}/job.out",
         ]
-        words += [*options, "slurm/pretrain_vitl.sh", *SETTINGS]
+        words += [*options, script, *SETTINGS]
         done = subprocess.run(words, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return done.stdout.strip()
@@ -164,9 +165,15 @@ def ended(run_dir, seconds=600):
     cluster.wait_for(lambda: (run_dir / "DONE").exists(), seconds)
 
 
-def test_a_preempted_job_comes_back_and_ends_as_if_nothing_had_been(slurm, submit, straight, tmp_path):
+BY = pytest.mark.parametrize("launcher", ["ssh", "srun"])
+
+
+@BY
+def test_a_preempted_job_comes_back_and_ends_as_if_nothing_had_been(
+    slurm, submit, straight, tmp_path, launcher
+):
     run_dir = tmp_path / "run"
-    job = submit()
+    job = submit(launcher=launcher)
     cluster.wait_for(lambda: steps(run_dir) > 120, 200)
     words = ["sbatch", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 5"]
     subprocess.run(words, env=slurm, check=True, stdout=subprocess.DEVNULL)
@@ -178,23 +185,25 @@ def test_a_preempted_job_comes_back_and_ends_as_if_nothing_had_been(slurm, submi
     assert "Restarts=1" in cluster.ask(slurm, "scontrol", "show", "job", job)
 
 
-def test_a_time_limit_is_a_pause(slurm, submit, straight, tmp_path):
-    job = submit("--time=2", "--signal=B:USR1@50")
+@BY
+def test_a_time_limit_is_a_pause(slurm, submit, straight, tmp_path, launcher):
+    job = submit("--time=2", "--signal=B:USR1@50", launcher=launcher)
     ended(tmp_path / "run")
     assert losses(tmp_path / "run") == straight
     assert int(cluster.ask(slurm, "scontrol", "show", "job", job).partition("Restarts=")[2].split()[0]) >= 1
 
 
-def test_a_cancelled_job_saves_and_stays_away(slurm, submit, straight, tmp_path):
+@BY
+def test_a_cancelled_job_saves_and_stays_away(slurm, submit, straight, tmp_path, launcher):
     run_dir = tmp_path / "run"
-    job = submit()
+    job = submit(launcher=launcher)
     cluster.wait_for(lambda: steps(run_dir) > 120, 200)
     subprocess.run(["scancel", job], env=slurm, check=True)
     cluster.wait_for(lambda: state(slurm, job) == "CANCELLED" and not ranks(run_dir), 100)
     assert newest(run_dir).run["step"] == steps(run_dir) > 120
     time.sleep(10)
     assert state(slurm, job) == "CANCELLED"
-    submit()
+    submit(launcher=launcher)
     ended(run_dir)
     assert losses(run_dir) == straight
 
@@ -208,3 +217,30 @@ def test_a_drained_node_lets_the_job_end(slurm, submit, straight, tmp_path):
     ended(run_dir)
     subprocess.run([*update, "state=resume"], env=slurm, check=True)
     assert losses(run_dir) == straight
+
+
+def test_a_rank_that_dies_ends_a_job_under_srun(slurm, submit, tmp_path):
+    run_dir = tmp_path / "run"
+    job = submit(launcher="srun")
+    cluster.wait_for(lambda: steps(run_dir) > 60, 200)
+    for each in ranks(run_dir):
+        if each.environ().get("RANK") == "1":
+            each.send_signal(signal.SIGKILL)
+    cluster.wait_for(lambda: state(slurm, job) == "FAILED" and not ranks(run_dir), 100)
+    assert not (run_dir / "DONE").exists()
+    assert "before the last step" in (tmp_path / "job.out").read_text()
+
+
+@BY
+def test_the_first_day_passes_what_can_run_here(slurm, submit, tmp_path, launcher):
+    job = submit(launcher=launcher, script="slurm/first_day.sh")
+    cluster.wait_for(lambda: state(slurm, job) in ("COMPLETED", "FAILED"), 900)
+    said = (tmp_path / "job.out").read_text()
+    assert state(slurm, job) == "COMPLETED", said
+    lines = [json.loads(line) for line in (tmp_path / "run/steps.jsonl").read_text().splitlines()]
+    left_out = {line["step"] for line in lines if line["verdict"] == "left out"}
+    assert left_out == {"stand_in_codebook", "plan"}  # the line has a codebook, and these are CPUs
+    figures = {line["step"]: line["figures"] for line in lines}
+    assert figures["hosts"]["ranks"] == figures["allreduce"]["ranks"] == 2
+    assert figures["all_nodes"]["losses_differ_by"] < 1e-3
+    assert "sbatch --nodes=2 slurm/pretrain_vitb.sh" in said

@@ -51,7 +51,7 @@ def write_checkpoint(run_dir: Path, model: ModelConfig, step: int = 1, **data):
             parameter.add_(0.1 * torch.randn_like(parameter))
     weights = {f"vit.{k}": v for k, v in vit.state_dict().items()} | {"mask_token": torch.ones(1, 1, 32)}
     config = Config(model=model, data=DataConfig(**data)).to_dict()
-    checkpoint.save(run_dir, {"step": step, "config": config}, {"model": weights}, keep=9)
+    checkpoint.save(run_dir, {"step": step, "config": config}, {"model": weights})
     return vit
 
 

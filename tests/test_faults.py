@@ -134,6 +134,22 @@ def test_a_slow_save_holds_up_neither_training_nor_the_watchdog(recipe):
     assert (run_dir / "DONE").exists()
 
 
+@pytest.mark.drill
+def test_a_stop_on_a_busy_disk_loses_no_step(recipe):
+    """A checkpoint takes twenty seconds to be flushed, and torchrun kills its ranks 30 s after its signal."""
+    run_dir = recipe.parent / "busy"
+    settings = "checkpoint.every_steps=5", "train.epochs=200"
+    process = subprocess.Popen(
+        faulty(recipe, run_dir, "busy", 0, 5, 10**6, *settings), cwd=REPOSITORY, env=ENVIRONMENT
+    )
+    while steps(run_dir) < 7:
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=100) != 0
+    assert newest(run_dir).run["step"] == steps(run_dir) >= 7
+
+
 def test_a_save_that_fails_is_said_and_the_run_goes_on(recipe):
     run_dir = recipe.parent / "full"
     done = start(*faulty(recipe, run_dir, "full", 0, 3, 6))

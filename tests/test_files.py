@@ -1,6 +1,9 @@
 """Files and folders are there whole or not at all, and devices, pipes and links stay what they are."""
 
 import os
+import socket
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -19,14 +22,43 @@ def test_a_file_is_replaced_only_when_it_is_whole(tmp_path):
     assert path.read_text() == "new" and os.listdir(tmp_path) == ["figures.json"]
 
 
-def test_what_a_killed_process_left_is_removed(tmp_path):
-    (tmp_path / ".figures.json.1.partial").write_text("half")
-    (tmp_path / ".index.1.partial").mkdir()
-    (tmp_path / ".index.1.partial/samples.raw").write_text("half")
+def test_what_a_killed_process_left_is_removed_and_a_living_ones_stays(tmp_path):
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    here, alive = socket.gethostname(), f".figures.json.{socket.gethostname()}.{os.getppid()}.partial"
+    (tmp_path / f".figures.json.{here}.{dead.pid}.partial").write_text("half")
+    (tmp_path / alive).write_text("half")
+    (tmp_path / ".figures.json.elsewhere.1.partial").write_text("half")
+    (tmp_path / f".index.{here}.{dead.pid}.partial").mkdir()
+    (tmp_path / f".index.{here}.{dead.pid}.partial/samples.raw").write_text("half")
     write_whole(tmp_path / "figures.json", "new")
     with whole_folder(tmp_path / "index") as folder:
         (folder / "samples").write_text("whole")
-    assert sorted(os.listdir(tmp_path)) == ["figures.json", "index"]
+    left = [".figures.json.elsewhere.1.partial", alive, "figures.json", "index"]
+    assert sorted(os.listdir(tmp_path)) == sorted(left)
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from mapet_ds.files import whole_file, whole_folder
+for turn in range(150):
+    with whole_folder(Path(sys.argv[1], "index")) as folder:
+        for name in "abc":
+            (folder / name).write_text(sys.argv[2])
+    with whole_file(Path(sys.argv[1], "codebook")) as beside:
+        beside.write_text(sys.argv[2] * 9)
+"""
+
+
+def test_two_programs_that_write_one_name_at_once_both_end_well(tmp_path):
+    """Each has the name for a moment; what stays is one's whole."""
+    words = [sys.executable, "-c", WRITER, str(tmp_path)]
+    writers = [subprocess.Popen([*words, mark], stderr=subprocess.PIPE, text=True) for mark in "12"]
+    assert [writer.communicate(timeout=100)[1] for writer in writers] == ["", ""]
+    assert len({(tmp_path / "index" / name).read_text() for name in "abc"}) == 1
+    assert (tmp_path / "codebook").read_text() in ("1" * 9, "2" * 9)
+    assert sorted(os.listdir(tmp_path)) == ["codebook", "index"]
 
 
 def test_a_link_is_followed_and_a_pipe_stays_one(tmp_path):

@@ -1,5 +1,6 @@
 """tools/fit_codebook.py through its own command, on a few JPEGs and a tiny CLIP."""
 
+import errno
 import os
 import re
 import socket
@@ -14,7 +15,9 @@ from PIL import Image
 from towers import write_tower
 
 from mapet_ds.config.recipe import load_config
-from mapet_ds.config.sections import TeacherConfig
+from mapet_ds.config.sections import TeacherConfig, TokenizerConfig
+from mapet_ds.errors import ConfigError
+from mapet_ds.targets import fitting
 from mapet_ds.targets.codebook import Codebook
 from mapet_ds.targets.teacher import build_teacher
 
@@ -149,3 +152,27 @@ def test_a_mistake_found_later_is_a_sentence_too(recipe, tmp_path):
     )
     assert "Traceback" not in done.stderr
     assert not path.exists()
+
+
+def test_features_in_a_file_give_the_same_codebook(monkeypatch, tmp_path):
+    points = np.random.default_rng(0).standard_normal((300, 8), dtype=np.float32)
+    codebooks = []
+    for limit in (fitting.IN_MEMORY, points.nbytes - 1):
+        monkeypatch.setattr(fitting, "IN_MEMORY", limit)
+        rows = fitting._rows(*points.shape, tmp_path / "codebooks")
+        assert isinstance(rows, np.memmap) == (limit < points.nbytes)
+        rows[:] = points
+        codebooks.append(fitting.fit(rows, TokenizerConfig(vocab_size=16, iterations=5, redo=2), seed=0))
+    assert codebooks[0].sha256 == codebooks[1].sha256
+    assert list((tmp_path / "codebooks").iterdir()) == []  # the file has no name, so nothing is left of it
+
+
+def test_a_disk_without_room_for_the_features_is_a_sentence(monkeypatch, tmp_path):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(
+        ConfigError, match=r"4194304 features of 4096 numbers need 64.0 GiB in .*: No space left"
+    ):
+        fitting._rows(8192 * 512, 4096, tmp_path)

@@ -26,20 +26,20 @@ FLOORS = [
     {"results", "planning"},
     {"task"},
     {"run", "finetuning"},
-    {"pretrain"},
+    {"pretrain", "__main__"},
 ]
 """Rooms from the ground up: one imports from its own floor and those below."""
 LINES = {
-    "config": 1210,  # every knob with its meaning, and a sentence for each contradiction
-    "data": 1700,  # six image formats, folders and shards, the order, DALI, stored ids, labels
-    "objectives": 600,  # five methods, and what they share
-    "targets": 1250,  # a frozen CLIP spread over ranks, VQ-KD, the codebook, stored ids, momentum
-    "training": 1170,  # DeepSpeed and its workarounds, checkpoints, metrics, jumps, the watchdog
+    "config": 1810,  # every knob with its meaning, a sentence for each contradiction, patterns of paths
+    "data": 3000,  # six formats and one rule of their pixels, folders and shards, order, DALI, ids, labels
+    "objectives": 980,  # six methods, and what they share
+    "targets": 1650,  # a frozen CLIP spread over ranks, VQ-KD, the codebook, stored ids, momentum
+    "training": 1630,  # DeepSpeed, its workarounds, what it gathers checked; checkpoints, metrics, jumps
     "finetuning": 530,
-    "results": 1730,  # export and its proof, cards, foreign checkpoints, probes, the page about a run
-    "planning": 1560,  # counts on real modules, the arithmetic of a cluster, the bound by FLOPs and bytes, advice
-    "story": 1830,  # the files beside the rooms: pretrain, run, task, draws, vit, launch, weights, ...
-    "tools": 2950,  # twelve programs and the benchmarks
+    "results": 1960,  # export and its proof, cards, foreign checkpoints, probes, the page about a run
+    "planning": 1540,  # counts on real modules, a cluster's arithmetic, the bound by FLOPs and bytes
+    "story": 2110,  # the files beside the rooms: pretrain, run, task, draws, vit, launch, weights, ...
+    "tools": 4500,  # fourteen programs, the benchmarks, the trial of a new machine and its steps
 }
 """Lines that each room may have, docstrings and all. More of them need a line in CHANGELOG."""
 HOMES = {
@@ -77,7 +77,7 @@ def test_budgets():
     lines["tools"] = sum(len(path.read_text().splitlines()) for path in PROGRAMS)
     assert {name: count for name, count in lines.items() if count > LINES[name]} == {}
     shared = [key for key in known_keys(Config) if key.partition(".")[0] not in Config().objectives]
-    assert len(shared) <= 76, "an objective of one's own brings its knobs along"
+    assert len(shared) <= 77, "an objective of one's own brings its knobs along"
     assert len(set(known_keys(FinetuneConfig)) - set(known_keys(Config))) <= 15
 
 
@@ -99,7 +99,7 @@ def test_imports_run_one_way():
         (room(path), name.split(".")[1])
         for path in PACKAGE
         for name in imports(path)
-        if name.startswith("mapet_ds.")
+        if name.startswith("mapet_ds.") and name != "mapet_ds.__version__"
     ]
     assert {(a, b) for a, b in arrows if floor[b] > floor[a]} == set()
     both = set(arrows) & {(b, a) for a, b in arrows if a != b}

@@ -18,8 +18,10 @@ import pytest
 from PIL import Image
 
 from mapet_ds.data import index as index_module
-from mapet_ds.data.formats import BadImage, inspect
-from mapet_ds.data.index import SAMPLE, Index, Member, build_index, open_index, write_index
+from mapet_ds.data.formats import BadImage, exif_orientation, inspect
+from mapet_ds.data.index import Index, build_index, open_index
+from mapet_ds.data.index_files import SAMPLE, write_index
+from mapet_ds.data.listing import Member
 from mapet_ds.errors import DataError
 
 
@@ -80,7 +82,6 @@ def test_cache_is_kept_for_its_folder_only(tmp_path):
     other = images.write(tmp_path / "other", {"x.jpg": b"x"})
     assert len(open_index(str(data), tmp_path / "cache")) == 6
     images.write(data, {"new.jpg": b"new"})
-    assert len(open_index(str(data), tmp_path / "cache")) == 6
     assert len(open_index(str(other), tmp_path / "cache")) == 1
     assert len(open_index(str(data), tmp_path / "cache")) == 7
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "data", "other"]
@@ -184,9 +185,9 @@ def test_shards_give_members_labels_and_bytes(tmp_path):
     index = open_index(str(data), tmp_path / "cache")
     assert [index.read(i) for i in range(7)] == [b"zero", b"one", b"two", b"long", b"up", b"abs", b"umlaut"]
     assert [index.read(i) for i in range(7, 14)] == [index.read(i) for i in range(7)]
-    assert [index.label(i) for i in range(7)] == [7, 2, -1, -1, -1, -1, -1]
+    assert [index.label(i) for i in range(7)] == [7, 2, 8, -1, -1, -1, -1]
     assert index.path(3) == f"{data}/0.tar/{long}" and index.path(13) == f"{data}/1.tar/ü.jpg"
-    assert len(index.classes) == 8
+    assert len(index.classes) == 9 and index.classes[-1] == "seven"
     assert [path for path in sorted(tmp_path.rglob("*")) if "cache" not in path.parts] == before
 
 
@@ -293,7 +294,10 @@ def test_an_index_is_written_without_being_held_in_memory(tmp_path):
 
 
 def test_twenty_million_entries_open_at_once(tmp_path):
-    data = images.write(tmp_path / "data", {"a.jpg": b"a"})
+    data = tmp_path / "data"
+    data.mkdir()
+    tar(data / "a.tar", [("a.jpg", b"a")])
+    os.utime(data, (0, 0))
     build_index(data, tmp_path / "cache")
     count, cache = 20_000_000, tmp_path / "cache"
     for name, kind in (("samples.npy", SAMPLE), ("path_ends.npy", np.dtype("<u8"))):
@@ -311,6 +315,28 @@ def test_twenty_million_entries_open_at_once(tmp_path):
 def test_inspect_gives_the_size(name):
     data = images.good_images()[name]
     assert inspect(data) == Image.open(io.BytesIO(data)).size
+
+
+def test_orientation_is_that_of_the_exif_data_wherever_they_stand():
+    """A valid number only; XMP and what is damaged say nothing, as to DALI."""
+    colour = images.picture()
+    for orientation, sideways in ((1, False), (3, False), (6, True), (8, True), (9, False), (0, False)):
+        for kind in ("JPEG", "PNG", "WEBP", "TIFF"):
+            data = images.encode(colour, kind, exif=images.rotated(orientation))
+            assert exif_orientation(data) == (orientation if 1 <= orientation <= 8 else 1), kind
+            assert inspect(data) == (160, 120)
+            assert inspect(data, upright=True) == ((120, 160) if sideways else (160, 120))
+
+    # After a PNG's pixels.
+    png = images.encode(colour, "PNG", exif=images.rotated())
+    start = png.index(b"eXIf") - 4
+    end = start + 12 + int.from_bytes(png[start : start + 4])
+    assert exif_orientation(png[:start] + png[end:-12] + png[start:end] + png[-12:]) == 6
+
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    assert exif_orientation(images.encode(colour, "JPEG", xmp=xmp)) == 1
+    assert exif_orientation(images.exif_thumbnail(images.encode(colour, "JPEG"))) == 1
+    assert exif_orientation(images.encode(colour, "JPEG", exif=b"Exif\0\0II*\0\x88\x13\0\0")) == 1
 
 
 @pytest.mark.parametrize("name", images.bad_by_structure())
@@ -332,7 +358,7 @@ def test_inspect_survives_anything():
                 if damaged:
                     damaged[generator.integers(0, min(len(damaged), 200))] = generator.integers(0, 256)
             try:
-                assert all(side > 0 for side in inspect(bytes(damaged)))
+                assert all(side > 0 for side in inspect(bytes(damaged), upright=True))
             except BadImage:
                 refused += 1
     assert refused > 500

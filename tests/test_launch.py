@@ -83,6 +83,28 @@ def test_a_missing_hostfile_ends_the_real_command_with_a_sentence(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+GPUS = """
+import os
+from mapet_ds.launchers import ignored_gpus
+print("RANK SAYS", ignored_gpus(os.environ["CUDA_VISIBLE_DEVICES"]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("gpu", "options", "says"),
+    [
+        ("3", ["--num_gpus", "1"], "CUDA_VISIBLE_DEVICES = 3, .* the GPUs 0. .*--include localhost:3"),
+        ("0", [], "None"),
+    ],
+)
+def test_gpus_that_deepspeed_ignores_are_named(tmp_path, gpu, options, says):
+    (tmp_path / "gpus.py").write_text(GPUS)
+    words = [DEEPSPEED, "--master_port", str(free_port()), *options, "--no_local_rank", tmp_path / "gpus.py"]
+    environment = {**ENVIRONMENT, "CUDA_VISIBLE_DEVICES": gpu}
+    done = subprocess.run(list(map(str, words)), env=environment, capture_output=True, text=True, timeout=100)
+    assert re.search(f"RANK SAYS {says}", done.stdout), done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("missing", ["RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"])
 def test_an_incomplete_environment_is_named(monkeypatch, missing):
     complete = {

@@ -6,6 +6,7 @@ import resource
 import subprocess
 import sys
 import textwrap
+import time
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 from mapet_ds.config.sections import REPOSITORY, Config, DataConfig, LogConfig, ModelConfig, TrainConfig
 from mapet_ds.launch import Ranks
@@ -131,6 +133,42 @@ def test_resume_writes_each_step_once(tmp_path, ranks):
     )
     assert found == expected and [step for step, *_ in found] == [1, 2, 3, 4, 5, 6]
     assert [event.step for event in read_tensorboard(resumed).Scalars("loss")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_tensorboard_keeps_each_step_once_though_the_clock_goes_back(tmp_path, ranks, monkeypatch):
+    """As importers that read the files as they are see it, and as TensorBoard does."""
+    config, now = make_config(tmp_path), time.time()
+    for first, last, ago in ((0, 4, 0), (2, 5, 5000), (3, 6, 9000)):  # killed after a checkpoint of `first`
+        monkeypatch.setattr(time, "time", lambda ago=ago: now - ago)
+        metrics = Metrics(config, ranks, total_steps=6, steps_per_epoch=2, first_step=first)
+        train(metrics, first, last)
+        metrics.show(last, torch.full((3, 8, 8), last / 10))
+        metrics.close()
+    files = sorted((tmp_path / "tensorboard").iterdir())
+    raw = [event for path in files for event in EventFileLoader(str(path)).Load()]
+    steps = [event.step for event in raw for value in event.summary.value if value.tag == "loss"]
+    assert steps == [1, 2, 3, 4, 5, 6] and len(files) == 2
+    events = read_tensorboard(tmp_path)
+    losses = [(event.step, pytest.approx(event.value)) for event in events.Scalars("loss")]
+    assert losses == [(line["step"], line["loss"]) for line in read_lines(tmp_path)]
+    assert [event.step for event in events.Images("view_tokens_predicted")] == [6]
+
+
+@pytest.mark.parametrize(
+    ("damage", "kept"),
+    [(lambda data: data[:-7], [1, 2]), (lambda data: data + b"\7" * 40, [1, 2]), (lambda data: b"", [])],
+)
+def test_damaged_events_are_left_out(tmp_path, ranks, damage, kept):
+    metrics = Metrics(make_config(tmp_path), ranks, total_steps=6, steps_per_epoch=2)
+    train(metrics, 0, 3)
+    metrics.close()
+    (path,) = (tmp_path / "tensorboard").iterdir()
+    path.write_bytes(damage(path.read_bytes()))
+    metrics = Metrics(make_config(tmp_path), ranks, total_steps=6, steps_per_epoch=2, first_step=2)
+    train(metrics, 2, 4)
+    metrics.close()
+    steps = [event.step for event in read_tensorboard(tmp_path).Scalars("loss")]
+    assert steps == [*kept, 3, 4]
 
 
 def test_tensorboard_scalars(tmp_path, ranks):

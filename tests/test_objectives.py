@@ -1,23 +1,28 @@
 """Each objective against its slow twin, and what its paper promises."""
 
+import dataclasses
 import math
 
 import pytest
 import reference
+import timm
 import torch
 import torch.nn.functional as F
+from torch._dynamo.utils import counters
 
 from mapet_ds.config.sections import (
     BEiTConfig,
     Config,
     ConMIMConfig,
+    MAEConfig,
     MaPeTConfig,
     ModelConfig,
     MVPConfig,
     SAIMConfig,
     TokenizerConfig,
 )  # fmt: skip
-from mapet_ds.draws import block_masks, cell_masks
+from mapet_ds.data.batch import Batch
+from mapet_ds.draws import Place, block_masks, cell_masks
 from mapet_ds.errors import ConfigError
 from mapet_ds.methods import METHODS, build_objective
 from mapet_ds.objectives import objective as objective_module
@@ -26,7 +31,7 @@ from mapet_ds.vit import build_vit, compile_blocks
 VOCAB = 11
 GROUP = 2
 TINY = {"depth": 3, "embed_dim": 24, "num_heads": 2}
-DIMS = {"mapet": VOCAB, "beit": VOCAB, "mvp": 10, "saim": 48, "conmim": 12}
+DIMS = {"mapet": VOCAB, "beit": VOCAB, "mvp": 10, "saim": 48, "conmim": 12, "mae": 48}
 SEES_BY_ORDER = {"mapet", "saim"}
 
 
@@ -38,6 +43,7 @@ def tiny_config(objective="mapet", **changes):
         "mvp": MVPConfig(hidden_share=0.5),
         "saim": SAIMConfig(query_depth=3),
         "conmim": ConMIMConfig(hidden_share=0.5, projector_dim=16, bn_group=GROUP),
+        "mae": MAEConfig(hidden_share=0.67, decoder_depth=2, decoder_width=16, decoder_heads=2),
     }  # fmt: skip
     return Config(**(settings | changes))
 
@@ -76,7 +82,7 @@ def model():
 def slow_loss(model, images, target, draw):
     name = type(model).__name__.lower()
     if name == "mapet":
-        return reference.mapet_loss(model, images, target, draw.order, model.num_visible, draw.keep.double())
+        return reference.mapet_loss(model, images, target, draw, num_visible=5, num_predicted=11)
     if name == "conmim":
         return reference.conmim_loss(model, images, target, draw, GROUP, 0.1)
     return getattr(reference, f"{name}_loss")(model, images, target, draw)
@@ -171,26 +177,37 @@ def test_grad_checkpointing_changes_nothing(any_model):
     assert all(torch.equal(a, p.grad) for a, p in zip(plain, trained, strict=True))
 
 
-def test_compiled_blocks_change_nothing(any_model, monkeypatch):
-    """As torch.compile traces and differentiates them; aot_eager runs PyTorch's kernels, uncompiled."""
-    images, target, draw = tiny_batch(any_model)
-    trained = [p for p in any_model.parameters() if p.requires_grad]
-    plain = any_model(images, target, draw).loss
+@pytest.mark.parametrize("name", METHODS)
+def test_compiled_blocks_change_nothing_kept_or_recomputed(name, monkeypatch):
+    """As torch.compile traces and differentiates them; aot_eager runs PyTorch's kernels, uncompiled.
+
+    Four blocks have four rates of stochastic depth: a graph that knew of the rate would fail when recomputed.
+    """
+    config = tiny_config(name, saim=SAIMConfig(query_depth=4))
+    deep = dataclasses.replace(config.model, args=TINY | {"depth": 4})
+    model = far_from_init(build_objective(dataclasses.replace(config, model=deep), DIMS[name]).double())
+    images, target, draw = tiny_batch(model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    plain = model(images, target, draw).loss
     plain.backward()
-    kept = [p.grad.clone() for p in trained]
-    any_model.zero_grad()
+    expected = [p.grad.clone() for p in trained]
     torch.compiler.reset()  # it compiles one function no more than eight times, whichever objective's
+    counters.clear()
     whole = torch.nn.Module.compile
     monkeypatch.setattr(
         torch.nn.Module,
         "compile",
         lambda self, **options: whole(self, backend="aot_eager", fullgraph=True, **options),
     )
-    compile_blocks(any_model)
-    compiled = any_model(images, target, draw).loss
-    compiled.backward()
-    assert abs(plain - compiled) < 1e-12
-    assert all((a - p.grad).abs().max() < 1e-12 for a, p in zip(kept, trained, strict=True))
+    compile_blocks(model)
+    for recompute in (True, False):
+        model.zero_grad()
+        model.vit.set_grad_checkpointing(recompute)
+        compiled = model(images, target, draw).loss
+        compiled.backward()
+        assert abs(plain - compiled) < 1e-12
+        assert all((a - p.grad).abs().max() < 1e-12 for a, p in zip(expected, trained, strict=True))
+    assert counters["stats"]["unique_graphs"] <= 2, "a graph for each kind of block, not for each block"
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -250,29 +267,70 @@ def test_mapet_masks_and_counts_at_the_published_size():
     assert all(len({patch for _, patch in keys}) == 197 for keys in visible.values())
 
 
-def test_mapet_masks_agree_with_the_table_bit_for_bit(model):
+ABLATIONS = {
+    "published": ({}, 5, 11, True),
+    "no_position_tokens": ({"position_tokens": False}, 5, 11, False),
+    "raster_order": ({"permute": False}, 5, 11, True),
+    "all_predicted": ({"hidden_share": 1.0}, 0, 16, True),
+    "last_predicted": ({"predicted_share": 0.25}, 5, 4, True),
+    "all_but_permutation": ({"position_tokens": False, "permute": False, "hidden_share": 1.0}, 0, 16, False),
+    "xlnet": ({"position_tokens": False, "hidden_share": 1.0, "predicted_share": 0.25}, 0, 4, False),
+}
+"""Settings of MaPeT; then, of 16 patches: always visible, predicted; and whether positions are keys."""
+
+
+@pytest.fixture(params=ABLATIONS)
+def ablated(request):
+    """A model with settings of MaPeT, and what they mean."""
+    changes, *meaning = ABLATIONS[request.param]
+    section = MaPeTConfig(**{"hidden_share": 0.67, **changes})
+    return far_from_init(build_objective(tiny_config(mapet=section), VOCAB).double()), *meaning
+
+
+def test_each_ablation_equals_its_slow_twin_with_gradients(ablated):
+    model, *meaning = ablated
+    images, ids, draw = tiny_batch(model, slots=2)
+    found = model(images, ids, draw)
+    found.loss.backward()
+    fast = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    slow = reference.mapet_loss(model, images, ids, draw, *meaning)
+    slow.backward()
+    assert abs(found.loss - slow) < 1e-9
+    assert all(
+        (gradient - model.get_parameter(name).grad).abs().max() < 1e-9 for name, gradient in fast.items()
+    )
+    assert ((found.prediction >= 0) == draw.mask).all() and draw.mask.sum(dim=1).tolist() == [meaning[1]] * 2
+
+
+def test_mapet_masks_agree_with_the_table_bit_for_bit(ablated):
     """The bands of the sorted form, undone into raster order, are the paper's table."""
+    model, num_visible, num_predicted, position_tokens = ablated
     draw = model.draw(step=0, first_slot=0, slots=1)
     by_rank = draw.order[0].argsort().tolist()
-    first, hidden = by_rank[: model.num_visible], by_rank[model.num_visible :]
-    rows = [("m", p) for p in hidden] + [("x", p) for p in [-1, *first]] + [("x", p) for p in hidden]
-    rows += [("g", p) for p in hidden]
-    table = reference.mapet_visible_keys(draw.order[0], model.num_visible)
-    for band in model._bands()[0]:
-        for i, row in enumerate(rows[band.rows]):
-            keys = (
-                rows[band.keys]
-                if band.mask is None
-                else [k for k, on in zip(rows[band.keys], band.mask[i]) if on]
-            )
-            assert sorted(keys) == sorted(table[row]), row
+    first, hidden = by_rank[:num_visible], by_rank[num_visible:]
+    rows = [("m", p) for p in hidden if position_tokens] + [("x", p) for p in [-1, *first, *hidden]]
+    rows += [("g", p) for p in by_rank[-num_predicted:]]
+    table = reference.mapet_visible_keys(draw.order[0], num_visible, position_tokens)
+    for bands in model._bands():
+        for band in bands:
+            for i, row in enumerate(rows[band.rows]):
+                keys = (
+                    rows[band.keys]
+                    if band.mask is None
+                    else [k for k, on in zip(rows[band.keys], band.mask[i], strict=True) if on]
+                )
+                assert sorted(keys) == sorted(table[row]), row
+        assert bands[-1].rows.stop == len(rows)
 
 
-def test_mapet_does_not_leak(model):
+def test_mapet_does_not_leak(ablated):
     """The loss at a rank has no gradient at a pixel of its own or a later patch, some at each earlier one."""
+    model, *_ = ablated
     images, ids, draw = tiny_batch(model, slots=1)
     images.requires_grad_()
     order = draw.order[0]
+    assert (order == torch.arange(16)).all() == (not model.permute)
     model.eval()
     for patch_index in draw.mask[0].nonzero()[:, 0].tolist():
         other = ids.clone()
@@ -282,6 +340,21 @@ def test_mapet_does_not_leak(model):
         (gradient,) = torch.autograd.grad(difference, images)
         pixels = gradient[0].unfold(1, 4, 4).unfold(2, 4, 4).abs().amax(dim=(0, 3, 4)).flatten()
         assert ((pixels > 0) == (order < order[patch_index])).all(), patch_index
+
+
+@pytest.mark.parametrize(("position_tokens", "changed"), [(True, 11), (False, 1)])
+def test_without_position_tokens_no_row_knows_of_patches_after_it(position_tokens, changed):
+    """Another position of the last patch changes every prediction, or that patch's alone."""
+    section = MaPeTConfig(hidden_share=0.67, position_tokens=position_tokens)
+    model = far_from_init(build_objective(tiny_config(mapet=section), VOCAB).double()).eval()
+    images, ids, draw = tiny_batch(model, slots=1)
+    logits = []
+    model.head.register_forward_hook(lambda head, rows, out: logits.append(out[0]))
+    model(images, ids, draw)
+    with torch.no_grad():
+        model.vit.pos_embed[0, 1 + draw.order[0].argmax()] += 1
+    model(images, ids, draw)
+    assert (logits[0] != logits[1]).any(dim=1).sum() == changed
 
 
 @pytest.mark.parametrize(
@@ -348,7 +421,7 @@ def test_what_is_no_student_is_a_sentence(changes, says):
 def test_registers_take_part():
     args = TINY | {"reg_tokens": 3}
     changes = {"model": ModelConfig(name="vit_tiny_patch16_224", img_size=16, patch_size=4, args=args)}
-    for name in ("mapet", "beit", "mvp", "conmim"):
+    for name in ("mapet", "beit", "mvp", "conmim", "mae"):
         model = build_objective(tiny_config(name, **changes), DIMS[name])
         model(*tiny_batch(model, dtype=torch.float32)).loss.backward()
         assert model.vit.reg_token.grad.abs().max() > 0, name
@@ -486,3 +559,54 @@ def test_saim_and_mvp_have_other_losses(loss):
     images, target, draw = tiny_batch(model)
     scaled = model(images, 3 * target + 1, draw).loss
     assert abs(scaled - model(images, target, draw).loss) < 1e-4, "the target's own scale is gone"
+
+
+# ---- MAE
+
+
+@pytest.fixture
+def mae():
+    return far_from_init(build_objective(tiny_config("mae"), DIMS["mae"]).double()).eval()
+
+
+def test_maes_encoder_is_timms_forward_on_the_visible_rows(mae):
+    images, _, draw = tiny_batch(mae)
+    timms = timm.create_model("vit_tiny_patch16_224", img_size=16, patch_size=4, init_values=0.1, **TINY)
+    timms = timms.double().eval()
+    timms.load_state_dict(mae.vit.state_dict(), strict=False)
+    rows = timms._pos_embed(timms.patch_embed(images))
+    shown = F.pad(~draw.mask, (1, 0), value=True)
+    wanted = timms.norm(timms.blocks(rows[shown].view(len(images), -1, rows.shape[2])))
+    found, order = mae.encode(images, draw)
+    assert found.shape[1] == 1 + 16 - 11 and (found - wanted).abs().max() < 1e-9
+    assert torch.equal(torch.zeros_like(draw.mask).scatter(1, order[:, 5:], True), draw.mask)
+
+
+def test_maes_encoder_sees_nothing_of_hidden_patches(mae):
+    """Nor does the loss, but through its target; each visible patch reaches both."""
+    images, target, draw = tiny_batch(mae)
+    images.requires_grad_()
+    for output in (mae.encode(images, draw)[0].square().sum(), mae(images, target, draw).loss):
+        (gradient,) = torch.autograd.grad(output, images)
+        pixels = gradient.unfold(2, 4, 4).unfold(3, 4, 4).abs().amax(dim=(1, 4, 5)).flatten(1)
+        assert torch.equal(pixels > 0, ~draw.mask)
+
+
+def test_mae_is_the_published_size_and_starts_at_the_spread_of_its_target():
+    """Pixels have variance 1 in each patch. What an untrained head adds to it goes with the head."""
+    config = Config(objective="mae", model=ModelConfig(drop_path=0.0, layer_scale=None, args={"depth": 2}))
+    model = build_objective(config, 768)
+    sizes = [sum(p.numel() for p in part.parameters()) for part in (model.vit.blocks[0], model.decoder[0])]
+    assert sizes == [7_087_872, 3_152_384] and len(model.decoder) == 8
+    assert not model.vit.pos_embed.requires_grad and (model.vit.pos_embed[0, 0] == 0).all()
+    images = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    batch = Batch(images=images, teacher_images=None, index=torch.arange(2), place=Place(0, 0))
+    target, draw = METHODS["mae"][1](config, torch.device("cpu"))(batch), model.draw(0, 0, 2)
+    assert draw.mask.sum(dim=1).tolist() == [147, 147]
+    heads = []
+    model.head.register_forward_hook(lambda head, rows, out: heads.append(out.square().mean()))
+    with torch.no_grad():
+        loss = model(images, target, draw).loss
+        assert abs(loss - 1 - heads[0]) < 0.02
+        model.head.weight.zero_()
+        assert abs(model(images, target, draw).loss - 1) < 0.01

@@ -7,7 +7,9 @@ import pytest
 import torch
 import yaml
 from line import command, losses, start, write_classes
+from timm.data import create_transform, resolve_model_data_config
 from torch.utils.data import DataLoader
+from torchvision.datasets import ImageFolder
 
 from mapet_ds.config.recipe import load_config
 from mapet_ds.config.rules import check
@@ -15,7 +17,7 @@ from mapet_ds.data.index import Selection, open_index
 from mapet_ds.errors import ConfigError, DataError
 from mapet_ds.results.export import export_timm
 from mapet_ds.results.online_probe import LEARNING_RATES, OnlineProbe
-from mapet_ds.results.probe import features, knn, labelled_folders, linear_sgd, load_timm, unit_length
+from mapet_ds.results.probe import features, knn, linear_sgd, load_timm, unit_length
 from mapet_ds.training.checkpoint import newest
 
 BAD = "val/b/004.png"
@@ -106,7 +108,7 @@ def test_one_rank_finds_again_what_one_or_two_found_and_no_generator_moves(
 
 
 def figures_of(exported, recipe, tmp_path):
-    """By the parts of tools/evaluate.py, on the images that the online evaluation chooses."""
+    """By torchvision's ImageFolder and the probes, on the images that the online evaluation chooses."""
     values = load_config(recipe).evaluate
     for split, source in (("train", values.train), ("val", values.val)):
         index = open_index(source, tmp_path / f"index_{split}")
@@ -118,7 +120,9 @@ def figures_of(exported, recipe, tmp_path):
                 shutil.copy(selected.path(i), name)
     assert len(list((tmp_path / "train").rglob("*.png"))) == 48
     model, sets = load_timm(exported), []
-    for folder in labelled_folders(tmp_path / "train", tmp_path / "val", model):
+    transform = create_transform(**resolve_model_data_config(model))
+    for split in ("train", "val"):
+        folder = ImageFolder(tmp_path / split, transform)
         sets += features(model, DataLoader(folder, 7), torch.device("cpu"))
     neighbours = knn(unit_length(sets[0]), sets[1], unit_length(sets[2]), sets[3])
     return neighbours, linear_sgd(*sets, LEARNING_RATES, batch_norm=True).accuracy

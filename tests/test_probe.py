@@ -7,6 +7,7 @@ import pickle
 import runpy
 import subprocess
 import sys
+from pathlib import Path
 
 import faiss
 import numpy as np
@@ -18,6 +19,7 @@ from timm.models import save_for_hf
 from towers import write_tower
 
 from mapet_ds.config.sections import REPOSITORY
+from mapet_ds.data.index import Index
 from mapet_ds.errors import DataError
 from mapet_ds.results import probe
 from mapet_ds.results.probe import features, fit_heads, knn, linear, linear_sgd, load_timm, unit_length
@@ -269,6 +271,10 @@ def test_the_command(model_folder, image_folders):
 def run_tool_with(monkeypatch, capsys):
     """The program in this process, without seconds of imports: exit code and what it prints."""
 
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, os.environ.get(name, ""))  # so that what the program sets is taken back
+        monkeypatch.delenv(name)
+
     def run(command, *arguments):
         words = (EVALUATE, command, "--device", "cpu", "--workers", "0", *arguments)
         monkeypatch.setattr(sys, "argv", [str(word) for word in words])
@@ -340,13 +346,8 @@ def test_mistakes_are_sentences(run_tool, model_folder, image_folders, tmp_path)
     assert "must have the same classes; only in one of them: coral, crimson." in message()
     (val / "crimson").rename(val / "coral")
     (val / "dune").mkdir()
-    assert f"{val} must hold a sub-folder with images for each class." in message()
+    assert f"--val = {val}: class dune has no image." in message()
     (val / "dune").rmdir()
-    (val / "blue" / "2.jpg").write_bytes((val / "blue" / "2.jpg").read_bytes()[:300])
-    for workers in ("0", "1"):
-        assert message("--workers", workers).startswith(
-            f"{val / 'blue' / '2.jpg'} is no image that can be read"
-        )
     assert "lower --k" in message("--k", "37", val=image_folders / "val")
     for option, says in (
         ("--k=0", "--k: 0 must be at least 1"), ("--batch_size=0", "must be at least 1"),
@@ -367,6 +368,80 @@ def test_mistakes_are_sentences(run_tool, model_folder, image_folders, tmp_path)
     for content in (b"hello", b"", pickle.dumps([1, 2])):
         pickled.write_bytes(content)
         assert "can't be read as plain tensors" in message("--arch", "vit_tiny_patch16_224", model=pickled)
+
+
+def test_a_bad_image_is_left_out_and_counted_before_training_images_are_computed(
+    run_tool, model_folder, image_folders, tmp_path, monkeypatch
+):
+    train, val = tmp_path / "train", tmp_path / "val"
+    for split in (train, val):
+        copy_tree(image_folders / split.name, split)
+    bad, read, real = [val / "blue" / "2.jpg", train / "coral" / "3.jpg"], [], Index.read
+    for path in bad:
+        path.write_bytes(path.read_bytes()[:300])
+    monkeypatch.setattr(Index, "read", lambda self, i: read.append(self.path(i)) or real(self, i))
+    code, printed = run_tool(model_folder, train, val, "--json")
+    assert code == 0
+    assert f"Unreadable and left out of the evaluation: 1 of 18, e.g. {bad[0]}: cut off." in printed.err
+    figures = json.loads(printed.out)
+    counts = {"train_images": 35, "train_unreadable": 1, "val_images": 17, "val_unreadable": 1}
+    assert {name: figures[name] for name in counts} == counts
+    for path in bad:
+        path.unlink()
+    assert json.loads(run_tool(model_folder, train, val, "--json")[1].out) == figures | {
+        "train_unreadable": 0,
+        "val_unreadable": 0,
+    }
+
+    # One more of the validation images is too many. It is said before the training images are computed.
+    for path in (bad[0], val / "amber" / "1.jpg"):
+        path.write_bytes(b"<html>")
+    read.clear()
+    code, printed = run_tool(model_folder, train, val)
+    assert code == 2 and "at least 2 of 18, more than the 1 that" in printed.err
+    assert set(train.rglob("*.jpg")) - {Path(path) for path in read}, "most were not read"
+    code, printed = run_tool(model_folder, train, val, "--max_bad_share", "0.1", "--workers", "1")
+    assert code == 0 and "36 training" not in printed.out and "16 validation images" in printed.out
+
+
+def test_a_set_is_not_judged_by_itself(run_tool, model_folder, image_folders, tmp_path):
+    train, copy = image_folders / "train", tmp_path / "copy"
+    code, printed = run_tool(model_folder, train, train)
+    assert code == 2 and f"--val = {train}: 32 of 32 images that were looked at are in --train" in printed.err
+
+    # Under other names the bytes are looked for.
+    copy_tree(train, copy)
+    for path in list(copy.rglob("*.*")):
+        path.rename(path.with_name(f"copy_of_{path.name}"))
+    code, printed = run_tool(model_folder, train, copy)
+    assert code == 2 and "in --train, too, byte for byte" in printed.err and "Traceback" not in printed.err
+
+    # Some of them are a warning.
+    copy_tree(image_folders / "val", tmp_path / "mixed")
+    assert "WARNING" not in run_tool(model_folder, train, tmp_path / "mixed")[1].err
+    (tmp_path / "mixed" / "blue" / "again.jpg").write_bytes((train / "blue" / "4.jpg").read_bytes())
+    code, printed = run_tool(model_folder, train, tmp_path / "mixed")
+    assert code == 0 and "WARNING: --val = " in printed.err and "1 of 19 images" in printed.err
+
+
+def test_the_parts_of_a_data_set_are_no_classes(run_tool, model_folder, image_folders):
+    code, printed = run_tool(model_folder, image_folders, image_folders)
+    assert code == 2 and "its folders train and val are parts of a data set, no classes" in printed.err
+    assert f"Name one of them, e.g. {image_folders / 'train'}." in printed.err
+
+
+def test_shards_and_two_ranks_give_the_folders_figures(run_tool, model_folder, image_folders, tmp_path):
+    train, val = image_folders / "train", image_folders / "val"
+    expected = json.loads(run_tool(model_folder, train, val, "--json")[1].out)
+    for source in (train, val):
+        packed = [sys.executable, REPOSITORY / "tools" / "make_shards.py", source, tmp_path / source.name]
+        subprocess.run(packed, check=True, capture_output=True)
+    shards = ["--train", tmp_path / "train", "--val", tmp_path / "val"]
+    words = ["knn", "--model", model_folder, *shards, "--k", "5", "--workers", "0", "--json"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run([sys.executable, *launcher, EVALUATE, *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == expected
 
 
 def test_the_teacher_itself_is_evaluated_by_the_same_tool(run_tool_with, image_folders, tmp_path):

@@ -36,6 +36,7 @@ SETTINGS = {
     "mvp": ["teacher.features=projected", "mvp.hidden_share=0.9"],
     "saim": ["model.layer_scale=null", "saim.target=features", "saim.loss=cosine"],
     "conmim": ["conmim.bn_group=4", "conmim.projector_dim=32"],
+    "mae": ["mae.decoder_depth=2", "mae.decoder_width=16", "mae.decoder_heads=2"],
 }
 """Of each objective. With so large a share, rectangles hide fewer patches in some images than in others."""
 
@@ -116,7 +117,7 @@ def untrained(recipe, name, spoil=lambda objective: None):
     identity = checkpoint.identity(config, index.fingerprint, target.identity)
     record = {"step": 0, "skipped": [], "config": config.to_dict(), "identity": identity, "versions": {}}
     weights = {name: parameter.detach().clone() for name, parameter in objective.named_parameters()}
-    checkpoint.save(folder, record, {"model": weights, "target": target.state_dict()}, keep=2)
+    checkpoint.save(folder, record, {"model": weights, "target": target.state_dict()})
     return folder, config, target, objective.eval()
 
 

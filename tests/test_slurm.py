@@ -1,4 +1,4 @@
-"""The SLURM scripts in bash, with stand-ins for scontrol, squeue and deepspeed that note what they get."""
+"""The SLURM scripts in bash, with stand-ins for scontrol, squeue, srun and launchers that take notes."""
 
 import json
 import os
@@ -26,8 +26,14 @@ SQUEUE = """#!/bin/bash
 echo "${STATE:-RUNNING}"
 """
 
+# Notes its options, and is then the first of its hosts.
+SRUN = """#!/bin/bash
+while [[ $1 == --* ]]; do echo "$1" >>"$NOTES/srun"; shift; done
+SLURM_NODEID=0 exec "$@"
+"""
+
 # Notes its arguments, one string a line, and the environment file; then behaves as a trainer would.
-DEEPSPEED = """#!/bin/bash
+LAUNCHER = """#!/bin/bash
 printf '%s\\n' "$@" >>"$NOTES/arguments"; echo --- >>"$NOTES/arguments"
 cp "$DS_ENV_FILE" "$NOTES/env"
 if [[ "$*" == *fit_codebook* ]]; then
@@ -63,7 +69,14 @@ def job(tmp_path):
     notes, programs = tmp_path / "notes", tmp_path / "programs"
     notes.mkdir()
     programs.mkdir()
-    for name, text in (("scontrol", SCONTROL), ("squeue", SQUEUE), ("deepspeed", DEEPSPEED)):
+    stand_ins = {
+        "scontrol": SCONTROL,
+        "squeue": SQUEUE,
+        "srun": SRUN,
+        "deepspeed": LAUNCHER,
+        "torchrun": LAUNCHER,
+    }
+    for name, text in stand_ins.items():
         (programs / name).write_text(text)
         (programs / name).chmod(0o755)
     run_dir, started = tmp_path / "a run", []
@@ -182,7 +195,39 @@ def test_the_sites_variables_reach_every_host(job):
     )  # as deepspeed reads it: a line without = would stop it
     assert variables["TORCH_EXTENSIONS_DIR"] == "/tmp/me/torch_extensions"
     exported = re.findall(r"^export (\w+)=", (REPOSITORY / "slurm/cluster.env.sh").read_text(), re.MULTILINE)
-    assert list(variables) == exported
+    assert set(exported) <= set(variables)
+
+
+def test_what_libraries_read_reaches_every_host_and_secrets_do_not(job):
+    """deepspeed's remote shells show each variable to whoever lists the processes of a host."""
+    given = {"HF_HOME": "/data/my models", "HF_HUB_OFFLINE": "1", "NCCL_DEBUG": "INFO", "HF_TOKEN": "secret"}
+    assert _finish(job(**given, NCCL_NOTE="two\nlines"))[0] == 0
+    lines = (job.notes / "env").read_text().splitlines()
+    assert {"HF_HOME=/data/my models", "HF_HUB_OFFLINE=1", "NCCL_DEBUG=INFO"} <= set(lines)
+    assert not any("secret" in line or "NCCL_NOTE" in line for line in lines)
+    assert len({line.partition("=")[0] for line in lines}) == len(lines)
+
+
+def test_srun_starts_a_torchrun_on_each_host(job):
+    code, output = _finish(job("optim.lr=1e-3", LAUNCHER="srun"))
+    assert code == 0, output
+    options = (job.notes / "srun").read_text().splitlines()
+    assert options[:4] == ["--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--nodelist=n1,n2"]
+    fit, train = _launches(job)
+    hosts = [
+        "--node_rank=0", "--nnodes=2", "--nproc_per_node=8", "--master_addr=n1", "--master_port=11234",
+    ]  # fmt: skip
+    assert fit[:6] == [*hosts, "tools/fit_codebook.py"]
+    assert train[:6] == [*hosts, "mapet_ds/pretrain.py"]
+    assert train[-1] == "optim.lr=1e-3" and "train.world_size=16" in train
+    assert f"run_dir={job.run_dir}" in train  # with its space
+
+
+def test_another_launcher_is_refused(job):
+    code, output = _finish(job(LAUNCHER="mpirun"))
+    assert code != 0
+    assert "LAUNCHER=mpirun is not known: it is ssh or srun." in output
+    assert not (job.notes / "arguments").exists()
 
 
 def test_one_node_needs_no_ssh(job):
@@ -192,9 +237,13 @@ def test_one_node_needs_no_ssh(job):
     assert "train.world_size=8" in train
 
 
+LAUNCHERS = pytest.mark.parametrize("launcher", ["ssh", "srun"])
+
+
+@LAUNCHERS
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
-def test_a_warning_stops_the_ranks_in_order_and_requeues(job, number):
-    process = job(TRAIN="wait")
+def test_a_warning_stops_the_ranks_in_order_and_requeues(job, number, launcher):
+    process = job(TRAIN="wait", LAUNCHER=launcher)
     _wait_for(job.notes / "training")
     process.send_signal(number)
     code, output = _finish(process)
@@ -204,8 +253,9 @@ def test_a_warning_stops_the_ranks_in_order_and_requeues(job, number):
     assert not (job.run_dir / "STOP").exists()
 
 
-def test_a_warning_while_the_codebook_is_fitted_requeues_without_training(job):
-    process = job(FIT="slow")
+@LAUNCHERS
+def test_a_warning_while_the_codebook_is_fitted_requeues_without_training(job, launcher):
+    process = job(FIT="slow", LAUNCHER=launcher)
     _wait_for(job.notes / "fitting")
     process.send_signal(signal.SIGUSR1)
     code, output = _finish(process)
@@ -215,9 +265,10 @@ def test_a_warning_while_the_codebook_is_fitted_requeues_without_training(job):
     assert not Path(f"/proc/{(job.notes / 'fitting').read_text().strip()}").exists()
 
 
-def test_a_cancelled_job_saves_and_is_not_requeued(job):
+@LAUNCHERS
+def test_a_cancelled_job_saves_and_is_not_requeued(job, launcher):
     """scancel and preemption send TERM to all processes of the job; preemption queues it again by itself."""
-    process = job(TRAIN="wait", STATE="COMPLETING")
+    process = job(TRAIN="wait", STATE="COMPLETING", LAUNCHER=launcher)
     _wait_for(job.notes / "training")
     os.killpg(process.pid, signal.SIGTERM)
     code, output = _finish(process)

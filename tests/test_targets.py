@@ -36,8 +36,9 @@ def tower(tmp_path_factory):
     return folder
 
 
-def test_pixels_equal_their_slow_twin():
-    target = Pixels(tiny_config("saim"), CPU)
+@pytest.mark.parametrize("blur", [True, False])
+def test_pixels_equal_their_slow_twin(blur):
+    target = Pixels(tiny_config("saim"), CPU, blur)
     images = batch().images
     found = target(batch())
     assert found.shape == (4, 16, 48) and target.dim == 48
@@ -47,6 +48,7 @@ def test_pixels_equal_their_slow_twin():
     blurred = sum(w * padded[:, :, 4 + i : 20 + i, 4 + j : 20 + j] for (i, j), w in weights.items()) / sum(
         weights.values()
     )
+    blurred = blurred if blur else images.double()
     for patch in range(16):
         row, column = divmod(patch, 4)
         values = torch.stack(

@@ -18,7 +18,8 @@ import sys
 import time
 from pathlib import Path
 
-from mapet_ds.config.sections import REPOSITORY, Config
+from mapet_ds.config.sections import Config
+from mapet_ds.config.shipped import PACKAGE, SHIPPED
 
 MIN_GAIN = {"mapet": 15, "beit": 15, "mvp": 10, "saim": 10}
 """Points of k-NN accuracy below which something must be broken. ConMIM's teacher has hardly moved in so few
@@ -45,7 +46,7 @@ def run(title: str, *command: object) -> str:
         interrupts.append(True)
 
     before = signal.signal(signal.SIGINT, note)
-    with subprocess.Popen(words, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(words, cwd=SHIPPED, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         for line in process.stdout:
             print(line, end="", flush=True)
@@ -73,14 +74,14 @@ def pretrain(objective: str, run_dir: Path, data: Path, codebook: Path) -> None:
     run(title, python, "tools/make_demo.py", data)
 
     fit = [python, "tools/fit_codebook.py"]
-    needed = subprocess.run([*fit, "--is_needed", *RECIPE, *settings], cwd=REPOSITORY)
+    needed = subprocess.run([*fit, "--is_needed", *RECIPE, *settings], cwd=SHIPPED)
     if needed.returncode == 0:
         title = "Fit the k-CLIP codebook: k-means of the teacher's patch features"
         run(title, *fit, "--overwrite", *RECIPE, *settings)
 
     title = f"Pre-train the ViT with {objective} on two CPU ranks; the targets are computed on the fly"
     launcher = [Path(python).parent / "deepspeed", "--num_gpus", 2, "--master_port", free_port()]
-    run(title, *launcher, "mapet_ds/pretrain.py", *RECIPE, *ENGINE, *settings)
+    run(title, *launcher, os.path.relpath(PACKAGE / "pretrain.py", SHIPPED), *RECIPE, *ENGINE, *settings)
     if not (run_dir / "DONE").exists():
         sys.exit(f"The pre-training did not reach its end: {run_dir}/DONE is missing.")
 

@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     import torch
 
     from mapet_ds.config.sections import TeacherConfig
+    from mapet_ds.launch import Ranks
 
 # torch and what needs it are imported once the words are parsed: --help and a mistake answer at once.
 
@@ -65,12 +67,13 @@ def teacher_as_vit(config: TeacherConfig) -> Any:
     return teacher
 
 
-def extract(arguments: argparse.Namespace) -> tuple[list[Any], dict[str, Any]]:
-    """Features and labels of --train and of --val, four arrays, and what figures rest on."""
-    from torch.utils.data import DataLoader
-    from tqdm import tqdm
+def build_model(arguments: argparse.Namespace) -> Any:
+    """The model that is judged, on the CPU.
 
-    from mapet_ds.results.probe import features, labelled_folders, load_timm
+    Raises:
+        ConfigError: there is nothing to load, or it has no class token for --pool token.
+    """
+    from mapet_ds.results.probe import load_timm
 
     if arguments.teacher:
         from mapet_ds.config.recipe import load_config
@@ -82,23 +85,53 @@ def extract(arguments: argparse.Namespace) -> tuple[list[Any], dict[str, Any]]:
         raise ConfigError(
             "--pool token: this model has no class token; leave it out, for the mean of the patch tokens."
         )
-    train, val = labelled_folders(arguments.train, arguments.val, model)
-    device, arrays = arguments.device, []
-    for folder, name in ((train, "train"), (val, "val")):
-        gpu = device.type == "cuda"
-        loader = DataLoader(folder, arguments.batch_size, num_workers=arguments.workers, pin_memory=gpu)
-        batches = tqdm(loader, desc=name, unit="batch", disable=not sys.stderr.isatty())
-        try:
-            arrays += features(model, batches, device, arguments.pool)
-        except DataError as error:
-            # From a loader's worker the sentence comes as the last line of a traceback.
-            sentence = (
-                str(error).splitlines()[-1].removeprefix(f"{DataError.__module__}.{DataError.__qualname__}: ")
-            )
-            raise DataError(sentence) from error
-    basis = {"train_images": len(train), "val_images": len(val), "classes": len(train.classes)}
-    basis |= {"model": str(arguments.model or f"teacher of {arguments.teacher}")}
-    return arrays, basis | {"untrained": arguments.untrained, "pool": arguments.pool}
+    return model
+
+
+def extract(arguments: argparse.Namespace, model: Any, ranks: Ranks) -> tuple[list[Any], dict[str, Any]]:
+    """Features and labels of --train and of --val, four arrays, and what figures rest on; both on rank 0.
+
+    Images are read as fine-tuning reads them. Every rank must call it.
+
+    Raises:
+        DataError: labels or images that can't be judged by, or too many unreadable ones.
+    """
+    from timm.data import create_transform, resolve_model_data_config
+    from tqdm import tqdm
+
+    from mapet_ds.config.finetune import FinetuneConfig, LabelledDataConfig
+    from mapet_ds.config.sections import TrainConfig
+    from mapet_ds.data.index import open_index
+    from mapet_ds.data.labelled import check_apart, check_classes
+    from mapet_ds.results.probe import labelled_features
+
+    names = ("train", "val", "workers", "max_bad_share", "exif_orientation")
+    data = LabelledDataConfig(**{name: getattr(arguments, name) for name in names})
+    config = FinetuneConfig(data=data, train=TrainConfig(micro_batch_size=arguments.batch_size))
+    transform: Any = create_transform(**resolve_model_data_config(model))
+    with tempfile.TemporaryDirectory() as cache:
+        train, val = (
+            ranks.first_then_all(lambda name=name: open_index(getattr(data, name), Path(cache, name)))
+            for name in ("train", "val")
+        )
+        check_classes(train, val, section="--")
+        check_apart(train, val, "--", ranks, refuse=True)
+
+        # What is wrong with the validation images is found before the training images are computed.
+        arrays, basis = {}, {"classes": len(train.classes)}
+        for name, images in (("val", val), ("train", train)):
+            batches = -(-len(images) // (arguments.batch_size * ranks.world_size))
+            quiet = ranks.rank != 0 or not sys.stderr.isatty()
+            with tqdm(desc=name, total=batches, unit="batch", disable=quiet) as bar:
+                arrays[name] = labelled_features(
+                    config, model, images, transform, ranks, lambda _, bar=bar: bar.update(), arguments.pool,
+                    start_method="fork",
+                )  # fmt: skip
+            read = len(arrays[name][1])
+            basis |= {f"{name}_images": read, f"{name}_unreadable": len(images) - read}
+    about = {"model": str(arguments.model or f"teacher of {arguments.teacher}")}
+    about |= {"untrained": arguments.untrained, "pool": arguments.pool}
+    return [*arrays["train"], *arrays["val"]], basis | about
 
 
 def unit(arrays: list[Any]) -> list[Any]:
@@ -181,11 +214,15 @@ def shared_options() -> argparse.ArgumentParser:
     option("--arch", help="timm model name, for a file of weights")
     option("--untrained", action="store_true", help="the same architecture with fresh weights, to compare")
     option("--seed", type=number(int, 0), default=0, help="of fresh weights, and of the linear probe by SGD")
-    option("--train", type=Path, required=True, help="folder with a sub-folder of images per class")
-    option("--val", type=Path, required=True, help="the same classes, other images")
+    option("--train", required=True, help="folder with a sub-folder of images per class, or tar shards")
+    option("--val", required=True, help="the same classes, other images")
     option("--pool", choices=("avg", "token"), default="avg", help="mean patch token, or class token")
     option("--batch_size", type=number(int, 1), default=128)
     option("--workers", type=number(int, 0), default=2, help="processes that read and decode")
+    few = "of each set at most this share, rounded up, may be unreadable; they are left out"
+    option("--max_bad_share", type=number(float, 0), default=0.01, help=few)
+    turned = "turn images as EXIF says, for a model that was trained so"
+    option("--exif_orientation", action="store_true", help=turned)
     option("--device", help="cuda, cuda:1, cpu; default: a GPU where there is one")
     option("--json", action="store_true", help="print one JSON object instead of sentences")
     option("--out", type=output_file, metavar="FILE", help="write that JSON object to a file, too")
@@ -224,9 +261,20 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
-    """Prints the figures that the command asks for, and writes them to --out."""
+    """Prints the figures that the command asks for, and writes them to --out; on rank 0."""
+    import torch.distributed as dist
+
+    from mapet_ds.launch import init_distributed
+
     arguments.device = device_of(arguments.device)
-    arrays, basis = extract(arguments)
+    model = build_model(arguments)
+    ranks = init_distributed()._replace(device=arguments.device)
+    try:
+        arrays, basis = extract(arguments, model, ranks)
+    finally:
+        dist.destroy_process_group()
+    if ranks.rank != 0:
+        return
     sentences, figures = arguments.evaluate(arguments, arrays)
     figures |= basis
     weights = "untrained" if arguments.untrained else "trained"

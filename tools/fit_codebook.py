@@ -4,7 +4,8 @@
         data.train=/data/imagenet/train tokenizer.path=/runs/codebook.safetensors
 
 torchrun and plain python start it too. All ranks compute features; the first one clusters them, on the GPUs
-of its node if there are any. The index of the images is kept beside the codebook, in <tokenizer.path>.index/.
+of its node if there are any. The index of the images is kept beside the codebook, in <tokenizer.path>.index/;
+features of more than 8 GiB lie there in a file that has no name and ends with the program.
 """
 
 from __future__ import annotations
@@ -66,20 +67,22 @@ def fit_codebook(config: Config) -> None:
     from mapet_ds.data.index import open_index
     from mapet_ds.launch import init_distributed
     from mapet_ds.targets.codebook import source_of
-    from mapet_ds.targets.fitting import fit, num_points, sample_features
+    from mapet_ds.targets.fitting import IN_MEMORY, fit, num_points, sample_features
     from mapet_ds.targets.teacher import build_teacher
 
     ranks, tokenizer = init_distributed(), config.tokenizer
-    index = ranks.first_then_all(lambda: open_index(config.data.train, Path(f"{tokenizer.path}.index")))
+    cache = Path(f"{tokenizer.path}.index")
+    index = ranks.first_then_all(lambda: open_index(config.data.train, cache, ranks.rank == 0))
     points = num_points(len(index), config)
     teacher = build_teacher(config.teacher, ranks.device, config.train.compile)
     teacher.check_grid(config.grid)
     if ranks.rank == 0:
         mib = points * teacher.embed_dim * 4 / 2**20
+        where = "in memory" if mib * 2**20 <= IN_MEMORY else f"in a file beside {tokenizer.path}"
         print(
             f"Teacher {config.teacher.name}: {teacher.local_bytes / 2**20:.1f} MiB of weights on each rank. "
             f"{points} of {len(index) * config.num_patches} patch features of {len(index)} images, "
-            f"{teacher.embed_dim} wide: {mib:.1f} MiB on the first rank.",
+            f"{teacher.embed_dim} wide: {mib:.1f} MiB {where} on the first rank.",
             flush=True,
         )
 

@@ -20,7 +20,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +34,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mapet_ds.data.formats import BadImage
-from mapet_ds.data.index import SUFFIXES
+from mapet_ds.data.kinds import SUFFIXES
 from mapet_ds.data.labelled import decode
 from mapet_ds.errors import DataError
 from mapet_ds.terminal import answer, number, option_parser
 
 IMG_SIZE = 64
+SIDES = (80, 200)
+"""Least and most pixels of a picture's sides."""
 MEAN, STD = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
 MODEL: dict[str, Any] = {
     "embed_dim": 128,
@@ -72,10 +74,10 @@ PATTERNS: dict[str, Callable[[Field, Field], NDArray[np.bool_]]] = {
 }
 
 
-def render(rng: np.random.Generator, pattern: str) -> tuple[Image.Image, str]:
-    """One picture of the pattern, 80 to 200 pixels a side, and its caption."""
-    width = int(rng.integers(80, 201))
-    height = int(np.clip(width * rng.uniform(0.7, 1.4), 80, 200))
+def render(rng: np.random.Generator, pattern: str, sides: Sequence[int] = SIDES) -> tuple[Image.Image, str]:
+    """One picture of the pattern, with least and most pixels a side, and its caption."""
+    width = int(rng.integers(sides[0], sides[1] + 1))
+    height = int(np.clip(width * rng.uniform(0.7, 1.4), sides[0], sides[1]))
     dark, light = rng.uniform(10, 100, 3), rng.uniform(140, 245, 3)
     tone, front, back = ("dark", dark, light) if rng.random() < 0.5 else ("light", light, dark)
     side = min(width, height)
@@ -95,7 +97,7 @@ def write_images(folder: Path, images: int, seed: int) -> dict[Path, str]:
     captions = {}
     for i in range(images):
         pattern = list(PATTERNS)[i % len(PATTERNS)]
-        image, caption = render(rng, pattern)
+        image, caption = render(rng, pattern, SETTINGS.get("sides", SIDES))
         path = folder / pattern / f"{i:05d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         image.save(path, quality=int(rng.integers(75, 96)))
@@ -223,6 +225,10 @@ def make_once(arguments: argparse.Namespace) -> None:
     """
     out = arguments.out
     SETTINGS["teacher_steps"] = arguments.teacher_steps
+    if arguments.number:
+        SETTINGS["images"] = {"train": arguments.number, "val": -(-arguments.number // 4)}
+    if arguments.sides:
+        SETTINGS["sides"] = arguments.sides
     if arguments.images:
         SETTINGS["images"] = str(arguments.images)
     done, settings = out / "demo.json", json.dumps(SETTINGS)  # written last: a folder that has it is whole
@@ -244,6 +250,10 @@ def main() -> int:
     parser.add_argument("--images", type=Path, metavar="DIR", help=own)
     steps, trained = SETTINGS["teacher_steps"], "batches the CLIP is trained on"
     parser.add_argument("--teacher_steps", type=number(int, 1), default=steps, help=trained)
+    number_of = "training images to render, and a quarter as many for val/"
+    parser.add_argument("--number", type=number(int, 8), metavar="N", help=number_of)
+    sides = f"least and most pixels of a picture's sides; default {SIDES}"
+    parser.add_argument("--sides", type=number(int, 16), nargs=2, metavar="PX", help=sides)
     arguments = parser.parse_args()
     return answer(lambda: make_once(arguments))
 

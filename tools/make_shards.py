@@ -1,4 +1,4 @@
-"""Pack an image folder into WebDataset-style tar shards with their index.
+"""Pack images into WebDataset-style tar shards with their index: a folder, or what else data.train may name.
 
 The shards hold the same images with the same labels (.cls, where an image has one) in the same order, or in
 a random one (--shuffle_seed). The same input gives the same bytes.
@@ -18,8 +18,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from mapet_ds.data.formats import BadImage
+from mapet_ds.config.sources import sources
+from mapet_ds.data.formats import BadImage, content
 from mapet_ds.data.index import Index, build_index, open_index
+from mapet_ds.data.kinds import SUFFIXES
 from mapet_ds.draws import IndexOrder, SampleOrder
 from mapet_ds.errors import DataError
 from mapet_ds.files import whole_folder
@@ -29,10 +31,13 @@ from mapet_ds.terminal import answer, number, option_parser
 def members(index: Index, i: int) -> Iterator[tuple[str, bytes]]:
     """(name, content) of what goes into a shard for one image. The number keeps WebDataset's keys apart."""
     folder, name = os.path.split(os.path.relpath(index.path(i), index.root))
-    stem, _, suffix = name.rpartition(".")
+    stem, _, ending = name.rpartition(".")
     key = os.path.join(folder, f"{i:09d}_{stem.replace('.', '_')}")
     try:
-        yield f"{key}.{suffix.lower()}", index.read(i)
+        data = index.read(i)
+        if os.fsencode(ending.lower()) not in SUFFIXES:  # taken by its bytes
+            ending = content(data) or "jpg"
+        yield f"{key}.{ending.lower()}", data
     except BadImage as reason:
         what_to_do = "take it out of the folder, or give it back its bytes"
         raise DataError(f"{index.path(i)} {reason}; {what_to_do}.") from reason
@@ -71,9 +76,9 @@ def make_shards(arguments: argparse.Namespace) -> None:
     source, out, seed = arguments.folder, Path(os.path.abspath(arguments.out)), arguments.shuffle_seed
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise DataError(f"{out} is there already and is not overwritten; name a new folder.")
-    if out.is_relative_to(os.path.abspath(source)):
+    if around := next((path for path, _ in sources(source) if out.is_relative_to(path)), None):
         both = "which would then hold images and shards"
-        raise DataError(f"{out} lies inside {source}, {both}; name a folder outside.")
+        raise DataError(f"{out} lies inside {around}, {both}; name a folder outside.")
     with whole_folder(out, replace=False) as folder, tempfile.TemporaryDirectory(dir=out.parent) as scratch:
         index = open_index(source, Path(scratch) / "index")
         order = IndexOrder(len(index), 0) if seed is None else SampleOrder(len(index), seed)
@@ -90,7 +95,9 @@ def make_shards(arguments: argparse.Namespace) -> None:
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = option_parser(__doc__)
     option = parser.add_argument
-    option("folder", help="images; labels are the names of the first sub-folders")
+    option(
+        "folder", help="images (labels: the names of the first sub-folders), a pattern, a list; docs/data.md"
+    )
     option("out", type=Path, help="a new folder")
     size = "largest shard, MiB of images (default 1024)"
     option("--shard_size_mib", type=number(float, 0, above=True), default=1024, help=size)

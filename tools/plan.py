@@ -18,7 +18,7 @@ from typing import Any
 from mapet_ds.config.engine import load_deepspeed_config
 from mapet_ds.config.recipe import load_config
 from mapet_ds.config.rules import check_method
-from mapet_ds.config.sections import REPOSITORY
+from mapet_ds.config.shipped import ENGINES
 from mapet_ds.errors import ConfigError
 from mapet_ds.planning.advice import changes, report
 from mapet_ds.planning.bound import bound
@@ -34,7 +34,7 @@ def parse(argv: list[str]) -> Any:
     parser.add_argument("--gpu", required=True, help=", ".join(GPUS))
     parser.add_argument("--nodes", type=count, default=1)
     parser.add_argument("--gpus_per_node", type=count, default=8)
-    engine = REPOSITORY / "ds_configs/zero2.json"
+    engine = ENGINES / "zero2.json"
     parser.add_argument("--engine", default=engine, metavar="JSON", help="default: ZeRO-2")
     parser.add_argument("--images", type=count, default=1_281_167, help="of the data set; ImageNet-1k's")
     parser.add_argument("--image_kbyte", type=amount, default=110, help="mean size of a file")

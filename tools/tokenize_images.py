@@ -144,12 +144,13 @@ def write(config: Config, ranks: Ranks) -> None:
 
     data, folder = config.data.train, Path(config.tokenizer.ids)
     if (folder / "ids.json").exists():
-        index = ranks.first_then_all(lambda: open_index(data, folder / "index"))
+        index = ranks.first_then_all(lambda: open_index(data, folder / "index", ranks.rank == 0))
         StoredIds(folder).check_data(data, index.fingerprint)
         if ranks.rank == 0:
             print(f"Nothing is left to do: {folder} is whole.")
         return
-    index = ranks.first_then_all(lambda: open_index(data, IdsWriter.make_folder(folder) / "index"))
+    cache = IdsWriter.make_folder(folder) / "index"
+    index = ranks.first_then_all(lambda: open_index(data, cache, ranks.rank == 0))
     tokenizer = build_tokenizer(config, ranks.device)
     about = {"settings": settings_of(config), "identity": tokenizer.identity}
     about |= {"fingerprint": index.fingerprint}
@@ -183,7 +184,7 @@ def add(writer: IdsWriter, rows: Rows, config: Config, index: Index) -> None:
     Raises:
         DataError: the storage fails, or too many images are unreadable.
     """
-    from mapet_ds.data.samples import allowed_bad, too_many_bad
+    from mapet_ds.data.samples import check_bad
 
     # A row is an image's from its own place: one that stands in for an unreadable image has another place.
     rows.ids[rows.index != rows.first + np.arange(len(rows.index))] = NO_ID
@@ -193,8 +194,7 @@ def add(writer: IdsWriter, rows: Rows, config: Config, index: Index) -> None:
     except OSError as error:
         done = f"{writer.done} images are done; the same command goes on from there"
         raise DataError(f"{writer.path} can't be written: {error}. {done}.") from error
-    if len(writer.unreadable) > allowed_bad(config, index):
-        raise too_many_bad(config, index, [int(i) for i in writer.unreadable])
+    check_bad(config, index, [int(i) for i in writer.unreadable])
 
 
 def compare(config: Config, ranks: Ranks, number: int) -> None:
@@ -206,7 +206,8 @@ def compare(config: Config, ranks: Ranks, number: int) -> None:
     from mapet_ds.targets.tokenizer import build_tokenizer
 
     stored = StoredIds(config.tokenizer.ids)
-    index = ranks.first_then_all(lambda: open_index(config.data.train, stored.folder / "index"))
+    cache = stored.folder / "index"
+    index = ranks.first_then_all(lambda: open_index(config.data.train, cache, ranks.rank == 0))
     stored.check_data(config.data.train, index.fingerprint)
     tokenizer = build_tokenizer(config, ranks.device)
     number, images, ids, differing = min(number, len(index)), 0, 0, 0

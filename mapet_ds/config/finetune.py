@@ -14,6 +14,7 @@ from pydantic import Field
 
 from mapet_ds.config.knobs import Natural, NonNegative, Positive, Share, knobs
 from mapet_ds.config.sections import MetricsConfig, OptimConfig, RunConfig
+from mapet_ds.config.sources import Paths
 
 
 @knobs
@@ -54,12 +55,14 @@ class ClassifierConfig:
 class LabelledDataConfig:
     """Images with labels. A label is the name of the first sub-folder, or `.cls` in tar shards."""
 
-    train: str = ""
-    """Folder of class folders, or of tar shards."""
-    val: str = ""
+    train: Paths = ""
+    """Folder of class folders, or of tar shards; or what else pre-training's data.train may name."""
+    val: Paths = ""
     """The same classes, other images."""
     num_classes: Positive | None = None
     """Number of classes that the data must have; null takes what there is."""
+    exif_orientation: bool = False
+    """Turn images as EXIF's orientation says; false: pixels stay as they are stored."""
     crop_scale: tuple[float, float] = (0.08, 1.0)
     """Share of the image's area that a random crop has."""
     flip: Share = 0.5

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import textwrap
 import types
+from collections.abc import Iterator
 from typing import (
     Annotated,
     Any,
@@ -48,6 +49,8 @@ class Knob(NamedTuple):
     default: Any
     text: str
     """Meaning, unit and source."""
+    types: frozenset[Any]
+    """The types that its values may have; the NoneType where it may be null."""
 
 
 def knobs_of(section: Any, prefix: str = "") -> dict[str, Knob]:
@@ -62,7 +65,10 @@ def knobs_of(section: Any, prefix: str = "") -> dict[str, Knob]:
         texts = [each.description for each in fields if each and each.description]
         text = " ".join("".join(texts[:1]).split())
         default = field.get_default(call_default_factory=True)
-        by_name[prefix + name] = Knob(_kind(field.annotation, field.metadata), default, text)
+        kind = _kind(field.annotation, field.metadata)
+        by_name[prefix + name] = Knob(
+            kind, default, text, frozenset(_types(field.annotation, field.metadata))
+        )
     return by_name
 
 
@@ -79,6 +85,21 @@ def describe(settings: type, section: str = "") -> str:
             paragraphs.append(f"{name} = {json.dumps(knob.default)}   ({knob.kind})")
             paragraphs.append(textwrap.indent(textwrap.fill(knob.text, 96), "    "))
     return "\n".join(paragraphs)
+
+
+def _types(annotation: Any, metadata: Any = ()) -> Iterator[Any]:
+    """Yields the types that a knob may be given; of a list or a mapping only which of the two it is."""
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        yield from _types(inner[0], inner[1:])
+    elif origin in (Union, types.UnionType):
+        yield from (each for option in inner for each in _types(option))
+    elif origin is Literal:
+        yield from map(type, inner)
+    else:
+        yield origin or annotation
+    for validator in (each for each in metadata if isinstance(each, pydantic.BeforeValidator)):
+        yield from _types(validator.json_schema_input_type)
 
 
 def _kind(annotation: Any, metadata: Any = ()) -> str:

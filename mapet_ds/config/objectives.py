@@ -46,7 +46,29 @@ class MaPeTConfig(ObjectiveConfig):
     """Masked and permuted prediction of token ids. MaPeT, arXiv 2306.07346."""
 
     hidden_share: Share = 0.75
-    """Share of the patches that is predicted: the last ones of the permutation (147 of 196)."""
+    """Share of the patches that is hidden: the last ones of the permutation (147 of 196); 1: all of them."""
+    predicted_share: Share | None = None
+    """Share of the patches that is predicted, the last of the hidden ones; null: all hidden ones."""
+    position_tokens: bool = True
+    """Each row reads the positions of the patches that it doesn't see; false: plain permuted prediction."""
+    permute: bool = True
+    """A random order of the patches for each image; false: row by row from the top left."""
+
+    def num_predicted(self, config: Config) -> int:
+        """Number of patches of an image that are predicted."""
+        share = self.hidden_share if self.predicted_share is None else self.predicted_share
+        return round(share * config.num_patches)
+
+    def rules(self, config: Config) -> Iterator[str]:
+        hidden, predicted, patches = self.num_hidden(config), self.num_predicted(config), config.num_patches
+        if hidden < 1:
+            yield f"mapet.hidden_share = {self.hidden_share} hides 0 of {patches} patches; hide one at least."
+        elif not 1 <= predicted <= hidden:
+            yield (
+                f"mapet.predicted_share = {self.predicted_share} predicts {predicted} of {patches} patches, "
+                f"and mapet.hidden_share = {self.hidden_share} hides {hidden} of them: predict one at least, "
+                "and none that is not hidden."
+            )
 
 
 @knobs
@@ -132,4 +154,27 @@ class ConMIMConfig(ObjectiveConfig):
                 f"conmim.bn_group = {self.bn_group} does not divide train.micro_batch_size = {micro}; "
                 "BatchNorm is over whole groups. Keep the group through a run, e.g. "
                 f"conmim.bn_group={math.gcd(micro, self.bn_group)}."
+            )
+
+
+@knobs
+class MAEConfig(ObjectiveConfig):
+    """Prediction of pixels by an encoder of the visible patches alone. MAE, arXiv 2111.06377."""
+
+    hidden_share: Share = 0.75
+    """Share of the patches that is hidden (147 of 196)."""
+    decoder_depth: Positive = 8
+    """Blocks of the decoder."""
+    decoder_width: Positive = 512
+    """Width of the decoder's rows."""
+    decoder_heads: Positive = 16
+    """Attention heads of a decoder's block."""
+    predicts_ids: ClassVar[bool] = False
+
+    def rules(self, config: Config) -> Iterator[str]:
+        yield from super().rules(config)
+        if self.decoder_width % self.decoder_heads or self.decoder_width % 4:
+            yield (
+                f"mae.decoder_width = {self.decoder_width} must be a multiple of mae.decoder_heads = "
+                f"{self.decoder_heads}, and of 4 for its sin-cos positions."
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,15 +12,25 @@ from typing import Any, TypeVar
 import pydantic
 import yaml
 
-from mapet_ds.config.knobs import known_keys
+from mapet_ds.config.knobs import Knob, knobs_of, known_keys
 from mapet_ds.config.sections import Config, RunConfig
+from mapet_ds.config.shipped import RECIPES, shipped_file, shipped_names
 from mapet_ds.errors import ConfigError
 
 Settings = TypeVar("Settings", bound=RunConfig)
 
 
 class RecipeLoader(yaml.SafeLoader):
-    """Reads YAML 1.2's numbers and refuses double keys; PyYAML reads 1e-3 as text and takes the last key."""
+    """Reads YAML 1.2's numbers and refuses double keys.
+
+    PyYAML takes the last of two keys, and follows YAML 1.1: 010 is 8, 1:30 is 90, 1e-3 and 2024-01-31 are
+    text and a date.
+    """
+
+    yaml_implicit_resolvers = {
+        first: [pair for pair in pairs if pair[0].rpartition(":")[2] not in ("int", "float", "timestamp")]
+        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value]
@@ -28,10 +39,18 @@ class RecipeLoader(yaml.SafeLoader):
             raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
         return super().construct_mapping(node, deep)
 
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        return int(node.value, 16 if "x" in node.value else 10)
 
-RecipeLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
+
+NUMBERS = {
+    "int": r"[-+]?(\d[\d_]*|0x[\da-fA-F]+)",
+    "float": r"[-+]?(\.\d+|\d[\d_]*(\.\d*)?)([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+}
+for kind, pattern in NUMBERS.items():
+    tag = f"tag:yaml.org,2002:{kind}"
+    RecipeLoader.add_implicit_resolver(tag, re.compile(f"^({pattern})$"), list("-+.0123456789"))
+RecipeLoader.add_constructor("tag:yaml.org,2002:int", RecipeLoader.construct_yaml_int)
 
 
 def _parse_yaml(text: str, source: str) -> Any:
@@ -46,8 +65,9 @@ def _read_recipe(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text()
     except (OSError, UnicodeDecodeError) as error:
-        message = f"The recipe {path} can't be read: {error}. Shipped ones: mapet_ds/recipes/."
-        raise ConfigError(message) from error
+        close = difflib.get_close_matches(path.stem, shipped_names(RECIPES), n=1)
+        cure = f"Did you mean {close[0]}?" if close else f"Shipped ones: {', '.join(shipped_names(RECIPES))}."
+        raise ConfigError(f"The recipe {path} can't be read: {error}. {cure}") from error
     recipe = _parse_yaml(text, f"The recipe {path}")
     if recipe is None:
         return {}
@@ -66,7 +86,19 @@ def _put(values: dict[str, Any], leaf: str, value: Any) -> None:
         values[leaf] = value
 
 
-def _apply_override(values: dict[str, Any], override: str) -> str:
+def _value(text: str, override: str, types: frozenset[Any]) -> Any:
+    """The value of an override by the types of its knob: where text may stand, it stands for itself."""
+    marks = {"[": {list, tuple}, "{": {dict}, '"': {str}, "'": {str}}
+    is_yaml = str not in types or text == "null" or marks.get(text[:1], set()) & types
+    if not text or not is_yaml:
+        return text
+    if " #" in text and not set(text) & {'"', "'"}:
+        raise ConfigError(f"'{override}': what follows a # would be lost; put quotes around a text with one.")
+    return _parse_yaml(text, f"The value of '{override}'")
+
+
+def _apply_override(values: dict[str, Any], override: str, knobs: dict[str, Knob]) -> str:
+    """Sets the value of one override; gives the name of its knob."""
     key, equals, text = override.partition("=")
     if not equals or not all(part.isidentifier() for part in key.split(".")):
         raise ConfigError(f"'{override}' is not of the form a.b=value, e.g. optim.lr=1e-3.")
@@ -75,8 +107,22 @@ def _apply_override(values: dict[str, Any], override: str) -> str:
         if not isinstance(values.setdefault(parent, {}), dict):
             raise ConfigError(f"'{override}': {parent} is a single value and has no keys of its own.")
         values = values[parent]
-    _put(values, leaf, _parse_yaml(text, f"The value of '{override}'") if text else "")
+    _put(values, leaf, _value(text, override, knobs[key].types if key in knobs else frozenset()))
     return key
+
+
+def _at_home(value: Any) -> Any:
+    """The same with paths in place of a leading ~, which a shell leaves as it is behind a dotted name."""
+    if isinstance(value, dict):
+        return {key: _at_home(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_at_home(inner) for inner in value]
+    if not isinstance(value, str) or not value.startswith("~"):
+        return value
+    path = os.path.expanduser(value)
+    if path.startswith("~"):
+        raise ConfigError(f"{value} names no user's home folder: write the path in full.")
+    return path
 
 
 def _sentence(error: Any, recipe: str, overridden: set[str], cls: type[RunConfig]) -> str:
@@ -109,16 +155,18 @@ def load_config(
 ) -> Settings:
     """Reads a recipe with `a.b=value` overrides on top. The values are not yet checked against each other.
 
-    cls: the settings that it gives, Config or FinetuneConfig.
+    recipe: a file, or the name of a shipped one. cls: the settings that it gives, Config or FinetuneConfig.
 
     Raises:
         ConfigError: the file can't be read or is no YAML, a key is unknown, a value has a wrong type or
             range.
     """
-    values = _read_recipe(Path(recipe))
-    overridden = {_apply_override(values, override) for override in overrides}
+    recipe = shipped_file(recipe, RECIPES)
+    values = _read_recipe(recipe)
+    knobs = knobs_of(cls)
+    overridden = {_apply_override(values, override, knobs) for override in overrides}
     try:
-        text = json.dumps(values)
+        text = json.dumps(_at_home(values))
     except (TypeError, ValueError) as error:
         message = f"The recipe {recipe} holds a value that is no number, string or list: {error}."
         raise ConfigError(message) from error

@@ -13,22 +13,31 @@ from pathlib import Path
 
 from mapet_ds.config.finetune import FinetuneConfig
 from mapet_ds.config.sections import Config, RunConfig
+from mapet_ds.config.sources import sources
 from mapet_ds.config.towers import teacher_grid, teacher_layers, teacher_model_config
-from mapet_ds.errors import ConfigError
+from mapet_ds.errors import ConfigError, DataError
 
 
-def _folder_rules(name: str, folder: str) -> Iterator[str]:
-    if not folder:
+def _folder_rules(name: str, named: str) -> Iterator[str]:
+    if not named:
         example = f"{name}=/data/imagenet/{name.rpartition('.')[2]}"
         yield f"{name} is empty: name the folder of images, {example}."
-    elif not Path(folder).is_dir():
-        yield f"{name} = {folder} is not a folder that this host can see."
+        return
+    try:
+        sources(named)
+    except DataError as error:
+        yield f"{name} = {error}"
 
 
-def _outside_rules(config: RunConfig, name: str, folder: str) -> Iterator[str]:
-    if folder and Path(os.path.abspath(config.run_dir)).is_relative_to(os.path.abspath(folder)):
+def _outside_rules(config: RunConfig, name: str, named: str) -> Iterator[str]:
+    folder = Path(os.path.abspath(config.run_dir))
+    try:
+        around = next((source for source, _ in sources(named) if folder.is_relative_to(source)), None)
+    except DataError:  # `_folder_rules` says it
+        return
+    if around:
         yield (
-            f"run_dir = {config.run_dir} lies inside {name} = {folder}: what a run writes would lie among "
+            f"run_dir = {config.run_dir} lies inside {name} = {around}: what a run writes would lie among "
             "the images. Name a folder outside."
         )
 

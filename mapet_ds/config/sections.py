@@ -20,11 +20,13 @@ from mapet_ds.config.knobs import Natural, NonNegative, Positive, Share, Triple,
 from mapet_ds.config.objectives import (
     BEiTConfig,
     ConMIMConfig,
+    MAEConfig,
     MaPeTConfig,
     MVPConfig,
     ObjectiveConfig,
     SAIMConfig,
 )
+from mapet_ds.config.sources import Paths
 from mapet_ds.draws import Place, first_slot
 
 TIMM = "timm:"
@@ -101,8 +103,10 @@ class StrongViewConfig:
 class DataConfig:
     """The images, and the two views of one crop that are made of each."""
 
-    train: str = ""
-    """Folder of images (labels optional: the name of the first sub-folder) or of tar shards."""
+    train: Paths = ""
+    """Folder of images (labels optional: the name of the first sub-folder) or of tar shards; or a shard, a
+    pattern ('/data/train-{0000..1023}.tar', '/data/*.tar'), a text file of paths, or a list of such things,
+    of which 'PATH x3' is had three times an epoch."""
     shuffle_window: Natural = 0
     """Samples among which the order is shuffled: those of neighbouring chunks of 256, themselves in random
     order, so that storage is read nearly in sequence. Rounded up to whole chunks; 0: the whole data set."""
@@ -121,6 +125,8 @@ class DataConfig:
     """Subtracted from the student's view per channel, whose values are in 0 .. 1."""
     std: Triple = (0.229, 0.224, 0.225)
     """Divisor of the student's view per channel, after the mean."""
+    exif_orientation: bool = False
+    """Turn images as EXIF's orientation says; false: pixels stay as they are stored (published runs)."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """Where JPEGs are decoded; auto: gpu where the rank has one."""
     threads: Positive = 2
@@ -267,10 +273,10 @@ class LogConfig(MetricsConfig):
 class EvaluateConfig:
     """k-NN and a linear probe of the features while pre-training runs, which learns nothing from either."""
 
-    train: str = ""
+    train: Paths = ""
     """Folder of class folders, or of tar shards with `.cls`, to learn from; may be data.train. Empty: no
     evaluation."""
-    val: str = ""
+    val: Paths = ""
     """The same classes, other images."""
     every_epochs: Annotated[float, Field(gt=0)] = 10.0
     """Epochs between evaluations, each at the next line of metrics; the end has one too."""
@@ -318,7 +324,7 @@ class Config(RunConfig):
     """The settings of a pre-training run."""
 
     objective: str = "mapet"
-    """mapet, beit, mvp, saim, conmim, or one of your own (docs/extending.md)."""
+    """mapet, beit, mvp, saim, conmim, mae, or one of your own (docs/extending.md)."""
     model: ModelConfig = Field(default_factory=ModelConfig)
     data: DataConfig = Field(default_factory=DataConfig)
     teacher: TeacherConfig = Field(default_factory=TeacherConfig)
@@ -328,6 +334,7 @@ class Config(RunConfig):
     mvp: MVPConfig = Field(default_factory=MVPConfig)
     saim: SAIMConfig = Field(default_factory=SAIMConfig)
     conmim: ConMIMConfig = Field(default_factory=ConMIMConfig)
+    mae: MAEConfig = Field(default_factory=MAEConfig)
     log: LogConfig = Field(default_factory=LogConfig)
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
 

@@ -17,6 +17,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on a device. The host waits for nothing: it copies to a GPU from pinned memory."""
+    pinned = tensor.pin_memory() if device.type == "cuda" and tensor.device.type == "cpu" else tensor
+    return pinned.to(device, non_blocking=True)
+
+
 class View(NamedTuple):
     """The look of a view."""
 
@@ -40,8 +46,8 @@ class Draw(NamedTuple):
 
     def to(self, device: torch.device) -> Draw:
         """Copies the draw to a device. The host waits for nothing."""
-        mask, order = (x if x is None else x.to(device, non_blocking=True) for x in self[:2])
-        return Draw(mask, order, self.keep.to(device, non_blocking=True))
+        mask, order = (x if x is None else to_device(x, device) for x in self[:2])
+        return Draw(mask, order, to_device(self.keep, device))
 
 
 class Batch(NamedTuple):
@@ -59,13 +65,10 @@ class Batch(NamedTuple):
     """None where the loader has no function to draw with."""
 
     def to(self, device: torch.device) -> Batch:
-        """Copies images and draw to `device`; the index stays on the CPU."""
-        images, teacher_images = self.images, self.teacher_images
-        return self._replace(
-            images=None if images is None else images.to(device),
-            teacher_images=None if teacher_images is None else teacher_images.to(device),
-            draw=None if self.draw is None else self.draw.to(device),
-        )
+        """Copies images and draw to `device`; the index stays on the CPU. The host waits for nothing."""
+        images, teacher_images = (x if x is None else to_device(x, device) for x in self[:2])
+        draw = None if self.draw is None else self.draw.to(device)
+        return self._replace(images=images, teacher_images=teacher_images, draw=draw)
 
 
 class DrawsAhead:

@@ -10,10 +10,13 @@ import io
 import struct
 import warnings
 import zlib
+from typing import Any
 
-from PIL import Image, TiffImagePlugin
+from PIL import ExifTags, Image, TiffImagePlugin
 
 MAX_PIXELS = 200_000_000
+SIDEWAYS = (5, 6, 7, 8)
+"""EXIF's orientations whose width is that of the upright image's height."""
 JPEG_FRAMES = {0xC0, 0xC1, 0xC2, 0xC9, 0xCA}
 TIFF_MODES = {"RGB", "RGBA", "L", "P", "CMYK", "YCbCr", "I;16", "I;16B"}
 TIFF_STRIPS_OR_TILES = (
@@ -26,19 +29,21 @@ class BadImage(Exception):
     """Raised for one unreadable image, with the reason. The image is skipped, counted and listed."""
 
 
-def inspect(data: bytes) -> tuple[int, int]:
+def inspect(data: bytes, upright: bool = False) -> tuple[int, int]:
     """Reads (width, height) in pixels from the structure of an encoded image. No pixel is decoded.
 
     Takes JPEG (8 bits, Huffman or arithmetic, baseline or progressive), PNG, WebP, BMP and TIFF, as far as
-    both DALI and Pillow decode them to the same RGB. EXIF's orientation is ignored. The data must reach to
-    the end marker, and PNG's checksums must be right.
+    both DALI and Pillow decode them to the same RGB. The data must reach to the end marker, and PNG's
+    checksums must be right.
+
+    upright: whether the image is turned as EXIF's orientation says; False: its pixels stay as stored.
 
     Raises:
         BadImage: the image is damaged, cut off, of another kind, or has more than MAX_PIXELS.
     """
     parsers = [parse for magic, parse in PARSERS.items() if data.startswith(magic)]
     if not parsers:
-        start = f"{len(data)} bytes that begin with {data[:8]!r}"
+        start = content(data) or f"{len(data)} bytes that begin with {data[:8]!r}"
         raise BadImage(f"neither JPEG, PNG, WebP, BMP nor TIFF: {start}")
     try:
         width, height = parsers[0](data)
@@ -48,7 +53,42 @@ def inspect(data: bytes) -> tuple[int, int]:
         raise BadImage(f"{width} x {height} pixels")
     if width * height > MAX_PIXELS:
         raise BadImage(f"{width} x {height} pixels, more than the {MAX_PIXELS} that are decoded")
-    return width, height
+    return (height, width) if upright and exif_orientation(data) in SIDEWAYS else (width, height)
+
+
+def exif_orientation(data: bytes) -> int:
+    """EXIF's orientation of an image whose structure is whole: 1 to 8, and 1 where it says nothing valid.
+
+    DALI reads the same. Neither looks into XMP.
+    """
+    tags: Any = Image.Exif()
+    try:
+        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data)) as image:
+            if b"eXIf" in data:  # a PNG's may follow its pixels
+                image.load()
+            if isinstance(image, TiffImagePlugin.TiffImageFile):
+                tags = image.tag_v2
+            else:
+                tags.load(image.info.get("exif"))
+            orientation = tags.get(ExifTags.Base.Orientation)
+    except (OSError, SyntaxError, ValueError, struct.error):
+        return 1
+    return orientation if orientation in range(1, 9) else 1
+
+
+def content(beginning: bytes) -> str | None:
+    """Names the format of an image from its first 32 bytes; None for what is no image.
+
+    A BMP must have a header of a known length, because two letters alone begin many a text.
+    """
+    if beginning.startswith(b"BM"):
+        known = beginning[6:10] == bytes(4) and beginning[14:18] in BMP_HEADERS
+        return "BMP" if known else None
+    if beginning[4:8] == b"ftyp":
+        return ISO_BRANDS.get(beginning[8:12])
+    if beginning.startswith(b"RIFF"):
+        return "WebP" if beginning[8:12] == b"WEBP" else None
+    return next((name for magic, name in MAGIC.items() if beginning.startswith(magic)), None)
 
 
 def smallest_jpeg() -> bytes:
@@ -145,3 +185,14 @@ PARSERS = {
     b"\xff\xd8": _inspect_jpeg, b"\x89PNG\r\n\x1a\n": _inspect_png, b"RIFF": _inspect_webp,
     b"BM": _inspect_bmp, b"II*\0": _inspect_tiff, b"MM\0*": _inspect_tiff,
 }  # fmt: skip
+MAGIC = {
+    b"\xff\xd8\xff": "JPEG", b"\x89PNG\r\n\x1a\n": "PNG", b"II*\0": "TIFF", b"MM\0*": "TIFF", b"GIF8": "GIF",
+    b"II+\0": "BigTIFF", b"MM\0+": "BigTIFF", b"\0\0\0\x0cjP  ": "JPEG 2000",
+    b"\xff\x4f\xff\x51": "JPEG 2000", b"\xff\x0a": "JPEG XL", b"\0\0\0\x0cJXL ": "JPEG XL",
+    b"8BPS": "Photoshop", b"DDS ": "DDS", b"v/1\x01": "OpenEXR", b"qoif": "QOI",
+}  # fmt: skip
+ISO_BRANDS = {
+    b"avif": "AVIF", b"avis": "AVIF", b"heic": "HEIC", b"heix": "HEIC", b"hevc": "HEIC", b"heim": "HEIC",
+    b"heis": "HEIC", b"mif1": "HEIC", b"msf1": "HEIC",
+}  # fmt: skip
+BMP_HEADERS = {struct.pack("<I", length) for length in (12, 40, 52, 56, 64, 108, 124)}

@@ -6,206 +6,49 @@ imports torch or DALI, because loader workers import this module.
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import json
 import os
-import stat
-import struct
-import tarfile
+import sys
 import time
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mapet_ds.config.sources import Source, named, sources
 from mapet_ds.data.formats import BadImage
+from mapet_ds.data.index_files import STATE, write_index
+from mapet_ds.data.kinds import EXAMPLES, by_name, hidden, json_name, summary, text
+from mapet_ds.data.listing import LOOSE, OF_THE_FILE, Listing, changed, root_of
+from mapet_ds.data.remote import Remote, is_remote
 from mapet_ds.errors import DataError
-from mapet_ds.files import whole_folder
 
-SUFFIXES = {b"jpg", b"jpeg", b"png", b"webp", b"bmp", b"tif", b"tiff", b"gif"}
-"""Endings of the files that are samples. GIF is among them so that it is reported as unreadable."""
-SAMPLE = np.dtype([("file", "<u4"), ("offset", "<u8"), ("length", "<u8"), ("label", "<i4")])
-MAX_LABEL = 1_000_000
 MAX_BYTES = 1 << 30
 RETRY_PAUSES_S = (0.1, 1.0, 4.0)
 OPEN_SHARDS = 64
-OF_THE_FILE = {
-    errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG,
-    errno.ENXIO, errno.ESPIPE,
-}  # fmt: skip
-"""Errors that concern one file. Any other is taken for a fault of the storage."""
-
-
-def _walk(folder: bytes, ancestors: tuple[tuple[int, int], ...] = ()) -> Iterator[tuple[bytes, int]]:
-    """Yields (path, length) of every file below a folder, sorted by the bytes of the names.
-
-    Links are followed, except to a folder that is above them.
-    """
-    try:
-        with os.scandir(folder) as listing:
-            entries = sorted(listing, key=lambda entry: entry.name)
-        here = os.stat(folder)
-    except OSError as error:
-        raise DataError(f"The folder {os.fsdecode(folder)} can't be listed: {error.strerror}.") from error
-    if (here.st_dev, here.st_ino) in ancestors:
-        return
-    for entry in entries:
-        try:
-            status = entry.stat()
-        except OSError as error:
-            if error.errno not in OF_THE_FILE:
-                raise DataError(f"{os.fsdecode(entry.path)} can't be looked at: {error.strerror}.") from error
-            yield entry.path, 0  # in the list all the same, so that it is reported when it is read
-            continue
-        if stat.S_ISDIR(status.st_mode):
-            yield from _walk(entry.path, (*ancestors, (here.st_dev, here.st_ino)))
-        else:
-            yield entry.path, status.st_size
-
-
-def _suffix(name: bytes) -> bytes:
-    return name.rpartition(b".")[2].lower()
-
-
-class Member(NamedTuple):
-    """A sample as the index lists it."""
-
-    path: bytes
-    """Below the root; of a member of a shard, as if the shard were a folder."""
-    file: int
-    """Number of its shard; 0 without shards."""
-    offset: int
-    """Where its bytes begin in the file."""
-    length: int
-    label: int
-
-
-def _key(name: str) -> str:
-    """WebDataset's key: the path of a member up to the first dot of its last part."""
-    folder, slash, last = name.rpartition("/")
-    return folder + slash + last.partition(".")[0]
-
-
-def _shard_members(path: bytes, number: int, name: bytes) -> Iterator[Member]:
-    """Yields the samples of a shard, whose labels may stand before or after them."""
-    labels: dict[str, int] = {}
-    images: list[tarfile.TarInfo] = []
-    try:
-        with tarfile.open(os.fsdecode(path), "r:") as archive:
-            shard: Any = archive  # its `members` have no type
-            for member in shard:
-                if member.isreg() and _suffix(os.fsencode(member.name)) in SUFFIXES:
-                    images.append(member)
-                elif member.isreg() and member.name.endswith(".cls") and member.size < 16:
-                    text = shard.extractfile(member).read().strip()
-                    if text.isdigit() and int(text) < MAX_LABEL:
-                        labels[_key(member.name)] = int(text)
-                shard.members = []  # tarfile would keep every header
-    except (tarfile.TarError, OSError) as error:
-        raise DataError(
-            f"The shard {os.fsdecode(path)} can't be read as an uncompressed tar: {error}. "
-            "Unpack a compressed one, replace a damaged one, or take it out of the folder."
-        ) from error
-    for member in images:
-        label = labels.get(_key(member.name), -1)
-        member_path = name + b"/" + os.fsencode(member.name)
-        yield Member(member_path, number, member.offset_data, member.size, label)
-
-
-def _members(root: bytes, shards: list[bytes], classes: list[str]) -> Iterator[Member]:
-    """Yields every sample below the root in its fixed order; fills `shards` and `classes` on the way."""
-    images = False
-    for path, length in _walk(root):
-        relative = os.path.relpath(path, root)
-        suffix = _suffix(relative)
-        if suffix == b"tar":
-            shards.append(relative)
-            yield from _shard_members(path, len(shards) - 1, relative)
-        elif suffix in SUFFIXES:
-            images = True
-            top, slash, _ = relative.partition(b"/")
-            if slash and (not classes or classes[-1] != os.fsdecode(top)):
-                classes.append(os.fsdecode(top))
-            yield Member(relative, 0, 0, length, len(classes) - 1 if slash else -1)
-        if images and shards:
-            raise DataError(
-                f"{os.fsdecode(root)} holds images and tar shards ({os.fsdecode(shards[0])}) side by side; "
-                "name a folder that holds one of the two."
-            )
+SPOT_CHECKS = 200
+"""Images, evenly spaced, whose lengths are compared with those recorded when an index is opened again."""
 
 
 def build_index(source: str | Path, folder: Path, classes: list[str] | None = None) -> None:
-    """Writes the index of an image folder or a folder of tar shards into `folder`. One process calls it.
-
-    The order is that of the names' bytes, whatever the file system lists first.
+    """Writes the index of what `source` names (see config/sources.py) into `folder`. One process calls it.
 
     classes: the names of the labels of shards.
 
     Raises:
-        DataError: a folder or a shard can't be read, there is no image, or images and shards are mixed.
+        DataError: nothing is there, no image is there, or what is there can't be read or meant.
     """
-    root = os.path.abspath(source)
-    shards: list[bytes] = []
-    folders: list[str] = []
-    members = _members(os.fsencode(root), shards, folders)
-    write_index(folder, root, members, shards, folders if classes is None else classes)
-
-
-def write_index(
-    folder: Path, root: str, members: Iterable[Member], shards: list[bytes], classes: list[str]
-) -> None:
-    """Writes the index of these samples, which lie below `root`, into `folder`, whole or not at all.
-
-    No sample is held in memory. `shards` and `classes` are read after the last sample, because `members` may
-    fill them. With shards and no classes, the names of the classes are their numbers.
-
-    Raises:
-        DataError: there is no sample.
-    """
-    digest = hashlib.sha256()
-    kinds = {"samples": SAMPLE, "path_ends": np.dtype("<u8")}
-    with whole_folder(folder) as written:
-        # The samples go to plain files as they come, of unknown number.
-        raw = {name: written / f"{name}.raw" for name in kinds}
-        end, last_label = 0, -1
-        with (
-            open(written / "paths.bin", "wb") as paths,
-            raw["samples"].open("wb") as samples,
-            raw["path_ends"].open("wb") as ends,
-        ):
-            for member in members:
-                end += paths.write(member.path)
-                ends.write(struct.pack("<Q", end))
-                samples.write(struct.pack("<IQQi", *member[1:]))
-                digest.update(member.path + b"\0" + struct.pack("<Q", member.length))
-                last_label = max(last_label, member.label)
-        if not end:
-            endings = ", ".join("." + suffix.decode() for suffix in sorted(SUFFIXES))
-            raise DataError(
-                f"{root} holds no image: looked in it and below for {endings} and for .tar shards."
-            )
-
-        # NumPy's headers hold the number.
-        for name, path in raw.items():
-            np.save(written / f"{name}.npy", np.memmap(path, kinds[name], "r"))
-            path.unlink()
-        description = {
-            "root": "." if folder.parent == Path(root) else root,
-            "fingerprint": digest.hexdigest(),
-            "classes": classes or ([str(label) for label in range(last_label + 1)] if shards else []),
-            "shards": [os.fsdecode(shard) for shard in shards],
-        }
-        (written / "index.json").write_text(json.dumps(description, indent=1))
+    listing = Listing(sources(str(source)))
+    root = os.fsdecode(listing.root)
+    write_index(folder, root, listing.members(), listing.shards, classes or [], listing)
 
 
 class Index:
     """A memory-mapped list of samples. It pickles as its two paths, so that workers map the same pages."""
 
-    def __init__(self, folder: Path, root: Path) -> None:
+    def __init__(self, folder: Path, root: Path | str) -> None:
         """Opens the index that `build_index` wrote into `folder`, for the data set that now lies at `root`.
 
         Raises:
@@ -217,7 +60,12 @@ class Index:
             self._samples = np.load(folder / "samples.npy", mmap_mode="r").view(np.ndarray)
             self._path_ends = np.load(folder / "path_ends.npy", mmap_mode="r").view(np.ndarray)
             self._paths = np.memmap(folder / "paths.bin", mode="r").view(np.ndarray)
-            self._device = os.stat(root).st_dev
+            self.sources = [Source(*source) for source in description.get("sources", [(str(root), 1)])]
+            folders = description.get("folders", [str(root)])
+            self.folders: list[str] = [str(root)] if folders and len(self.sources) == 1 else folders
+            self.remote = Remote(str(root)) if is_remote(str(root)) else None
+            here = () if self.remote else (str(root), *self.folders)
+            self._devices = {folder: os.stat(folder).st_dev for folder in here}
         except (OSError, ValueError, EOFError) as error:
             raise DataError(
                 f"The index {folder} of {root} can't be opened: {error}. Delete it to have it built anew."
@@ -225,10 +73,19 @@ class Index:
         self.fingerprint: str = description["fingerprint"]
         """sha256 of relative paths and lengths, which doesn't depend on where the data set lies."""
         self.classes: list[str] = description["classes"]
-        self._shards: list[str] = description["shards"]
+        self.passed_over: dict[str, list[Any]] = description.get("passed_over", {})
+        """Kind of what the listing passed over -> number, and the first one's path."""
+        self.noted: dict[str, list[Any]] = description.get("noted", {})
+        """What the listing took and has to say, the same way."""
+        self.shards = [shard.encode("utf-8", "surrogateescape") for shard in description["shards"]]
         self._open_shards: OrderedDict[int, int] = OrderedDict()
 
-    def __reduce__(self) -> tuple[type[Index], tuple[Path, Path]]:
+    @property
+    def named(self) -> str:
+        """What data.train would name the same by, from any folder."""
+        return named(self.sources)
+
+    def __reduce__(self) -> tuple[type[Index], tuple[Path, Path | str]]:
         return Index, (self.folder, self.root)
 
     def __len__(self) -> int:
@@ -247,19 +104,39 @@ class Index:
         """[n] `label` of every sample."""
         return self._samples["label"]
 
+    def lengths(self) -> NDArray[np.uint64]:
+        """[n] bytes of every sample."""
+        return self._samples["length"]
+
     def empty_folders(self) -> list[str]:
         """Names of the folders beside those of the classes, which hold no sample; none with shards."""
-        if self._shards:
+        if self.shards:
             return []
-        with os.scandir(self.root) as entries:
-            names = sorted(entry.name for entry in entries if entry.is_dir())
-        return [name for name in names if not name.startswith(".") and name not in self.classes]
+        names = set[str]()
+        for folder in self.folders:
+            with os.scandir(os.fsencode(folder)) as entries:
+                names |= {text(entry.name) for entry in entries if entry.is_dir() and not hidden(entry.name)}
+        return sorted(names - {*self.classes})
+
+    def record(self) -> dict[str, Any]:
+        """What a run's record says of the data: counts, what was passed over, and what there is to note."""
+        counts = {"images": len(self), "classes": len(self.classes), "shards": len(self.shards)}
+        return counts | {"passed_over": self.passed_over, "to_note": self.noted}
+
+    def summary(self) -> str:
+        """One line about what was listed and what was passed over."""
+        classes = f", {len(self.classes):,} classes" if self.classes else ""
+        parts = [f"{self.root}: {len(self):,} images{classes}"]
+        parts += [f"Passed over: {summary(self.passed_over)}"] if self.passed_over else []
+        parts += [f"To note: {summary(self.noted, EXAMPLES)}"] if self.noted else []
+        return ". ".join(parts) + "."
 
     def read(self, i: int) -> bytes:
         """Reads the bytes of a sample. Tries again, after a pause, where the storage fails.
 
         Raises:
-            BadImage: the file is gone, forbidden, shorter than the index recorded, or longer than MAX_BYTES.
+            BadImage: the file is gone, forbidden, of another length than the index recorded, or longer than
+                MAX_BYTES.
             DataError: the storage failed at every try, or the data set's folder is gone.
         """
         file, offset, length, _ = self._samples[i].item()
@@ -286,29 +163,48 @@ class Index:
         return data
 
     def _read_at(self, i: int, file: int, offset: int, length: int) -> bytes:
-        if not self._shards:
+        if not self.shards or file == LOOSE:
             descriptor = _open(self.path(i))
             try:
+                there = os.fstat(descriptor).st_size
+                if there != length and there:  # a pipe has none
+                    raise BadImage(f"{there} bytes where the index recorded {length}: it has changed since")
                 return _pread(descriptor, length, 0)
             finally:
                 os.close(descriptor)
+        if self.remote:
+            return self.remote.read(text(self.shards[file]), offset, length)
         if file not in self._open_shards:
             if len(self._open_shards) == OPEN_SHARDS:
                 os.close(self._open_shards.popitem(last=False)[1])
-            self._open_shards[file] = _open(os.path.join(self.root, self._shards[file]))
+            self._open_shards[file] = _open(os.path.join(os.fsencode(self.root), self.shards[file]))
         self._open_shards.move_to_end(file)
         return _pread(self._open_shards[file], length, offset)
 
-    def _check_root(self) -> None:
+    def has_changed(self, i: int) -> bool:
+        """Whether the file of a sample is gone, or of another length than it was when it was listed."""
+        if self.remote:
+            return False
+        file, offset, length, _ = self._samples[i].item()
+        loose = not self.shards or file == LOOSE
         try:
-            there = os.stat(self.root).st_dev == self._device
+            path = self.path(i) if loose else os.path.join(os.fsencode(self.root), self.shards[file])
+            there = os.stat(path).st_size
         except OSError:
-            there = False
-        if not there:
-            raise DataError(
-                f"The folder {self.root} is gone or no longer mounted. Start the same command when it is "
-                "back."
-            )
+            return length > 0
+        return there != length if loose else there < offset + length
+
+    def _check_root(self) -> None:
+        for folder, device in self._devices.items():
+            try:
+                there = os.stat(folder).st_dev == device
+            except OSError:
+                there = False
+            if not there:
+                raise DataError(
+                    f"The folder {folder} is gone or no longer mounted. Start the same command when it is "
+                    "back."
+                )
 
     def close(self) -> None:
         """Closes the shards that are open. Reading opens them again."""
@@ -338,12 +234,15 @@ class Selection:
     def read(self, i: int) -> bytes:
         return self._index.read(self._place(i))
 
+    def has_changed(self, i: int) -> bool:
+        return self._index.has_changed(self._place(i))
+
 
 Images = Index | Selection
 """Images that are read by their place."""
 
 
-def _open(path: str) -> int:
+def _open(path: str | bytes) -> int:
     return os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a named pipe must not hold up the run
 
 
@@ -354,21 +253,93 @@ def _pread(descriptor: int, length: int, offset: int) -> bytes:
     return data
 
 
-def open_index(source: str, cache: Path) -> Index:
-    """Opens the index of the data set at `source`: its own (`source/index`), or else the one in `cache`.
+def open_index(source: str, cache: Path, compare: bool = True) -> Index:
+    """Opens the index of what `source` names: the one beside a folder's shards, or else the one in `cache`.
 
-    The one in `cache` is built where it is missing or of another folder. Images added later are not seen, on
-    purpose. Rank 0 calls first, the others after a barrier, so that one process builds.
+    The one in `cache` is built where it is missing, of other sources, or where these have changed since: what
+    a run may continue on is decided by the fingerprint. Rank 0 calls first, the others after a barrier.
+
+    compare: whether to look for changes; one process is enough. It costs a look at every folder or shard, and
+        at SPOT_CHECKS files.
 
     Raises:
-        DataError: the data set is no folder; or see `build_index` and `Index`.
+        DataError: see `build_index` and `Index`; or the shards beside an index are not those it lists.
     """
-    root = Path(os.path.abspath(source))
-    if not root.is_dir():
-        raise DataError(f"The data set {source} is not a folder that this host can see.")
-    if (root / "index" / "index.json").is_file():
-        return Index(root / "index", root)
-    recorded = cache / "index.json"
-    if not recorded.is_file() or json.loads(recorded.read_text()).get("root") != str(root):
-        build_index(root, cache)
-    return Index(cache, root)
+    there = sources(source)
+    if not there:
+        raise DataError("The name of the data set is empty.")
+    if any(is_remote(path) for path, _ in there):
+        if len(there) > 1:
+            raise DataError(
+                f"{there[0].path} and others: a remote folder must stand alone. Pack them as one."
+            )
+        if compare or not (cache / "index.json").is_file():
+            Remote(there[0].path).copy_index(cache)
+        return Index(cache, there[0].path)
+    root, own = Path(root_of(there)), Path(there[0].path, "index")
+    if there == [Source(str(root), 1)] and (own / "index.json").is_file():
+        index = Index(own, root)
+        if compare and (problem := _beside(index)):
+            raise DataError(
+                f"{own} does not fit the shards beside it: {problem}. Pack them anew with "
+                f"tools/make_shards.py, or delete {own} to have the folder listed as it is."
+            )
+        return index
+    recorded = _description(cache)
+    same = recorded.get("root") == str(root) and recorded.get("sources", [list(there[0])]) == [
+        *map(list, there)
+    ]
+    if same and not compare:
+        return Index(cache, root)
+    before = Index(cache, root) if same else None
+    path = _change(before) if before else None
+    if before and path is None:
+        return before
+    build_index(source, cache)
+    index = Index(cache, root)
+    if before and index.fingerprint != before.fingerprint:
+        then = f"{len(before):,} images then, {len(index):,} now"
+        _say(f"{root} has changed since it was listed ({json_name(path or '')}): {then}.")
+    elif before and not np.array_equal(before.labels(), index.labels()):
+        _say(f"{root}: the images are those of before, but their labels have changed.")
+    _say(index.summary())
+    return index
+
+
+def _say(sentence: str) -> None:
+    print(sentence, file=sys.stderr, flush=True)
+
+
+def _description(folder: Path) -> dict[str, Any]:
+    """What the index in a folder records about itself; nothing where there is none."""
+    path = folder / "index.json"
+    return json.loads(path.read_bytes()) if path.is_file() else {}
+
+
+def _change(index: Index, times: bool = True) -> str | None:
+    """A path that shows that what was listed is no longer what is there; None where nothing does.
+
+    times: whether another time of change is enough; not where the data set may have been copied.
+    """
+    recorded = index.folder / STATE
+    state = json.loads(recorded.read_bytes()) if recorded.is_file() else {}
+    if path := changed(str(index.root), state, times):
+        return path
+    number = min(SPOT_CHECKS, len(index))
+    if state and index.shards and len(index.sources) == 1:
+        number = 0  # the state knows all
+    for k in range(number):
+        if index.has_changed(i := k * len(index) // number):
+            return index.path(i)
+    return None
+
+
+def _beside(index: Index) -> str | None:
+    """What is wrong with the shards beside an index; None where they fit it."""
+    with os.scandir(os.fsencode(index.root)) as entries:
+        there = {entry.name for entry in entries if by_name(entry.name) == "shard"}
+    listed = {shard for shard in index.shards if b"/" not in shard}
+    if there != listed:
+        return f"it lists {len(listed)} shards, {len(there)} are there"
+    path = _change(index, times=False)
+    return path and f"{path} is of another length, or gone"

@@ -18,10 +18,10 @@ from nvidia import dali
 from torch import Tensor
 
 from mapet_ds.config.sections import Config
-from mapet_ds.data.batch import Batch, Draw, DrawsAhead, View
+from mapet_ds.data.batch import Batch, Draw, DrawsAhead, View, to_device
 from mapet_ds.data.formats import BadImage, inspect
 from mapet_ds.data.index import Index
-from mapet_ds.data.samples import JITTER_NUMBERS, STRONG_VALUES, SampleSource, allowed_bad, too_many_bad
+from mapet_ds.data.samples import JITTER_NUMBERS, STRONG_VALUES, SampleSource, Unreadable
 from mapet_ds.errors import ConfigError, DataError
 from mapet_ds.launch import use_gpu
 
@@ -67,7 +67,8 @@ def _define(
     )
     crop = fn.decoders.image_slice(
         data, anchor, shape, axes=[0, 1], normalized_anchor=False, normalized_shape=False,
-        device="mixed" if device == "gpu" else "cpu", output_type=types.RGB, adjust_orientation=False,
+        device="mixed" if device == "gpu" else "cpu", output_type=types.RGB,
+        adjust_orientation=source.config.data.exif_orientation,
     )  # fmt: skip
 
     def render(view: View, recolour: Callable[..., Any], values: list[Any]) -> Any:
@@ -84,25 +85,27 @@ def _define(
     return [*views, index]
 
 
-@functools.lru_cache(maxsize=1)
-def _judge() -> dali.Pipeline:
+@functools.lru_cache(maxsize=2)
+def _judge(upright: bool) -> dali.Pipeline:
     """The pipeline that decodes one image with DALI's CPU decoder."""
     pipeline = dali.Pipeline(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1)
     with pipeline:
         data = fn.external_source(name="data", batch=True)
-        pipeline.set_outputs(fn.decoders.image(data, output_type=types.RGB, adjust_orientation=False))
+        pipeline.set_outputs(fn.decoders.image(data, output_type=types.RGB, adjust_orientation=upright))
     return pipeline
 
 
-def check_decodes(data: bytes) -> None:
+def check_decodes(data: bytes, upright: bool = False) -> None:
     """Decodes a whole image alone with DALI's CPU decoder, which decides whether it is readable.
+
+    upright: as for `inspect`.
 
     Raises:
         BadImage: the decoder or `inspect` refuses it.
     """
-    width, height = inspect(data)
+    width, height = inspect(data, upright)
     try:
-        outputs: Any = _judge().run(data=[np.frombuffer(data, np.uint8)])
+        outputs: Any = _judge(upright).run(data=[np.frombuffer(data, np.uint8)])
         decoded = outputs[0].at(0).shape
     except RuntimeError as error:
         _judge.cache_clear()
@@ -149,8 +152,7 @@ class Loader:
         self._config, self._index, self._ranks, self._in_order = config, index, (rank, world_size), in_order
         self._student = View(config.model.img_size, data.mean, data.std) if student else None
         self._teacher = teacher
-        self._bad: dict[int, str] = dict.fromkeys(bad, "")
-        self._new_bad: list[tuple[int, str]] = []
+        self._bad = Unreadable(config, index, bad)
         self._micro_step = first_step * config.grad_accum_steps(world_size)
         self._alone = 0
         self._draws = None
@@ -184,8 +186,7 @@ class Loader:
 
     def new_bad(self) -> list[tuple[int, str]]:
         """(place in the index, reason) of the images that this rank found unreadable since the last call."""
-        new, self._new_bad = self._new_bad, []
-        return new
+        return self._bad.take()
 
     def close(self) -> None:
         """Ends the workers and frees the pipeline's memory."""
@@ -231,7 +232,7 @@ class Loader:
                 undecodable = self._undecodable()
                 if not undecodable:
                     return self._run_alone(error)
-                self._add_bad(undecodable)
+                self._bad.add(undecodable.items())
                 self._build(self._micro_step)
 
     def _run_alone(self, error: RuntimeError) -> tuple[Any, ...]:
@@ -268,7 +269,7 @@ class Loader:
         for place in range(self._config.train.micro_batch_size):
             sample = self._source.sample(self._micro_step, place)
             try:
-                check_decodes(sample.data)
+                check_decodes(sample.data, self._config.data.exif_orientation)
             except BadImage as reason:
                 refused[sample.index] = str(reason)
         return refused
@@ -287,18 +288,11 @@ class Loader:
                         reasons[passed] = "was unreadable when its turn came"
                     except BadImage as reason:
                         reasons[passed] = str(reason)
-        self._add_bad(reasons)
-
-    def _add_bad(self, reasons: dict[int, str]) -> None:
-        new = {index: reason for index, reason in reasons.items() if index not in self._bad}
-        self._bad |= new
-        self._new_bad += new.items()
-        if new and len(self._bad) > allowed_bad(self._config, self._index):
-            raise too_many_bad(self._config, self._index, [*new, *self._bad])
+        self._bad.add(reasons.items())
 
     def _to_torch(self, view: Any) -> Tensor:
         images = torch.from_dlpack(view.as_tensor())
         if images.device != self.device:
-            return images.to(self.device)
+            return to_device(images, self.device)
         # On a GPU a copy is memory that torch's streams know.
         return images.clone() if images.is_cuda else images

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mapet_ds.config.sections import RunConfig
 from mapet_ds.data.index import Index
-from mapet_ds.data.samples import allowed_bad, too_many_bad
+from mapet_ds.data.samples import check_bad
 from mapet_ds.files import write_whole
 from mapet_ds.launch import Ranks
 
@@ -56,5 +56,4 @@ class Quarantine:
                 print(f"NOT WRITTEN yet, {self.path}: {error}.", file=sys.stderr, flush=True)
             counts = f"{len(new)} more, {len(self.known)} in all"
             print(f"Unreadable and replaced: {counts}, listed in {self.path}.", flush=True)
-        if len(self.known) > allowed_bad(self.config, self.index):
-            raise too_many_bad(self.config, self.index, sorted(self.known))
+        check_bad(self.config, self.index, sorted(self.known))

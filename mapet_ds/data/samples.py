@@ -11,7 +11,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -43,6 +43,8 @@ UNBLURRED = 0.01
 """A sigma in pixels that changes no pixel: the neighbour's weight is exp(-5000). DALI refuses 0."""
 SOLARIZE_FROM, NEVER = 128, 256
 """Grey levels from which pixels are inverted."""
+SPLITS = {"train", "training", "val", "valid", "validation", "test"}
+"""Names of a data set's parts, which are taken for classes where the folder above them is named."""
 
 
 def central_square(width: int, height: int) -> Crop:
@@ -199,7 +201,7 @@ class SampleSource:
             if index not in self.bad:
                 try:
                     data = self.index.read(index)
-                    width, height = inspect(data)
+                    width, height = inspect(data, self.config.data.exif_orientation)
                     break
                 except BadImage:
                     pass
@@ -237,31 +239,93 @@ class SampleSource:
         return self._drawn
 
 
+def holds_splits(index: Index) -> bool:
+    """Whether the folders of a data set are named like its parts (train, val) instead of like classes."""
+    return bool(index.classes) and {name.lower() for name in index.classes} <= SPLITS
+
+
+def doubts(config: Any, index: Index) -> Iterator[str]:
+    """Yields a sentence where a run can learn from the images of `data.train`, but hardly as it was meant."""
+    batch, root = config.train.global_batch_size, index.root
+    if batch > len(index):
+        yield (
+            f"train.global_batch_size = {batch}, but data.train = {root} has {len(index)} images: each comes "
+            f"{batch / len(index):.1f} times in a step, and an epoch is less than one. Lower the batch."
+        )
+    if holds_splits(index):
+        yield (
+            f"data.train = {root} holds the folders {' and '.join(index.classes)}: the run learns from all "
+            f"of them. data.train={root}/{index.classes[0]} keeps the others out."
+        )
+
+
 def candidates(config: Any, index: Images, order: draws.SampleOrder, n: int, due: int) -> Iterator[int]:
     """Yields the index that is due as sample n, then those that stand in for it.
 
     Raises:
         DataError: so many are asked for that more than data.max_bad_share must be unreadable.
     """
-    yield due
-    passed = [due]
-    while len(passed) <= allowed_bad(config, index):
-        passed.append(order.after(n, len(passed)))
+    passed: list[int] = []
+    while True:
+        passed.append(order.after(n, len(passed)) if passed else due)
         yield passed[-1]
-    raise too_many_bad(config, index, passed)
+        check_bad(config, index, passed)
 
 
-def allowed_bad(config: Any, index: Images) -> int:
-    """Number of unreadable images that a run puts up with: data.max_bad_share, rounded up, but never all."""
-    return min(math.ceil(config.data.max_bad_share * len(index)), len(index) - 1)
+def check_bad(config: Any, index: Images, bad: Collection[int]) -> None:
+    """Stops a run with too many unreadable images: more than data.max_bad_share, rounded up, or all.
 
-
-def too_many_bad(config: Any, index: Images, bad: Collection[int]) -> DataError:
-    """The error that stops a run when more than `allowed_bad` images are unreadable."""
+    Raises:
+        DataError: it names the number, what is allowed, and some of the images.
+    """
+    allowed = min(math.ceil(config.data.max_bad_share * len(index)), len(index) - 1)
     bad = list(dict.fromkeys(bad))
-    some, allowed = ", ".join(index.path(i) for i in bad[:3]), allowed_bad(config, index)
-    return DataError(
+    if len(bad) <= allowed:
+        return
+    some = ", ".join(index.path(i) for i in bad[:3])
+    if changed := sum(map(index.has_changed, bad)):
+        raise DataError(
+            f"Unreadable images: at least {len(bad)} of {len(index)}, and {changed} of these have changed "
+            f"since they were listed; among them {some}. Put back what was there, or start the same "
+            "command again: it lists anew. A run that has learnt from others than are there now needs a new "
+            "run_dir."
+        )
+    raise DataError(
         f"Unreadable images: at least {len(bad)} of {len(index)}, more than the {allowed} that "
         f"data.max_bad_share = {config.data.max_bad_share} allows; among them {some}. tools/check_images.py "
         "lists them all. Raise the share; or mend the data, and start in a new run_dir."
     )
+
+
+class Unreadable(Collection[int]):
+    """The images that a rank has found unreadable, each told of once. It holds those known before, too."""
+
+    def __init__(self, config: Any, index: Images, known: Collection[int]) -> None:
+        self._config, self._index = config, index
+        self._known, self._new = set(known), list[tuple[int, str]]()
+
+    def __contains__(self, i: object) -> bool:
+        return i in self._known
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._known)
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def add(self, bad: Iterable[tuple[int, str]]) -> None:
+        """Adds images by their place in the index, with the reason.
+
+        Raises:
+            DataError: see `check_bad`.
+        """
+        new = {i: reason for i, reason in bad if i not in self._known}
+        self._known |= new.keys()
+        self._new += new.items()
+        if new:
+            check_bad(self._config, self._index, [*new, *self._known])
+
+    def take(self) -> list[tuple[int, str]]:
+        """(place in the index, reason) of the images that were added since the last call."""
+        new, self._new = self._new, []
+        return new

@@ -61,6 +61,7 @@ def settings_of(config: Config) -> dict[str, Any]:
     del teacher["teacher.shard"], teacher["teacher.ahead"]
     return {
         "data.crop": config.data.crop,
+        **({"data.exif_orientation": True} if config.data.exif_orientation else {}),
         "patches along a side": config.grid,
         "tokenizer.name": config.tokenizer.name,
         "tokenizer.vocab_size": config.tokenizer.vocab_size,

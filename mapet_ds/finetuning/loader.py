@@ -19,11 +19,11 @@ from timm.data.mixup import mixup_target
 from torch import Tensor
 
 from mapet_ds.config.finetune import FinetuneConfig, LabelledDataConfig
-from mapet_ds.data.batch import Draw, DrawsAhead
+from mapet_ds.data.batch import Draw, DrawsAhead, to_device
 from mapet_ds.data.formats import BadImage
 from mapet_ds.data.index import Index
 from mapet_ds.data.labelled import Bad, Batches, decode, served
-from mapet_ds.data.samples import allowed_bad, candidates, too_many_bad
+from mapet_ds.data.samples import Unreadable, candidates
 from mapet_ds.draws import Place, Purpose, SampleOrder, generator_seeds
 from mapet_ds.launch import Ranks
 
@@ -44,8 +44,8 @@ class LabelledBatch(NamedTuple):
     """None until the loader adds it."""
 
     def to(self, device: torch.device) -> LabelledBatch:
-        """The batch with images, target and draw on a device; index stays on the CPU."""
-        images, target = (x.to(device, non_blocking=True) for x in (self.images, self.target))
+        """Copies images, target and draw to a device; index stays on the CPU. The host waits for nothing."""
+        images, target = to_device(self.images, device), to_device(self.target, device)
         return self._replace(images=images, target=target, draw=self.draw and self.draw.to(device))
 
 
@@ -110,7 +110,7 @@ class TrainBatches(Batches):
         for index in candidates(self.config, self.index, self.order, n, self.order(n)):
             if index not in self.bad:
                 try:
-                    return decode(self.index.read(index)), index
+                    return decode(self.index.read(index), self.config.data.exif_orientation), index
                 except BadImage as reason:
                     bad.append((index, str(reason)))
         raise AssertionError("candidates raises before it ends")
@@ -134,8 +134,7 @@ class TrainLoader:
         self, config: FinetuneConfig, index: Index, transform: Callable[[Image.Image], Tensor], ranks: Ranks,
         first_step: int, bad: Collection[int], draw: Callable[[int, int, int], Draw],
     ) -> None:  # fmt: skip
-        self._config, self._index = config, index
-        self._bad, self._new_bad = set(bad), Bad()
+        self._index, self._bad = index, Unreadable(config, index, bad)
         dataset = TrainBatches(config, index, transform, ranks.rank, ranks.world_size, bad)
         first = first_step * config.grad_accum_steps(ranks.world_size)
         self._batches: Any = served(dataset, itertools.count(first), config.data.workers, ranks)
@@ -149,17 +148,12 @@ class TrainLoader:
             DataError: the storage fails, or more than data.max_bad_share of the data set is unreadable.
         """
         batch = next(self._batches)
-        new = {index: reason for index, reason in batch.bad if index not in self._bad}
-        self._bad |= new.keys()
-        self._new_bad += new.items()
-        if new and len(self._bad) > allowed_bad(self._config, self._index):
-            raise too_many_bad(self._config, self._index, [*new, *self._bad])
+        self._bad.add(batch.bad)
         return batch._replace(draw=next(self._draws))
 
     def new_bad(self) -> Bad:
         """(index, reason) of the images that this rank found unreadable since the last call."""
-        bad, self._new_bad = self._new_bad, []
-        return bad
+        return self._bad.take()
 
     def close(self) -> None:
         """Ends the workers."""

@@ -14,8 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mapet_ds.config.finetune import FinetuneConfig
-from mapet_ds.data.index import open_index
-from mapet_ds.data.labelled import Bad, EvaluationBatches, check_classes, report_unreadable, served
+from mapet_ds.data.index import Index, open_index
+from mapet_ds.data.labelled import (
+    Bad,
+    EvaluationBatches,
+    check_apart,
+    check_classes,
+    report_unreadable,
+    served,
+)
 from mapet_ds.errors import ConfigError, RunError
 from mapet_ds.files import write_whole
 from mapet_ds.finetuning.classifier import (
@@ -47,9 +54,15 @@ class Finetuning:
         self.evaluate_every_epochs: float | None = config.log.evaluate_every_epochs
 
         # Images and classes.
-        self.index = ranks.first_then_all(lambda: open_index(config.data.train, self.folder / "index"))
-        self.val = ranks.first_then_all(lambda: open_index(config.data.val, self.folder / "index_val"))
+
+        def index(named: str, name: str) -> Index:
+            return ranks.first_then_all(
+                lambda: open_index(named, self.folder / name, compare=ranks.rank == 0)
+            )
+
+        self.index, self.val = index(config.data.train, "index"), index(config.data.val, "index_val")
         check_classes(self.index, self.val, num_classes=config.data.num_classes)
+        check_apart(self.index, self.val, "data.", ranks)
         classes = len(self.index.classes)
 
         # The model, and the images that it takes.

@@ -14,7 +14,6 @@ import dataclasses
 
 import torch
 import torch.nn.functional as F
-from timm.layers import build_sincos2d_pos_embed
 from torch import Tensor, nn
 
 from mapet_ds.config.sections import Config
@@ -22,19 +21,7 @@ from mapet_ds.data.batch import Draw
 from mapet_ds.draws import permutations
 from mapet_ds.errors import ConfigError
 from mapet_ds.objectives.objective import Loss, Objective, depth_uniforms, rank_quarters, widened
-from mapet_ds.vit import Band, QKVLinear, build_vit, embed, run_block, take_rows
-
-
-def mae_init(module: nn.Module) -> None:
-    """Initialises a linear layer as MAE (arXiv 2111.06377) does; for `Module.apply`.
-
-    Weights are Xavier-uniform, those of query, key and value each on their own. Biases are zero.
-    """
-    if isinstance(module, nn.Linear):
-        for weight in module.weight.data.chunk(3 if isinstance(module, QKVLinear) else 1):
-            nn.init.xavier_uniform_(weight)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+from mapet_ds.vit import Band, build_vit, embed, mae_init, run_block, stochastic_depth, take_rows
 
 
 class SAIM(Objective):
@@ -62,20 +49,13 @@ class SAIM(Objective):
             raise ConfigError(
                 "saim gives the class token a position, of zero: leave no_embed_class out of model.args."
             )
-        if width % 4:
-            raise ConfigError(f"saim's sin-cos positions need a width that is a multiple of 4, not {width}.")
         if depth % queries:
             raise ConfigError(f"saim.query_depth = {queries} does not divide the model's depth, {depth}.")
 
         # Build the decoder and the head, and initialise everything.
         self.decoder = build_vit(dataclasses.replace(model, args={**model.args, "depth": queries})).blocks
         self.head = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, target_dim))
-        self.apply(mae_init)
-        assert vit.cls_token is not None and vit.pos_embed is not None
-        nn.init.xavier_uniform_(vit.patch_embed.proj.weight.data.flatten(1))
-        nn.init.normal_(vit.cls_token, std=0.02)
-        table = build_sincos2d_pos_embed([config.grid, config.grid], width)
-        vit.pos_embed.requires_grad_(False).copy_(F.pad(table, (0, 0, 1, 0)))
+        mae_init(self, vit, split_qkv=True)
 
         patches = config.num_patches
         self.content = [Band(slice(0, 1 + patches), slice(0, 1 + patches), causal=True)]
@@ -96,14 +76,14 @@ class SAIM(Objective):
         h = torch.cat([prefix, take_rows(patches, by_rank)], dim=1)
         g = take_rows(positions.expand_as(patches), by_rank)
         depth, every = len(self.vit.blocks), len(self.vit.blocks) // len(self.decoder)
-        keep = draw.keep.unflatten(1, (-1, 2))
+        kept = stochastic_depth([*self.vit.blocks, *self.decoder], draw.keep, h.dtype)
         recompute = self.vit.grad_checkpointing
         for i, block in enumerate(self.vit.blocks):
-            h = run_block(block, h, self.content, keep[:, i], recompute)
+            h = run_block(block, h, self.content, kept[i], recompute)
             if (i + 1) % every == 0:
                 j = i // every
                 rows = torch.cat([h[:, :-1], g], dim=1)  # the patch of the last rank is nobody's context
-                g = run_block(self.decoder[j], rows, self.query, keep[:, depth + j], recompute)
+                g = run_block(self.decoder[j], rows, self.query, kept[depth + j], recompute)
         return g, by_rank
 
     def forward(self, images: Tensor, target: Tensor, draw: Draw) -> Loss:

@@ -1,6 +1,7 @@
 """What a recipe will take on a cluster: memory, micro-batch, time, input, scaling. Arithmetic on counts.
 
-What DeepSpeed 0.19.8 keeps and sends was found on real engines with CPU ranks (tests/test_forecast.py). In
+What DeepSpeed 0.19.8 keeps and sends was found on real engines with CPU ranks (tests/test_forecast.py), and
+torch's allocator holds the whole of a step's memory to it (tests/test_gpu_path.py). In
 bf16, stage 1 keeps every gradient in fp32, and its bf16 twin from one micro-step to the next. Stages 1 and
 2 sum gradients by a whole all-reduce, stage 2 at every micro-step. Stage 3 keeps a model below
 stage3_max_reuse_distance gathered from its forward to its backward pass.
@@ -43,9 +44,11 @@ class Engine(NamedTuple):
     """fp32 master weights and both moments."""
     gradients: int
     buffers: int
-    """Reduction buckets."""
+    """Reduction buckets, from the beginning of the backward pass on."""
     reduced: int
     """Size of the gradient that ranks sum."""
+    gradients_stay: bool = True
+    """False: they are made while the backward pass lets go of activations, and gone after the update."""
     reduced_each_micro_step: bool = True
     """False: once an update."""
     scattered: bool = False
@@ -67,7 +70,7 @@ def engine_costs(engine_config: dict[str, Any], parameters: int, ranks: int, acc
     if stage == 3:
         gathers = 1 if parameters <= zero.get("stage3_max_reuse_distance", 10**9) else 2
         live = min(parameters, zero.get("stage3_max_live_parameters", 10**9))
-        weights = size * (part + live)
+        weights = size * (part + (live if ranks > 1 else 0))  # a rank alone gathers nothing
         engine = Engine(
             weights, master, gradients=FP32 * part, buffers=FP32 * bucket, reduced=sent * parameters
         )
@@ -76,8 +79,10 @@ def engine_costs(engine_config: dict[str, Any], parameters: int, ranks: int, acc
     if stage == 1:
         kept = FP32 * parameters + (size * parameters if bf16 and accumulate else 0)
         return engine._replace(gradients=kept, reduced_each_micro_step=False, gathered_per_step=weights)
-    buckets = bucket * (size * (2 if zero.get("overlap_comm") else 1) + (sent if sent != size else 0))
-    return engine._replace(buffers=buckets, gathered_per_step=weights)
+
+    # Their copies in fp32, which ranks sum, come when half of the activations are gone.
+    buckets = bucket * size * (2 if zero.get("overlap_comm") else 1)
+    return engine._replace(buffers=buckets, gradients_stay=accumulate, gathered_per_step=weights)
 
 
 class Speeds(NamedTuple):
@@ -156,17 +161,20 @@ def memory(request: Request, model: Student, goal: Target) -> dict[str, float]:
     engine = engine_costs(request.engine, model.parameters, cluster.ranks, accumulate)
     group = {"none": 1, "node": cluster.gpus_per_node, "world": cluster.ranks}[config.teacher.shard]
     views = [config.model.img_size] + ([goal.view] if goal.view else [])
+    batch = micro * sum(12 * view**2 for view in views)
     gathered = goal.sharded / 10 if group > 1 else 0  # the part in use, and the next
     both = sum if goal.ahead else max
+    activations = both((model.peak(micro) + micro * goal.output, goal.peak(micro)))
+    gradients = engine.gradients if engine.gradients_stay else max(0.0, engine.gradients - activations)
     return {
         "student weights": engine.weights + request.size * model.constants,
         "optimizer": engine.optimizer,
-        "gradients": engine.gradients,
+        "gradients": gradients,
         "reduction buckets": engine.buffers,
         "teacher": goal.sharded / group + gathered + goal.whole,
-        "activations": both((model.peak(micro) + micro * goal.output, goal.peak(micro))),
-        "images": DECODER
-        + (config.data.prefetch + 1 + goal.ahead) * micro * sum(12 * view**2 for view in views),
+        "activations": activations,
+        "images": (2 + goal.ahead) * batch,  # the present and the last, or the next
+        "decoder": DECODER + config.data.prefetch * batch,
         "context": CONTEXT,
     }
 

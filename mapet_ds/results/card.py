@@ -66,6 +66,7 @@ def _provenance(run: dict[str, Any], config: Config) -> dict[str, Any]:
         "steps": steps,
         "images per step": config.train.global_batch_size,
         "data": f"{images} images, {data}" if images else data,
+        "EXIF orientation": "applied" if config.data.exif_orientation else "ignored: pixels as stored",
         "fingerprint of the data": identity.get("data.fingerprint"),
         "began from": _last(model.init_from) or "fresh weights",
         "sha256 of these": identity.get("init_from.sha256"),

@@ -23,7 +23,7 @@ from mapet_ds.launch import once_per_node
 from mapet_ds.weights import LAYER_SCALE, UNREADABLE, fold_layer_scale, mismatches, shapes, timm_weights
 
 
-def _tag_file(tag: str) -> Path:
+def tag_file(tag: str) -> Path:
     """The weights of a timm tag, downloaded by the first rank of each node while the others wait."""
     asked = f"model.init_from = {TIMM}{tag}"
 
@@ -100,7 +100,7 @@ def begin_from(vit: VisionTransformer, config: Config) -> tuple[str, list[str]]:
         blocks = {name.split(".")[1] for name in state if name.startswith("blocks.")}
         given = {"width": state["cls_token"].shape[-1], "blocks": len(blocks)} if "cls_token" in state else {}
     else:
-        path = _tag_file(tag) if tag is not None else Path(source) / "model.safetensors"
+        path = tag_file(tag) if tag is not None else Path(source) / "model.safetensors"
         model = _described(tag or f"local-dir:{source}", path, source)
         given = _figures(model)
         notes += _resize(model, config) + _other_colours(model, config)

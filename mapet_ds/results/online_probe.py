@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,11 @@ from torch import Tensor
 
 from mapet_ds.config.sections import Config
 from mapet_ds.data.index import Index, Selection, open_index
-from mapet_ds.data.labelled import Bad, EvaluationBatches, check_classes, report_unreadable, served
+from mapet_ds.data.labelled import check_apart, check_classes
 from mapet_ds.errors import DataError
 from mapet_ds.launch import Ranks
 from mapet_ds.results.export import evaluation_data
-from mapet_ds.results.probe import Features, K, Labels, features, knn, linear_sgd, unit_length
+from mapet_ds.results.probe import Features, K, Labels, knn, labelled_features, linear_sgd, unit_length
 from mapet_ds.training.watchdog import PROBING
 from mapet_ds.vit import build_vit
 
@@ -41,11 +41,13 @@ class OnlineProbe:
         def index(name: str, root: str) -> Index:
             if root == config.data.train:
                 return trained_on
-            return ranks.first_then_all(lambda: open_index(root, folder / f"index_evaluate_{name}"))
+            cache, first = folder / f"index_evaluate_{name}", ranks.rank == 0
+            return ranks.first_then_all(lambda: open_index(root, cache, compare=first))
 
         assert config.evaluate.train and config.evaluate.val
         train, val = index("train", config.evaluate.train), index("val", config.evaluate.val)
-        check_classes(train, val, section="evaluate")
+        check_classes(train, val, section="evaluate.")
+        check_apart(train, val, "evaluate.", ranks)
         self.train, self.val = (Selection(each, config.evaluate.max_images) for each in (train, val))
         if len(self.train) < (least := max(2 * K, len(self.train.classes))):
             raise DataError(
@@ -94,26 +96,5 @@ class OnlineProbe:
     def _features(
         self, vit: torch.nn.Module, images: Selection, doing: Callable[[str], None]
     ) -> tuple[Features, Labels]:
-        """The features and labels of the readable images in their order, on rank 0; empty elsewhere."""
-        ranks, bad = self.ranks, Bad()
         transform: Any = timm.data.create_transform(**evaluation_data(self.config))
-        dataset = EvaluationBatches(self.config, images, transform, ranks.rank, ranks.world_size)
-
-        def batches() -> Iterator[tuple[Tensor, Tensor]]:
-            numbers = range(len(dataset))
-            for number, batch in enumerate(served(dataset, numbers, self.config.data.workers, ranks)):
-                doing(f"evaluating batch {number} of {len(dataset)}")
-                bad.extend(batch.bad)
-                yield batch.images, batch.label
-
-        shares = [torch.from_numpy(each) for each in features(vit, batches(), ranks.device)]
-        report_unreadable(self.config, images, bad, ranks)
-
-        # Image i is in the share of rank i % world_size.
-        whole = []
-        for share in shares:
-            parts = [torch.empty_like(share) for _ in range(ranks.world_size)] if ranks.rank == 0 else None
-            dist.gather(share, parts, group=ranks.control)
-            whole.append(torch.stack(parts, dim=1).flatten(0, 1) if parts else share[:0])
-        rows, labels = whole
-        return rows[labels >= 0].numpy(), labels[labels >= 0].numpy()
+        return labelled_features(self.config, vit, images, transform, self.ranks, doing)

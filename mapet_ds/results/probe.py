@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import timm
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
-from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
-from torchvision.datasets import ImageFolder
 
+from mapet_ds.data.index import Images
+from mapet_ds.data.labelled import Bad, EvaluationBatches, report_unreadable, served
 from mapet_ds.errors import ConfigError, DataError
+from mapet_ds.launch import Ranks
 from mapet_ds.nearest import most_similar
 from mapet_ds.weights import UNREADABLE, timm_weights
 
@@ -67,34 +69,6 @@ def load_timm(path: Path, architecture: str | None = None, untrained: bool = Fal
         raise ConfigError(f"timm can't load --model {path}: {' '.join(str(error).split())[:500]}") from error
 
 
-def _read_rgb(path: str) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        cure = "tools/check_images.py lists all such"
-        raise DataError(f"{path} is no image that can be read ({error}); {cure}.") from error
-
-
-def labelled_folders(train: Path, val: Path, model: nn.Module) -> tuple[ImageFolder, ImageFolder]:
-    """Two folders that have a sub-folder of images for each class, under the model's evaluation transform.
-
-    Raises:
-        DataError: a folder isn't there, a class is empty, or the classes differ.
-    """
-    transform: Any = create_transform(**resolve_model_data_config(model))
-    folders = []
-    for root in (train, val):
-        try:
-            folders.append(ImageFolder(str(root), transform, loader=_read_rgb))
-        except OSError as error:
-            raise DataError(f"{root} must hold a sub-folder with images for each class. {error}") from error
-    if differing := sorted(set(folders[0].classes) ^ set(folders[1].classes)):
-        some = ", ".join(differing[:5]) + (f" and {len(differing) - 5} more" if len(differing) > 5 else "")
-        raise DataError(f"{train} and {val} must have the same classes; only in one of them: {some}.")
-    return folders[0], folders[1]
-
-
 @torch.inference_mode()
 def features(
     model: Any, loader: Iterable[tuple[Tensor, Tensor]], device: torch.device,
@@ -113,6 +87,43 @@ def features(
         collected.append(pooled.float().cpu())
         labels.append(label)
     return torch.cat(collected).numpy(), torch.cat(labels).numpy()
+
+
+def labelled_features(
+    config: Any, model: Any, images: Images, transform: Callable[[Image.Image], Tensor], ranks: Ranks,
+    doing: Callable[[str], Any], pool: Literal["avg", "token"] = "avg", start_method: str = "spawn",
+) -> tuple[Features, Labels]:  # fmt: skip
+    """The features and labels of the readable images in their order, on rank 0; empty elsewhere.
+
+    Every rank must call it, and computes those of its share.
+
+    config: gives train.micro_batch_size, data.workers, data.max_bad_share and data.exif_orientation.
+    doing: called with a phrase before each batch. start_method: as for `served`.
+
+    Raises:
+        DataError: more than data.max_bad_share of the images are unreadable.
+    """
+    bad, dataset = Bad(), EvaluationBatches(config, images, transform, ranks.rank, ranks.world_size)
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        numbers = range(len(dataset))
+        made = served(dataset, numbers, config.data.workers, ranks, start_method)
+        for number, batch in enumerate(made):
+            doing(f"evaluating batch {number} of {len(dataset)}")
+            bad.extend(batch.bad)
+            yield batch.images, batch.label
+
+    shares = [torch.from_numpy(each) for each in features(model, batches(), ranks.device, pool)]
+    report_unreadable(config, images, bad, ranks)
+
+    # Image i is in the share of rank i % world_size.
+    whole = []
+    for share in shares:
+        parts = [torch.empty_like(share) for _ in range(ranks.world_size)] if ranks.rank == 0 else None
+        dist.gather(share, parts, group=ranks.control)
+        whole.append(torch.stack(parts, dim=1).flatten(0, 1) if parts else share[:0])
+    rows, labels = whole
+    return rows[labels >= 0].numpy(), labels[labels >= 0].numpy()
 
 
 def unit_length(features: Features) -> Features:
@@ -184,13 +195,17 @@ class LinearHeads(nn.Module):
 
     def __init__(self, heads: int, width: int, classes: int, batch_norm: bool) -> None:
         super().__init__()
-        norm = nn.BatchNorm1d(width, affine=False, eps=1e-6, momentum=None)
-        self.norm = norm if batch_norm else nn.Identity()
+        self.norm = nn.BatchNorm1d(width, affine=False, eps=1e-6) if batch_norm else nn.Identity()
+        self.batches = 0
         self.weight = nn.Parameter(torch.zeros(heads, width, classes))
         self.bias = nn.Parameter(torch.zeros(heads, 1, classes))
 
     def forward(self, x: Tensor) -> Tensor:
         """The logits [heads, B, classes] of features [B, D]."""
+        if self.training and isinstance(self.norm, nn.BatchNorm1d):
+            self.batches += 1
+            # A momentum of None means the same, but is read from the GPU at every batch.
+            self.norm.momentum = 1 / self.batches
         return self.norm(x) @ self.weight + self.bias
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Vectors as targets: the frozen CLIP's features, or the student's own blurred pixels."""
+"""Vectors as targets: the frozen CLIP's features, or the student's own pixels."""
 
 from __future__ import annotations
 
@@ -27,18 +27,20 @@ class TeacherFeatures(Target):
 
 
 class Pixels(Target):
-    """The student's view, blurred, in patches of mean 0 and variance 1: float32 [B, L, 3 * patch_size ** 2].
+    """The student's view in patches of mean 0 and variance 1: float32 [B, L, 3 * patch_size ** 2].
 
-    The blur is a 9 x 9 Gaussian with a sigma of one pixel on the normalised image, which is zero beyond its
-    border. Values of a patch run over rows, columns, channels.
+    Values of a patch run over rows, columns, channels.
 
-    Source: SAIM, arXiv 2212.01610, released settings.
+    blur: first blur the normalised image, which is zero beyond its border, by a 9 x 9 Gaussian with a sigma
+        of one pixel.
+
+    Source: SAIM, arXiv 2212.01610, released settings; MAE, arXiv 2111.06377, without blur.
     """
 
     teacher_view = None
 
-    def __init__(self, config: Config, device: torch.device) -> None:
-        self.patch = config.model.patch_size
+    def __init__(self, config: Config, device: torch.device, blur: bool = True) -> None:
+        self.patch, self.blur = config.model.patch_size, blur
         self.dim, self.identity = 3 * self.patch**2, {}
         line = torch.exp(-torch.arange(-4.0, 5.0, device=device).square() / 2)
         kernel = torch.outer(line, line)
@@ -47,7 +49,7 @@ class Pixels(Target):
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Tensor:
         assert batch.images is not None
-        image = F.conv2d(batch.images, self.kernel, padding=4, groups=3)
+        image = F.conv2d(batch.images, self.kernel, padding=4, groups=3) if self.blur else batch.images
         patches = F.pixel_unshuffle(image, self.patch).unflatten(1, (3, -1)).flatten(3)
         patches = patches.permute(0, 3, 2, 1).flatten(2)  # from [B, channels, rows and columns, L]
         variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,6 +24,8 @@ from mapet_ds.targets.codebook import Codebook
 from mapet_ds.targets.teacher import Teacher, teacher_view
 
 logger = logging.getLogger(__name__)
+IN_MEMORY = 2**33
+"""Bytes of features that the first rank keeps in memory: 8 GiB. More of them lie in a file."""
 
 
 def num_points(images: int, config: Config) -> int:
@@ -53,11 +58,37 @@ def chosen_patches(
     return int(ends[0]), image, np.argsort(numbers, axis=1, kind="stable")[image, place]
 
 
+def _rows(points: int, dim: int, folder: Path) -> NDArray[np.float32]:
+    """Room for features [n, C]: in memory, or where they are large in a file in `folder` that has no name.
+
+    The file is mapped. The kernel keeps as much of it in memory as is free, writes the rest to the disk, and
+    gives its room back when this process ends, however it ends.
+
+    Raises:
+        ConfigError: the disk has too little room.
+    """
+    size = points * dim * np.dtype(np.float32).itemsize
+    if size <= IN_MEMORY:
+        return np.empty((points, dim), np.float32)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)  # a full disk is an error here, and a crash later
+        except OSError as error:
+            raise ConfigError(
+                f"{points} features of {dim} numbers need {size / 2**30:.1f} GiB in {folder}, the folder of "
+                f"tokenizer.path, while the codebook is fitted: {error.strerror}. Name another folder, or "
+                "set tokenizer.points_per_centroid lower."
+            ) from error
+        return np.memmap(file, np.float32, "r+", shape=(points, dim))
+
+
 def sample_features(
     config: Config, index: Index, teacher: Teacher, ranks: Ranks
 ) -> NDArray[np.float32] | None:
     """Features [n, C] of the sample, on rank 0; None elsewhere. Every rank must call it.
 
+    Beyond IN_MEMORY they lie in a file beside tokenizer.path, which is gone when they are.
     The pass is one step whose global batch is the whole set: places and crops don't depend on the ranks.
     """
     micro, images = config.train.micro_batch_size, len(index)
@@ -68,7 +99,8 @@ def sample_features(
         rank=ranks.rank, world_size=ranks.world_size, local_rank=ranks.local_rank,
     )  # fmt: skip
     on_first = ranks.rank == 0
-    features = np.empty((num_points(images, config), teacher.embed_dim), np.float32) if on_first else None
+    folder, rows = Path(config.tokenizer.path).absolute().parent, list[NDArray[np.float32]]()
+    ranks.from_first(lambda: rows.append(_rows(num_points(images, config), teacher.embed_dim, folder)))
     quiet = not (on_first and config.log.progress)
     for _ in tqdm(range(micro_steps), "features", disable=quiet, unit="batch"):
         batch = next(loader)
@@ -82,10 +114,9 @@ def sample_features(
         # Rank 0 puts the points of every rank where they belong.
         points = dense[torch.from_numpy(image), torch.from_numpy(patch)].float().cpu().numpy()
         for first, piece in ranks.gather_on_first((start, points)):
-            assert features is not None
-            features[first : first + len(piece)] = piece
+            rows[0][first : first + len(piece)] = piece
     loader.close()
-    return features
+    return rows[0] if rows else None
 
 
 def fit(

@@ -150,7 +150,7 @@ def build_teacher(config: TeacherConfig, device: torch.device, compiled: bool = 
             weights = {f"visual.{name}": tensor for name, tensor in build(torch.float32).state_dict().items()}
         source = "random weights"
     else:
-        source = _weights_file(config)
+        source = weights_file(config)
         weights = read_tensors(Path(source), f"The teacher's weights {source}", slices=True)
         weights = _fit_sizes(convert_state_dict(cast(Any, teacher), weights), teacher)
     _check_strictly(teacher, weights, source, config)
@@ -234,7 +234,7 @@ def _build_tower(model: dict[str, Any], img_size: int, dtype: torch.dtype) -> nn
     return visual
 
 
-def _weights_file(config: TeacherConfig) -> str:
+def weights_file(config: TeacherConfig) -> str:
     """Path of the weights. The first rank of each node downloads those of a tag, while the others wait."""
     if config.name.startswith("local-dir:"):
         path = Path(config.name.removeprefix("local-dir:")) / "open_clip_model.safetensors"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mapet_ds.config.sections import Config
-from mapet_ds.data.batch import Batch
+from mapet_ds.data.batch import Batch, to_device
 from mapet_ds.data.index import open_index
 from mapet_ds.data.stored_ids import StoredIds
 from mapet_ds.errors import ConfigError, DataError
@@ -81,7 +81,7 @@ class LookedUpIds(TokenIds):
             return
         self.stored = stored = StoredIds(config.tokenizer.ids)
         self.identity = stored.identity
-        index = open_index(config.data.train, Path(config.run_dir) / "index")
+        index = open_index(config.data.train, Path(config.run_dir) / "index", compare=False)
         stored.check_data(config.data.train, index.fingerprint)
 
         # The ranks of a host share the reading. It brings the rows, looked up at random, into the page cache.
@@ -113,8 +113,7 @@ class LookedUpIds(TokenIds):
                 f"not when they were written ({self.stored.unreadable.get(str(i))}). Write them anew with "
                 "tools/tokenize_images.py, or leave tokenizer.ids empty."
             )
-        ids = torch.from_numpy(rows.astype(np.int64))
-        return (ids.pin_memory() if self.counts.is_cuda else ids).to(self.counts.device, non_blocking=True)
+        return to_device(torch.from_numpy(rows.astype(np.int64)), self.counts.device)
 
 
 def token_ids(config: Config, device: torch.device) -> Target:

@@ -5,7 +5,8 @@
                                   target.safetensors     the target's state, where it has one
                                   run.json               step, config, identity, versions, checksums
 
-A folder that has its final name is whole: it is written beside, flushed and renamed.
+A folder that has its final name is whole: it is written beside, renamed, and then flushed. One that a loss of
+power has spoilt before is told by its checksums, and those before it are dropped only when it is on the disk.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from mapet_ds.config.sections import RunConfig, flatten
 from mapet_ds.errors import ResumeError
-from mapet_ds.files import checksum, whole_folder
+from mapet_ds.files import checksum, flush_folder, whole_folder
 
 FREE = (
     "run_dir", "resume", "checkpoint", "log", "evaluate", "model.path", "optim.adamw",
@@ -72,12 +73,15 @@ def identity(config: RunConfig, data: str, target: dict[str, Any]) -> dict[str, 
     return kept | flatten({"data": {"fingerprint": data}, "target": target})
 
 
-def check_identity(checkpoint: Checkpoint, now: dict[str, Any], defaults: dict[str, Any]) -> None:
+def check_identity(
+    checkpoint: Checkpoint, now: dict[str, Any], defaults: dict[str, Any], images: int | None = None
+) -> None:
     """Refuses to continue another run's checkpoint.
 
     now: the identity of the present run.
     defaults: those of every knob. A knob that is newer than the checkpoint counts as its default, which is
     what was done before there was a choice.
+    images: their number in data.train now, for the sentence.
 
     Raises:
         ResumeError: naming each setting that differs, with both values.
@@ -88,7 +92,10 @@ def check_identity(checkpoint: Checkpoint, now: dict[str, Any], defaults: dict[s
     for k in sorted(now.keys() | then.keys()):
         if now.get(k) != then.get(k):
             old, new = ("nothing" if values.get(k) is None else values[k] for values in (then, now))
-            meaning = " (names and lengths of what data.train holds)" if k == "data.fingerprint" else ""
+            meaning = ""
+            if k == "data.fingerprint":
+                counts = f"{checkpoint.run.get('images')} images then, {images} now"
+                meaning = f" (names and lengths of what data.train holds; {counts})"
             lines.append(f"  {k}{meaning}: {old} in the checkpoint, {new} now")
     if lines:
         raise ResumeError(
@@ -97,8 +104,10 @@ def check_identity(checkpoint: Checkpoint, now: dict[str, Any], defaults: dict[s
         )
 
 
-def save(run_dir: Path, state: dict[str, Any], files: dict[str, dict[str, Tensor]], keep: int) -> Path:
-    """Writes a checkpoint of state["step"], drops all but the newest `keep`; gives its folder. For rank 0.
+def save(run_dir: Path, state: dict[str, Any], files: dict[str, dict[str, Tensor]]) -> Path:
+    """Writes a checkpoint of state["step"]; gives its folder, for `secure`. For rank 0.
+
+    A process that is killed from then on has saved the step, however long the disk takes.
 
     state: what run.json holds beside the checksums.
     files: tensors by file name without suffix; empty ones are left out.
@@ -107,7 +116,7 @@ def save(run_dir: Path, state: dict[str, Any], files: dict[str, dict[str, Tensor
     final = folder / f"step_{state['step']:08d}"
     for unfinished in folder.glob(".step_*.partial"):
         shutil.rmtree(unfinished, ignore_errors=True)
-    with whole_folder(final) as partial:
+    with whole_folder(final, flushed=False) as partial:
         checksums = {}
         for name, tensors in files.items():
             if tensors:
@@ -115,12 +124,17 @@ def save(run_dir: Path, state: dict[str, Any], files: dict[str, dict[str, Tensor
                 save_file(tensors, path)
                 checksums[path.name] = checksum(path)
         (partial / "run.json").write_text(json.dumps({**state, "files": checksums}, indent=1))
+    return final
+
+
+def secure(path: Path, keep: int) -> None:
+    """Waits until a checkpoint is on the disk, then drops all but the newest `keep`. For rank 0."""
+    flush_folder(path)
 
     # A folder of a later step is a damaged one that the run has passed over: it does not count.
-    counted = [path for path in checkpoint_folders(run_dir) if path.name <= final.name]
+    counted = [each for each in checkpoint_folders(path.parents[1]) if each.name <= path.name]
     for old in counted[keep:]:
         shutil.rmtree(old)
-    return final
 
 
 def checkpoint_folders(run_dir: Path) -> list[Path]:

@@ -105,9 +105,8 @@ def parse_command_line(
     from deepspeed, the number of ranks from the environment.
     """
     parser = recipe_parser(description)
-    parser.add_argument(
-        "--deepspeed_config", required=True, metavar="JSON", help="engine knobs, e.g. ds_configs/zero2.json"
-    )
+    engine = "engine knobs: a file, or the name of a shipped one, e.g. zero2"
+    parser.add_argument("--deepspeed_config", required=True, metavar="JSON", help=engine)
     parser.add_argument(
         "--check", action="store_true", help="check settings, files and folders, say so and end"
     )

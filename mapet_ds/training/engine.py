@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import json
 import logging
 import os
 import shutil
@@ -22,6 +23,8 @@ import deepspeed.ops
 import deepspeed.runtime.compiler
 import torch
 import torch.distributed as dist
+from deepspeed.comm.config import CommsLoggerConfig
+from deepspeed.runtime.precision_config import DeepSpeedBF16Config
 from deepspeed.runtime.zero import parameter_offload
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.utils import (
@@ -37,24 +40,29 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from mapet_ds.config.sections import RunConfig
-from mapet_ds.errors import ConfigError
+from mapet_ds.errors import ConfigError, RunError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
+SCHEMAS = {
+    "zero_optimization": DeepSpeedZeroConfig, "bf16": DeepSpeedBF16Config, "comms_logger": CommsLoggerConfig
+}  # fmt: skip
+
+
 def check_engine_config(engine_config: dict[str, Any]) -> None:
-    """Lets DeepSpeed's own schema read the ZeRO section before any GPU is touched.
+    """Lets DeepSpeed's own schemas read the sections before any GPU is touched.
 
     Raises:
-        ConfigError: an unknown or ill-typed key in zero_optimization.
+        ConfigError: an unknown or ill-typed key in a section.
     """
-    try:
-        DeepSpeedZeroConfig(**engine_config["zero_optimization"])
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        message = f"DeepSpeed refuses zero_optimization.{key} = {first['input']}: {first['msg']}."
-        raise ConfigError(message) from error
+    for section, schema in SCHEMAS.items():
+        try:
+            schema(**engine_config.get(section, {}))
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join([section, *map(str, first["loc"])])
+            raise ConfigError(f"DeepSpeed refuses {key} = {first['input']}: {first['msg']}.") from error
 
 
 def build_engine(
@@ -67,7 +75,7 @@ def build_engine(
     groups: AdamW's groups of the objective's parameters.
 
     Raises:
-        ConfigError: FusedAdam is asked for where it can't be built.
+        ConfigError: FusedAdam is asked for where it can't be built, or DeepSpeed refuses its JSON.
     """
     logger.setLevel(logging.WARNING)
     # DeepSpeed's own calls warn at each step.
@@ -87,7 +95,15 @@ def build_engine(
         "steps_per_print": 2**31,
     }
     adam = _adamw(groups, config, device)
-    engine, *_ = deepspeed.initialize(model=objective, optimizer=adam, config=full, dist_init_required=False)
+    try:
+        engine, *_ = deepspeed.initialize(
+            model=objective, optimizer=adam, config=full, dist_init_required=False
+        )
+    except (AssertionError, AttributeError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"DeepSpeed builds no engine from its JSON {json.dumps(engine_config)}: {error}. ds_configs/ has "
+            "some that work."
+        ) from error
     if engine.zero_optimization_stage() == 3:
         # The objective reads the ViT's own position table and class token outside of the ViT's forward.
         for parameter in objective.vit.parameters(recurse=False):
@@ -178,8 +194,11 @@ def gather_state(engine: deepspeed.DeepSpeedEngine, rank: int) -> tuple[dict[str
     """Full fp32 master weights by name, and moments as `exp_avg.<name>`, on rank 0's CPU; empty elsewhere.
 
     Every rank must call it. The host waits for the GPU.
+
+    Raises:
+        RunError: on every rank, where a master weight is not what the forward uses.
     """
-    weights, moments = {}, {}
+    weights, moments, wrong = {}, {}, {}
     for name, parameter in engine.module.named_parameters():
         # A constant is held by no optimizer, so it is saved as the forward uses it.
         if not parameter.requires_grad:
@@ -190,10 +209,27 @@ def gather_state(engine: deepspeed.DeepSpeedEngine, rank: int) -> tuple[dict[str
         shape = getattr(parameter, "ds_shape", parameter.shape)
         full = [safe_get_full_fp32_param(parameter)]
         full += [safe_get_full_optimizer_state(parameter, moment) for moment in MOMENTS]
+        with _whole(parameter):
+            wrong[name] = (full[0].reshape(shape).to(parameter.dtype) != parameter.detach()).any()
         if rank == 0:
             weights[name], *rest = (tensor.reshape(shape).cpu().clone() for tensor in full)
             moments.update({f"{moment}.{name}": tensor for moment, tensor in zip(MOMENTS, rest)})
+    _refuse_wrong(wrong)
     return weights, moments
+
+
+def _refuse_wrong(wrong: dict[str, Tensor]) -> None:
+    """Raises RunError where a flag is set on any rank. Every rank must call it."""
+    flags = torch.stack(list(wrong.values())).int()
+    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    if names := [name for name, flag in zip(wrong, flags.tolist()) if flag]:
+        error = RunError(
+            f"DeepSpeed gathers other weights for a checkpoint than the forward uses, in {len(names)} of "
+            f"{len(wrong)} parameters ({names[0]} first), so nothing was written. A key of the DeepSpeed "
+            "JSON does this; those in ds_configs/ don't."
+        )
+        error.printed_elsewhere = dist.get_rank() != 0
+        raise error
 
 
 def scatter_state(

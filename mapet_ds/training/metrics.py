@@ -6,20 +6,22 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from google.protobuf.message import DecodeError
+from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from mapet_ds.config.sections import Config, RunConfig
-from mapet_ds.files import write_whole
+from mapet_ds.files import whole_file, write_whole
 
 if TYPE_CHECKING:
     from mapet_ds.launch import Ranks
@@ -35,6 +37,46 @@ def cut_after(path: Path, step: int) -> None:
     lines = path.read_text().splitlines(keepends=True)
     kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
     write_whole(path, "".join(kept))
+
+
+def _events(path: Path) -> Iterator[tuple[Event, bytes]]:
+    """Yields TensorBoard's events of a file, each with its record, up to the first that is damaged.
+
+    A record is 8 bytes of length, 4 of a checksum, the event, 4 of a checksum.
+    """
+    data, start = path.read_bytes(), 0
+    while len(data) - start > 12:
+        end = start + 16 + int.from_bytes(data[start : start + 8], "little")
+        if end > len(data):
+            return
+        try:
+            event = Event.FromString(data[start + 12 : end - 4])
+        except DecodeError:
+            return
+        yield event, data[start:end]
+        start = end
+
+
+def keep_events(folder: Path, step: int) -> None:
+    """Leaves of TensorBoard's files one, with the pictures and curves up to a step, in the order of steps.
+
+    It sorts before any other, so what follows is read after it, whatever the clock says. TensorBoard itself
+    would pass over later steps only where it reads the files in the order in which they were written.
+    """
+    old = sorted(folder.glob("events.out.tfevents.*"), key=lambda path: path.stat().st_mtime)
+    if not old:
+        return
+    version, kept = b"", {}
+    for event, record in (each for path in old for each in _events(path)):
+        if event.HasField("file_version"):
+            version = record
+        elif event.step <= step:
+            kept.update({(value.tag, event.step): record for value in event.summary.value})
+    first = folder / "events.out.tfevents.0000000000.resumed"
+    with whole_file(first) as beside:
+        beside.write_bytes(version + b"".join(kept[key] for key in sorted(kept, key=lambda key: key[1])))
+    for path in (path for path in old if path != first):
+        path.unlink()
 
 
 def token_colours(ids: Tensor) -> Tensor:
@@ -74,6 +116,10 @@ class _Report:
         cut_after(self.path, first_step)
         self.path.touch()
         self.boards = self.folder / "tensorboard"
+        try:
+            keep_events(self.boards, first_step)
+        except OSError as error:
+            print(f"{self.boards} keeps steps that are made anew: {error}.", file=sys.stderr, flush=True)
         self.tensorboard: SummaryWriter | None = SummaryWriter(self.boards, purge_step=first_step + 1)
         self.bar = tqdm(
             total=total_steps, initial=first_step, unit="step", dynamic_ncols=True,

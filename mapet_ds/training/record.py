@@ -41,14 +41,20 @@ def _git(*arguments: str) -> str | None:
         return None
 
 
-def write_record(config: RunConfig, engine_config: dict[str, Any], folder: Path) -> None:
-    """Writes the resolved settings (config.yaml), and command, commit and versions (environment.json)."""
+def write_record(
+    config: RunConfig, engine_config: dict[str, Any], folder: Path, data: dict[str, Any]
+) -> None:
+    """Writes the resolved settings (config.yaml), and command, commit and versions (environment.json).
+
+    data: what the index says of data.train.
+    """
     write_whole(folder / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
     changed = (_git("status", "--porcelain") or "").splitlines()
     environment = {
         "command": sys.argv,
         "deepspeed_config": engine_config,
         "git": {"commit": _git("rev-parse", "HEAD"), "changed": changed},
+        "data.train": data,
         "python": sys.version,
         "versions": versions(),
     }

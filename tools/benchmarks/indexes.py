@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import io
+import os
 import tarfile
 import tempfile
 import time
@@ -18,12 +20,18 @@ from benchmarks.measuring import ALONE, Figures, circumstances, settings, summar
 from PIL import Image
 
 from mapet_ds.config.sections import Config
-from mapet_ds.data.index import Index, Member, open_index, write_index
+from mapet_ds.data.index import Index, open_index
+from mapet_ds.data.index_files import write_index
+from mapet_ds.data.listing import Member
 from mapet_ds.data.samples import SampleSource
 from mapet_ds.draws import SampleOrder
 
+SMALL = b"\xff\xd8\xff" + bytes(5000)
+"""Stands for an image where none is decoded."""
 LOOKUPS, FEW, LATE, WINDOW = 10_000, 1000, 10_000_000, 65_536
 """Images looked up; images of the small data set; a late step; samples read one after the other."""
+LISTINGS = 5
+"""How often a data set of a thousandth of the images is listed."""
 
 
 def memory(process: int | str = "self") -> Figures:
@@ -52,6 +60,50 @@ def write(folder: Path, images: int) -> None:
             yield Member(name, 0, tarfile.BLOCKSIZE, header.size, i % 1000)
 
     write_index(folder / "index", str(folder), members(), [b"only.tar"], [])
+
+
+def write_listed(folder: Path, images: int) -> None:
+    """Writes so many images as files of a hundred folders, and as members of four shards with labels."""
+    for i in range(images):
+        path = folder / "folders" / f"{i % 100}" / f"{i:06d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(SMALL)
+    (folder / "shards").mkdir()
+    for number in range(4):
+        with tarfile.open(folder / "shards" / f"{number}.tar", "w", format=tarfile.GNU_FORMAT) as shard:
+            for i in range(number, images, 4):
+                for name, data in ((f"{i:06d}.jpg", SMALL), (f"{i:06d}.cls", b"%d" % (i % 100))):
+                    header = tarfile.TarInfo(name)
+                    header.size = len(data)
+                    shard.addfile(header, io.BytesIO(data))
+
+
+def bare_listing(folder: Path) -> None:
+    """What any listing must do: look at each file, or read each header."""
+    for path in sorted(folder.rglob("*")):
+        path.stat()
+        if path.suffix == ".tar":
+            with tarfile.open(path, "r:") as shard:
+                sum(member.size for member in shard)
+
+
+def listing_figures(scratch: Path, images: int, repeats: int) -> Figures:
+    """CPU microseconds an image: of a first start's listing, of a bare one, of a later start's comparison."""
+    write_listed(scratch, images)
+    found: dict[str, Figures] = {}
+    for data in (scratch / "folders", scratch / "shards"):
+        spans = dict[str, list[float]](first=[], bare=[], again=[])
+        for path in (data, *data.iterdir()):
+            os.utime(path, (1e9, 1e9))  # data is older than a run
+        for repeat in range(repeats):
+            opened = functools.partial(open_index, str(data), scratch / f"index_{data.name}_{repeat}")
+            works = {"first": opened, "bare": functools.partial(bare_listing, data), "again": opened}
+            for name, work in works.items():
+                start = time.process_time()
+                work()
+                spans[name].append(1e6 * (time.process_time() - start) / images)
+        found[data.name] = {name: summary(values) for name, values in spans.items()}
+    return found
 
 
 def first_batch(config: Config, index: Index, step: int) -> Figures:
@@ -105,6 +157,10 @@ def measure_index(arguments: argparse.Namespace) -> Figures:
         with part("look_up_10000"):
             for i in some:
                 _ = index.path(i), index.label(i)
+
+        # The listing of a data set that has no index.
+        (listed := Path(scratch) / "listed").mkdir()
+        found["listing_us"] = listing_figures(listed, max(arguments.images // 1000, 100), LISTINGS)
 
         # The loader's start and its order.
         small = open_index(str(few), few)

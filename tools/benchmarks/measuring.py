@@ -9,8 +9,8 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
-from importlib.metadata import version
+from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ ALONE: dict[str, Any] = {"rank": 0, "world_size": 1, "local_rank": 0}
 """A loader's place where nothing else runs."""
 
 
-def summary(values: list[float]) -> Figures:
+def summary(values: Sequence[float]) -> Figures:
     """Median and spread."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
@@ -121,19 +121,31 @@ def device_of(name: str) -> torch.device:
     return device
 
 
+PACKAGES = {
+    "torch", "torchvision", "deepspeed", "timm", "open_clip_torch", "pillow", "faiss-gpu",
+    "nvidia-dali-cuda120", "nvidia-dali-cuda130", "triton", "nvidia-nccl-cu12", "nvidia-nccl-cu13",
+}  # fmt: skip
+"""The packages on which speed depends; CUDA 12 and 13 have their own."""
+
+
+def versions() -> dict[str, str]:
+    """The versions of those that are installed."""
+    return {d.name: d.version for d in distributions() if d.name in PACKAGES}
+
+
 def circumstances(config: Config, arguments: argparse.Namespace) -> Figures:
     """Hardware, versions, command and settings: what any figure rests on."""
     cpuinfo = Path("/proc/cpuinfo").read_text().splitlines()
     names = [line.partition(":")[2].strip() for line in cpuinfo if line.startswith("model name")]
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    packages = ["torch", "torchvision", "timm", "open_clip_torch", "pillow", "nvidia-dali-cuda130"]
-    settings = {key: value for key, value in vars(arguments).items() if key != "measure"}
-    settings |= {key: str(value) for key, value in settings.items() if isinstance(value, Path)}
+    settings = {
+        key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()
+    }
     cores, load = len(os.sched_getaffinity(0)), os.getloadavg()[0]
     cpu = names[0] if names else "unknown"
     return {
         "hardware": {"cpu": cpu, "cores": cores, "load_average": load, "gpu": gpu},
-        "versions": {"python": sys.version.split()[0]} | {name: version(name) for name in packages},
+        "versions": {"python": sys.version.split()[0]} | versions(),
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "settings": settings | {"model": config.model.name},
     }

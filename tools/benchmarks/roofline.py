@@ -77,12 +77,14 @@ def breakdown(
     device: torch.device,
     repeats: int,
     count_bytes: bool = True,
+    trace: Path | None = None,
 ) -> Figures:
     """Seconds, FLOPs and bytes of a step by part, and what bounds each.
 
     step: does a step and names what is not the objective's forward and backward.
     flops: of a step, by part.
     peak: FLOP/s of matrix products.
+    trace: a file for all events of the profiled steps.
     The seconds are torch.profiler's, of kernels on a GPU and of operations on a CPU. `unexplained` is the
     step's wall clock less its parts: Python, launches, waiting. It is negative where kernels overlap.
     """
@@ -102,6 +104,8 @@ def breakdown(
                 moved[operation.place.part] += operation.bytes
         with profile(activities=kinds) as profiler:
             seconds = timed(device, repeatedly, whole, repeats)[0] / repeats
+    if trace:
+        profiler.export_chrome_trace(str(trace))
 
     # Sum up by part.
     clock = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"

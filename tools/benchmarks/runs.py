@@ -178,7 +178,8 @@ def train_breakdown(arguments: argparse.Namespace, run: Run, target_flops: float
     flops = {"target": target_flops, **flops_by_part(config)}
     flops = {name: arguments.batch_size * count for name, count in flops.items()}
     whole = config.train.compile
-    return breakdown(objective, step, flops, 1e12 * peak, device, arguments.steps, count_bytes=not whole)
+    options = {"count_bytes": not whole, "trace": arguments.trace if run.ranks.rank == 0 else None}
+    return breakdown(objective, step, flops, 1e12 * peak, device, arguments.steps, **options)
 
 
 def train_figures(

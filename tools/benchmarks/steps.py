@@ -97,7 +97,7 @@ class Steps:
         value.backward()
         return value.item()
 
-    def breakdown(self, config: Config, peak: float, repeats: int) -> Figures:
+    def breakdown(self, config: Config, peak: float, repeats: int, trace: Path | None) -> Figures:
         """Where the time of a step and of AdamW's update goes."""
         optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.0, fused=self.device.type == "cuda")
 
@@ -108,7 +108,7 @@ class Steps:
 
         images = len(self.batch[0])
         flops: dict[str, float] = {name: images * count for name, count in flops_by_part(config).items()}
-        return breakdown(self.model, step, flops, peak, self.device, repeats)
+        return breakdown(self.model, step, flops, peak, self.device, repeats, trace=trace)
 
 
 def peak_memory(name: str, config: Config, device: torch.device, dtype: str, threads: int) -> int:
@@ -170,7 +170,7 @@ def measure_step(arguments: argparse.Namespace) -> Figures:
     }  # fmt: skip
     if "dense" in names:
         figures |= compare(wall, cpu, peaks, losses)
-    figures["breakdown"] = steps.breakdown(config, 1e12 * peak, arguments.repeats)
+    figures["breakdown"] = steps.breakdown(config, 1e12 * peak, arguments.repeats, arguments.trace)
     show(figures["breakdown"], 1e12 * peak, arguments.plot)
     return figures
 

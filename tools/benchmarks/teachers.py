@@ -16,7 +16,6 @@ from benchmarks.measuring import Figures, circumstances, device_of, in_turns, ra
 
 from mapet_ds.data.batch import View
 from mapet_ds.data.index import open_index
-from mapet_ds.data.loader import Loader
 from mapet_ds.errors import ConfigError
 from mapet_ds.launch import init_distributed
 from mapet_ds.targets.codebook import Codebook
@@ -66,6 +65,8 @@ def measure_teacher(arguments: argparse.Namespace) -> Figures | None:
 
 def measure_assign(arguments: argparse.Namespace) -> Figures:
     """How many of a codebook's ids change in bf16, and the time of teacher and assignment."""
+    from mapet_ds.data.loader import Loader
+
     device, name = device_of(arguments.device), f"teacher.name={json.dumps(arguments.teacher)}"
     both = ("fp32", "bf16")
     configs = {each: settings(arguments, name, f"teacher.precision={each}") for each in both}

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from mapet_ds.config.sections import Config, flatten
 from mapet_ds.data.batch import Batch, View
-from mapet_ds.data.index import Index, open_index
+from mapet_ds.data.index import Index
 from mapet_ds.data.loader import Loader
 from mapet_ds.errors import DataError, ExportError, ResumeError
 from mapet_ds.launch import use_gpu
@@ -71,14 +71,16 @@ def open_trained(folder: Path) -> Trained | None:
         root = json.loads((cache / "index.json").read_text())["root"]
     elif not Path(root, "index", "index.json").is_file():
         raise DataError(f"{cache}, the list of the run's images, is gone.")
-    index = open_index(root, cache)
+    else:
+        cache = Path(root, "index")
+    index = Index(cache, Path(root))
     if index.fingerprint != checkpoint.run["identity"]["data.fingerprint"]:
         raise DataError(f"{root} holds other images than those of the run.")
 
     whole = config.train.global_batch_size
     possible = [micro for micro in range(1, whole + 1) if whole % micro == 0 and config.allows(micro)]
     micro = max((micro for micro in possible if micro <= 32), default=possible[0])
-    data = dataclasses.replace(config.data, train=root, workers=0, device="auto")
+    data = dataclasses.replace(config.data, train=index.named, workers=0, device="auto")
     train = dataclasses.replace(config.train, micro_batch_size=micro, compile=False)
     config = dataclasses.replace(config, run_dir=str(folder), data=data, train=train)
     return Trained(checkpoint, config, vit, index, torch.device("cuda" if use_gpu() else "cpu"))

@@ -1,0 +1,108 @@
+"""Shards in an object store or behind a web server, read by ranges of bytes through fsspec.
+
+The folder must hold its index, as tools/make_shards.py writes it, so that no shard is read to be listed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import json
+import posixpath
+import sys
+from pathlib import Path
+from typing import Any
+
+from mapet_ds.errors import DataError
+from mapet_ds.files import whole_folder
+
+INDEX_FILES = ("samples.npy", "path_ends.npy", "paths.bin")
+
+
+def is_remote(source: str) -> bool:
+    """Whether a source is an address: `s3://bucket/folder`, `hf://datasets/name`, `https://host/folder`."""
+    return "://" in source
+
+
+class Remote:
+    """The files below a remote folder. It is connected at the first read, in the process that reads."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
+        self._system: Any = None
+        self._errors: tuple[type[BaseException], ...] = (OSError, asyncio.TimeoutError)
+
+    def _opened(self) -> tuple[Any, str]:
+        """The file system, and the folder's path in it."""
+        import fsspec  # only where data is remote
+
+        if self._system is None:
+            try:
+                self._system = fsspec.core.url_to_fs(self.url)
+            except (ImportError, ValueError) as error:
+                raise DataError(f"{self.url} can't be read: {error}.") from error
+            if web := sys.modules.get("aiohttp"):  # what https raises
+                self._errors += (web.ClientError,)
+        return self._system
+
+    def read(self, name: str, offset: int, length: int) -> bytes:
+        """Reads bytes of a file; fewer where it ends before.
+
+        Raises:
+            OSError: the store can't be reached, or the file is not there.
+        """
+        system, folder = self._opened()
+        try:
+            return system.cat_file(posixpath.join(folder, name), start=offset, end=offset + length)
+        except self._errors as error:
+            raise OSError(errno.EIO, f"{type(error).__name__}: {error}") from error
+
+    def sizes(self) -> dict[str, int]:
+        """Length of each file that lies directly in the folder."""
+        system, folder = self._opened()
+        try:
+            entries = system.ls(folder, detail=True)
+        except self._errors as error:
+            raise DataError(f"{self.url} can't be listed: {error}.") from error
+        return {posixpath.basename(entry["name"].rstrip("/")): entry.get("size") for entry in entries}
+
+    def copy_index(self, cache: Path) -> None:
+        """Copies the index of the folder into `cache`, unless the same one is there; one process calls it.
+
+        Raises:
+            DataError: there is none, it does not fit the shards beside it, or the store can't be reached.
+        """
+        system, folder = self._opened()
+        try:
+            described = json.loads(system.cat_file(posixpath.join(folder, "index", "index.json")))
+        except (*self._errors, ValueError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise DataError(
+                f"{self.url} has no index that can be read ({reason}). Pack the images with "
+                "tools/make_shards.py and copy the whole folder there, its folder `index` too."
+            ) from error
+        self._check(described)
+        here = cache / "index.json"
+        if here.is_file() and json.loads(here.read_bytes()) == described | {"root": self.url}:
+            return
+        with whole_folder(cache) as written:
+            for name in INDEX_FILES:
+                try:
+                    system.get_file(posixpath.join(folder, "index", name), str(written / name))
+                except self._errors as error:
+                    raise DataError(f"{self.url}/index/{name} can't be copied: {error}.") from error
+            (written / "index.json").write_text(json.dumps(described | {"root": self.url}, indent=1))
+
+    def _check(self, described: dict[str, Any]) -> None:
+        """Refuses an index of other shards than those that lie beside it."""
+        system, folder = self._opened()
+        there, state = self.sizes(), posixpath.join(folder, "index", "state.json")
+        lengths = json.loads(system.cat_file(state)) if system.exists(state) else {}
+        for name in described["shards"]:
+            then, now = lengths.get(name, [there.get(name)])[0], there.get(name)
+            if now is None or now != then:
+                problem = "not there" if now is None else f"of {now:,} bytes, of {then:,} when it was listed"
+                raise DataError(
+                    f"{self.url}/{name} is {problem}: the index beside the shards is of others. Copy the "
+                    "whole folder anew, its folder `index` too."
+                )

@@ -1,0 +1,95 @@
+"""Shards behind fsspec: the same samples, retries, and sentences."""
+
+import pickle
+import shutil
+
+import fsspec
+import images
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+from test_listing import tar
+
+from mapet_ds.config.recipe import load_config
+from mapet_ds.config.sections import REPOSITORY
+from mapet_ds.data import index as index_module
+from mapet_ds.data.index import build_index, open_index
+from mapet_ds.data.samples import SampleSource
+from mapet_ds.errors import DataError
+
+URL = "memory://bucket/shards"
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """A folder of shards with its index, and the same in a store."""
+    photos = images.photos(6)
+    for number in range(2):
+        members = [(f"{i}.jpg", data) for i, data in enumerate(photos.values()) if i % 2 == number]
+        tar(tmp_path / f"shards/{number}.tar", [*members, (f"{4 + number}.cls", b"1")])
+    build_index(tmp_path / "shards", tmp_path / "shards/index", ["cat", "dog"])
+    store = fsspec.filesystem("memory")
+    store.put(str(tmp_path / "shards"), "/bucket/", recursive=True)
+    yield tmp_path / "shards"
+    store.rm("/bucket", recursive=True)
+
+
+def test_a_store_gives_what_the_folder_gives(tmp_path, shards):
+    here, there = open_index(str(shards), tmp_path / "none"), open_index(URL, tmp_path / "cache")
+    assert there.fingerprint == here.fingerprint and there.classes == ["cat", "dog"]
+    assert [(there.read(i), there.label(i)) for i in range(6)] == [
+        (here.read(i), here.label(i)) for i in range(6)
+    ]
+    assert there.path(0) == f"{URL}/0.tar/0.jpg" and there.empty_folders() == []
+    again = pickle.loads(pickle.dumps(there))
+    assert again.read(5) == here.read(5) and not again.has_changed(0)
+    config = load_config(REPOSITORY / "mapet_ds/recipes/demo_cpu.yaml", ["train.micro_batch_size=4"])
+    one, other = (SampleSource(config, index, 0, 1).sample(2, 3) for index in (here, there))
+    assert one.data == other.data and one.crop == other.crop
+
+
+def test_an_index_is_copied_once_and_anew_where_it_differs(tmp_path, shards):
+    open_index(URL, tmp_path / "cache")
+    inode = (tmp_path / "cache/index.json").stat().st_ino
+    open_index(URL, tmp_path / "cache")
+    assert (tmp_path / "cache/index.json").stat().st_ino == inode
+    tar(shards / "1.tar", [("new.jpg", images.photos(1).popitem()[1])])
+    shutil.rmtree(shards / "index")
+    build_index(shards, shards / "index", ["cat", "dog"])
+    fsspec.filesystem("memory").put(str(shards), "/bucket/", recursive=True)
+    assert len(open_index(URL, tmp_path / "cache", compare=False)) == 6
+    assert len(open_index(URL, tmp_path / "cache")) == 4
+
+
+def test_a_store_that_fails_is_asked_again(tmp_path, shards, monkeypatch):
+    monkeypatch.setattr(index_module, "RETRY_PAUSES_S", (0, 0, 0))
+    index, real = open_index(URL, tmp_path / "cache"), MemoryFileSystem.cat_file
+    failures = iter([TimeoutError("slow"), ConnectionResetError("gone"), OSError("503")])
+
+    def fail(self, *arguments, **options):
+        if error := next(failures, None):
+            raise error
+        return real(self, *arguments, **options)
+
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", fail)
+    assert index.read(0) == images.photos(1).popitem()[1]
+    failures = iter([OSError("503")] * 4)
+    with pytest.raises(DataError, match=r"0\.jpg can't be read, tried 4 times: OSError: 503"):
+        index.read(0)
+
+
+def test_sentences(tmp_path, shards):
+    for url, words in (
+        ("memory://bucket/nothing", "has no index that can be read"),
+        ("nonsense://bucket", "nonsense://bucket can't be read: Protocol not known"),
+        (f"{URL}\n{shards}", "a remote folder must stand alone"),
+    ):
+        with pytest.raises(DataError, match=words):
+            open_index(url, tmp_path / "cache")
+    store = fsspec.filesystem("memory")
+    store.pipe("/bucket/shards/0.tar", b"another")
+    with pytest.raises(DataError, match=r"0\.tar is of 7 bytes, of [\d,]+ when it was listed"):
+        open_index(URL, tmp_path / "cache")
+    store.rm("/bucket/shards/0.tar")
+    with pytest.raises(DataError, match=r"0\.tar is not there: the index beside"):
+        open_index(URL, tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
