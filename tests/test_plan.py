@@ -89,6 +89,8 @@ def test_what_is_recomputed_is_printed(plan):
 def test_memory_and_time_are_printed(page):
     lines, found = page[0], page[1]["predicted"]
     for name, size in found["memory_gib"].items():
+        if size < 0.005:  # not worth a line
+            continue
         assert numbers(line_of(lines, name)) == [pytest.approx(size, abs=0.005)]
     seconds, step = found["step_seconds"], line_of(lines, "step")
     for name, value in seconds.items():
@@ -120,10 +122,15 @@ def test_the_run_is_printed(page):
 def test_changes_and_scaling_are_printed(page):
     lines, found = page
     changes = [
-        re.fullmatch(r"  change: (.*): ([\d,]+) images/s", line) for line in lines if "change:" in line
+        re.fullmatch(r"  change: (.*): ([\d,]+) images/s \(bound ([\d,]+)\)", line)
+        for line in lines
+        if "change:" in line
     ]
     assert {match[1]: numbers(match[2])[0] for match in changes} == {
         words: round(speed) for words, speed in found["changes"].items()
+    }
+    assert {match[1]: numbers(match[3])[0] for match in changes} == {
+        words: round(speed) for words, speed in found["bounds"].items()
     }
     assert any(
         words.startswith("teacher.name=ViT-B-16-quickgelu teacher.img_size=224") for words in found["changes"]
@@ -141,6 +148,36 @@ def test_changes_and_scaling_are_printed(page):
         rest = [100 * row["efficiency"], row["hours"], row["gpu_hours"]]
         assert numbers(line) == shown + [pytest.approx(value, abs=0.51) for value in rest]
         assert line.endswith(row["binds"])
+
+
+def test_the_bound_is_printed_apart(page):
+    """Its parts add up, no share of a GPU is in it, and the prediction is slower."""
+    lines, found = page[0], page[1]["predicted"]["bound"]
+    seconds, speed = found["step_seconds"], found["images_per_second"]
+    parts = [*seconds["student"].values(), *seconds["target"].values(), seconds["update"]]
+    assert seconds["total"] == pytest.approx(sum(parts)) == pytest.approx(2048 / speed)
+    shown = numbers(line_of(lines, "BOUND, computed"))
+    predicted = page[1]["predicted"]["images_per_second"]
+    percent = [pytest.approx(100 * found["mfu"], abs=0.051), pytest.approx(100 * predicted / speed, abs=0.51)]
+    assert shown == [round(speed), round(speed / 64), *percent] and predicted < speed
+    for name in ("student", "target"):
+        kinds = [*seconds[name].values()]
+        share = sum(kinds) / seconds["total"]
+        printed = numbers(line_of(lines, name))
+        assert printed[:2] == [
+            pytest.approx(1e3 * sum(kinds), abs=0.051),
+            pytest.approx(100 * share, abs=0.51),
+        ]
+        assert printed[2:] == [
+            *(pytest.approx(1e3 * kind, abs=0.051) for kind in kinds),
+            found["kernels"][name],
+        ]
+    changes = [line for line in lines if line.startswith("  with ")]
+    assert [numbers(line.rpartition(":")[2])[0] for line in changes] == [
+        round(x) for x in found["changes"].values()
+    ]
+    assert min(found["changes"].values()) > speed
+    assert "989 TFLOP/s of the data sheet and memory at 3350 GB/s" in "".join(lines)
 
 
 def test_what_can_not_run_stands_in_the_table(plan):

@@ -1,7 +1,8 @@
 """The least time that a chip needs for counted operations: each is bound by its products or by its bytes.
 
-Nothing is assumed here: FLOPs and bytes are counted, rates are a chip's own. No cache is counted on, no
-product loses time to its shape, and no kernel waits for another or for the host. So no step is faster.
+FLOPs and bytes are counted, rates are a chip's own. No product loses time to its shape, and no kernel waits
+for another or for the host. Two things could beat the bound: a cache, for tensors so small that they stay in
+it, and a compiler that computes something twice to save bytes.
 """
 
 from __future__ import annotations
@@ -14,8 +15,6 @@ from mapet_ds.planning.tally import Operation, Piece
 
 FORMS = ("eager", "compiled", "whole")
 """Each operation a kernel; the blocks compiled, as train.compile does; all of the step compiled as one."""
-
-
 KINDS = ("products", "attention", "moves")
 
 
