@@ -36,7 +36,7 @@ LINES = {
     "targets": 1750,  # a frozen CLIP spread over ranks, VQ-KD, the codebook, stored ids, momentum
     "training": 1730,  # DeepSpeed, its workarounds, what it gathers checked; checkpoints, metrics, jumps
     "finetuning": 530,
-    "results": 1960,  # export and its proof, cards, foreign checkpoints, probes, the page about a run
+    "results": 1980,  # export and its proof, cards, foreign weights, probes, stored features, the page of a run
     "planning": 1030,  # counts on real modules, the arithmetic of a cluster, advice
     "story": 2210,  # the files beside the rooms: pretrain, run, task, draws, vit, launch, weights, ...
     "tools": 4600,  # fourteen programs, the benchmarks, the trial of a new machine and its steps
