@@ -124,7 +124,8 @@ def test_some_steps_alone_keep_what_the_others_have_measured(trial):
     assert (trial.folder / "calibration.jsonl").read_text() == '{"speed": 1}\n' * 2
 
 
-def test_an_unknown_step_is_a_sentence(tmp_path):
+def test_an_unknown_step_is_a_sentence(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the program leaves it, and the test's end comes back
     with pytest.raises(UserError, match="--only speed: there is no such step; there are machine, tests,"):
         program.try_all(program.parse(["gpu", str(tmp_path), "--cpu", "--only", "speed"]))
 

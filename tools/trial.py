@@ -14,6 +14,7 @@ Images, teacher and codebook of `gpu` are made on the spot: figures of speed hol
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -59,7 +60,9 @@ def try_all(arguments: argparse.Namespace) -> int:
     """Does the steps that are not done, writes what they have measured, and prints the verdicts."""
     from trials import cluster, gpu  # they import torch
 
-    out, where = folder_of(arguments.out), arguments.where
+    # Commands run in the repository's root, and so do the looks at what they leave.
+    out, where, docs = folder_of(arguments.out), arguments.where, arguments.docs and arguments.docs.resolve()
+    os.chdir(REPOSITORY)
     machine = gpu.Machine.here(arguments.cpu) if where == "gpu" else cluster.machine()
     setup = machine.setup() if where == "gpu" else cluster.setup(arguments, machine)
     steps = gpu.steps(machine, out) if where == "gpu" else cluster.steps(arguments, machine, out)
@@ -71,7 +74,7 @@ def try_all(arguments: argparse.Namespace) -> int:
 
     # What was measured goes where it is read.
     copy = trial.folder / "benchmarks.md"
-    page = arguments.docs or (BENCHMARKS if machine.gpu and where == "gpu" else copy)
+    page = docs or (BENCHMARKS if machine.gpu and where == "gpu" else copy)
     write_tables(where, records, page, BENCHMARKS)
     print(report(records, trial.folder, page))
     return 1 if any(record["verdict"] == "FAILED" for record in records) else 0
