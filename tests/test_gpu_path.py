@@ -32,13 +32,9 @@ from mapet_ds.targets.teacher import build_teacher
 NORM = {"mask_nan_or_inf_with_val_inplace", "is_invalid_grad_norm"}
 GATHERS = {"wait", "independent_gradient_partition_epilogue", "get_grad_norm_direct", "is_invalid_grad_norm"}
 MASTERS = {"_get_fp32_opt_state_partition"}  # for each that a momentum teacher takes
-WAITS = {
-    "zero1": NORM | {"clip_tensors_by_global_norm"},
-    "zero2": NORM | {"has_overflow"},
-    "zero3": GATHERS | MASTERS,
-}
+WAITS = {"zero1": NORM | {"clip_tensors_by_global_norm"}, "zero2": set(), "zero3": GATHERS | MASTERS}
 """DeepSpeed's functions that make the host wait in a step. Nothing else may."""
-OURS = {"training/engine.py _gradient_norm"}  # in the place of all of DeepSpeed's under ZeRO-1/2
+OURS = {"training/engine.py _gradient_norm"}  # in the place of all of DeepSpeed's under ZeRO-2
 FUSED = {"flash_attention", "efficient_attention", "cudnn_attention"}
 """What scaled_dot_product_attention may launch; never products and a softmax."""
 OUTSIDE = ("context", "decoder")
