@@ -36,7 +36,7 @@ LINES = {
     "targets": 1750,  # a frozen CLIP spread over ranks, VQ-KD, the codebook, stored ids, momentum
     "training": 1730,  # DeepSpeed, its workarounds, what it gathers checked; checkpoints, metrics, jumps
     "finetuning": 530,
-    "results": 2080,  # export and its proof, cards, foreign weights, probes, stored features, the page of a run
+    "results": 2080,  # export and its proof, cards, foreign weights, probes, features, the page of a run
     "planning": 1740,  # counts on real modules, a cluster's arithmetic, the bound by FLOPs and bytes
     "story": 2410,  # the files beside the rooms: pretrain, run, task, draws, vit, launch, weights, ...
     "tools": 4800,  # fourteen programs, the benchmarks, the trial of a new machine and its steps
