@@ -65,12 +65,16 @@ class Index:
             folders = description.get("folders", [str(root)])
             self.folders: list[str] = [str(root)] if folders and len(self.sources) == 1 else folders
             self.remote = Remote(str(root)) if is_remote(str(root)) else None
-            here = () if self.remote else (str(root), *self.folders)
-            self._devices = {folder: os.stat(folder).st_dev for folder in here}
         except (OSError, ValueError, EOFError) as error:
             raise DataError(
                 f"The index {folder} of {root} can't be opened: {error}. Delete it to have it built anew."
             ) from error
+        self._devices: dict[str, int] = {}
+        for place in () if self.remote else (str(root), *self.folders):
+            try:
+                self._devices[place] = os.stat(place).st_dev
+            except OSError as error:
+                raise DataError(f"The data set {place} is not a folder that this host can see.") from error
         self.fingerprint: str = description["fingerprint"]
         """sha256 of relative paths and lengths, which doesn't depend on where the data set lies."""
         self.classes: list[str] = description["classes"]
