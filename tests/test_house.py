@@ -32,7 +32,7 @@ FLOORS = [
 LINES = {
     "config": 1810,  # every knob with its meaning, a sentence for each contradiction, patterns of paths
     "data": 3000,  # six formats and one rule of their pixels, folders and shards, order, DALI, ids, labels
-    "objectives": 980,  # six methods, and what they share
+    "objectives": 980,  # seven methods, and what they share
     "targets": 1650,  # a frozen CLIP spread over ranks, VQ-KD, the codebook, stored ids, momentum
     "training": 1630,  # DeepSpeed, its workarounds, what it gathers checked; checkpoints, metrics, jumps
     "finetuning": 530,
