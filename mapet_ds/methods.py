@@ -11,6 +11,7 @@ import torch
 
 from mapet_ds.config.sections import Config
 from mapet_ds.objectives.beit import BEiT
+from mapet_ds.objectives.cae import CAE
 from mapet_ds.objectives.conmim import ConMIM
 from mapet_ds.objectives.mae import MAE
 from mapet_ds.objectives.mapet import MaPeT
@@ -30,6 +31,7 @@ METHODS = {
     "saim": (SAIM, pixels_or_features),
     "conmim": (ConMIM, MomentumTeacher),
     "mae": (MAE, partial(Pixels, blur=False)),
+    "cae": (CAE, token_ids),
 }
 
 

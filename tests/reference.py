@@ -5,6 +5,8 @@ They share only weights with the package.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from timm.layers import Mlp
@@ -54,7 +56,9 @@ def _attend(block: nn.Module, query: Tensor, keys: Tensor) -> Tensor:
     return F.linear(torch.cat(rows), attention.proj.weight, attention.proj.bias)
 
 
-def _kept(drop_path: nn.Module, uniform: Tensor) -> Tensor | float:
+def _kept(drop_path: nn.Module, uniform: Tensor | None) -> Tensor | float:
+    if uniform is None:
+        return 1.0
     probability = getattr(drop_path, "drop_prob", 0.0)
     return (uniform >= probability).to(uniform.dtype) / (1 - probability)
 
@@ -100,7 +104,7 @@ def _mapet_image_loss(
     return torch.stack(losses).mean()
 
 
-def _through(block: nn.Module, rows: Tensor, context: list[Tensor], keep: Tensor) -> Tensor:
+def _through(block: nn.Module, rows: Tensor, context: list[Tensor], keep: Sequence[Tensor | None]) -> Tensor:
     """Rows [N, D] through a block, the i-th attending to rows context[i] [any, D]; keep: its two uniforms."""
     kept1, kept2 = _kept(block.drop_path1, keep[0]), _kept(block.drop_path2, keep[1])
     after = []
@@ -203,13 +207,14 @@ def saim_loss(model: nn.Module, images: Tensor, pixels: Tensor, draw: tuple[Tens
     return torch.stack(losses).mean()
 
 
-def mae_encoded(model: nn.Module, image: Tensor, mask: Tensor, keep: Tensor) -> Tensor:
+def mae_encoded(model: nn.Module, image: Tensor, mask: Tensor, keep: Tensor | None) -> Tensor:
     """[1 + v, D] of one image: the class token and the visible patches, which alone are there; final norm."""
     vit, position = model.vit, model.vit.pos_embed[0]
     patches = vit.patch_embed(image[None])[0] + position[1:]
     rows = torch.stack([vit.cls_token[0, 0] + position[0]] + [patches[p] for p in (~mask).nonzero()[:, 0]])
     for i, block in enumerate(vit.blocks):
-        rows = _through(block, rows, [rows] * len(rows), keep[2 * i : 2 * i + 2])
+        uniforms = (None, None) if keep is None else keep[2 * i : 2 * i + 2]
+        rows = _through(block, rows, [rows] * len(rows), uniforms)
     return vit.norm(rows)
 
 
@@ -221,11 +226,42 @@ def mae_loss(model: nn.Module, images: Tensor, pixels: Tensor, draw: tuple[Tenso
         rows = [model.mask_token[0, 0] if hidden else next(seen) for hidden in mask]
         rows = torch.stack([first] + [row + model.positions[0, p] for p, row in enumerate(rows)])
         for block in model.decoder:
-            rows = _through(block, rows, [rows] * len(rows), torch.ones(2, dtype=rows.dtype))
+            rows = _through(block, rows, [rows] * len(rows), (None, None))
         found = model.head(model.norm(rows))[1:]
         losses.append(
             torch.stack([(found[p] - wanted[p]).square().mean() for p in mask.nonzero()[:, 0]]).mean()
         )
+    return torch.stack(losses).mean()
+
+
+def cae_loss(model: nn.Module, images: Tensor, ids: Tensor, draw: tuple[Tensor, ...]) -> Tensor:
+    vit, losses = model.vit, []
+    position, depth = vit.pos_embed[0, 1:], len(vit.blocks)
+    for image, image_ids, mask, keep in zip(images, ids, draw.mask, draw.keep.double()):
+        seen = mae_encoded(model, image, mask, keep)[1:]
+        with torch.no_grad():
+            wanted = mae_encoded(model, image, ~mask, None)[1:]
+        hidden, visible = mask.nonzero()[:, 0].tolist(), (~mask).nonzero()[:, 0].tolist()
+        rows, keep = [model.mask_token[0, 0]] * len(hidden), keep[2 * depth :].unflatten(0, (-1, 2))
+        for block, uniforms in zip(model.regressor, keep):
+            kept1, kept2 = _kept(block.drop_path1, uniforms[0]), _kept(block.drop_path2, uniforms[1])
+            values = torch.stack([*seen, *rows])
+            keys = block.k(block.norm_k(values + position[visible + hidden])).chunk(block.heads, dim=1)
+            values, after = block.v(block.norm_v(values)).chunk(block.heads, dim=1), []
+            for row, p in zip(rows, hidden):
+                queries = block.q(block.norm_q(row + position[p])).chunk(block.heads)
+                shares = [torch.softmax(k @ q / len(q) ** 0.5, dim=0) for k, q in zip(keys, queries)]
+                read = torch.cat([share @ v for share, v in zip(shares, values)])
+                row = block.norm2(row + kept1 * block.ls1(block.proj(read)))
+                after.append(row + kept2 * block.ls2(Mlp.forward(block.mlp, row)))
+            rows = after
+        latent = model.regressor_norm(torch.stack(rows))
+        x = latent + position[hidden]
+        for block, uniforms in zip(model.decoder, keep[len(model.regressor) :]):
+            x = _through(block, x, [x] * len(x), uniforms)
+        shares = torch.log_softmax(model.head(model.decoder_norm(x)), dim=1)
+        token_loss = -torch.stack([shares[i, image_ids[p]] for i, p in enumerate(hidden)]).mean()
+        losses.append(token_loss + 2 * (latent - wanted).square().mean())
     return torch.stack(losses).mean()
 
 

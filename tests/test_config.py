@@ -75,7 +75,7 @@ def test_published_settings():
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        (["objective=simmim"], "there are: mapet, beit, mvp, saim, conmim, mae"),
+        (["objective=simmim"], "there are: mapet, beit, mvp, saim, conmim, mae, cae"),
         (["objective=beit", "beit.hidden_share=0"], r"beit\.hidden_share = 0\.0 hides 0 of 196"),
         (["objective=beit", "beit.hidden_share=1"], "at least one must be hidden and one visible"),
         (["objective=mvp", "mvp.loss=mse"], r"mvp\.loss"),
@@ -343,7 +343,7 @@ NUMBERS = st.integers(1, 64) | st.floats(0.01, 1)
 SCALARS = (
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=12) | WORDS
     | st.sampled_from(["center", "random", "projected", "pixels", "features", "RN50x64"])
-    | st.sampled_from(["mapet", "beit", "mvp", "saim", "conmim", "mae"])
+    | st.sampled_from(["mapet", "beit", "mvp", "saim", "conmim", "mae", "cae"])
 )  # fmt: skip
 VALUES = st.recursive(
     SCALARS,

@@ -125,6 +125,14 @@ def test_mae_is_a_quarter_of_a_vit_and_a_narrow_one():
     )  # as published, with both tables
 
 
+def test_caes_encoder_sees_each_half_and_learns_from_one():
+    width, seen, hidden, ids = 768, 98 + 1, 98, 8192
+    cross = 2 * width**2 * (10 * hidden + 2 * 196) + 4 * hidden * 196 * width
+    learnt = plain_vit(width, 12, seen) + 4 * cross + plain_vit(width, 4, hidden) + 2 * hidden * width * ids
+    counted = student(recipe("cae_vitb16"))
+    assert counted.flops == counted.minimum == 4 * 196 * 768 * width + 3 * learnt + plain_vit(width, 12, seen)
+
+
 def test_beits_last_block_updates_no_row_that_no_loss_reads():
     width, rows, patches, hidden, ids = 768, 197, 196, 75, 8192
     last = 2 * width**2 * (2 * rows + 2 * hidden + 8 * hidden) + 4 * rows * hidden * width

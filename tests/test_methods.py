@@ -20,6 +20,7 @@ GOLDEN = json.loads((Path(__file__).parent / "golden_losses.json").read_text())
 SETTINGS = {
     "mapet": [], "beit": [], "mvp": ["teacher.features=projected"], "saim": ["model.layer_scale=null"],
     "conmim": ["conmim.bn_group=4", "conmim.projector_dim=32", "data.color_jitter=0", "optim.lr=2e-4"],
+    "cae": ["cae.regressor_depth=2", "cae.decoder_depth=1"],
     "mae": ["model.layer_scale=null", "mae.decoder_depth=2", "mae.decoder_width=16", "mae.decoder_heads=2"],
 }  # fmt: skip
 """What positions have in common is most of ConMIM's features, and taking it off costs digits: at the others'
@@ -46,11 +47,11 @@ def recipe(tmp_path_factory):
 def run(request, recipe):
     """Name and folder of a run that was stopped after 9 of its 20 steps and started again.
 
-    MAE's begins under another ZeRO stage, which shards what its two halves hold in fixed tables.
+    MAE's and CAE's begin under another ZeRO stage: fixed tables, and an encoder that runs twice a step.
     """
     name = request.param
     run_dir = recipe.parent / name
-    for stage, *more in ((3 if name == "mae" else 2, "train.stop_at_step=9"), (2,)):
+    for stage, *more in ((3 if name in ("mae", "cae") else 2, "train.stop_at_step=9"), (2,)):
         engine = f"ds_configs/zero{stage}_cpu.json"
         done = pretrain(recipe, 2, *words(name, run_dir, *more), engine=engine)
         assert done.returncode == 0, done.stderr[-3000:]

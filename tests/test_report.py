@@ -36,6 +36,7 @@ SETTINGS = {
     "mvp": ["teacher.features=projected", "mvp.hidden_share=0.9"],
     "saim": ["model.layer_scale=null", "saim.target=features", "saim.loss=cosine"],
     "conmim": ["conmim.bn_group=4", "conmim.projector_dim=32"],
+    "cae": ["cae.regressor_depth=2", "cae.decoder_depth=1"],
     "mae": ["mae.decoder_depth=2", "mae.decoder_width=16", "mae.decoder_heads=2"],
 }
 """Of each objective. With so large a share, rectangles hide fewer patches in some images than in others."""
@@ -190,7 +191,7 @@ def test_the_sample_is_what_the_objective_predicts(recipe, name):
     def mean(values):
         return pytest.approx(np.mean(report.mean_by_image(sample, values)), abs=1e-5)
 
-    if name in ("mapet", "beit"):
+    if name in ("mapet", "beit", "cae"):
         assert torch.equal(sample.prediction, loss.prediction) and torch.equal(sample.ids, wanted)
         assert sample.hit.any() and (sample.top5 | ~sample.hit).all()
         assert loss.metrics["token_accuracy"].item() == mean(sample.hit)

@@ -107,7 +107,7 @@ def test_only_what_the_student_does_not_change_is_begun_ahead(tower, objective):
         objective, teacher=teacher, tokenizer=TokenizerConfig(name=f"{__name__}:Zeros", vocab_size=11)
     )
     target = build_target(config, CPU)
-    assert target.ahead == (objective in ("mapet", "beit", "mvp"))
+    assert target.ahead == (objective in ("mapet", "beit", "mvp", "cae"))
     images = batch(teacher=target.teacher_view.size if target.teacher_view else 16)
     assert torch.equal(begin(target, images, None)(), target(images))
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from mapet_ds.config.knobs import Positive, Share, knobs
+from mapet_ds.config.knobs import NonNegative, Positive, Share, knobs
 
 if TYPE_CHECKING:
     from mapet_ds.config.sections import Config
@@ -178,3 +178,17 @@ class MAEConfig(ObjectiveConfig):
                 f"mae.decoder_width = {self.decoder_width} must be a multiple of mae.decoder_heads = "
                 f"{self.decoder_heads}, and of 4 for its sin-cos positions."
             )
+
+
+@knobs
+class CAEConfig(ObjectiveConfig):
+    """Prediction of token ids through what an encoder would say of hidden patches. CAE, arXiv 2202.03026."""
+
+    hidden_share: Share = 0.5
+    """Share of the patches that is hidden by rectangles (98 of 196)."""
+    regressor_depth: Positive = 4
+    """Blocks of the regressor, as wide as the model's."""
+    decoder_depth: Positive = 4
+    """Blocks of the decoder, as wide as the model's."""
+    align_weight: NonNegative = 2.0
+    """Weight of the alignment loss; that of the ids' is 1."""

@@ -19,6 +19,7 @@ from pydantic import Field
 from mapet_ds.config.knobs import Natural, NonNegative, Positive, Share, Triple, knobs
 from mapet_ds.config.objectives import (
     BEiTConfig,
+    CAEConfig,
     ConMIMConfig,
     MAEConfig,
     MaPeTConfig,
@@ -324,7 +325,7 @@ class Config(RunConfig):
     """The settings of a pre-training run."""
 
     objective: str = "mapet"
-    """mapet, beit, mvp, saim, conmim, mae, or one of your own (docs/extending.md)."""
+    """mapet, beit, mvp, saim, conmim, mae, cae, or one of your own (docs/extending.md)."""
     model: ModelConfig = Field(default_factory=ModelConfig)
     data: DataConfig = Field(default_factory=DataConfig)
     teacher: TeacherConfig = Field(default_factory=TeacherConfig)
@@ -335,6 +336,7 @@ class Config(RunConfig):
     saim: SAIMConfig = Field(default_factory=SAIMConfig)
     conmim: ConMIMConfig = Field(default_factory=ConMIMConfig)
     mae: MAEConfig = Field(default_factory=MAEConfig)
+    cae: CAEConfig = Field(default_factory=CAEConfig)
     log: LogConfig = Field(default_factory=LogConfig)
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
 
