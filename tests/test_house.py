@@ -48,6 +48,7 @@ HOMES = {
     "open_clip": {"targets.teacher"},
     "faiss": {"nearest"},
     "tensorboard": {"training.metrics"},
+    "pyarrow": {"data.parquet"},
 }
 
 

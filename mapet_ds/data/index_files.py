@@ -94,8 +94,8 @@ def _nothing(root: str, listing: Listing | None) -> str:
     passed = listing.findings.passed_over if listing else {}
     if ".parquet" in passed:
         return (
-            f"{root} holds no image, but {passed['.parquet'][0]} Parquet files, which are not read. Write "
-            "their images as files (with the library `datasets`); tools/make_shards.py packs these."
+            f"{root} holds no image, but {passed['.parquet'][0]} Parquet files, where no image can be read "
+            f"without its neighbours. tools/make_shards.py {root} SHARDS packs them; then train on SHARDS."
         )
     return (
         f"{root} holds no image: looked in it and below for {endings}, for other files whose first "

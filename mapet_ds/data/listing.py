@@ -146,7 +146,7 @@ class Listing:
             )
         for path in archives:
             self.findings.pass_over("archives", path)
-        _refuse_both_splits(folder, shards)
+        refuse_both_splits(folder, shards)
         for path in shards:
             yield from self._of_shard(path)
 
@@ -255,8 +255,12 @@ def _companions(names: list[bytes]) -> dict[bytes, str]:
     return kinds
 
 
-def _refuse_both_splits(folder: bytes, shards: list[bytes]) -> None:
-    """Refuses shards of which some bear the name of the training split, and others that of another."""
+def refuse_both_splits(folder: bytes, shards: list[bytes], ending: str = ".tar") -> None:
+    """Refuses shards of which some bear the name of the training split, and others that of another.
+
+    Raises:
+        DataError: it shows the pattern that takes one split.
+    """
     kinds = dict[str, bytes]()
     for path in shards:
         words = {*re.split(r"[^a-z]+", os.fsdecode(os.path.relpath(path, folder)).lower())}
@@ -267,7 +271,7 @@ def _refuse_both_splits(folder: bytes, shards: list[bytes]) -> None:
         raise DataError(
             f"{os.fsdecode(folder)} holds shards of several splits, e.g. {os.fsdecode(kinds['train'])} and "
             f"{os.fsdecode(kinds['held out'])}. Name those that are meant, e.g. "
-            f"'{os.fsdecode(folder)}/*train*.tar'; or, to take all, '{os.fsdecode(folder)}/**/*.tar'."
+            f"'{os.fsdecode(folder)}/*train*{ending}'; or, to take all, '{os.fsdecode(folder)}/**/*{ending}'."
         )
 
 
