@@ -19,7 +19,7 @@ NAMES = ["cat", "dog", "owl"]
 
 
 def write(path, rows, label="label", labels=None, names=NAMES):
-    """Parquet as the library `datasets` writes it: {bytes, path} and a class label, features in the schema."""
+    """Parquet as the library `datasets` writes it: {bytes, path}, a label, features in the schema."""
     path.parent.mkdir(parents=True, exist_ok=True)
     images = pa.array([{"bytes": data, "path": None} for data in rows])
     columns = {

@@ -6,7 +6,6 @@ Nothing is opened here but folders that a pattern names, so that a mistake is an
 from __future__ import annotations
 
 import glob
-import itertools
 import os
 import re
 from collections.abc import Iterator
@@ -50,6 +49,8 @@ def expand_braces(pattern: str) -> Iterator[str]:
         words: Any = inside.split(",")
     else:
         first, last = inside.split("..")
+        if int(first) > int(last):
+            raise DataError(f"{pattern}: {{{inside}}} counts backwards. Write the smaller number first.")
         width = len(first) if first.startswith("0") else 0
         words = (str(number).zfill(width) for number in range(int(first), int(last) + 1))
     for word in words:
@@ -61,7 +62,11 @@ def _there(pattern: str) -> Iterator[str]:
     if os.path.exists(pattern):  # also where its name looks like a pattern
         yield pattern
         return
-    for path in itertools.islice(expand_braces(pattern), MAX_EXPANDED):
+    for number, path in enumerate(expand_braces(pattern)):
+        if number == MAX_EXPANDED:
+            raise DataError(
+                f"{pattern} stands for more than {MAX_EXPANDED:,} names: name the folder, or a list."
+            )
         if os.path.exists(path):
             yield path
         elif matches := glob.glob(path, recursive=True) if glob.has_magic(path) else []:
