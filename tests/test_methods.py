@@ -65,7 +65,7 @@ def run(request, recipe):
 
 
 def test_golden_losses(run):
-    """Kept from a run in one piece: so a run that was stopped proves exact resume, too, to their precision."""
+    """Kept from a run in one piece: so a stopped run proves exact resume, too, to their precision."""
     name, run_dir = run
     found = list(losses(run_dir).values())
     assert found == pytest.approx(GOLDEN[name], rel=5e-5 if name == "conmim" else 1e-5)
