@@ -329,7 +329,7 @@ def test_calibration_refuses_what_would_mislead(refused, tmp_path):
         ),
         (["--gpu", "h100", "--engine", "absent.json"], "absent.json can't be read"),
         (["--gpu", "h100", "teacher.img_size=224"], "grid is 7 x 7"),
-        (["--gpu", "h100", "objective=mae"], "objective = mae is not known"),
+        (["--gpu", "h100", "objective=dino"], "objective = dino is not known"),
         (["--gpu", "h100", "train.micro_batch_size=100"], "train.micro_batch_size = 100 does not divide"),
     ],
 )

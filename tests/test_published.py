@@ -463,7 +463,10 @@ class Touch:
 
 
 HELD = {
-    "list": ([1, 2], "holds no tensors by name, also not under state_dict, model, module, but a list"),
+    "list": (
+        [1, 2],
+        "holds no tensors by name, also not under state_dict, model, module, student, but a list",
+    ),
     "empty": ({}, "but nothing"),
     "numbers": ({"epoch": 3, "step": 4}, "but epoch, step"),
     "average only": ({"model_ema": {}, "epoch": 3}, "but model_ema, epoch; --ema takes its moving average"),
@@ -480,7 +483,8 @@ def test_a_file_without_tensors_is_told(tmp_path, kind):
 
 def test_a_moving_average_must_be_there(tmp_path, write):
     with pytest.raises(
-        ConfigError, match=r"holds no moving average \(state_dict_ema or model_ema\); leave --ema out"
+        ConfigError,
+        match=r"holds no moving average \(state_dict_ema or model_ema or teacher\); leave --ema out",
     ):
         import_weights("mapet", write(), tmp_path / "out", ema=True)
 
