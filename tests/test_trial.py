@@ -140,7 +140,7 @@ def test_another_commit_is_another_setup(trial, monkeypatch):
 def test_a_step_that_takes_too_long_is_ended_with_its_ranks(trial, monkeypatch, tmp_path):
     monkeypatch.setattr(runner, "LIMIT", 1)
     told = tmp_path / "told"
-    script = f"trap 'touch {told}; exit 1' TERM; sleep 60 & wait"
+    script = f"trap 'touch {told}; exit 1' TERM; sleep 60 > /dev/null & wait"
     (record,) = trial.run([Step("slow", [["bash", "-c", script]])])
     assert (record["verdict"], record["reason"]) == ("FAILED", "it took longer than 1 s")
     assert told.exists()  # a launcher has the chance to end its ranks
