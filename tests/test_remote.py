@@ -1,7 +1,12 @@
 """Shards behind fsspec: the same samples, retries, and sentences."""
 
 import pickle
+import re
 import shutil
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import fsspec
 import images
@@ -31,6 +36,42 @@ def shards(tmp_path):
     store.put(str(tmp_path / "shards"), "/bucket/", recursive=True)
     yield tmp_path / "shards"
     store.rm("/bucket", recursive=True)
+
+
+class Ranges(SimpleHTTPRequestHandler):
+    """A web server that answers ranges, as stores do."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        path, asked = Path(self.translate_path(self.path)), self.headers.get("Range")
+        if not asked or not path.is_file():
+            super().do_GET()
+            return
+        first, last = map(int, re.fullmatch(r"bytes=(\d+)-(\d+)", asked).groups())
+        data = path.read_bytes()[first : last + 1]
+        self.send_response(206)
+        self.send_header("Content-Range", f"bytes {first}-{first + len(data) - 1}/{path.stat().st_size}")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_):
+        pass
+
+
+def test_a_web_server_gives_what_the_folder_gives(tmp_path, shards):
+    pytest.importorskip("aiohttp")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Ranges, directory=str(tmp_path)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}/shards"
+    here, there = open_index(str(shards), tmp_path / "none"), open_index(url, tmp_path / "cache")
+    assert there.fingerprint == here.fingerprint
+    assert [there.read(i) for i in range(6)] == [here.read(i) for i in range(6)]
+    (shards / "1.tar").unlink()
+    with pytest.raises(DataError, match=r"shards/1\.tar is not there: the index beside the shards"):
+        open_index(url, tmp_path / "cache")
+    server.shutdown()
 
 
 def test_a_store_gives_what_the_folder_gives(tmp_path, shards):

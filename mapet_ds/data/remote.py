@@ -57,14 +57,30 @@ class Remote:
         except self._errors as error:
             raise OSError(errno.EIO, f"{type(error).__name__}: {error}") from error
 
-    def sizes(self) -> dict[str, int]:
-        """Length of each file that lies directly in the folder."""
+    def sizes(self, names: list[str]) -> dict[str, int | None]:
+        """Length of each of these files; None where one is not there.
+
+        A store tells all of them in one listing. A web server, which lists none or without lengths, is asked
+        for each.
+
+        Raises:
+            DataError: it can't be reached.
+        """
         system, folder = self._opened()
         try:
             entries = system.ls(folder, detail=True)
-        except self._errors as error:
-            raise DataError(f"{self.url} can't be listed: {error}.") from error
-        return {posixpath.basename(entry["name"].rstrip("/")): entry.get("size") for entry in entries}
+        except self._errors:
+            entries = []
+        listed = {posixpath.basename(entry["name"].rstrip("/")): entry.get("size") for entry in entries}
+        found = {name: listed.get(name) for name in names}
+        for name in (name for name, size in found.items() if size is None):
+            try:
+                found[name] = system.size(posixpath.join(folder, name))
+            except FileNotFoundError:
+                continue
+            except self._errors as error:
+                raise DataError(f"{self.url}/{name} can't be looked at: {error}.") from error
+        return found
 
     def copy_index(self, cache: Path) -> None:
         """Copies the index of the folder into `cache`, unless the same one is there; one process calls it.
@@ -96,7 +112,7 @@ class Remote:
     def _check(self, described: dict[str, Any]) -> None:
         """Refuses an index of other shards than those that lie beside it."""
         system, folder = self._opened()
-        there, state = self.sizes(), posixpath.join(folder, "index", "state.json")
+        there, state = self.sizes(described["shards"]), posixpath.join(folder, "index", "state.json")
         lengths = json.loads(system.cat_file(state)) if system.exists(state) else {}
         for name in described["shards"]:
             then, now = lengths.get(name, [there.get(name)])[0], there.get(name)
