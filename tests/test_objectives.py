@@ -215,6 +215,18 @@ def test_compiled_blocks_change_nothing_kept_or_recomputed(name, monkeypatch):
 
 
 @pytest.mark.parametrize("name", METHODS)
+def test_it_runs_with_weights_in_bf16_and_buffers_in_fp32(name):
+    """As DeepSpeed casts a module: its parameters alone."""
+    model = build_objective(tiny_config(name), DIMS[name])
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16()
+    images, target, draw = tiny_batch(model, dtype=torch.bfloat16)
+    loss = model(images, target, draw).loss
+    loss.backward()
+    assert loss.isfinite()
+
+
+@pytest.mark.parametrize("name", METHODS)
 def test_the_same_seed_gives_the_same_weights_and_another_does_not(name):
     a, b, c = (build_objective(tiny_config(name, seed=seed), DIMS[name]) for seed in (1, 1, 2))
     assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))

@@ -76,7 +76,8 @@ class MAE(Objective):
         prefix = x[:, : self.vit.num_prefix_tokens]
         masks = self.mask_token.expand(len(x), self.num_hidden, -1)
         patches = torch.cat([x[:, prefix.shape[1] :], masks], dim=1)
-        patches = patches + take_rows(self.positions.expand_as(patches), order)
+        positions = self.positions.to(patches.dtype)  # DeepSpeed casts weights to bf16, and no buffer
+        patches = patches + take_rows(positions.expand_as(patches), order)
 
         # Decode, and compare.
         x = torch.cat([prefix, patches], dim=1)
