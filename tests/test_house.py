@@ -31,7 +31,7 @@ FLOORS = [
 """Rooms from the ground up: one imports from its own floor and those below."""
 LINES = {
     "config": 1600,  # every knob with its meaning, contradictions as sentences, DeepSpeed's keys, sources
-    "data": 3140,  # six formats, one rule of pixels; folders, shards, Parquet; order, DALI, ids, labels
+    "data": 3150,  # six formats, one rule of pixels; folders, shards, Parquet; order, DALI, ids, labels
     "objectives": 850,  # seven methods, and what they share
     "targets": 1300,  # a frozen CLIP spread over ranks, VQ-KD, the codebook, stored ids, momentum
     "training": 1460,  # DeepSpeed, its workarounds, what it gathers checked; checkpoints, metrics, jumps
