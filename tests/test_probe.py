@@ -400,7 +400,8 @@ def test_a_bad_image_is_left_out_and_counted_before_training_images_are_computed
         path.write_bytes(b"<html>")
     read.clear()
     code, printed = run_tool(model_folder, train, val)
-    assert code == 2 and "at least 2 of 18, more than the 1 that" in printed.err
+    assert code == 2 and "at least 2 of 18, more than the 1 that --max_bad_share = 0.01 allows" in printed.err
+    assert "new run_dir" not in printed.err and "data.max" not in printed.err
     assert set(train.rglob("*.jpg")) - {Path(path) for path in read}, "most were not read"
     code, printed = run_tool(model_folder, train, val, "--max_bad_share", "0.1", "--workers", "1")
     assert code == 0 and "36 training" not in printed.out and "16 validation images" in printed.out

@@ -159,7 +159,7 @@ def computed(
     with tqdm(desc=name, total=batches, unit="batch", disable=quiet) as bar:
         return labelled_features(
             config, model, images, transform, ranks, lambda _: bar.update(), arguments.pool, arguments.layer,
-            start_method="fork",
+            start_method="fork", section="--",
         )  # fmt: skip
 
 

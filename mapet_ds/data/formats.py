@@ -17,6 +17,9 @@ from PIL import ExifTags, Image, TiffImagePlugin
 MAX_PIXELS = 200_000_000
 SIDEWAYS = (5, 6, 7, 8)
 """EXIF's orientations whose width is that of the upright image's height."""
+RATIONALS = {0x11A: 1, 0x11B: 1, 0x13E: 2, 0x13F: 6, 0x211: 3, 0x214: 6}
+"""TIFF's tags that DALI takes for an offset of so many fractions, whatever their type says."""
+TEXTS = {0x10E, 0x10F, 0x110, 0x131, 0x132, 0x8298}
 JPEG_FRAMES = {0xC0, 0xC1, 0xC2, 0xC9, 0xCA}
 TIFF_MODES = {"RGB", "RGBA", "L", "P", "CMYK", "YCbCr", "I;16", "I;16B"}
 TIFF_STRIPS_OR_TILES = (
@@ -59,7 +62,7 @@ def inspect(data: bytes, upright: bool = False) -> tuple[int, int]:
 def exif_orientation(data: bytes) -> int:
     """EXIF's orientation of an image whose structure is whole: 1 to 8, and 1 where it says nothing valid.
 
-    DALI reads the same. Neither looks into XMP.
+    DALI is given the same (orientation.py). Neither looks into XMP.
     """
     tags: Any = Image.Exif()
     try:
@@ -166,6 +169,7 @@ def _inspect_bmp(data: bytes) -> tuple[int, int]:
 
 
 def _inspect_tiff(data: bytes) -> tuple[int, int]:
+    _check_tags(data)
     try:
         file = io.BytesIO(data)
         with warnings.catch_warnings(action="ignore"), Image.open(file, formats=("TIFF",)) as image:
@@ -179,6 +183,23 @@ def _inspect_tiff(data: bytes) -> tuple[int, int]:
             return tags[TiffImagePlugin.IMAGEWIDTH], tags[TiffImagePlugin.IMAGELENGTH]
     except (OSError, SyntaxError, ValueError, LookupError, TypeError, Image.DecompressionBombError) as error:
         raise BadImage(f"TIFF header: {error}") from error
+
+
+def _check_tags(data: bytes) -> None:
+    """Refuses a TIFF whose tags repeat or lie outside it: DALI 2.4.0 would end the process."""
+    order = "<" if data.startswith(b"II") else ">"
+    try:
+        (start,) = struct.unpack_from(f"{order}I", data, 4)
+        (count,) = struct.unpack_from(f"{order}H", data, start)
+        tags = [struct.unpack_from(f"{order}HHII", data, start + 2 + 12 * i) for i in range(count)]
+    except struct.error as error:
+        raise BadImage("TIFF cut off") from error
+    if len({tag for tag, *_ in tags}) < count:
+        raise BadImage("TIFF with a tag that is there twice")
+    for tag, _, length, offset in tags:
+        size = 8 * RATIONALS[tag] if tag in RATIONALS else length if tag in TEXTS and length > 4 else 0
+        if size and offset + size > len(data):
+            raise BadImage(f"TIFF's tag {tag} lies outside it")
 
 
 PARSERS = {

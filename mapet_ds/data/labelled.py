@@ -148,14 +148,18 @@ def served(
         yield item
 
 
-def report_unreadable(config: RunConfig, index: Images, bad: Bad, ranks: Ranks) -> None:
+def report_unreadable(
+    config: RunConfig, index: Images, bad: Bad, ranks: Ranks, section: str = "data."
+) -> None:
     """Prints on rank 0 how many images an evaluation has left out. Every rank must call it with its own.
+
+    section: as for `check_bad`.
 
     Raises:
         DataError: on every rank, where more than data.max_bad_share of the images are unreadable.
     """
     all_bad = sorted(image for rank in ranks.gather(bad) for image in rank)
-    check_bad(config, index, [i for i, _ in all_bad])
+    check_bad(config, index, [i for i, _ in all_bad], section)
     if all_bad and ranks.rank == 0:
         count, (i, reason) = f"{len(all_bad)} of {len(index)}", all_bad[0]
         message = f"Unreadable and left out of the evaluation: {count}, e.g. {index.path(i)}: {reason}."

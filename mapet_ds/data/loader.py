@@ -21,6 +21,7 @@ from mapet_ds.config.sections import Config
 from mapet_ds.data.batch import Batch, Draw, DrawsAhead, View, to_device
 from mapet_ds.data.formats import BadImage, inspect
 from mapet_ds.data.index import Index
+from mapet_ds.data.orientation import orientation_alone
 from mapet_ds.data.samples import JITTER_NUMBERS, STRONG_VALUES, SampleSource, Unreadable
 from mapet_ds.errors import ConfigError, DataError
 from mapet_ds.launch import use_gpu
@@ -105,6 +106,7 @@ def check_decodes(data: bytes, upright: bool = False) -> None:
         BadImage: the decoder or `inspect` refuses it.
     """
     width, height = inspect(data, upright)
+    data = orientation_alone(data) if upright else data
     try:
         outputs: Any = _judge(upright).run(data=[np.frombuffer(data, np.uint8)])
         decoded = outputs[0].at(0).shape
@@ -285,7 +287,7 @@ class Loader:
             for passed in self._source.passed_over(self._micro_step, place, passed_over[place]):
                 if passed not in self._bad:
                     try:
-                        inspect(self._index.read(passed))
+                        inspect(self._index.read(passed), self._config.data.exif_orientation)
                         reasons[passed] = "was unreadable when its turn came"
                     except BadImage as reason:
                         reasons[passed] = str(reason)

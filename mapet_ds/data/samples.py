@@ -21,6 +21,7 @@ from mapet_ds import draws
 from mapet_ds.config.sections import Config, DataConfig, StrongViewConfig
 from mapet_ds.data.formats import BadImage, inspect, smallest_jpeg
 from mapet_ds.data.index import Images, Index
+from mapet_ds.data.orientation import orientation_alone
 from mapet_ds.errors import DataError
 
 
@@ -196,12 +197,13 @@ class SampleSource:
         Raises:
             DataError: the storage fails, or more than data.max_bad_share of the data set is unreadable.
         """
-        drawn = self._draw(micro_step)
+        drawn, upright = self._draw(micro_step), self.config.data.exif_orientation
         for tries, index in enumerate(self._candidates(drawn, i)):
             if index not in self.bad:
                 try:
                     data = self.index.read(index)
-                    width, height = inspect(data, self.config.data.exif_orientation)
+                    width, height = inspect(data, upright)
+                    data = orientation_alone(data) if upright else data
                     break
                 except BadImage:
                     pass
@@ -272,8 +274,10 @@ def candidates(config: Any, index: Images, order: draws.SampleOrder, n: int, due
         check_bad(config, index, passed)
 
 
-def check_bad(config: Any, index: Images, bad: Collection[int]) -> None:
+def check_bad(config: Any, index: Images, bad: Collection[int], section: str = "data.") -> None:
     """Stops a run with too many unreadable images: more than data.max_bad_share, rounded up, or all.
+
+    section: what stands before `max_bad_share` where the user sets it; "--" where there is no run.
 
     Raises:
         DataError: it names the number, what is allowed, and some of the images.
@@ -282,18 +286,19 @@ def check_bad(config: Any, index: Images, bad: Collection[int]) -> None:
     bad = list(dict.fromkeys(bad))
     if len(bad) <= allowed:
         return
-    some = ", ".join(index.path(i) for i in bad[:3])
+    some, of_run = ", ".join(index.path(i) for i in bad[:3]), section == "data."
+    learnt = " A run that has learnt from others than are there now needs a new run_dir."
     if changed := sum(map(index.has_changed, bad)):
         raise DataError(
             f"Unreadable images: at least {len(bad)} of {len(index)}, and {changed} of these have changed "
             f"since they were listed; among them {some}. Put back what was there, or start the same "
-            "command again: it lists anew. A run that has learnt from others than are there now needs a new "
-            "run_dir."
+            f"command again: it lists anew.{learnt * of_run}"
         )
     raise DataError(
         f"Unreadable images: at least {len(bad)} of {len(index)}, more than the {allowed} that "
-        f"data.max_bad_share = {config.data.max_bad_share} allows; among them {some}. tools/check_images.py "
-        "lists them all. Raise the share; or mend the data, and start in a new run_dir."
+        f"{section}max_bad_share = {config.data.max_bad_share} allows; among them {some}. "
+        "tools/check_images.py lists them all. Raise the share, or mend the data"
+        f"{' and start in a new run_dir' * of_run}."
     )
 
 

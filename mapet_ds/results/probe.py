@@ -101,7 +101,7 @@ def features(
 def labelled_features(
     config: Any, model: Any, images: Images, transform: Callable[[Image.Image], Tensor], ranks: Ranks,
     doing: Callable[[str], Any], pool: Literal["avg", "token"] = "avg", layer: int | None = None,
-    start_method: str = "spawn",
+    start_method: str = "spawn", section: str = "data.",
 ) -> tuple[Features, Labels]:  # fmt: skip
     """The features and labels of the readable images in their order, on rank 0; empty elsewhere.
 
@@ -109,7 +109,7 @@ def labelled_features(
 
     config: gives train.micro_batch_size, data.workers, data.max_bad_share and data.exif_orientation.
     doing: called with a phrase before each batch.
-    pool, layer: as for `features`. start_method: as for `served`.
+    pool, layer: as for `features`. start_method: as for `served`. section: as for `check_bad`.
 
     Raises:
         DataError: more than data.max_bad_share of the images are unreadable.
@@ -125,7 +125,7 @@ def labelled_features(
             yield batch.images, batch.label
 
     shares = [torch.from_numpy(each) for each in features(model, batches(), ranks.device, pool, layer)]
-    report_unreadable(config, images, bad, ranks)
+    report_unreadable(config, images, bad, ranks, section)
 
     # Image i is in the share of rank i % world_size.
     whole = []
