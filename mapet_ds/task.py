@@ -12,6 +12,7 @@ from mapet_ds.config.sections import Config
 from mapet_ds.data.batch import Batch
 from mapet_ds.data.index import Index, open_index
 from mapet_ds.data.loader import Loader
+from mapet_ds.data.range_cache import RangeCache
 from mapet_ds.launch import Ranks
 from mapet_ds.methods import build_objective, build_target
 from mapet_ds.objectives.objective import Loss, Objective
@@ -93,7 +94,7 @@ class Pretraining:
         self.config, self.ranks, self.folder = config, ranks, Path(config.run_dir)
         first = ranks.rank == 0
         self.index = ranks.first_then_all(
-            lambda: open_index(config.data.train, self.folder / "index", compare=first)
+            lambda: open_index(config.data.train, self.folder / "index", first, RangeCache.of(config.data))
         )
         self.probe: OnlineProbe | None = None
         self.evaluate_every_epochs: float | None = None

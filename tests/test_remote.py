@@ -18,6 +18,7 @@ from mapet_ds.config.recipe import load_config
 from mapet_ds.config.sections import REPOSITORY
 from mapet_ds.data import index as index_module
 from mapet_ds.data.index import build_index, open_index
+from mapet_ds.data.range_cache import RangeCache
 from mapet_ds.data.samples import SampleSource
 from mapet_ds.errors import DataError
 
@@ -115,6 +116,42 @@ def test_a_store_that_fails_is_asked_again(tmp_path, shards, monkeypatch):
     assert index.read(0) == images.photos(1).popitem()[1]
     failures = iter([OSError("503")] * 4)
     with pytest.raises(DataError, match=r"0\.jpg can't be read, tried 4 times: OSError: 503"):
+        index.read(0)
+
+
+def test_what_was_read_is_kept_until_its_shard_changes(tmp_path, shards, monkeypatch, capsys):
+    kept = RangeCache(str(tmp_path / "kept"), 1)
+    index = open_index(URL, tmp_path / "cache", ranges=kept)
+    expected = [index.read(i) for i in range(6)]
+    asked, real = [], MemoryFileSystem.cat_file
+
+    def count(self, path, *arguments, **options):
+        asked.append(path)
+        return real(self, path, *arguments, **options)
+
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", count)
+    assert [pickle.loads(pickle.dumps(index)).read(i) for i in range(6)] == expected and asked == []
+    again = open_index(URL, tmp_path / "cache", ranges=RangeCache(str(tmp_path / "kept"), 1))
+    asked.clear()
+    assert [again.read(i) for i in range(6)] == expected and asked == []
+
+    # The same length, other bytes.
+    store, name = fsspec.filesystem("memory"), "/bucket/shards/1.tar"
+    changed = bytearray(store.cat_file(name))
+    changed[700] ^= 1
+    store.pipe(name, bytes(changed))
+    capsys.readouterr()
+    new = open_index(URL, tmp_path / "cache", ranges=RangeCache(str(tmp_path / "kept"), 1))
+    assert "1 of 2 shards have changed since the last start, e.g. 1.tar." in capsys.readouterr().err
+    asked.clear()
+    assert sum(new.read(i) != data for i, data in enumerate(expected)) == 1
+    assert [path.rpartition("/")[2] for path in asked] == ["1.tar"] * 3
+
+
+def test_a_server_without_ranges_is_named(tmp_path, shards, monkeypatch):
+    index, real = open_index(URL, tmp_path / "cache"), MemoryFileSystem.cat_file
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", lambda self, path, **_: real(self, path))
+    with pytest.raises(DataError, match=r"0\.tar gives [\d,]+ bytes where [\d,]+ were asked for: its server"):
         index.read(0)
 
 

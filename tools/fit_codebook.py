@@ -65,6 +65,7 @@ def fit_codebook(config: Config) -> None:
     import torch.distributed as dist
 
     from mapet_ds.data.index import open_index
+    from mapet_ds.data.range_cache import RangeCache
     from mapet_ds.launch import init_distributed
     from mapet_ds.targets.codebook import source_of
     from mapet_ds.targets.fitting import IN_MEMORY, fit, num_points, sample_features
@@ -72,7 +73,8 @@ def fit_codebook(config: Config) -> None:
 
     ranks, tokenizer = init_distributed(), config.tokenizer
     cache = Path(f"{tokenizer.path}.index")
-    index = ranks.first_then_all(lambda: open_index(config.data.train, cache, ranks.rank == 0))
+    ranges = RangeCache.of(config.data)
+    index = ranks.first_then_all(lambda: open_index(config.data.train, cache, ranks.rank == 0, ranges))
     points = num_points(len(index), config)
     teacher = build_teacher(config.teacher, ranks.device, config.train.compile)
     teacher.check_grid(config.grid)

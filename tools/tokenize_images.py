@@ -140,6 +140,7 @@ def write(config: Config, ranks: Ranks) -> None:
         UserError: what the user can correct.
     """
     from mapet_ds.data.index import open_index
+    from mapet_ds.data.range_cache import RangeCache
     from mapet_ds.targets.tokenizer import build_tokenizer
 
     data, folder = config.data.train, Path(config.tokenizer.ids)
@@ -150,7 +151,8 @@ def write(config: Config, ranks: Ranks) -> None:
             print(f"Nothing is left to do: {folder} is whole.")
         return
     cache = IdsWriter.make_folder(folder) / "index"
-    index = ranks.first_then_all(lambda: open_index(data, cache, ranks.rank == 0))
+    ranges = RangeCache.of(config.data)
+    index = ranks.first_then_all(lambda: open_index(data, cache, ranks.rank == 0, ranges))
     tokenizer = build_tokenizer(config, ranks.device)
     about = {"settings": settings_of(config), "identity": tokenizer.identity}
     about |= {"fingerprint": index.fingerprint}

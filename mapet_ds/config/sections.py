@@ -138,6 +138,11 @@ class DataConfig:
     """Micro-batches prepared ahead."""
     max_bad_share: Share = 0.01
     """The run stops when more than this share of the data set, rounded up to whole images, is unreadable."""
+    cache_dir: str = ""
+    """Folder on each host's own disk that keeps what is read of shards at an address (s3://, https://);
+    empty: none. Not used for files."""
+    cache_gb: Annotated[float, Field(gt=0)] = 100.0
+    """Largest size of cache_dir, in 10^9 bytes, for all ranks and runs of a host that use it."""
 
 
 @knobs

@@ -23,6 +23,7 @@ from mapet_ds.data.formats import BadImage
 from mapet_ds.data.index_files import STATE, write_index
 from mapet_ds.data.kinds import EXAMPLES, by_name, hidden, json_name, summary, text
 from mapet_ds.data.listing import LOOSE, OF_THE_FILE, Listing, changed, root_of
+from mapet_ds.data.range_cache import RangeCache
 from mapet_ds.data.remote import Remote, is_remote
 from mapet_ds.errors import DataError
 
@@ -47,15 +48,17 @@ def build_index(source: str | Path, folder: Path, classes: list[str] | None = No
 
 
 class Index:
-    """A memory-mapped list of samples. It pickles as its two paths, so that workers map the same pages."""
+    """A memory-mapped list of samples. It pickles as its paths, so that workers map the same pages."""
 
-    def __init__(self, folder: Path, root: Path | str) -> None:
+    def __init__(self, folder: Path, root: Path | str, ranges: RangeCache | None = None) -> None:
         """Opens the index that `build_index` wrote into `folder`, for the data set that now lies at `root`.
+
+        ranges: keeps what is read of a remote data set.
 
         Raises:
             DataError: the index or the root can't be read.
         """
-        self.folder, self.root = folder, root
+        self.folder, self.root, self.ranges = folder, root, ranges
         try:
             description = json.loads((folder / "index.json").read_text())
             self._samples = np.load(folder / "samples.npy", mmap_mode="r").view(np.ndarray)
@@ -64,7 +67,8 @@ class Index:
             self.sources = [Source(*source) for source in description.get("sources", [(str(root), 1)])]
             folders = description.get("folders", [str(root)])
             self.folders: list[str] = [str(root)] if folders and len(self.sources) == 1 else folders
-            self.remote = Remote(str(root)) if is_remote(str(root)) else None
+            versions = description.get("versions")
+            self.remote = Remote(str(root), ranges, versions) if is_remote(str(root)) else None
         except (OSError, ValueError, EOFError) as error:
             raise DataError(
                 f"The index {folder} of {root} can't be opened: {error}. Delete it to have it built anew."
@@ -90,8 +94,8 @@ class Index:
         """What data.train would name the same by, from any folder."""
         return named(self.sources)
 
-    def __reduce__(self) -> tuple[type[Index], tuple[Path, Path | str]]:
-        return Index, (self.folder, self.root)
+    def __reduce__(self) -> tuple[type[Index], tuple[Path, Path | str, RangeCache | None]]:
+        return Index, (self.folder, self.root, self.ranges)
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -259,7 +263,7 @@ def _pread(descriptor: int, length: int, offset: int) -> bytes:
     return data
 
 
-def open_index(source: str, cache: Path, compare: bool = True) -> Index:
+def open_index(source: str, cache: Path, compare: bool = True, ranges: RangeCache | None = None) -> Index:
     """Opens the index of what `source` names: the one beside a folder's shards, or else the one in `cache`.
 
     The one in `cache` is built where it is missing, of other sources, or where these have changed since: what
@@ -267,6 +271,7 @@ def open_index(source: str, cache: Path, compare: bool = True) -> Index:
 
     compare: whether to look for changes; one process is enough. It costs a look at every folder or shard, and
         at SPOT_CHECKS files.
+    ranges: keeps what is read of a remote data set; every rank's is made ready.
 
     Raises:
         DataError: see `build_index` and `Index`; or the shards beside an index are not those it lists.
@@ -281,7 +286,9 @@ def open_index(source: str, cache: Path, compare: bool = True) -> Index:
             )
         if compare or not (cache / "index.json").is_file():
             Remote(there[0].path).copy_index(cache)
-        return Index(cache, there[0].path)
+        if ranges:
+            ranges.prepare()
+        return Index(cache, there[0].path, ranges)
     root, own = Path(root_of(there)), Path(there[0].path, "index")
     if there == [Source(str(root), 1)] and (own / "index.json").is_file():
         index = Index(own, root)

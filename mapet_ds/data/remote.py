@@ -7,16 +7,23 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import hashlib
 import json
 import posixpath
 import sys
 from pathlib import Path
 from typing import Any
 
+from mapet_ds.data.range_cache import RangeCache
 from mapet_ds.errors import DataError
 from mapet_ds.files import whole_folder
 
 INDEX_FILES = ("samples.npy", "path_ends.npy", "paths.bin")
+VERSION = (
+    "ETag", "etag", "Content-MD5", "md5Hash", "content_md5", "blob_id", "generation", "VersionId",
+    "Last-Modified", "LastModified", "last_modified", "updated", "mtime", "created", "size",
+)  # fmt: skip
+"""What stores tell of a file that changes with its bytes."""
 
 
 def is_remote(source: str) -> bool:
@@ -27,8 +34,11 @@ def is_remote(source: str) -> bool:
 class Remote:
     """The files below a remote folder. It is connected at the first read, in the process that reads."""
 
-    def __init__(self, url: str) -> None:
-        self.url = url.rstrip("/")
+    def __init__(
+        self, url: str, ranges: RangeCache | None = None, versions: dict[str, str] | None = None
+    ) -> None:
+        """ranges: keeps what was read, of the files whose version `versions` names."""
+        self.url, self.ranges, self.versions = url.rstrip("/"), ranges, versions or {}
         self._system: Any = None
         self._errors: tuple[type[BaseException], ...] = (OSError, asyncio.TimeoutError)
 
@@ -50,15 +60,27 @@ class Remote:
 
         Raises:
             OSError: the store can't be reached, or the file is not there.
+            DataError: the store gives more than it was asked for.
         """
+        kept = self.ranges and (f"{self.url}/{name}", self.versions.get(name, ""), offset)
+        if kept and (data := self.ranges.get(*kept, length)) is not None:
+            return data
         system, folder = self._opened()
         try:
-            return system.cat_file(posixpath.join(folder, name), start=offset, end=offset + length)
+            data = system.cat_file(posixpath.join(folder, name), start=offset, end=offset + length)
         except self._errors as error:
             raise OSError(errno.EIO, f"{type(error).__name__}: {error}") from error
+        if len(data) > length:
+            raise DataError(
+                f"{self.url}/{name} gives {len(data):,} bytes where {length:,} were asked for: its server "
+                "knows no ranges of bytes. Serve the shards by one that does, or copy them to a disk."
+            )
+        if kept and len(data) == length:
+            self.ranges.put(*kept, data)
+        return data
 
-    def sizes(self, names: list[str]) -> dict[str, int | None]:
-        """Length of each of these files; None where one is not there.
+    def looks(self, names: list[str]) -> dict[str, dict[str, Any]]:
+        """What the store tells of each of these files, its `size` among it; nothing of one that is not there.
 
         A store tells all of them in one listing. A web server, which lists none or without lengths, is asked
         for each.
@@ -71,11 +93,11 @@ class Remote:
             entries = system.ls(folder, detail=True)
         except self._errors:
             entries = []
-        listed = {posixpath.basename(entry["name"].rstrip("/")): entry.get("size") for entry in entries}
-        found = {name: listed.get(name) for name in names}
-        for name in (name for name, size in found.items() if size is None):
+        listed = {posixpath.basename(entry["name"].rstrip("/")): entry for entry in entries}
+        found = {name: listed.get(name, {}) for name in names}
+        for name in (name for name, look in found.items() if look.get("size") is None):
             try:
-                found[name] = system.size(posixpath.join(folder, name))
+                found[name] = system.info(posixpath.join(folder, name))
             except FileNotFoundError:
                 continue
             except self._errors as error:
@@ -97,28 +119,47 @@ class Remote:
                 f"{self.url} has no index that can be read ({reason}). Pack the images with "
                 "tools/make_shards.py and copy the whole folder there, its folder `index` too."
             ) from error
-        self._check(described)
+        looks = self._checked(described)
+        described |= {"root": self.url, "versions": {name: _version(look) for name, look in looks.items()}}
         here = cache / "index.json"
-        if here.is_file() and json.loads(here.read_bytes()) == described | {"root": self.url}:
+        before = json.loads(here.read_bytes()) if here.is_file() else {}
+        if before == described:
             return
+        if before.get("root") == self.url and (then := before.get("versions")):
+            changed = [name for name, version in described["versions"].items() if then.get(name) != version]
+            if changed:
+                print(
+                    f"{self.url}: {len(changed)} of {len(looks)} shards have changed since the last start, "
+                    f"e.g. {changed[0]}.",
+                    file=sys.stderr,
+                    flush=True,
+                )
         with whole_folder(cache) as written:
             for name in INDEX_FILES:
                 try:
                     system.get_file(posixpath.join(folder, "index", name), str(written / name))
                 except self._errors as error:
                     raise DataError(f"{self.url}/index/{name} can't be copied: {error}.") from error
-            (written / "index.json").write_text(json.dumps(described | {"root": self.url}, indent=1))
+            (written / "index.json").write_text(json.dumps(described, indent=1))
 
-    def _check(self, described: dict[str, Any]) -> None:
-        """Refuses an index of other shards than those that lie beside it."""
+    def _checked(self, described: dict[str, Any]) -> dict[str, dict[str, Any]]:
+        """The looks at the shards; refuses an index of others than those that lie beside it."""
         system, folder = self._opened()
-        there, state = self.sizes(described["shards"]), posixpath.join(folder, "index", "state.json")
+        looks, state = self.looks(described["shards"]), posixpath.join(folder, "index", "state.json")
         lengths = json.loads(system.cat_file(state)) if system.exists(state) else {}
         for name in described["shards"]:
-            then, now = lengths.get(name, [there.get(name)])[0], there.get(name)
+            now = looks[name].get("size")
+            then = lengths.get(name, [now])[0]
             if now is None or now != then:
                 problem = "not there" if now is None else f"of {now:,} bytes, of {then:,} when it was listed"
                 raise DataError(
                     f"{self.url}/{name} is {problem}: the index beside the shards is of others. Copy the "
                     "whole folder anew, its folder `index` too."
                 )
+        return looks
+
+
+def _version(look: dict[str, Any]) -> str:
+    """A name for a file's bytes, another one when what the store tells of it has changed."""
+    told = [(key, str(look[key])) for key in VERSION if look.get(key) is not None]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]

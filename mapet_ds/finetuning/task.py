@@ -23,6 +23,7 @@ from mapet_ds.data.labelled import (
     report_unreadable,
     served,
 )
+from mapet_ds.data.range_cache import RangeCache
 from mapet_ds.errors import ConfigError, RunError
 from mapet_ds.files import write_whole
 from mapet_ds.finetuning.classifier import (
@@ -56,8 +57,9 @@ class Finetuning:
         # Images and classes.
 
         def index(named: str, name: str) -> Index:
+            ranges = RangeCache.of(config.data)
             return ranks.first_then_all(
-                lambda: open_index(named, self.folder / name, compare=ranks.rank == 0)
+                lambda: open_index(named, self.folder / name, ranks.rank == 0, ranges)
             )
 
         self.index, self.val = index(config.data.train, "index"), index(config.data.val, "index_val")

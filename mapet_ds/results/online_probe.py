@@ -14,6 +14,7 @@ from torch import Tensor
 from mapet_ds.config.sections import Config
 from mapet_ds.data.index import Index, Selection, open_index
 from mapet_ds.data.labelled import check_apart, check_classes
+from mapet_ds.data.range_cache import RangeCache
 from mapet_ds.errors import DataError
 from mapet_ds.launch import Ranks
 from mapet_ds.results.export import evaluation_data
@@ -41,8 +42,8 @@ class OnlineProbe:
         def index(name: str, root: str) -> Index:
             if root == config.data.train:
                 return trained_on
-            cache, first = folder / f"index_evaluate_{name}", ranks.rank == 0
-            return ranks.first_then_all(lambda: open_index(root, cache, compare=first))
+            cache, ranges = folder / f"index_evaluate_{name}", RangeCache.of(config.data)
+            return ranks.first_then_all(lambda: open_index(root, cache, ranks.rank == 0, ranges))
 
         assert config.evaluate.train and config.evaluate.val
         train, val = index("train", config.evaluate.train), index("val", config.evaluate.val)

@@ -30,7 +30,8 @@ from mapet_ds.files import checksum, flush_folder, whole_folder
 FREE = (
     "run_dir", "resume", "checkpoint", "log", "evaluate", "model.path", "optim.adamw",
     "data.train", "data.val", "data.device", "data.threads", "data.workers", "data.prefetch",
-    "data.max_bad_share", "teacher.name", "teacher.weights", "teacher.shard", "teacher.ahead",
+    "data.max_bad_share", "data.cache_dir", "data.cache_gb",
+    "teacher.name", "teacher.weights", "teacher.shard", "teacher.ahead",
     "tokenizer.path", "tokenizer.ids", "train.micro_batch_size", "train.world_size", "train.compile",
     "train.grad_checkpointing", "train.deterministic", "train.stop_at_step", "train.max_skipped_steps",
     "train.spike_factor", "train.max_rollbacks", "train.hang_seconds",
