@@ -31,7 +31,7 @@ FLOORS = [
 """Rooms from the ground up: one imports from its own floor and those below."""
 LINES = {
     "config": 1600,  # every knob with its meaning, contradictions as sentences, DeepSpeed's keys, sources
-    "data": 3150,  # six formats, one rule of pixels; folders, shards, Parquet; order, DALI, ids, labels
+    "data": 3520,  # six formats, one rule of pixels; folders, shards, Parquet, a cache; order, DALI, labels
     "objectives": 850,  # seven methods, and what they share
     "targets": 1300,  # a frozen CLIP spread over ranks, VQ-KD, the codebook, stored ids, momentum
     "training": 1460,  # DeepSpeed, its workarounds, what it gathers checked; checkpoints, metrics, jumps
@@ -78,7 +78,7 @@ def test_budgets():
     lines["tools"] = sum(len(path.read_text().splitlines()) for path in PROGRAMS)
     assert {name: count for name, count in lines.items() if count > LINES[name]} == {}
     shared = [key for key in known_keys(Config) if key.partition(".")[0] not in Config().objectives]
-    assert len(shared) <= 77, "an objective of one's own brings its knobs along"
+    assert len(shared) <= 79, "an objective of one's own brings its knobs along"
     assert len(set(known_keys(FinetuneConfig)) - set(known_keys(Config))) <= 15
 
 

@@ -151,7 +151,7 @@ class RangeCache:
         return True
 
     @contextlib.contextmanager
-    def _counted(self) -> Iterator[dict[str, float]]:
+    def _counted(self) -> Iterator[dict[str, int]]:
         """The bytes that are taken, and when a sentence was last said, for this process to change alone.
 
         A count that can't be read, as after a loss of power, is made anew from what is there.

@@ -62,9 +62,9 @@ class Remote:
             OSError: the store can't be reached, or the file is not there.
             DataError: the store gives more than it was asked for.
         """
-        kept = self.ranges and (f"{self.url}/{name}", self.versions.get(name, ""), offset)
-        if kept and (data := self.ranges.get(*kept, length)) is not None:
-            return data
+        file, version = f"{self.url}/{name}", self.versions.get(name, "")
+        if self.ranges and (kept := self.ranges.get(file, version, offset, length)) is not None:
+            return kept
         system, folder = self._opened()
         try:
             data = system.cat_file(posixpath.join(folder, name), start=offset, end=offset + length)
@@ -72,11 +72,11 @@ class Remote:
             raise OSError(errno.EIO, f"{type(error).__name__}: {error}") from error
         if len(data) > length:
             raise DataError(
-                f"{self.url}/{name} gives {len(data):,} bytes where {length:,} were asked for: its server "
+                f"{file} gives {len(data):,} bytes where {length:,} were asked for: its server "
                 "knows no ranges of bytes. Serve the shards by one that does, or copy them to a disk."
             )
-        if kept and len(data) == length:
-            self.ranges.put(*kept, data)
+        if self.ranges and len(data) == length:
+            self.ranges.put(file, version, offset, data)
         return data
 
     def looks(self, names: list[str]) -> dict[str, dict[str, Any]]:
