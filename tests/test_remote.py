@@ -7,6 +7,7 @@ import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from unittest.mock import Mock
 
 import fsspec
 import images
@@ -155,7 +156,7 @@ def test_a_server_without_ranges_is_named(tmp_path, shards, monkeypatch):
         index.read(0)
 
 
-def test_sentences(tmp_path, shards):
+def test_sentences(tmp_path, shards, monkeypatch):
     for url, words in (
         ("memory://bucket/nothing", "has no index that can be read"),
         ("nonsense://bucket", "nonsense://bucket can't be read: Protocol not known"),
@@ -163,6 +164,12 @@ def test_sentences(tmp_path, shards):
     ):
         with pytest.raises(DataError, match=words):
             open_index(url, tmp_path / "cache")
+    with monkeypatch.context() as patch:
+        patch.setattr(MemoryFileSystem, "cat_file", Mock(side_effect=ConnectionRefusedError("nobody")))
+        with pytest.raises(
+            DataError, match=r"shards can't be reached \(ConnectionRefusedError: nobody\)\. See"
+        ):
+            open_index(URL, tmp_path / "cache")
     store = fsspec.filesystem("memory")
     store.pipe("/bucket/shards/0.tar", b"another")
     with pytest.raises(DataError, match=r"0\.tar is of 7 bytes, of [\d,]+ when it was listed"):

@@ -92,12 +92,13 @@ def _nothing(root: str, listing: Listing | None) -> str:
     """The sentence about a place without samples."""
     endings = ", ".join("." + suffix.decode() for suffix in sorted(SUFFIXES))
     passed = listing.findings.passed_over if listing else {}
+    named = ", ".join(path for path, _ in listing.sources[:3]) if listing else root
     if ".parquet" in passed:
         return (
-            f"{root} holds no image, but {passed['.parquet'][0]} Parquet files, where no image can be read "
-            f"without its neighbours. tools/make_shards.py {root} SHARDS packs them; then train on SHARDS."
+            f"{named} holds no image, but {passed['.parquet'][0]} Parquet files, where no image can be read "
+            f"without its neighbours. tools/make_shards.py {named} SHARDS packs them; then train on SHARDS."
         )
     return (
-        f"{root} holds no image: looked in it and below for {endings}, for other files whose first "
+        f"{named} holds no image: looked in it and below for {endings}, for other files whose first "
         f"bytes are an image's, and for .tar shards.{f' Passed over: {summary(passed)}.' if passed else ''}"
     )

@@ -115,6 +115,10 @@ class Remote:
             described = json.loads(system.cat_file(posixpath.join(folder, "index", "index.json")))
         except (*self._errors, ValueError) as error:
             reason = f"{type(error).__name__}: {error}"
+            if not isinstance(error, (FileNotFoundError, ValueError)):
+                raise DataError(
+                    f"{self.url} can't be reached ({reason}). See to the address, the network and the rights."
+                ) from error
             raise DataError(
                 f"{self.url} has no index that can be read ({reason}). Pack the images with "
                 "tools/make_shards.py and copy the whole folder there, its folder `index` too."
