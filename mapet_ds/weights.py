@@ -7,6 +7,7 @@ around the tensors are taken off.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib
 import pickle
 import re
@@ -137,6 +138,15 @@ def shapes_only() -> bool:
 def shapes(tensors: Tensors) -> dict[str, tuple[int, ...]]:
     """The shape of each tensor by its name."""
     return {name: tuple(t.shape if isinstance(t, Tensor) else t.get_shape()) for name, t in tensors.items()}
+
+
+def fingerprint(tensors: dict[str, Tensor]) -> str:
+    """sha256 of names and fp32 values, equal for every kind of file that holds these tensors."""
+    sha = hashlib.sha256()
+    for name in sorted(tensors):
+        sha.update(name.encode())
+        sha.update(tensors[name].float().contiguous().numpy().data)
+    return sha.hexdigest()
 
 
 def mismatches(wanted: dict[str, tuple[int, ...]], given: dict[str, tuple[int, ...]]) -> list[str]:

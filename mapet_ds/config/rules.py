@@ -105,8 +105,10 @@ def _teacher_rules(config: Config) -> Iterator[str]:
 
 def _tokenizer_rules(config: Config) -> Iterator[str]:
     name = config.tokenizer.name
-    if config.method.predicts_ids and name not in ("kclip", "vqkd") and ":" not in name:
-        yield f"tokenizer.name = {name} is not known; there are kclip, vqkd and package.module:factory."
+    if config.method.predicts_ids and name not in ("kclip", "vqkd", "dalle") and ":" not in name:
+        yield (
+            f"tokenizer.name = {name} is not known; there are kclip, vqkd, dalle and package.module:factory."
+        )
 
 
 def _method_rules(config: Config) -> Iterator[str]:

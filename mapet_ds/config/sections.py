@@ -170,10 +170,11 @@ class TokenizerConfig:
     """The tokenizer, which gives each patch an id, and the published fit of k-CLIP's codebook."""
 
     name: str = "kclip"
-    """kclip: the nearest k-means centroid of the teacher's feature; vqkd: BEiT v2's tokenizer, no teacher;
-    package.module:factory: your own, called as factory(config, device)."""
+    """kclip: the nearest k-means centroid of the teacher's feature; vqkd: BEiT v2's, dalle: BEiT's tokenizer,
+    neither with a teacher; package.module:factory: your own, called as factory(config, device)."""
     path: str = ""
-    """kclip: codebook.safetensors of tools/fit_codebook.py; vqkd: its published .pth or safetensors."""
+    """kclip: codebook.safetensors of tools/fit_codebook.py; vqkd: its published .pth or safetensors;
+    dalle: the encoder as safetensors (docs/extending.md)."""
     ids: str = ""
     """Folder of ids of tools/tokenize_images.py for all of data.train; empty: computed on the fly."""
     vocab_size: Positive = 8192
