@@ -45,7 +45,7 @@ LINES = {
 HOMES = {
     "deepspeed": {"training.engine"},
     "nvidia": {"data.loader"},
-    "open_clip": {"targets.teacher"},
+    "open_clip": {"targets.towers"},
     "faiss": {"nearest"},
     "tensorboard": {"training.metrics"},
     "pyarrow": {"data.parquet"},

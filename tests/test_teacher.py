@@ -17,7 +17,8 @@ from towers import SIZE, VISION, know_tiny_models, model_config, whole_model, wr
 from mapet_ds.config.sections import TeacherConfig
 from mapet_ds.errors import ConfigError
 from mapet_ds.targets.codebook import Codebook
-from mapet_ds.targets.teacher import build_teacher, teacher_mean_std
+from mapet_ds.targets.teacher import build_teacher
+from mapet_ds.targets.towers import teacher_mean_std
 
 CPU = torch.device("cpu")
 LAYERS = {"vit": 3, "resnet": 5, "timm": 6, "relpos": 9}
@@ -31,6 +32,10 @@ def towers(tmp_path_factory):
         write_tower(folder / kind, kind)
     state = {f"module.{k}": v for k, v in load_file(folder / "vit" / SAFETENSORS).items()}
     torch.save({"epoch": 3, "state_dict": state}, folder / "vit.pt")
+    prefix, timm = "visual.trunk.", load_file(folder / "timm" / SAFETENSORS)
+    trunk = {n.removeprefix(prefix): t for n, t in timm.items() if n.startswith(prefix)}
+    trunk |= {f"norm.{n}": trunk.pop(f"fc_norm.{n}") for n in ("weight", "bias")}  # open_clip pools the mean
+    save_file(trunk, folder / "trunk.safetensors")
     return folder
 
 

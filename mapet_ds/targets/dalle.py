@@ -111,7 +111,7 @@ class DallE(nn.Module):
 
     @staticmethod
     def mean_std() -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-        """Mean and deviation that a view is normalised with, so that x becomes (1 - 2 EPSILON) x + EPSILON."""
+        """Mean and deviation of a view by which its x becomes (1 - 2 EPSILON) x + EPSILON."""
         mean, std = -EPSILON / (1 - 2 * EPSILON), 1 / (1 - 2 * EPSILON)
         return (mean, mean, mean), (std, std, std)
 
