@@ -282,15 +282,13 @@ def table(rows: list[dict[str, Any]]) -> str:
     titles[-3:] = ["entropy, bits", "k-NN, %", "linear, %"]
     lines = [titles, *([row["tokenizer"], *(f"{row[n]:{f}}" for n, f in formats.items())] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = [
-        "  ".join(f"{w:{'<' if i == 0 else '>'}{widths[i]}}" for i, w in enumerate(line)) for line in lines
-    ]
-    first = rows[0]
+    cells = [[f"{line[0]:<{widths[0]}}", *map(str.rjust, line[1:], widths[1:])] for line in lines]
+    text, basis = [*map("  ".join, cells)], rows[0]
+    unreadable = basis["train_unreadable"] + basis["val_unreadable"]
     text.append(
-        f"of {first['train_images']} training and {first['val_images']} validation images, "
-        f"{first['classes']} classes; {first['train_unreadable'] + first['val_unreadable']} unreadable ones are "
-        f"left out. k-NN (k = {first['k']}) and the linear classifier ({first['solver']}) see each image's "
-        "histogram of ids alone."
+        f"of {basis['train_images']} training and {basis['val_images']} validation images, "
+        f"{basis['classes']} classes; {unreadable} unreadable ones are left out. k-NN (k = {basis['k']}) and "
+        f"the linear classifier ({basis['solver']}) see each image's histogram of ids alone."
     )
     return "\n".join(text)
 

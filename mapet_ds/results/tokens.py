@@ -39,9 +39,7 @@ class Histograms(nn.Module):
         ids, number = self.tokenizer(images), self.tokenizer.vocab_size
         low, high = int(ids.min()), int(ids.max())
         if not 0 <= low <= high < number:
-            raise ConfigError(
-                f"The tokenizer gives ids of {low} .. {high}, and has those of 0 .. {number - 1}."
-            )
+            raise ConfigError(f"The tokenizer gives ids of {low} .. {high}; it has 0 .. {number - 1}.")
         shares = torch.zeros(len(ids), number, device=ids.device)
         each = torch.full(ids.shape, 1 / ids.shape[1], device=ids.device)
         return shares.scatter_add_(1, ids, each)[:, None]

@@ -43,7 +43,7 @@ def _tags(name: str) -> dict[str, dict[str, Any]]:
     return {tag: open_clip.get_pretrained_cfg(name, tag) for tag in tags}
 
 
-def _tag(config: TeacherConfig) -> dict[str, Any]:
+def weights_tag(config: TeacherConfig) -> dict[str, Any]:
     """What is known of the tag that teacher.weights names; nothing where it names none."""
     if config.name.startswith(TIMM):
         return _tags(config.name).get(config.weights, {})
@@ -60,7 +60,7 @@ def teacher_mean_std(config: TeacherConfig) -> tuple[Triple, Triple]:
         teacher_model_config(config.name)
         folder = Path(config.name.removeprefix("local-dir:"))
         cfgs = [json.loads((folder / "open_clip_config.json").read_text()).get("preprocess_cfg", {})]
-    elif tag := _tag(config):
+    elif tag := weights_tag(config):
         cfgs = [tag]
     else:
         cfgs = list(_tags(config.name).values())
@@ -94,7 +94,7 @@ def teacher_view(config: TeacherConfig) -> View:
 def quick_gelu(config: TeacherConfig, model: dict[str, Any]) -> bool:
     """Whether the weights were trained with QuickGELU, by the model or the tag; a file does not record it."""
     named = bool(model.get("quick_gelu"))
-    tag = _tag(config)
+    tag = weights_tag(config)
     twin = f"{config.name}-quickgelu"
     known = named or tag or config.weights == "random"
     if not known and int(os.environ.get("RANK", "0")) == 0 and twin in open_clip.list_models():
@@ -160,7 +160,7 @@ def weights_file(config: TeacherConfig) -> str:
         if not path.is_file():
             raise ConfigError(f"teacher.name = {config.name}: there is no {path}.")
         return str(path)
-    tag = _tag(config)
+    tag = weights_tag(config)
     if not tag:
         if not Path(config.weights).is_file():
             tags = ", ".join(_tags(config.name)) or "none"
