@@ -238,9 +238,12 @@ def evaluate_tokenizer(arguments: argparse.Namespace, config: Config, ranks: Ran
     from mapet_ds.results.tokens import Histograms, described, usage
     from mapet_ds.targets.tokenizer import build_tokenizer
 
-    # The teacher is whole on every rank.
-    whole = dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, shard="none"))
-    arrays, counts = extract(arguments, Histograms(build_tokenizer(whole, ranks.device)), ranks)
+    # The teacher is whole on every rank, and not compiled: a pass this short would not repay it.
+    teacher = dataclasses.replace(config.teacher, shard="none")
+    plain = dataclasses.replace(
+        config, teacher=teacher, train=dataclasses.replace(config.train, compile=False)
+    )
+    arrays, counts = extract(arguments, Histograms(build_tokenizer(plain, ranks.device)), ranks)
     if ranks.rank != 0:
         return {}
     row = {"tokenizer": described(config), **usage(np.concatenate([arrays[0], arrays[2]]))}

@@ -107,7 +107,7 @@ class DallE(nn.Module):
             _refuse(mismatches(shapes(self.state_dict()), shapes(weights)), config.tokenizer.path)
             self.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, assign=True)
             self.identity["sha256"] = fingerprint(weights)
-        self.to(device, memory_format=torch.channels_last).requires_grad_(False).eval()
+        self.to(device).to(memory_format=torch.channels_last).requires_grad_(False).eval()
 
     @staticmethod
     def mean_std() -> tuple[tuple[float, float, float], tuple[float, float, float]]:

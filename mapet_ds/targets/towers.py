@@ -64,7 +64,7 @@ def teacher_mean_std(config: TeacherConfig) -> tuple[Triple, Triple]:
         cfgs = [tag]
     else:
         cfgs = list(_tags(config.name).values())
-    default = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}
+    default: dict[str, Any] = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}
     if own := config.name.startswith(TIMM) and timm.get_pretrained_cfg(config.name.removeprefix(TIMM)):
         default = {"mean": own.mean, "std": own.std}
     pairs = {(tuple({**default, **cfg}["mean"]), tuple({**default, **cfg}["std"])) for cfg in cfgs}
