@@ -8,7 +8,8 @@ import subprocess
 import sys
 
 import pytest
-from line import ENVIRONMENT, command, losses, make_line
+from forked import ENVIRONMENT
+from line import command, losses, make_line
 from safetensors.torch import load_file
 
 from mapet_ds.config.recipe import load_config
