@@ -18,7 +18,6 @@ from mapet_ds.config.sections import TeacherConfig
 from mapet_ds.config.towers import teacher_model_config
 from mapet_ds.data.index import open_index
 from mapet_ds.errors import ConfigError
-from mapet_ds.launch import Ranks
 from mapet_ds.targets.codebook import source_of
 from mapet_ds.targets.fitting import fit, sample_features
 from mapet_ds.targets.kclip import KClip
@@ -111,7 +110,7 @@ def tokenizer(codes, path=""):
 
 
 @pytest.mark.parametrize("name", ["tiny_siglip_patch16", "tiny_dinov2_patch14", "ViT"])
-def test_a_codebook_is_fitted_and_read_with_each(name, tmp_path, monkeypatch):
+def test_a_codebook_is_fitted_and_read_with_each(name, tmp_path, alone):
     words = [f"data.train={write(tmp_path / 'images', photos(9))}", "data.device=cpu", "data.workers=0"]
     words += ["model.img_size=32", "model.patch_size=8", "train.micro_batch_size=4", "log.progress=false"]
     words += ["train.compile=false", f"teacher.img_size={side(name)}"]
@@ -124,9 +123,7 @@ def test_a_codebook_is_fitted_and_read_with_each(name, tmp_path, monkeypatch):
     config = dataclasses.replace(config, tokenizer=tokenizer(8, tmp_path / "codebook.safetensors"))
     index = open_index(config.data.train, tmp_path / "index")
     teacher = build_teacher(config.teacher, CPU)
-    monkeypatch.setattr(Ranks, "from_first", lambda self, work: work())
-    monkeypatch.setattr(Ranks, "gather_on_first", lambda self, piece: [piece])
-    features = sample_features(config, index, teacher, Ranks(0, 0, 1, CPU, None))
+    features = sample_features(config, index, teacher, alone)
     assert features.shape == (9 * 16, 64) and np.isfinite(features).all()
     book = fit(features, config.tokenizer, 0, source_of(teacher.identity, config.data))
     book.save(config.tokenizer.path)
