@@ -53,12 +53,12 @@ def test_usage_is_that_of_all_ids_together():
 
 
 def test_a_tokenizer_in_words():
-    def words(name, teacher, weights="openai"):
-        teacher = TeacherConfig(name=teacher, weights=weights)
+    def words(name, teacher, weights="openai", layer=-1):
+        teacher = TeacherConfig(name=teacher, weights=weights, layer=layer)
         return described(Config(tokenizer=TokenizerConfig(name=name), teacher=teacher))
 
     assert words("kclip", "RN50x64") == "kclip of RN50x64 openai"
-    assert words("kclip", "local-dir:/runs/teacher/") == "kclip of teacher"
+    assert words("kclip", "local-dir:/runs/teacher/", layer=2) == "kclip of teacher layer 2"
     assert words("kclip", "timm:vit_x", "/data/dino.pth") == "kclip of timm:vit_x dino.pth"
     assert words("dalle", "RN50x64") == "dalle"
 

@@ -64,4 +64,5 @@ def described(config: Config) -> str:
     if name != "kclip":
         return name
     weights = "" if teacher.name.startswith("local-dir:") else f" {teacher.weights.rpartition('/')[2]}"
-    return f"{name} of {teacher.name.rstrip('/').rpartition('/')[2]}{weights}"
+    layer = "" if teacher.layer == -1 else f" layer {teacher.layer}"
+    return f"{name} of {teacher.name.rstrip('/').rpartition('/')[2]}{weights}{layer}"
