@@ -7,6 +7,7 @@ around the tensors are taken off.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib
 import pickle
 import re
@@ -16,12 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
+import timm
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HFValidationError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from mapet_ds.errors import ConfigError
+from mapet_ds.launch import once_per_node
 
 Tensors = dict[str, Any]
 """Name -> tensor, or a lazy slice of a safetensors file. Both are read by indexing."""
@@ -129,6 +134,31 @@ def timm_weights(path: Path, model: nn.Module, source: str) -> dict[str, Tensor]
         raise ConfigError(f"{source}: timm can't fit its tensors to the model: {reason}.") from error
 
 
+def timm_tag_file(tag: str, asked: str) -> Path:
+    """The weights of a timm tag, NAME.TAG, downloaded by the first rank of each node while the others wait.
+
+    asked: the user's words for it, for the sentences, e.g. "model.init_from = timm:NAME.TAG".
+
+    Raises:
+        ConfigError: there are no such weights, or they can't be downloaded.
+    """
+
+    def download() -> str:
+        try:
+            repository: Any = timm.get_pretrained_cfg(tag, allow_unregistered=False)
+            return hf_hub_download(repository.hf_hub_id, "model.safetensors")
+        except (RuntimeError, HFValidationError) as error:
+            raise ConfigError(f"{asked}: timm has no such weights on Hugging Face's hub: {error}") from error
+        except OSError as error:
+            reason = str(error).partition("\n")[0]
+            raise ConfigError(
+                f"{asked} can't be downloaded: {reason} Fetch it where there is a network (it is kept in "
+                "HF_HOME), or name a local file or folder."
+            ) from error
+
+    return Path(once_per_node(download)[0])
+
+
 def shapes_only() -> bool:
     """Whether tensors made now have shapes but no values: costs are being counted, and no file is read."""
     return isinstance(torch.empty(0), FakeTensor)
@@ -137,6 +167,15 @@ def shapes_only() -> bool:
 def shapes(tensors: Tensors) -> dict[str, tuple[int, ...]]:
     """The shape of each tensor by its name."""
     return {name: tuple(t.shape if isinstance(t, Tensor) else t.get_shape()) for name, t in tensors.items()}
+
+
+def fingerprint(tensors: dict[str, Tensor]) -> str:
+    """sha256 of names and fp32 values, equal for every kind of file that holds these tensors."""
+    sha = hashlib.sha256()
+    for name in sorted(tensors):
+        sha.update(name.encode())
+        sha.update(tensors[name].float().contiguous().numpy().data)
+    return sha.hexdigest()
 
 
 def mismatches(wanted: dict[str, tuple[int, ...]], given: dict[str, tuple[int, ...]]) -> list[str]:

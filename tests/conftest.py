@@ -32,7 +32,7 @@ SLOW += [
     "published",
     "readme",
 ]
-SLOW += ["report", "slurm", "teacher", "tokenize_images", "vqkd", "wheel"]
+SLOW += ["report", "slurm", "teacher", "timm_teacher", "tokenize_images", "tokens", "vqkd", "wheel"]
 """Files that start whole programs or count large models: `make quick` leaves them out."""
 
 

@@ -27,7 +27,7 @@ CASES = [
     ("vit", "fp32", "world"), ("vit", "bf16", "node"), ("resnet", "fp32", "node"),
     ("resnet", "bf16", "world"),
     ("timm", "fp32", "world"), ("relpos", "fp32", "node"), ("vit", "fp32", "none"),
-    ("vit.pt", "fp32", "world"),
+    ("vit.pt", "fp32", "world"), ("trunk", "fp32", "world"), ("trunk", "bf16", "node"),
 ]  # fmt: skip
 
 
@@ -62,7 +62,8 @@ def images(kind):
 
 
 def settings(towers, case):
-    """TeacherConfig of a case: a folder, or <kind>.pt, the same weights pickled under the model's name."""
+    """TeacherConfig of a case: a folder; <kind>.pt, the same weights pickled under the model's name; or the
+    trunk of `timm` by timm's own name."""
     name, precision, shard = case
     kind = name.removesuffix(".pt")
     named = (
@@ -70,6 +71,8 @@ def settings(towers, case):
         if name != kind
         else {"name": f"local-dir:{towers}/{kind}"}
     )
+    if name == "trunk":
+        named = {"name": "timm:test_vit", "weights": f"{towers}/trunk.safetensors"}
     return TeacherConfig(**named, img_size=SIZE[kind], precision=precision, shard=shard)
 
 

@@ -88,8 +88,25 @@ def test_published_settings():
         (["data.strong.blur_sigma=[2, 1]"], "blur_sigma = .* must be positive and rising"),
         (["data.strong.jitter=[0.4, 0.4, 0.2, 0.6]"], "hue at most 0.5"),
         (["objective=mvp", "teacher.img_size=224"], "teacher's grid is 7"),
-        (["objective=mvp", "teacher.features=projected"], "RN50x64 is not open_clip's own ViT"),
-        (["tokenizer.name=dalle"], "there are kclip, vqkd and package.module:factory"),
+        (
+            ["objective=mvp", "teacher.name=timm:vit_base_patch14_dinov2", "teacher.img_size=224"],
+            "teacher's grid is 16 x 16 .* Set teacher.img_size=196,",
+        ),
+        (
+            ["objective=mvp", "teacher.name=timm:vit_base_patch14_dinov2", "teacher.img_size=200"],
+            "not a multiple of timm:vit_base_patch14_dinov2's patch of 14 pixels: set teacher.img_size=196,",
+        ),
+        (
+            [
+                "objective=mvp",
+                "teacher.name=timm:vit_small_patch14_dinov2",
+                "teacher.img_size=196",
+                "teacher.features=projected",
+            ],
+            "timm:vit_small_patch14_dinov2 is a tower of timm's: no projection",
+        ),
+        (["objective=mvp", "teacher.features=projected"], "RN50x64 is a ResNet: no final norm"),
+        (["tokenizer.name=vqgan"], "there are kclip, vqkd, dalle and package.module:factory"),
     ],
 )
 def test_each_objective_knows_its_contradictions(overrides, says, tmp_path):

@@ -243,6 +243,18 @@ def test_vqkd_is_a_plain_vit_in_fp32_with_a_small_product():
     assert (goal.flops, goal.tf32_flops, goal.sharded, goal.view) == (0, 0, 0, 224)
 
 
+def test_dalles_encoder_is_its_convolutions_in_tf32():
+    goal = target(recipe("beit_vitb16", "tokenizer.name=dalle"))
+    counted = 112**2 * 7 * 7 * 3 * 256 + 14**2 * 2048 * 8192
+    for side, width, before in ((112, 256, 256), (56, 512, 256), (28, 1024, 512), (14, 2048, 1024)):
+        hidden = width // 4
+        inner = 2 * 9 * hidden**2 + hidden * width
+        counted += side**2 * (9 * (before + width) * hidden + 2 * inner + before * width * (before != width))
+    assert goal.convolutions == 2 * counted
+    assert (goal.flops, goal.fp32_flops, goal.tf32_flops, goal.sharded, goal.view) == (0, 0, 0, 0, 112)
+    assert goal.whole == 4 * (53_786_240 + 8192)  # its parameters, and the ids' counts
+
+
 def test_a_momentum_teacher_follows_every_parameter():
     config = recipe("conmim_vits16")
     goal, counted = target(config), student(config)

@@ -11,6 +11,7 @@ from line import losses, make_line, pretrain
 from safetensors.torch import save_file
 from timm.models import save_for_hf
 
+from mapet_ds import weights
 from mapet_ds.config.sections import Config, DataConfig, ModelConfig, flatten
 from mapet_ds.errors import ConfigError, ResumeError
 from mapet_ds.files import checksum
@@ -204,7 +205,7 @@ def test_a_tag_of_timm(tmp_path, monkeypatch):
     )
     asked = []
     monkeypatch.setattr(
-        init_from,
+        weights,
         "hf_hub_download",
         lambda *words: asked.append(words) or tmp_path / "source/model.safetensors",
     )

@@ -1,15 +1,14 @@
 """The frozen teacher against open_clip's own model, from every kind of file, whole and spread over ranks."""
 
 import json
-import os
 import pickle
-import subprocess
 import sys
 from pathlib import Path
 
 import open_clip
 import pytest
 import torch
+from forked import TORCHRUN, start
 from safetensors.torch import load_file, save_file
 from teacher_worker import CASES, gpu_bytes, images, settings
 from towers import SIZE, VISION, know_tiny_models, model_config, whole_model, write_tower
@@ -17,7 +16,8 @@ from towers import SIZE, VISION, know_tiny_models, model_config, whole_model, wr
 from mapet_ds.config.sections import TeacherConfig
 from mapet_ds.errors import ConfigError
 from mapet_ds.targets.codebook import Codebook
-from mapet_ds.targets.teacher import build_teacher, teacher_mean_std
+from mapet_ds.targets.teacher import build_teacher
+from mapet_ds.targets.towers import teacher_mean_std
 
 CPU = torch.device("cpu")
 LAYERS = {"vit": 3, "resnet": 5, "timm": 6, "relpos": 9}
@@ -31,6 +31,10 @@ def towers(tmp_path_factory):
         write_tower(folder / kind, kind)
     state = {f"module.{k}": v for k, v in load_file(folder / "vit" / SAFETENSORS).items()}
     torch.save({"epoch": 3, "state_dict": state}, folder / "vit.pt")
+    prefix, timm = "visual.trunk.", load_file(folder / "timm" / SAFETENSORS)
+    trunk = {n.removeprefix(prefix): t for n, t in timm.items() if n.startswith(prefix)}
+    trunk |= {f"norm.{n}": trunk.pop(f"fc_norm.{n}") for n in ("weight", "bias")}  # open_clip pools the mean
+    save_file(trunk, folder / "trunk.safetensors")
     return folder
 
 
@@ -360,18 +364,9 @@ def test_a_grid_that_is_not_the_students_is_refused(towers):
 
 
 def run_sharded(towers, out, device, ranks=2):
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     worker = Path(__file__).with_name("teacher_worker.py")
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc_per_node={ranks}",
-        str(worker),
-    ]
-    command += [str(towers), str(out), device]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, *TORCHRUN, f"--nproc_per_node={ranks}", worker, towers, out, device]
+    done = start(*command)
     assert done.returncode == 0, done.stderr[-3000:]
     return [torch.load(out / f"{rank}.pt", weights_only=False) for rank in range(ranks)]
 

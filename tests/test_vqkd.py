@@ -342,7 +342,7 @@ def test_a_tokenizer_of_ones_own(plug_in):
     [
         (
             "vq-kd",
-            "tokenizer.name = vq-kd is not known; there are: kclip, vqkd, "
+            "tokenizer.name = vq-kd is not known; there are: kclip, vqkd, dalle, "
             "or name your own as package.module:factory",
         ),
         (

@@ -20,7 +20,7 @@ VISION = {
         "timm_proj": "none",
     },
 }
-SIZE = {kind: vision["image_size"] for kind, vision in VISION.items()}
+SIZE = {kind: vision["image_size"] for kind, vision in VISION.items()} | {"trunk": 160}
 
 
 def model_config(kind):

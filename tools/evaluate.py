@@ -1,11 +1,13 @@
-"""Evaluate a timm ViT on labelled images.
+"""Evaluate a timm ViT, or tokenizers, on labelled images.
 
 python tools/evaluate.py knn|linear|all|features --model OUT --train DIR --val DIR
+python tools/evaluate.py tokenizer --tokenizer RECIPE [a.b=value ...] [--tokenizer ...] --train DIR --val DIR
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
@@ -15,14 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 from mapet_ds.errors import ConfigError, DataError
 from mapet_ds.files import write_whole
-from mapet_ds.terminal import answer, number
+from mapet_ds.terminal import answer, number, refuse
 
 if TYPE_CHECKING:
     import torch
 
     from mapet_ds.config.finetune import FinetuneConfig
-    from mapet_ds.config.sections import TeacherConfig
-    from mapet_ds.data.index import Index
+    from mapet_ds.config.sections import Config, TeacherConfig
+    from mapet_ds.data.index import Images
     from mapet_ds.launch import Ranks
 
 # torch and what needs it are imported once the words are parsed: --help and a mistake answer at once.
@@ -59,7 +61,8 @@ def teacher_as_vit(config: TeacherConfig) -> Any:
     """
     import torch
 
-    from mapet_ds.targets.teacher import build_teacher, teacher_mean_std
+    from mapet_ds.targets.teacher import build_teacher
+    from mapet_ds.targets.towers import teacher_mean_std
 
     teacher: Any = build_teacher(config, torch.device("cpu"))
     mean, std = teacher_mean_std(config)
@@ -98,7 +101,7 @@ def build_model(arguments: argparse.Namespace) -> Any:
 
 
 def extract(arguments: argparse.Namespace, model: Any, ranks: Ranks) -> tuple[list[Any], dict[str, Any]]:
-    """Features and labels of --train and of --val, four arrays, and what figures rest on; both on rank 0.
+    """Features and labels of --train and of --val, four arrays, and the numbers of images; both on rank 0.
 
     Images are read as fine-tuning reads them. Every rank must call it.
 
@@ -110,15 +113,13 @@ def extract(arguments: argparse.Namespace, model: Any, ranks: Ranks) -> tuple[li
 
     from mapet_ds.config.finetune import FinetuneConfig, LabelledDataConfig
     from mapet_ds.config.sections import TrainConfig
-    from mapet_ds.data.index import open_index
+    from mapet_ds.data.index import Selection, open_index
     from mapet_ds.data.labelled import check_apart, check_classes
     from mapet_ds.results.stored_features import identity, is_stored, load, save
 
     names = ("train", "val", "workers", "max_bad_share", "exif_orientation")
     data = LabelledDataConfig(**{name: getattr(arguments, name) for name in names})
     config = FinetuneConfig(data=data, train=TrainConfig(micro_batch_size=arguments.batch_size))
-    about = {"model": str(arguments.model or f"teacher of {arguments.teacher}")}
-    about |= {name: getattr(arguments, name) for name in ("untrained", "pool", "layer")}
     with tempfile.TemporaryDirectory() as cache:
         train, val = (
             ranks.first_then_all(lambda name=name: open_index(getattr(data, name), Path(cache, name)))
@@ -132,20 +133,22 @@ def extract(arguments: argparse.Namespace, model: Any, ranks: Ranks) -> tuple[li
         key = identity(model, train, val, settings) if file else {}
         if file and ranks.from_first(lambda: is_stored(file, key)):
             arrays, counts = load(file) if ranks.rank == 0 else ([], {})
-            return arrays, counts | about
+            return arrays, counts
 
         # What is wrong with the validation images is found before the training images are computed.
         arrays, counts = [], {"classes": len(train.classes)}
-        for name, images in (("val", val), ("train", train)):
+        limit = arguments.max_images
+        for name, whole in (("val", val), ("train", train)):
+            images = Selection(whole, limit) if limit else whole
             arrays = [*computed(arguments, config, model, name, images, ranks), *arrays]
             counts |= {f"{name}_images": len(arrays[1]), f"{name}_unreadable": len(images) - len(arrays[1])}
     if file and ranks.rank == 0:
         save(file, arrays, key, counts)
-    return arrays, counts | about
+    return arrays, counts
 
 
 def computed(
-    arguments: argparse.Namespace, config: FinetuneConfig, model: Any, name: str, images: Index, ranks: Ranks
+    arguments: argparse.Namespace, config: FinetuneConfig, model: Any, name: str, images: Images, ranks: Ranks
 ) -> tuple[Any, Any]:
     """Features and labels of the images of --train or --val, on rank 0."""
     from timm.data import create_transform, resolve_model_data_config
@@ -228,6 +231,84 @@ def evaluate_all(arguments: argparse.Namespace, arrays: list[Any]) -> Result:
     return sentences, {"knn": figures[: len(ks)], "linear": figures[len(ks) :]}
 
 
+def evaluate_tokenizer(arguments: argparse.Namespace, config: Config, ranks: Ranks) -> dict[str, Any]:
+    """A row of the table, on rank 0: a tokenizer's use of its ids, and how well these alone classify."""
+    import numpy as np
+
+    from mapet_ds.results.tokens import Histograms, described, usage
+    from mapet_ds.targets.tokenizer import build_tokenizer
+
+    # The teacher is whole on every rank, and not compiled: a pass this short would not repay it.
+    teacher = dataclasses.replace(config.teacher, shard="none")
+    plain = dataclasses.replace(
+        config, teacher=teacher, train=dataclasses.replace(config.train, compile=False)
+    )
+    arrays, counts = extract(arguments, Histograms(build_tokenizer(plain, ranks.device)), ranks)
+    if ranks.rank != 0:
+        return {}
+    row = {"tokenizer": described(config), **usage(np.concatenate([arrays[0], arrays[2]]))}
+    for probe in (evaluate_knn, evaluate_linear):
+        row |= probe(arguments, unit(arrays))[1]
+    return row | counts
+
+
+def evaluate_tokenizers(arguments: argparse.Namespace) -> None:
+    """Prints the table, and writes it to --out; on rank 0."""
+    import torch.distributed as dist
+
+    from mapet_ds.launch import init_distributed
+
+    arguments.device = device_of(arguments.device)
+    ranks = init_distributed()._replace(device=arguments.device)
+    try:
+        rows = [evaluate_tokenizer(arguments, config, ranks) for config in arguments.configs]
+    finally:
+        dist.destroy_process_group()
+    if ranks.rank != 0:
+        return
+    for row, words in zip(rows, arguments.tokenizer, strict=True):
+        row["settings"] = words
+    if arguments.json:
+        print(json.dumps(rows))
+    else:
+        print(table(rows))
+    write_figures(arguments.out, rows)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as text, and the images that they rest on."""
+    formats = {
+        "ids": "d", "used": "d", "dead": "d", "perplexity": ".1f", "entropy_bits": ".2f",
+        "knn_accuracy_percent": ".2f", "linear_accuracy_percent": ".2f",
+    }  # fmt: skip
+    titles = ["tokenizer", *formats]
+    titles[-3:] = ["entropy, bits", "k-NN, %", "linear, %"]
+    lines = [titles, *([row["tokenizer"], *(f"{row[n]:{f}}" for n, f in formats.items())] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    cells = [[f"{line[0]:<{widths[0]}}", *map(str.rjust, line[1:], widths[1:])] for line in lines]
+    text, basis = [*map("  ".join, cells)], rows[0]
+    unreadable = basis["train_unreadable"] + basis["val_unreadable"]
+    text.append(
+        f"of {basis['train_images']} training and {basis['val_images']} validation images, "
+        f"{basis['classes']} classes; {unreadable} unreadable ones are left out. k-NN (k = {basis['k']}) and "
+        f"the linear classifier ({basis['solver']}) see each image's histogram of ids alone."
+    )
+    return "\n".join(text)
+
+
+def write_figures(out: Path | None, figures: Any) -> None:
+    """Writes a JSON object to --out.
+
+    Raises:
+        DataError: the storage fails.
+    """
+    if out:
+        try:
+            write_whole(out, json.dumps(figures, indent=1) + "\n")
+        except OSError as error:
+            raise DataError(f"--out {out} can't be written: {error}.") from error
+
+
 def output_file(text: str) -> Path:
     """A type for argparse: a file that can be written, as far as a look at the path tells."""
     path = Path(text)
@@ -237,23 +318,34 @@ def output_file(text: str) -> Path:
     return path
 
 
-def shared_options() -> argparse.ArgumentParser:
-    shared = argparse.ArgumentParser(add_help=False)
-    which = shared.add_mutually_exclusive_group(required=True)
+def model_options() -> argparse.ArgumentParser:
+    """What is judged by all commands but `tokenizer`."""
+    model = argparse.ArgumentParser(add_help=False)
+    which = model.add_mutually_exclusive_group(required=True)
     which.add_argument("--model", type=Path, help="folder of tools/export_timm.py, or a file of weights")
     which.add_argument(
         "--teacher", metavar="YAML", help="instead: the dense features of this recipe's teacher"
     )
-    option = shared.add_argument
+    option = model.add_argument
     option("overrides", nargs="*", metavar="a.b=value", help="with --teacher: replace the recipe's settings")
     option("--arch", help="timm model name, for a file of weights")
     option("--untrained", action="store_true", help="the same architecture with fresh weights, to compare")
-    option("--seed", type=number(int, 0), default=0, help="of fresh weights, and of the linear probe by SGD")
-    option("--train", required=True, help="folder with a sub-folder of images per class, or tar shards")
-    option("--val", required=True, help="the same classes, other images")
     option("--pool", choices=("avg", "token"), default="avg", help="mean patch token, or class token")
     layer = "the block to judge, from 0, or -1 for the last; the final norm follows (default: the last)"
     option("--layer", type=int, metavar="N", help=layer)
+    stored = "take features from this safetensors file; compute them into it where it isn't there yet"
+    option("--features", type=output_file, metavar="FILE", help=stored)
+    model.set_defaults(max_images=None)
+    return model
+
+
+def shared_options() -> argparse.ArgumentParser:
+    """The images, and where the figures go."""
+    shared = argparse.ArgumentParser(add_help=False)
+    option = shared.add_argument
+    option("--seed", type=number(int, 0), default=0, help="of fresh weights, and of the linear probe by SGD")
+    option("--train", required=True, help="folder with a sub-folder of images per class, or tar shards")
+    option("--val", required=True, help="the same classes, other images")
     option("--batch_size", type=number(int, 1), default=128)
     option("--workers", type=number(int, 0), default=2, help="processes that read and decode")
     few = "of each set at most this share, rounded up, may be unreadable; they are left out"
@@ -263,50 +355,83 @@ def shared_options() -> argparse.ArgumentParser:
     option("--device", help="cuda, cuda:1, cpu; default: a GPU where there is one")
     option("--json", action="store_true", help="print one JSON object instead of sentences")
     option("--out", type=output_file, metavar="FILE", help="write that JSON object to a file, too")
-    stored = "take features from this safetensors file; compute them into it where it isn't there yet"
-    option("--features", type=output_file, metavar="FILE", help=stored)
     return shared
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Evaluate a timm ViT on labelled images.")
+    parser = argparse.ArgumentParser(description="Evaluate a timm ViT, or tokenizers, on labelled images.")
     commands = parser.add_subparsers(dest="command", required=True)
-    shared, positive = shared_options(), number(float, 0, above=True)
+    model, shared, positive = model_options(), shared_options(), number(float, 0, above=True)
     voting, fitting = argparse.ArgumentParser(add_help=False), argparse.ArgumentParser(add_help=False)
     voting.add_argument("--temperature", type=positive, default=0.07)
+    neighbours = {"type": number(int, 1), "help": "neighbours that vote"}
     option = fitting.add_argument
     option("--penalty", type=number(float, 0), default=1e-4, help="lbfgs: on the squared weights")
     option("--learning_rates", type=positive, nargs="+", help="sgd: all tried at once")
     option("--epochs", type=number(int, 1), help="sgd: passes over the features")
+    solvers = "lbfgs: logistic regression, solved whole on the CPU; sgd: as papers train it, on --device"
+    solver = {"choices": ("lbfgs", "sgd"), "help": solvers}
 
     vote = "weighted vote of the k nearest training images"
-    command = commands.add_parser("knn", parents=[shared, voting], help=vote)
-    command.add_argument("--k", type=number(int, 1), help="neighbours that vote")
+    command = commands.add_parser("knn", parents=[model, shared, voting], help=vote)
+    command.add_argument("--k", **neighbours)
     command.set_defaults(evaluate=evaluate_knn)
 
     command = commands.add_parser(
-        "linear", parents=[shared, fitting], help="linear classifier on the frozen features"
+        "linear", parents=[model, shared, fitting], help="linear classifier on the frozen features"
     )
-    solvers = "lbfgs: logistic regression, solved whole on the CPU; sgd: as papers train it, on --device"
-    command.add_argument("--solver", choices=("lbfgs", "sgd"), default="lbfgs", help=solvers)
+    command.add_argument("--solver", default="lbfgs", **solver)
     norm = "sgd: BatchNorm without weights before the head"
     command.add_argument("--batch_norm", action="store_true", help=norm)
     command.set_defaults(evaluate=evaluate_linear)
 
     everything = "all of these, from one pass over the images"
-    command = commands.add_parser("all", parents=[shared, voting, fitting], help=everything)
+    command = commands.add_parser("all", parents=[model, shared, voting, fitting], help=everything)
     command.set_defaults(evaluate=evaluate_all)
 
     command = commands.add_parser(
-        "features", parents=[shared], help="the features, into --out FILE.safetensors"
+        "features", parents=[model, shared], help="the features, into --out FILE.safetensors"
     )
     command.set_defaults(evaluate=evaluate_features)
+
+    ids = "tokenizers side by side: the use of their ids, and how well these alone classify"
+    command = commands.add_parser("tokenizer", parents=[shared, voting, fitting], help=ids)
+    given = "a recipe and settings that replace its own; once for each tokenizer"
+    many = {"action": "append", "nargs": "+", "required": True, "metavar": ("RECIPE", "a.b=value")}
+    command.add_argument("--tokenizer", **many, help=given)
+    command.add_argument("--k", **neighbours)
+    command.add_argument("--solver", default="sgd", **solver)
+    few = "of each folder at most so many, evenly spaced over its sorted names"
+    command.add_argument("--max_images", type=number(int, 1), default=10_000, metavar="N", help=few)
+    command.set_defaults(pool="avg", layer=None, features=None, batch_norm=False)
+
     arguments = parser.parse_args(argv)
     if arguments.command == "features":
         arguments.features, arguments.out = arguments.out or arguments.features, None
         if arguments.features is None:
             parser.error("features needs --out FILE.safetensors")
+    if arguments.command == "tokenizer":
+        try:
+            arguments.configs = [tokenizer_settings(*words) for words in arguments.tokenizer]
+        except ConfigError as error:
+            refuse(parser, error)
     return arguments
+
+
+def tokenizer_settings(recipe: str, *overrides: str) -> Config:
+    """The settings of one --tokenizer.
+
+    Raises:
+        ConfigError: a mistake in them, or no file at tokenizer.path.
+    """
+    from mapet_ds.config.recipe import load_config
+    from mapet_ds.config.rules import check_method
+    from mapet_ds.training.command_line import check_tokenizer_file
+
+    config = load_config(recipe, list(overrides))
+    check_method(config)
+    check_tokenizer_file(config.tokenizer)
+    return config
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
@@ -325,18 +450,16 @@ def evaluate(arguments: argparse.Namespace) -> None:
     if ranks.rank != 0:
         return
     sentences, figures = arguments.evaluate(arguments, arrays)
-    figures |= basis
+    figures |= basis | {"model": str(arguments.model or f"teacher of {arguments.teacher}")}
+    figures |= {name: getattr(arguments, name) for name in ("untrained", "pool", "layer")}
     weights = "untrained" if arguments.untrained else "trained"
     images = f"{basis['train_images']} training, {basis['val_images']} validation images"
     about = f"({weights} weights; {images}, {basis['classes']} classes)"
     print(json.dumps(figures) if arguments.json else "\n".join(f"{line} {about}" for line in sentences))
-    if arguments.out:
-        try:
-            write_whole(arguments.out, json.dumps(figures, indent=1) + "\n")
-        except OSError as error:
-            raise DataError(f"--out {arguments.out} can't be written: {error}.") from error
+    write_figures(arguments.out, figures)
 
 
 if __name__ == "__main__":
     words = parse(sys.argv[1:])
-    sys.exit(answer(lambda: evaluate(words)))
+    work = evaluate_tokenizers if words.command == "tokenizer" else evaluate
+    sys.exit(answer(lambda: work(words)))

@@ -31,13 +31,15 @@ def fetch(path: str, overrides: list[str]) -> None:
     check_method(config)
     found = {}
     if config.method.uses_teacher(config) and config.teacher.weights != "random":
-        from mapet_ds.targets.teacher import weights_file
+        from mapet_ds.targets.towers import weights_file
 
         found[f"teacher {config.teacher.name}"] = weights_file(config.teacher)
     if (source := config.model.init_from or "").startswith(TIMM):
-        from mapet_ds.results.init_from import tag_file
+        from mapet_ds.weights import timm_tag_file
 
-        found[f"model.init_from = {source}"] = str(tag_file(source.removeprefix(TIMM)))
+        found[f"model.init_from = {source}"] = str(
+            timm_tag_file(source.removeprefix(TIMM), f"model.init_from = {source}")
+        )
     for name, file in found.items():
         print(f"{name}: {file}")
     if not found:

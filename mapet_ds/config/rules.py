@@ -12,9 +12,9 @@ from itertools import chain
 from pathlib import Path
 
 from mapet_ds.config.finetune import FinetuneConfig
-from mapet_ds.config.sections import Config, RunConfig
+from mapet_ds.config.sections import TIMM, Config, RunConfig
 from mapet_ds.config.sources import sources
-from mapet_ds.config.towers import teacher_grid, teacher_layers, teacher_model_config
+from mapet_ds.config.towers import teacher_grid, teacher_layers, teacher_model_config, timm_patch
 from mapet_ds.errors import ConfigError, DataError
 
 
@@ -82,12 +82,16 @@ def _teacher_rules(config: Config) -> Iterator[str]:
     teacher, model = config.teacher, config.model
     grid, layers = teacher_grid(teacher), teacher_layers(teacher)
     vision = teacher_model_config(teacher.name)["vision_cfg"]
-    if teacher.features != "tokens" and (
-        isinstance(vision.get("layers"), list) or vision.get("timm_model_name")
-    ):
+    resnet, timm = isinstance(vision.get("layers"), list), bool(vision.get("timm_model_name"))
+    if teacher.features != "tokens" and (resnet or (timm and teacher.features == "projected")):
+        has = "a ResNet: no final norm" if resnet else "a tower of timm's: no projection of patches"
+        yield f"teacher.features = {teacher.features}, but {teacher.name} is {has}."
+    patch = timm_patch(vision)
+    if teacher.name.startswith(TIMM) and patch and teacher.img_size % patch:
         yield (
-            f"teacher.features = {teacher.features}, but {teacher.name} is not open_clip's own ViT: no "
-            "ln_post."
+            f"teacher.img_size = {teacher.img_size} is not a multiple of {teacher.name}'s patch of {patch} "
+            f"pixels: set teacher.img_size={patch * config.grid}, for the student's {config.grid} x "
+            f"{config.grid} patches."
         )
     if layers is not None and not -layers <= teacher.layer < layers:
         yield (
@@ -105,8 +109,10 @@ def _teacher_rules(config: Config) -> Iterator[str]:
 
 def _tokenizer_rules(config: Config) -> Iterator[str]:
     name = config.tokenizer.name
-    if config.method.predicts_ids and name not in ("kclip", "vqkd") and ":" not in name:
-        yield f"tokenizer.name = {name} is not known; there are kclip, vqkd and package.module:factory."
+    if config.method.predicts_ids and name not in ("kclip", "vqkd", "dalle") and ":" not in name:
+        yield (
+            f"tokenizer.name = {name} is not known; there are kclip, vqkd, dalle and package.module:factory."
+        )
 
 
 def _method_rules(config: Config) -> Iterator[str]:

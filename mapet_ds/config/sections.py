@@ -147,19 +147,21 @@ class DataConfig:
 
 @knobs
 class TeacherConfig:
-    """The frozen open_clip image tower whose dense features become targets."""
+    """The frozen image tower, of open_clip or timm, whose dense features become targets."""
 
     name: str = "RN50x64"
-    """open_clip model name, or local-dir:PATH (open_clip_config.json and weights beside it)."""
+    """open_clip model name, timm:NAME (a ViT of timm's), or local-dir:PATH (open_clip_config.json and weights
+    beside it)."""
     weights: str = "openai"
-    """open_clip tag, a local file, or `random` (asked for by name: the targets are then noise).
-    Not read for local-dir:, which brings its own."""
+    """A tag of that model in open_clip or timm, a local file, or `random` (asked for by name: the targets are
+    then noise). Not read for local-dir:, which brings its own."""
     img_size: Positive = 448
     """Side of the teacher's square view, pixels."""
     layer: int = -1
     """Index into the tower's intermediates; -1 is the last (layer4 of a ResNet, before pooling)."""
     features: Literal["tokens", "normed", "projected"] = "tokens"
-    """tokens: the layer's output; normed: after ln_post; projected: where CLIP compares (both: ViTs only)."""
+    """tokens: the layer's output; normed: after the tower's last norm (ViTs); projected: where CLIP
+    compares (open_clip's own ViTs)."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 on a GPU, fp32 on a CPU."""
     shard: Literal["none", "node", "world"] = "node"
@@ -175,10 +177,11 @@ class TokenizerConfig:
     """The tokenizer, which gives each patch an id, and the published fit of k-CLIP's codebook."""
 
     name: str = "kclip"
-    """kclip: the nearest k-means centroid of the teacher's feature; vqkd: BEiT v2's tokenizer, no teacher;
-    package.module:factory: your own, called as factory(config, device)."""
+    """kclip: the nearest k-means centroid of the teacher's feature; vqkd: BEiT v2's, dalle: BEiT's tokenizer,
+    neither with a teacher; package.module:factory: your own, called as factory(config, device)."""
     path: str = ""
-    """kclip: codebook.safetensors of tools/fit_codebook.py; vqkd: its published .pth or safetensors."""
+    """kclip: codebook.safetensors of tools/fit_codebook.py; vqkd: its published .pth or safetensors;
+    dalle: the encoder as safetensors (docs/extending.md)."""
     ids: str = ""
     """Folder of ids of tools/tokenize_images.py for all of data.train; empty: computed on the fly."""
     vocab_size: Positive = 8192

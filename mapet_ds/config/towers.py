@@ -1,4 +1,4 @@
-"""Sizes of open_clip's image towers, read from its JSON files. Neither open_clip nor torch is imported."""
+"""Sizes of image towers, by open_clip's JSON files or timm's names. No heavy library is imported."""
 
 from __future__ import annotations
 
@@ -9,17 +9,25 @@ import re
 from pathlib import Path
 from typing import Any
 
-from mapet_ds.config.sections import TeacherConfig
+from mapet_ds.config.sections import TIMM, TeacherConfig
 from mapet_ds.errors import ConfigError
 
 
 def teacher_model_config(name: str) -> dict[str, Any]:
-    """Reads open_clip's own description of a model, with its `vision_cfg`.
+    """Reads open_clip's own description of a model, with its `vision_cfg`; or makes one for timm:NAME.
 
     Raises:
-        ConfigError: open_clip has no such model, or the folder has no open_clip_config.json that describes
-            one.
+        ConfigError: open_clip has no such model, the folder has no open_clip_config.json that describes one,
+            or timm:NAME names weights too.
     """
+    if name.startswith(TIMM):
+        model, _, tag = name.removeprefix(TIMM).partition(".")
+        if tag or not model:
+            cure = f"teacher.name={TIMM}{model or 'NAME'} teacher.weights={tag or 'TAG'}"
+            raise ConfigError(f"teacher.name = {name}: weights have a knob of their own, {cure}.")
+        vision = {"timm_model_name": model, "timm_pool": "", "timm_proj": "linear"}  # its own pooling stays
+        return {"embed_dim": 1, "timm_alone": True, "vision_cfg": vision}
+
     if name.startswith("local-dir:"):
         path = Path(name.removeprefix("local-dir:")) / "open_clip_config.json"
         if not path.is_file():
@@ -55,6 +63,12 @@ def teacher_layers(teacher: TeacherConfig) -> int | None:
     return 5 if isinstance(layers, list) else layers  # a ModifiedResNet: stem, layer1 .. layer4
 
 
+def timm_patch(vision: dict[str, Any]) -> int | None:
+    """Side of a patch that the name of timm's model tells, pixels; None where it tells none."""
+    match = re.search(r"patch(\d+)", vision.get("timm_model_name") or "")
+    return int(match[1]) if match else None
+
+
 def teacher_grid(teacher: TeacherConfig) -> int | None:
     """Patches along one side of the teacher's feature map; None where only building the tower can tell."""
     vision = teacher_model_config(teacher.name)["vision_cfg"]
@@ -63,5 +77,5 @@ def teacher_grid(teacher: TeacherConfig) -> int | None:
         return teacher.img_size // (4 * 2 ** max(stage - 1, 0))
     if patch := vision.get("patch_size"):
         return teacher.img_size // patch
-    match = re.search(r"patch(\d+)", vision.get("timm_model_name") or "")
-    return teacher.img_size // int(match[1]) if match else None
+    patch = timm_patch(vision)
+    return teacher.img_size // patch if patch else None

@@ -11,8 +11,6 @@ from typing import Any
 
 import timm
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HFValidationError
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
@@ -20,27 +18,15 @@ from mapet_ds.config.sections import TIMM, Config
 from mapet_ds.errors import ConfigError
 from mapet_ds.files import checksum
 from mapet_ds.launch import once_per_node
-from mapet_ds.weights import LAYER_SCALE, UNREADABLE, fold_layer_scale, mismatches, shapes, timm_weights
-
-
-def tag_file(tag: str) -> Path:
-    """The weights of a timm tag, downloaded by the first rank of each node while the others wait."""
-    asked = f"model.init_from = {TIMM}{tag}"
-
-    def download() -> str:
-        try:
-            repository: Any = timm.get_pretrained_cfg(tag, allow_unregistered=False)
-            return hf_hub_download(repository.hf_hub_id, "model.safetensors")
-        except (RuntimeError, HFValidationError) as error:
-            raise ConfigError(f"{asked}: timm has no such weights on Hugging Face's hub: {error}") from error
-        except OSError as error:
-            reason = str(error).partition("\n")[0]
-            raise ConfigError(
-                f"{asked} can't be downloaded: {reason} Fetch it where there is a network (it is kept in "
-                "HF_HOME), or name a local file or folder."
-            ) from error
-
-    return Path(once_per_node(download)[0])
+from mapet_ds.weights import (
+    LAYER_SCALE,
+    UNREADABLE,
+    fold_layer_scale,
+    mismatches,
+    shapes,
+    timm_tag_file,
+    timm_weights,
+)  # fmt: skip
 
 
 def _described(name: str, path: Path, source: str) -> VisionTransformer:
@@ -100,7 +86,7 @@ def begin_from(vit: VisionTransformer, config: Config) -> tuple[str, list[str]]:
         blocks = {name.split(".")[1] for name in state if name.startswith("blocks.")}
         given = {"width": state["cls_token"].shape[-1], "blocks": len(blocks)} if "cls_token" in state else {}
     else:
-        path = tag_file(tag) if tag is not None else Path(source) / "model.safetensors"
+        path = Path(source) / "model.safetensors" if tag is None else timm_tag_file(tag, asked)
         model = _described(tag or f"local-dir:{source}", path, source)
         given = _figures(model)
         notes += _resize(model, config) + _other_colours(model, config)

@@ -9,7 +9,8 @@ from torch import Tensor
 from mapet_ds.config.sections import Config
 from mapet_ds.data.batch import Batch
 from mapet_ds.targets.target import Target
-from mapet_ds.targets.teacher import build_teacher, teacher_view
+from mapet_ds.targets.teacher import build_teacher
+from mapet_ds.targets.towers import teacher_view
 
 
 class TeacherFeatures(Target):

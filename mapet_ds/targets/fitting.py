@@ -21,7 +21,8 @@ from mapet_ds.errors import ConfigError
 from mapet_ds.launch import Ranks
 from mapet_ds.nearest import kmeans
 from mapet_ds.targets.codebook import Codebook
-from mapet_ds.targets.teacher import Teacher, teacher_view
+from mapet_ds.targets.teacher import Teacher
+from mapet_ds.targets.towers import teacher_view
 
 logger = logging.getLogger(__name__)
 IN_MEMORY = 2**33

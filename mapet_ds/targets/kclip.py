@@ -9,7 +9,8 @@ from torch import Tensor
 
 from mapet_ds.config.sections import Config
 from mapet_ds.targets.codebook import Codebook
-from mapet_ds.targets.teacher import build_teacher, teacher_view
+from mapet_ds.targets.teacher import build_teacher
+from mapet_ds.targets.towers import teacher_view
 from mapet_ds.weights import shapes_only
 
 

@@ -1,4 +1,4 @@
-"""The frozen open_clip image tower, from images to dense patch features before any pooling.
+"""The frozen image tower, from images to dense patch features before any pooling.
 
 The tower is built without storage (meta device), spread over ranks if asked, and only then filled from the
 weights, tensor by tensor: a rank reads from a safetensors file no more than it keeps. The tower is no part of
@@ -9,36 +9,32 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
-import os
 from collections.abc import Callable, Iterator
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import open_clip
 import torch
 import torch.distributed as dist
-from open_clip.convert import convert_state_dict
-from open_clip.model import _build_vision_tower, resize_pos_embed
-from open_clip.modified_resnet import ModifiedResNet
-from open_clip.transformer import LayerNormFp32
-from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from mapet_ds.config.knobs import Triple
 from mapet_ds.config.sections import TeacherConfig
 from mapet_ds.config.towers import teacher_model_config
-from mapet_ds.data.batch import View
 from mapet_ds.errors import ConfigError
 from mapet_ds.launch import once_per_node, ranks_per_host
 from mapet_ds.targets.target import teacher_dtype
-from mapet_ds.weights import Tensors, mismatches, read_tensors, shapes, shapes_only
-
-log = logging.getLogger(__name__)
+from mapet_ds.targets.towers import (
+    build_tower,
+    final_norm,
+    is_resnet,
+    quick_gelu,
+    tower_weights,
+    weights_file,
+)
+from mapet_ds.weights import Tensors, mismatches, shapes, shapes_only
 
 
 class Teacher(nn.Module):
@@ -68,9 +64,11 @@ class Teacher(nn.Module):
                 f"choose {-len(layers)} .. -1."
             )
         self.layer, self.features = config.layer % len(layers), config.features
-        needed = {"normed": "ln_post", "projected": "proj"}.get(self.features)
-        if needed and getattr(visual, needed, None) is None:
-            raise ConfigError(f"teacher.features = {self.features}, but {config.name} has no {needed}.")
+        needed = {"normed": final_norm(visual), "projected": getattr(visual, "proj", None)}
+        if needed.get(self.features, visual) is None:
+            part = "final norm of patches" if self.features == "normed" else "proj"
+            raise ConfigError(f"teacher.features = {self.features}, but {config.name} has no {part}.")
+        self.img_size = config.img_size
         _, self.embed_dim, self.grid, _ = layers[self.layer]
         if self.features == "projected":
             self.embed_dim = self.visual.proj.shape[1]
@@ -81,7 +79,7 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def _intermediates(self, images: Tensor, indices: list[int] | None) -> list[Tensor]:
-        early = not isinstance(self.visual, ModifiedResNet)  # there it means the opposite (open_clip 3.3)
+        early = not is_resnet(self.visual)  # there it means the opposite (open_clip 3.3)
         options = {"indices": indices, "intermediates_only": True, "stop_early": early}
         return self.visual.forward_intermediates(images, **options)["image_intermediates"]
 
@@ -96,7 +94,7 @@ class Teacher(nn.Module):
         with torch.autocast(images.device.type, enabled=False):
             features = self._intermediates(images, [self.layer])[0].flatten(2).transpose(1, 2)
             if self.features != "tokens":
-                features = self.visual.ln_post(features)
+                features = final_norm(self.visual)(features)
             return features @ self.visual.proj if self.features == "projected" else features
 
     def check_grid(self, grid: int) -> None:
@@ -108,7 +106,8 @@ class Teacher(nn.Module):
         if self.grid != grid:
             raise ConfigError(
                 f"The teacher's features are {self.grid} x {self.grid}, the student's patches {grid} x "
-                f"{grid}: each patch needs one target. Change teacher.img_size or the student's size."
+                f"{grid}: each patch needs one target. Set teacher.img_size="
+                f"{self.img_size // self.grid * grid}, or change the student's size."
             )
 
     @property
@@ -134,8 +133,8 @@ def build_teacher(config: TeacherConfig, device: torch.device, compiled: bool = 
 
     # Build the tower without storage.
     model, dtype = teacher_model_config(config.name), teacher_dtype(config, device)
-    model["quick_gelu"] = _quick_gelu(config, model)
-    build = partial(_build_tower, model, config.img_size)
+    model["quick_gelu"] = quick_gelu(config, model)
+    build = partial(build_tower, model, config.img_size)
     with torch.device(device if shapes_only() else "meta"):
         visual = build(dtype)
     teacher = Teacher(visual, config, dtype)
@@ -151,17 +150,16 @@ def build_teacher(config: TeacherConfig, device: torch.device, compiled: bool = 
         source = "random weights"
     else:
         source = weights_file(config)
-        weights = read_tensors(Path(source), f"The teacher's weights {source}", slices=True)
-        weights = _fit_sizes(convert_state_dict(cast(Any, teacher), weights), teacher)
+        weights = tower_weights(Path(source), teacher, config)
     _check_strictly(teacher, weights, source, config)
     teacher.identity = {
-        "name": config.name.partition(":")[0],  # a folder may move
+        "name": "local-dir" if config.name.startswith("local-dir:") else config.name,  # a folder may move
         "sha256": _fingerprint(teacher, weights, model),
         "layer": teacher.layer,
         "features": config.features,
         "img_size": config.img_size,
     }
-    if isinstance(visual, ModifiedResNet):
+    if is_resnet(visual):
         teacher.visual.attnpool = None  # 13 % of RN50x64, never run
 
     # Spread the tower over ranks, fill what this rank keeps, compile its blocks.
@@ -175,122 +173,6 @@ def build_teacher(config: TeacherConfig, device: torch.device, compiled: bool = 
             options: Any = {"emulate_precision_casts": True}
             block.forward = torch.compile(block.forward, dynamic=False, options=options)
     return teacher
-
-
-def teacher_mean_std(config: TeacherConfig) -> tuple[Triple, Triple]:
-    """Mean and standard deviation per channel that the teacher's images are normalised with.
-
-    The folder's preprocess_cfg or the tag gives them. A file takes those of all tags of its model, where
-    these agree, else OpenAI's.
-    """
-    if config.name.startswith("local-dir:"):
-        teacher_model_config(config.name)
-        folder = Path(config.name.removeprefix("local-dir:"))
-        cfgs = [json.loads((folder / "open_clip_config.json").read_text()).get("preprocess_cfg", {})]
-    elif tag := open_clip.get_pretrained_cfg(config.name, config.weights):
-        cfgs = [tag]
-    else:
-        tags = open_clip.list_pretrained_tags_by_model(config.name)
-        cfgs = [open_clip.get_pretrained_cfg(config.name, tag) for tag in tags]
-    default = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}
-    pairs = {(tuple({**default, **cfg}["mean"]), tuple({**default, **cfg}["std"])) for cfg in cfgs}
-    if len(pairs) == 1:
-        return pairs.pop()
-    _warn_of_colours(config.name, config.weights)
-    return default["mean"], default["std"]
-
-
-@cache
-def _warn_of_colours(name: str, weights: str) -> None:
-    """Says once that a file can't tell the mean and the deviation that its tower has learnt with."""
-    if weights != "random" and int(os.environ.get("RANK", "0")) == 0:
-        log.warning(
-            f"teacher.weights = {weights} is a file and can't tell its mean and std; {name}'s tags differ, "
-            "and OpenAI's are taken. For a file with others, such as LAION's, name the tag, or a folder with "
-            "its open_clip_config.json and preprocess_cfg: teacher.name=local-dir:FOLDER."
-        )
-
-
-def teacher_view(config: TeacherConfig) -> View:
-    """The view of a crop that the teacher sees."""
-    return View(config.img_size, *teacher_mean_std(config))
-
-
-def _quick_gelu(config: TeacherConfig, model: dict[str, Any]) -> bool:
-    """Whether the weights were trained with QuickGELU, by the model or the tag; a file does not record it."""
-    named = bool(model.get("quick_gelu"))
-    tag = open_clip.get_pretrained_cfg(config.name, config.weights)
-    twin = f"{config.name}-quickgelu"
-    known = named or tag or config.weights == "random"
-    if not known and int(os.environ.get("RANK", "0")) == 0 and twin in open_clip.list_models():
-        log.warning(
-            f"teacher.weights = {config.weights} is a file and can't tell its activation; {config.name} "
-            "means GELU. If the weights were trained with QuickGELU (OpenAI, MetaCLIP, DFN), set "
-            f"teacher.name={twin}."
-        )
-    return named or bool(tag.get("quick_gelu"))
-
-
-def _build_tower(model: dict[str, Any], img_size: int, dtype: torch.dtype) -> nn.Module:
-    """open_clip's image tower alone, on the current default device, its norms in fp32 whatever `dtype` is."""
-    vision: Any = dict(model["vision_cfg"], timm_model_pretrained=False, patch_dropout=0.0)
-    # A ResNet's trunk takes any size; its pooling, which does not, is unused here.
-    if vision.get("patch_size") and not vision.get("timm_model_name"):
-        vision["image_size"] = img_size
-    visual: Any = _build_vision_tower(model["embed_dim"], vision, model["quick_gelu"], cast_dtype=dtype)
-    if vision.get("timm_model_name"):
-        visual.set_input_size(img_size)
-    for module in visual.modules():
-        if not isinstance(module, (LayerNormFp32, nn.modules.batchnorm._BatchNorm)):
-            for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-                if tensor.is_floating_point():
-                    tensor.data = tensor.data.to(dtype)
-    return visual
-
-
-def weights_file(config: TeacherConfig) -> str:
-    """Path of the weights. The first rank of each node downloads those of a tag, while the others wait."""
-    if config.name.startswith("local-dir:"):
-        path = Path(config.name.removeprefix("local-dir:")) / "open_clip_model.safetensors"
-        if not path.is_file():
-            raise ConfigError(f"teacher.name = {config.name}: there is no {path}.")
-        return str(path)
-    tag = open_clip.get_pretrained_cfg(config.name, config.weights)
-    if not tag:
-        if not Path(config.weights).is_file():
-            tags = ", ".join(open_clip.list_pretrained_tags_by_model(config.name)) or "none"
-            raise ConfigError(
-                f"teacher.weights = {config.weights!r} is neither a file nor a tag of {config.name} (tags: "
-                f"{tags}); `random` must be asked for by name."
-            )
-        return config.weights
-
-    def download() -> str:
-        try:
-            return open_clip.download_pretrained(tag)
-        except (OSError, RuntimeError) as error:
-            raise ConfigError(
-                f"The weights {config.weights} of {config.name} can't be downloaded: {error} Fetch them "
-                "where there is a network (open_clip keeps them in HF_HOME or ~/.cache/clip), or set "
-                "teacher.weights to a local file."
-            ) from error
-
-    return once_per_node(download)[0]
-
-
-def _fit_sizes(weights: Tensors, teacher: Teacher) -> Tensors:
-    """The weights, with positions resampled to the teacher's grid as open_clip's force_image_size does."""
-    if (name := "visual.positional_embedding") in weights:
-        weights[name] = weights[name][...].float()
-        resize_pos_embed(weights, teacher)
-    trunk: Any = getattr(teacher.visual, "trunk", None)
-    if (name := "visual.trunk.pos_embed") in weights:
-        table = weights[name][...].float()
-        if table.ndim == 3 and table.shape != trunk.pos_embed.shape:
-            prefix = 0 if trunk.no_embed_class else trunk.num_prefix_tokens
-            table = resample_abs_pos_embed(table, trunk.patch_embed.grid_size, num_prefix_tokens=prefix)
-        weights[name] = table
-    return weights
 
 
 def _check_strictly(teacher: Teacher, weights: Tensors, source: str, config: TeacherConfig) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from mapet_ds.config.sections import Config
 from mapet_ds.data.batch import View
 from mapet_ds.errors import ConfigError
+from mapet_ds.targets.dalle import DallE
 from mapet_ds.targets.kclip import KClip
 from mapet_ds.targets.vqkd import VQKD
 
@@ -30,7 +31,9 @@ class Tokenizer(Protocol):
         ...
 
 
-TOKENIZERS: dict[str, Callable[[Config, torch.device], Tokenizer]] = {"kclip": KClip, "vqkd": VQKD}
+TOKENIZERS: dict[str, Callable[[Config, torch.device], Tokenizer]] = {
+    "kclip": KClip, "vqkd": VQKD, "dalle": DallE,
+}  # fmt: skip
 
 
 def build_tokenizer(config: Config, device: torch.device) -> Tokenizer:

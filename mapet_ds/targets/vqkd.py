@@ -6,7 +6,6 @@ statistics in that file served its training and are not used.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 from pathlib import Path
@@ -21,7 +20,7 @@ from mapet_ds.config.sections import Config
 from mapet_ds.data.batch import View
 from mapet_ds.errors import ConfigError
 from mapet_ds.targets.codebook import Codebook
-from mapet_ds.weights import HEAD_DIM, mismatches, read_tensors, shapes, shapes_only
+from mapet_ds.weights import HEAD_DIM, fingerprint, mismatches, read_tensors, shapes, shapes_only
 
 CODES = "quantize.embedding.weight"
 USED = ("encoder.", "encode_task_layer.", CODES)
@@ -62,7 +61,7 @@ class VQKD(nn.Module):
             self._check_strictly(weights, path)
             state = {name: _named(name, weights).float() for name in self.state_dict()}
             self.load_state_dict(state, assign=True)
-            self.identity["sha256"] = _fingerprint(weights)
+            self.identity["sha256"] = fingerprint(weights)
         self.to(device).requires_grad_(False).eval()
         self.codebook = Codebook(weights[CODES], {}).to(device)
         self.vocab_size = len(weights[CODES])
@@ -142,12 +141,3 @@ def _named(name: str, weights: dict[str, Tensor]) -> Tensor:
         return weights[name]
     q, v = (weights[name.replace("qkv.bias", bias)] for bias in ("q_bias", "v_bias"))
     return torch.cat([q, torch.zeros_like(q), v])
-
-
-def _fingerprint(weights: dict[str, Tensor]) -> str:
-    """sha256 of names and weights, equal for every kind of file that holds them."""
-    sha = hashlib.sha256()
-    for name in sorted(weights):
-        sha.update(name.encode())
-        sha.update(weights[name].float().contiguous().numpy().data)
-    return sha.hexdigest()

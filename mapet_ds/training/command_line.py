@@ -23,7 +23,11 @@ from mapet_ds.terminal import recipe_parser, refuse
 
 def check_tokenizer_file(tokenizer: TokenizerConfig) -> None:
     """Refuses a tokenizer whose file isn't there, by a ConfigError."""
-    writes = {"kclip": "tools/fit_codebook.py writes it", "vqkd": "BEiT v2 publishes it"}.get(tokenizer.name)
+    origins = {
+        "kclip": "tools/fit_codebook.py writes it", "vqkd": "BEiT v2 publishes it",
+        "dalle": "docs/extending.md has the lines that make it of OpenAI's",
+    }  # fmt: skip
+    writes = origins.get(tokenizer.name)
     if writes and not Path(tokenizer.path).is_file():
         state = f"= {tokenizer.path} is not a file" if tokenizer.path else "is empty"
         cure = f"name the file that the {tokenizer.name} tokenizer reads; {writes}"

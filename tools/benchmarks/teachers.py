@@ -19,7 +19,8 @@ from mapet_ds.data.index import open_index
 from mapet_ds.errors import ConfigError
 from mapet_ds.launch import init_distributed
 from mapet_ds.targets.codebook import Codebook
-from mapet_ds.targets.teacher import build_teacher, teacher_mean_std
+from mapet_ds.targets.teacher import build_teacher
+from mapet_ds.targets.towers import teacher_mean_std
 
 
 def measure_teacher(arguments: argparse.Namespace) -> Figures | None:
