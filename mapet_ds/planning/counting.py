@@ -331,5 +331,6 @@ def _teach(goal: Any, config: Config, images: int, parts: Parts | None = None) -
     sides = (config.model.img_size, goal.teacher_view.size if goal.teacher_view else config.model.img_size)
     views = [torch.zeros(images, 3, side, side) for side in sides]
     with Tally(*views, parts=parts) as tally:
-        made = goal(SimpleNamespace(images=views[0], teacher_images=views[1], index=range(images)))
+        batch = {"images": views[0], "teacher_images": views[1], "index": range(images), "draw": None}
+        made = goal(SimpleNamespace(**batch))
     return tally, made

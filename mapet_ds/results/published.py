@@ -19,7 +19,16 @@ from torch import Tensor
 from mapet_ds.errors import ConfigError
 from mapet_ds.files import staged
 from mapet_ds.results.export import NO_PROVENANCE, write_timm
-from mapet_ds.weights import HEAD_DIM, LAYER_SCALE, fold_layer_scale, mismatches, read_tensors, shapes
+from mapet_ds.weights import (
+    HEAD_DIM,
+    LAYER_SCALE,
+    TABLE,
+    fit_positions,
+    fold_layer_scale,
+    mismatches,
+    read_tensors,
+    shapes,
+)
 
 
 class Method(NamedTuple):
@@ -46,7 +55,6 @@ VITS = {
     1024: "vit_large_patch16_224",
 }
 BEITS = {384: "beit_base_patch16_224", 768: "beit_base_patch16_224", 1024: "beit_large_patch16_224"}
-TABLE = "relative_position_bias_table"
 METHODS = {
     "mapet": Method(
         VITS, "pos_embed", {"q": 1, "kv": 2}, ".attn.kv.",
@@ -135,11 +143,8 @@ def _sources(name: str, qkv: dict[str, int]) -> dict[str, int]:
 
 def _to_timm(state: dict[str, Tensor], path: Path, method: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """timm's arguments, and fp32 weights by timm's names."""
-    # ConMIM's one table of relative positions goes to each block: its fine-tuning begins from that.
-    if f"rel_pos_bias.{TABLE}" in state and not any(name.endswith(f"attn.{TABLE}") for name in state):
-        state = dict(state)
-        shared = state.pop(f"rel_pos_bias.{TABLE}")
-        state |= {f"{block}.attn.{TABLE}": shared for block in _blocks(state)}
+    # BEiT's one table of relative positions goes to each block: its fine-tuning begins from that.
+    state = fit_positions(state, shared=False)
 
     # timm's tensors, and the published ones of which each is made.
     arguments = _arguments(state, path, method)
