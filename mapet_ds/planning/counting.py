@@ -33,7 +33,7 @@ from mapet_ds.planning.parts import Parts
 from mapet_ds.planning.roofline import Kernels, kernels
 from mapet_ds.planning.tally import Tables, Tally
 from mapet_ds.targets.teacher import Teacher, tower_blocks
-from mapet_ds.vit import Graph, StreamBlock
+from mapet_ds.vit import Graph, RelativeBlock, StreamBlock
 from mapet_ds.weights import UNREADABLE
 
 CPU = torch.device("cpu")
@@ -295,7 +295,8 @@ def _count_target(config: Config, few: int, many: int) -> Target:
             smaller, made = _teach(goal, config, few)
             teachers = [module for module in called if isinstance(module, Teacher)]
             graphs = [block for teacher in teachers for block in tower_blocks(teacher.visual)]
-            graphs += [module for module in called if isinstance(module, (StreamBlock, Graph))]
+            compiled = (StreamBlock, RelativeBlock, Graph)
+            graphs += [module for module in called if isinstance(module, compiled)]
             parts = Parts()
             with parts.inside((block, "target", True) for block in graphs), parts("target"):
                 larger, _ = _teach(goal, config, many, parts)

@@ -18,8 +18,13 @@ from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from mapet_ds.planning.parts import Parts, Place, in_backward
 
-ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+BIASED = torch.ops.aten._scaled_dot_product_efficient_attention
+"""The kernel that a GPU takes where attention adds a bias that is learnt. A CPU has none."""
+ATTENTION = BIASED, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+ATTENTION_BACKWARD = (
+    torch.ops.aten._scaled_dot_product_efficient_attention_backward,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward,
+)
 CONVOLUTION = torch.ops.aten.convolution
 FREE = ("empty", "new_empty", "_unsafe_view")
 """Beginnings of the names of operations that move nothing, beside views."""
@@ -145,9 +150,9 @@ def _moved(
 
 def _flops_of(operation: Any, args: tuple, kwargs: dict[str, Any], result: Any) -> int:
     """Attention's backward pass has twice the forward's products; scores made anew are not counted."""
-    if operation is ATTENTION:
+    if operation in ATTENTION:
         return sdpa_flop_count(*(x.shape for x in args[:3]))
-    if operation is ATTENTION_BACKWARD:
+    if operation in ATTENTION_BACKWARD:
         return 2 * sdpa_flop_count(*(x.shape for x in args[1:4]))
     # What is done in place costs the same.
     operation = getattr(torch.ops.aten, operation.__name__.rstrip("_"), operation)
@@ -161,6 +166,13 @@ def _precision(operation: Any, args: tuple) -> str:
     if operation is CONVOLUTION:
         return "convolutions" if torch.backends.cudnn.allow_tf32 else "fp32"
     return "fp32" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def _biased(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """Attention as a GPU does it: lines of the bias are padded to 16 bytes, and each image has its gradient."""
+    padded = nn.functional.pad(bias, (0, -bias.shape[-1] % 8))[..., : bias.shape[-1]]
+    padded = padded.expand(*q.shape[:3], k.shape[2])
+    return BIASED(q, k, v, padded, torch.is_grad_enabled())[0]
 
 
 class Tables(TorchFunctionMode):
@@ -182,6 +194,9 @@ class Tables(TorchFunctionMode):
         kwargs = kwargs or {}
         if function is nn.functional.scaled_dot_product_attention:
             self._note(*args, **kwargs)
+            bias = kwargs.get("attn_mask")
+            if isinstance(bias, FakeTensor) and bias.is_floating_point():
+                return _biased(*args, bias)
         tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
         real = function in self.MADE or (tensors and not any(isinstance(x, FakeTensor) for x in tensors))
         with unset_fake_temporarily() if real else contextlib.nullcontext():
