@@ -169,7 +169,7 @@ def _precision(operation: Any, args: tuple) -> str:
 
 
 def _biased(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    """Attention as a GPU does it: lines of the bias are padded to 16 bytes, and each image has its gradient."""
+    """Attention as on a GPU: lines of the bias are padded to 16 bytes, and each image has its gradient."""
     padded = nn.functional.pad(bias, (0, -bias.shape[-1] % 8))[..., : bias.shape[-1]]
     padded = padded.expand(*q.shape[:3], k.shape[2])
     return BIASED(q, k, v, padded, torch.is_grad_enabled())[0]
