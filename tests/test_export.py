@@ -38,6 +38,13 @@ MODELS = {
         drop_path=0.5,
         args=SMALL | {"proj_drop_rate": 0.5},
     ),
+    "one table": ModelConfig(
+        name="beit_base_patch16_224",
+        img_size=32,
+        patch_size=8,
+        args=SMALL | {"use_rel_pos_bias": False, "use_shared_rel_pos_bias": True},
+    ),
+    "a table each": ModelConfig(name="beit_base_patch16_224", img_size=32, patch_size=8, args=SMALL),
     "plain": ModelConfig(name="vit_tiny_patch16_224"),
 }
 
