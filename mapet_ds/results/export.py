@@ -136,8 +136,8 @@ def export_timm(
 
     `timm.create_model("local-dir:OUT", pretrained=True)` loads it with the run's size, mean and std.
     `timm.create_model(name, checkpoint_path="OUT/model.safetensors", num_classes=0)` loads it strictly.
-    A BEiT has one table of relative positions for each block, as timm's name tells and as fine-tuning wants
-    it; it takes global_pool="token" for its final norm to be that of the run.
+    A BEiT has a table of relative positions in each block, as fine-tuning wants it. By name it takes
+    global_pool="token" as well, and init_values=0.0 where LayerScale is folded.
     Nothing is left in `out` unless the files, read back by timm, give the features of the run's own ViT.
 
     layer_scale: "fold" moves LayerScale into the layers before it, for timm's plain model; "keep" leaves it
