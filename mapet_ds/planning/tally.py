@@ -7,6 +7,7 @@ import math
 import weakref
 from collections import Counter
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from mapet_ds.planning.parts import Parts, Place, in_backward
 
+ATTEND = nn.functional.scaled_dot_product_attention
 BIASED = torch.ops.aten._scaled_dot_product_efficient_attention
 """The kernel that a GPU takes where attention adds a bias that is learnt. A CPU has none."""
 ATTENTION = BIASED, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -168,11 +170,19 @@ def _precision(operation: Any, args: tuple) -> str:
     return "fp32" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
-def _biased(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    """Attention as on a GPU: lines of the bias are padded to 16 bytes, and each image has its gradient."""
-    padded = nn.functional.pad(bias, (0, -bias.shape[-1] % 8))[..., : bias.shape[-1]]
-    padded = padded.expand(*q.shape[:3], k.shape[2])
-    return BIASED(q, k, v, padded, torch.is_grad_enabled())[0]
+def _attend(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, **options: Any) -> Tensor:
+    if not isinstance(attn_mask, FakeTensor) or not attn_mask.is_floating_point():
+        return ATTEND(q, k, v, attn_mask=attn_mask, **options)
+    padded = nn.functional.pad(attn_mask, (0, -k.shape[2] % 8))[..., : k.shape[2]]
+    return BIASED(q, k, v, padded.expand(*q.shape[:3], k.shape[2]), torch.is_grad_enabled())[0]
+
+
+def biased_attention() -> Any:
+    """A context in which attention with a bias is a GPU's, also where it is made anew, which no mode sees.
+
+    Lines of the bias are padded to 16 bytes, and each image has a gradient of its own of it.
+    """
+    return patch.object(nn.functional, "scaled_dot_product_attention", _attend)
 
 
 class Tables(TorchFunctionMode):
@@ -192,11 +202,8 @@ class Tables(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if function is nn.functional.scaled_dot_product_attention:
+        if function is ATTEND:
             self._note(*args, **kwargs)
-            bias = kwargs.get("attn_mask")
-            if isinstance(bias, FakeTensor) and bias.is_floating_point():
-                return _biased(*args, bias)
         tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
         real = function in self.MADE or (tensors and not any(isinstance(x, FakeTensor) for x in tensors))
         with unset_fake_temporarily() if real else contextlib.nullcontext():
