@@ -37,7 +37,7 @@ LINES = {
     "training": 1460,  # DeepSpeed, its workarounds, what it gathers checked; checkpoints, metrics, jumps
     "finetuning": 540,
     "results": 2000,  # export and its proof, cards, foreign weights, probes, features, the page about a run
-    "planning": 1540,  # counts on real modules, a cluster's arithmetic, the bound by FLOPs and bytes
+    "planning": 1560,  # counts on real modules, a cluster's arithmetic, the bound by FLOPs and bytes
     "story": 2230,  # the files beside the rooms: pretrain, run, task, draws, vit, launch, weights, ...
     "tools": 4300,  # fourteen programs, the benchmarks, the trial of a new machine and its steps
 }
