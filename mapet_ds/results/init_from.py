@@ -52,7 +52,7 @@ def tag_file(tag: str) -> Path:
     return Path(once_per_node(download)[0])
 
 
-def _described(name: str, path: Path, source: str, kind: type) -> ViT:
+def _described(name: str, path: Path, source: str, kind: type) -> Any:
     """timm's own model of a folder or a tag, of the run's kind, its weights loaded strictly."""
     asked = f"model.init_from = {source}"
     try:
