@@ -40,6 +40,9 @@ AVERAGES = ("state_dict_ema", "model_ema", "teacher")
 PREFIXES = ("module.", "_orig_mod.", "encoder.")
 HEAD_DIM = 64
 """Width of a head in the published ViTs (12 heads of 768), the one size that no tensor's shape gives."""
+TABLE = "relative_position_bias_table"
+SHARED_TABLE = f"rel_pos_bias.{TABLE}"
+"""BEiT's relative positions, in pre-training one table for all blocks."""
 LAYER_SCALE = re.compile(r"(?P<block>.+)\.(?:ls|gamma_)(?P<branch>[12])(?:\.gamma)?")
 
 
@@ -117,6 +120,8 @@ def _no_tensors(held: Any, source: str) -> str:
 def timm_weights(path: Path, model: nn.Module, source: str) -> dict[str, Tensor]:
     """Reads tensors by timm's names, and resamples positions and patch embedding to the model's.
 
+    BEiT's relative positions come as the model has them: one table for all blocks, or one in each.
+
     A moving average is taken where the file has one, as timm does; DINO's and iBOT's is their teacher, whose
     backbone is taken without the head that projects its features.
 
@@ -125,7 +130,7 @@ def timm_weights(path: Path, model: nn.Module, source: str) -> dict[str, Tensor]
     """
     state = read_tensors(path, source, ema=None)
     inner = {name.removeprefix("backbone."): state[name] for name in state if name.startswith("backbone.")}
-    state = inner or state
+    state = fit_positions(inner or state, SHARED_TABLE in dict(model.named_parameters()))
     convert = getattr(importlib.import_module(type(model).__module__), "checkpoint_filter_fn", None)
     try:
         return convert(state, model) if convert else state
@@ -185,6 +190,21 @@ def mismatches(wanted: dict[str, tuple[int, ...]], given: dict[str, tuple[int, .
     differing = [name for name in wanted.keys() & given.keys() if given[name] != wanted[name]]
     wrong += [f"{name} is {given[name]}, the model's {wanted[name]}" for name in differing]
     return sorted(wrong)
+
+
+def fit_positions(state: dict[str, Tensor], shared: bool) -> dict[str, Tensor]:
+    """The same function with BEiT's relative positions in one table for all blocks, or in one for each.
+
+    Tables of blocks that differ stay: a model with one table can't compute what they do.
+    """
+    blocks = {match[0] for name in state if (match := re.match(r"blocks\.\d+\.attn", name))}
+    own = [name for name in state if name.endswith(f".attn.{TABLE}")]
+    if shared and own and all(torch.equal(state[own[0]], state[name]) for name in own):
+        return {name: state[name] for name in state if name not in own} | {SHARED_TABLE: state[own[0]]}
+    if not shared and not own and SHARED_TABLE in state:
+        tables = {f"{block}.{TABLE}": state[SHARED_TABLE] for block in blocks}
+        return {name: state[name] for name in state if name != SHARED_TABLE} | tables
+    return state
 
 
 def fold_layer_scale(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -117,6 +117,8 @@ def _through(block: nn.Module, rows: Tensor, context: list[Tensor], keep: Sequen
 def masked_rows(model: nn.Module, image: Tensor, mask: Tensor, keep: Tensor | None = None) -> Tensor:
     """[1 + L, D] of one image: mask tokens for hidden patches, all rows attending to all, final norm."""
     vit = model.vit
+    if vit.pos_embed is None:
+        return relative_rows(model, image, mask, torch.ones(2 * len(vit.blocks)) if keep is None else keep)
     patches, position = vit.patch_embed(image[None])[0], vit.pos_embed[0]
     shown = [model.mask_token[0, 0] if hidden else patch for patch, hidden in zip(patches, mask)]
     rows = torch.stack(
@@ -128,6 +130,46 @@ def masked_rows(model: nn.Module, image: Tensor, mask: Tensor, keep: Tensor | No
             assert not block.training or isinstance(block.drop_path1, nn.Identity)
         rows = _through(block, rows, [rows] * len(rows), uniforms)
     return vit.norm(rows)
+
+
+def _bias_by_hand(vit: nn.Module, block: nn.Module, query: int, key: int) -> Tensor:
+    """The bias of each head for two patches, -1 being the class token. Source: BEiT, arXiv 2106.08254."""
+    grid = vit.patch_embed.grid_size[0]
+    where = (2 * grid - 1) ** 2 + {(True, False): 0, (False, True): 1, (True, True): 2}.get(
+        (query < 0, key < 0), 0
+    )
+    if query >= 0 and key >= 0:
+        down, right = query // grid - key // grid, query % grid - key % grid
+        where = (down + grid - 1) * (2 * grid - 1) + right + grid - 1
+    tables = [
+        part.relative_position_bias_table for part in (vit.rel_pos_bias, block.attn) if part is not None
+    ]
+    return sum(table[where] for table in tables if table is not None)
+
+
+def relative_rows(model: nn.Module, image: Tensor, mask: Tensor, keep: Tensor) -> Tensor:
+    """masked_rows of a timm BEiT: pair by pair of rows, head by head."""
+    vit, heads = model.vit, model.vit.blocks[0].attn.num_heads
+    patches = vit.patch_embed(image[None])[0]
+    shown = [model.mask_token[0, 0] if hidden else patch for patch, hidden in zip(patches, mask)]
+    rows = [vit.cls_token[0, 0], *shown]
+    for i, block in enumerate(vit.blocks):
+        attn, kept = (
+            block.attn,
+            [_kept(block.drop_path1, keep[2 * i]), _kept(block.drop_path2, keep[2 * i + 1])],
+        )
+        normed, after = torch.stack([block.norm1(row) for row in rows]), []
+        q, k, v = (normed @ part.T for part in attn.qkv.weight.chunk(3))
+        q, v = q + attn.q_bias, v + attn.v_bias
+        q, k, v = (part.unflatten(1, (heads, -1)) for part in (q, k, v))
+        for p, row in enumerate(rows):
+            bias = torch.stack([_bias_by_hand(vit, block, p - 1, other - 1) for other in range(len(rows))])
+            shares = [torch.softmax(k[:, h] @ q[p, h] * attn.scale + bias[:, h], dim=0) for h in range(heads)]
+            read = attn.proj(torch.cat([share @ v[:, h] for h, share in enumerate(shares)]))
+            row = row + kept[0] * block.gamma_1 * read
+            after.append(row + kept[1] * block.gamma_2 * Mlp.forward(block.mlp, block.norm2(row)))
+        rows = after
+    return vit.norm(torch.stack(rows))
 
 
 def beit_loss(model: nn.Module, images: Tensor, ids: Tensor, draw: tuple[Tensor, ...]) -> Tensor:
@@ -157,7 +199,7 @@ def projected(model: nn.Module, rows: list[Tensor], group: int) -> list[Tensor]:
         elif isinstance(layer, nn.ReLU):
             rows = [row.clamp(min=0) for row in rows]
         else:
-            if layer is model.projector[-1]:  # what a group has in common at a position
+            if layer.centre:  # what a group has in common at a position
                 for first in range(0, len(rows), group):
                     common = sum(rows[first : first + group]) / group
                     rows[first : first + group] = [row - common for row in rows[first : first + group]]

@@ -38,6 +38,13 @@ MODELS = {
         drop_path=0.5,
         args=SMALL | {"proj_drop_rate": 0.5},
     ),
+    "one table": ModelConfig(
+        name="beit_base_patch16_224",
+        img_size=32,
+        patch_size=8,
+        args=SMALL | {"use_rel_pos_bias": False, "use_shared_rel_pos_bias": True},
+    ),
+    "a table each": ModelConfig(name="beit_base_patch16_224", img_size=32, patch_size=8, args=SMALL),
     "plain": ModelConfig(name="vit_tiny_patch16_224"),
 }
 
@@ -58,7 +65,10 @@ def write_checkpoint(run_dir: Path, model: ModelConfig, step: int = 1, **data):
 def plain_arguments(model: ModelConfig) -> dict:
     if model == MODELS["plain"]:
         return {}
-    return {"img_size": model.img_size, "patch_size": model.patch_size, **model.args}
+    sizes = {"img_size": model.img_size, "patch_size": model.patch_size}
+    if model.relative:  # a table in each block, as timm's name tells
+        return sizes | SMALL | {"global_pool": "token"}
+    return {**sizes, **model.args}
 
 
 @torch.no_grad()
@@ -85,7 +95,8 @@ def test_timm_loads_the_runs_vit(tmp_path, monkeypatch, name, layer_scale):
 
     from_folder = timm.create_model(f"local-dir:{exported.folder}", pretrained=True)
     assert_same_features(vit, from_folder, model.img_size)
-    init_values = 0.0 if layer_scale == "fold" and "dinov2" in model.name else None
+    brings_its_own = "dinov2" in model.name or model.relative
+    init_values = 0.0 if layer_scale == "fold" and brings_its_own else None
     if layer_scale == "keep":
         init_values = model.layer_scale
     strictly = timm.create_model(
@@ -96,7 +107,7 @@ def test_timm_loads_the_runs_vit(tmp_path, monkeypatch, name, layer_scale):
         **plain_arguments(model),
     )
     assert_same_features(vit, strictly, model.img_size)
-    has_layer_scale = any(".ls1." in k for k in strictly.state_dict())
+    has_layer_scale = any(".ls1." in k or "gamma_1" in k for k in strictly.state_dict())
     assert has_layer_scale == (layer_scale == "keep" and model.layer_scale is not None)
 
 

@@ -18,6 +18,7 @@ from mapet_ds.files import checksum
 from mapet_ds.methods import build_objective
 from mapet_ds.results import init_from
 from mapet_ds.results.init_from import begin_from
+from mapet_ds.results.published import import_weights
 from mapet_ds.training.checkpoint import Checkpoint, check_identity, identity, newest
 from mapet_ds.training.command_line import check_files
 from mapet_ds.vit import build_vit
@@ -159,12 +160,67 @@ def refused(source, model=RUN):
         ({"act_layer": "quick_gelu"}, "activation QuickGELU"),
         ({"reg_tokens": 2}, "reg_token is not in the model"),
         ({"class_token": False, "global_pool": "avg"}, "cls_token is missing"),
-        ({"name": "beit_base_patch16_224"}, "is a Beit, and only timm's plain VisionTransformer fits"),
+        ({"name": "beit_base_patch16_224"}, "is a Beit, and model.name names a VisionTransformer"),
     ],
 )
 def test_another_architecture_is_named_with_both_figures(tmp_path, arguments, says):
     write_source(tmp_path / "source", **arguments)
     assert says in refused(tmp_path / "source")
+
+
+BEIT = "beit_base_patch16_224"
+SHARED = {"use_rel_pos_bias": False, "use_shared_rel_pos_bias": True}
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+@pytest.mark.parametrize(("theirs", "ours"), [(SHARED, SHARED), (SHARED, {}), ({}, {})])
+def test_relative_positions_begin_from_either_kind_of_table(tmp_path, kind, theirs, ours):
+    """At the source's size, and at another, where timm resamples the tables."""
+    source = write_source(tmp_path / "source", name=BEIT, global_pool="token", init_values=0.5, **theirs)
+    path = tmp_path / "source" if kind == "folder" else tmp_path / "source/model.safetensors"
+    run = dataclasses.replace(RUN, name=BEIT, args=SMALL | ours)
+    vit, _ = begin(path, run)
+    assert_same_function(vit, source)
+    vit, _ = begin(path, dataclasses.replace(run, img_size=48))
+    source.set_input_size(48)
+    assert_same_function(vit, source, 48)
+
+
+def test_a_run_with_one_table_takes_equal_ones_and_refuses_others(tmp_path):
+    source = write_source(tmp_path / "differ", name=BEIT, global_pool="token")
+    run = dataclasses.replace(RUN, name=BEIT, args=SMALL | SHARED)
+    assert "relative_position_bias_table is not in the model" in refused(tmp_path / "differ", run)
+    for block in source.blocks:
+        block.attn.relative_position_bias_table = source.blocks[0].attn.relative_position_bias_table
+    equal = {name: tensor.clone() for name, tensor in source.state_dict().items()}
+    save_file(equal, tmp_path / "differ/model.safetensors")
+    vit, _ = begin(tmp_path / "differ", run)
+    assert_same_function(vit, source)
+    assert "is a VisionTransformer, and model.name names a Beit" in refused(write_plain(tmp_path), run)
+
+
+def write_plain(folder):
+    write_source(folder / "plain")
+    return folder / "plain"
+
+
+def test_released_beit_v2_weights_go_through_an_import(tmp_path):
+    """A small file in the layout that it pre-trains in: one table for all blocks, and heads of its own."""
+    timms = {"depth": 2, "embed_dim": 768, "num_heads": 12, "mlp_ratio": 0.25, "global_pool": "token"}
+    source = write_source(tmp_path / "source", name=BEIT, init_values=0.5, num_classes=0, **timms, **SHARED)
+    released = source.state_dict() | {
+        "mask_token": torch.ones(1, 1, 768), "lm_head.weight": torch.ones(8, 768),
+        "cls_pt_layers.0.attn.q_bias": torch.ones(768), "cls_pt_layers.0.norm1.weight": torch.ones(768),
+        "rel_pos_bias.relative_position_index": torch.zeros(17, 17, dtype=torch.long),
+    }  # fmt: skip
+    torch.save({"model": released}, tmp_path / "released.pth")
+    written = import_weights("beitv2", tmp_path / "released.pth", tmp_path / "out", layer_scale="keep")
+    assert written.architecture == "beitv2_base_patch16_224"
+    assert written.dropped == ["cls_pt_layers", "lm_head", "mask_token", "relative_position_index"]
+    for tables in (SHARED, {}):
+        args = {name: timms[name] for name in ("depth", "embed_dim", "num_heads", "mlp_ratio")} | tables
+        vit, _ = begin(tmp_path / "out", dataclasses.replace(RUN, name=BEIT, args=args), DataConfig())
+        assert_same_function(vit, source)
 
 
 def test_a_file_is_refused_whole(tmp_path):

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch._dynamo.utils import counters
 
+from mapet_ds.config.rules import _method_rules
 from mapet_ds.config.sections import (
     BEiTConfig,
     CAEConfig,
@@ -27,7 +28,7 @@ from mapet_ds.draws import Place, block_masks, cell_masks
 from mapet_ds.errors import ConfigError
 from mapet_ds.methods import METHODS, build_objective
 from mapet_ds.objectives import objective as objective_module
-from mapet_ds.vit import Graph, build_vit, compile_blocks
+from mapet_ds.vit import Graph, build_vit, compile_blocks, embed, run_blocks
 
 VOCAB = 11
 GROUP = 2
@@ -257,6 +258,108 @@ def test_variable_masks_are_a_mean_per_image(name):
         mask[row, mask[row].nonzero()[patch]] = False
     draw = draw._replace(mask=mask)
     assert abs(model(images, target, draw).loss - slow_loss(model, images, target, draw)) < 1e-9
+
+
+# ---- relative positions
+
+
+SHARED = {"use_rel_pos_bias": False, "use_shared_rel_pos_bias": True}
+"""timm's arguments for one table for all blocks, as BEiT pre-trains."""
+
+
+def relative_model(name, args=SHARED, **changes):
+    """An objective whose student is timm's BEiT."""
+    config = tiny_config(name, **changes)
+    model = dataclasses.replace(config.model, name="beit_base_patch16_224", args=TINY | args)
+    return build_objective(dataclasses.replace(config, model=model), DIMS[name])
+
+
+@pytest.mark.parametrize("args", [SHARED, {}], ids=["shared", "own"])
+@pytest.mark.parametrize("name", ["beit", "mvp", "conmim"])
+def test_relative_positions_equal_a_twin_that_looks_each_pair_up(name, args):
+    """With gradients, recomputed, and as torch.compile traces and differentiates the blocks."""
+    centre = dataclasses.replace(tiny_config().conmim, centre=False)
+    model = far_from_init(relative_model(name, args, conmim=centre).double())
+    images, target, draw = tiny_batch(model, slots=2)
+    assert (draw.keep < 0.3).any()
+    slow = slow_loss(model, images, target, draw)
+    slow.backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    torch.compiler.reset()
+    for prepare in (lambda: None, lambda: model.vit.set_grad_checkpointing(True), lambda: compiled(model)):
+        prepare()
+        model.zero_grad()
+        loss = model(images, target, draw).loss
+        loss.backward()
+        assert abs(loss - slow) < 1e-9
+        assert all((a - p.grad).abs().max() < 1e-9 for a, p in zip(expected, model.parameters(), strict=True))
+
+
+def compiled(model):
+    for block in model.vit.blocks:
+        block.compile(backend="aot_eager", fullgraph=True)
+
+
+@pytest.mark.parametrize(
+    "args", [SHARED, {}, SHARED | {"use_abs_pos_emb": True}], ids=["shared", "own", "both"]
+)
+def test_a_relative_student_without_a_mask_is_timms_own(args):
+    vit = far_from_init(relative_model("beit", args)).vit.eval()
+    timms = timm.create_model(
+        "beit_base_patch16_224", img_size=16, patch_size=4, init_values=0.1, num_classes=0,
+        global_pool="token", **TINY, **args,
+    ).eval()  # fmt: skip
+    timms.load_state_dict(vit.state_dict())
+    images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        wanted = timms.forward_features(images)
+        rows = torch.cat(embed(vit, images)[:2], dim=1)
+        for found in (vit.forward_features(images), run_blocks(vit, rows, None)):
+            assert (found - wanted).abs().max() < 1e-6 and wanted.std() > 0.1
+
+
+@pytest.mark.parametrize("name", ["beit", "mvp", "conmim"])
+def test_hidden_patches_do_not_reach_a_relative_students_loss(name):
+    model = far_from_init(relative_model(name).double()).eval()
+    images, target, draw = tiny_batch(model)
+    images.requires_grad_()
+    (gradient,) = torch.autograd.grad(model(images, target, draw).loss, images)
+    pixels = gradient.unfold(2, 4, 4).unfold(3, 4, 4).abs().amax(dim=(1, 4, 5)).flatten(1)
+    assert torch.equal(pixels > 0, ~draw.mask)
+    bf16 = relative_model(name)  # as DeepSpeed casts a module: its parameters alone
+    for parameter in bf16.parameters():
+        parameter.data = parameter.data.bfloat16()
+    bf16(*tiny_batch(bf16, dtype=torch.bfloat16)).loss.backward()
+    assert bf16.vit.rel_pos_bias.relative_position_bias_table.grad.isfinite().all()
+
+
+def test_other_objectives_refuse_relative_positions_and_say_why():
+    for name in METHODS:
+        config = Config(objective=name, model=ModelConfig(name="beit_base_patch16_224"))
+        refusals = [s for s in _method_rules(config) if "has relative positions" in s]
+        assert len(refusals) == (name not in ("beit", "mvp", "conmim")), name
+        assert all(s.endswith("or one of beit, mvp, conmim.") for s in refusals)
+    nowhere = {"use_rel_pos_bias": False}
+    with pytest.raises(ConfigError, match="nor a timm BEiT with positions"):
+        relative_model("beit", nowhere)
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "beit_base_patch16_224"])
+def test_the_spread_of_initial_weights(name):
+    """Cut at one deviation, and divided once by sqrt(2 l), whoever does it otherwise."""
+    model = ModelConfig(name=name, args=TINY | {"embed_dim": 192, "num_heads": 3})
+    for init, most, deviation in (("beit", 0.02, 0.0108), ("timm", 2.0, 0.02)):
+        conmim = ConMIMConfig(init=init, projector_dim=256)
+        vit = (whole := build_objective(Config(objective="conmim", model=model, conmim=conmim), 256)).vit
+        assert vit.blocks[0].attn.qkv.weight.abs().max() <= most
+        for depth, block in enumerate(vit.blocks, start=1):
+            for weight in (block.attn.proj.weight, block.mlp.fc2.weight):
+                assert weight.std().item() * math.sqrt(2 * depth) == pytest.approx(deviation, rel=0.03)
+        assert whole.projector[0].weight.std().item() == pytest.approx(deviation, rel=0.03)
+        assert whole.mask_token.std().item() == pytest.approx(deviation, rel=0.25)
+        if init == "beit":
+            assert vit.patch_embed.proj.weight.std().item() == pytest.approx(deviation, rel=0.03)
+            assert vit.cls_token.std().item() == pytest.approx(deviation, rel=0.25)
 
 
 # ---- MaPeT
@@ -549,6 +652,16 @@ def test_saim_is_the_published_size_and_its_positions_stay():
 def test_saim_refuses_what_can_not_be(changes, says):
     with pytest.raises(ConfigError, match=says):
         build_objective(tiny_config("saim", saim=SAIMConfig(**changes)), 48)
+
+
+def test_saims_shallow_decoder_has_the_first_rates_of_the_encoder():
+    config = tiny_config("saim", saim=SAIMConfig(query_depth=2))
+    deep = dataclasses.replace(config.model, args=TINY | {"depth": 4})
+    model = build_objective(dataclasses.replace(config, model=deep), 48)
+    rates = [
+        [getattr(b.drop_path1, "drop_prob", 0.0) for b in bs] for bs in (model.vit.blocks, model.decoder)
+    ]
+    assert rates[1] == pytest.approx(rates[0][:2]) and rates[1][1] == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize("loss", ["l1", "cosine"])

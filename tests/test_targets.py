@@ -169,6 +169,22 @@ def test_the_momentum_teacher_starts_as_the_student_and_follows_it():
         assert (parameter - expected).abs().max() < 1e-6, name
 
 
+def test_the_momentum_teacher_may_have_stochastic_depth_by_draws_of_its_own():
+    config = tiny_config("conmim")
+    config = dataclasses.replace(config, conmim=dataclasses.replace(config.conmim, teacher_drop_path=True))
+    target, student = MomentumTeacher(config, CPU), build_objective(config, 256)
+    draw = student.draw(step=5, first_slot=2, slots=4)
+    blocks = len(student.vit.blocks)
+    assert draw.keep.shape[1] == 4 * blocks
+    views = batch()._replace(draw=draw)
+    views = views._replace(teacher_images=views.teacher_images[:1].expand(4, -1, -1, -1))
+    with torch.no_grad():
+        expected = student.project(views.teacher_images, keep=draw.keep[:, 2 * blocks :])
+    assert torch.equal(target(views), expected)
+    assert not torch.equal(target(views), target(views._replace(draw=None)))
+    assert student(views.teacher_images, expected, draw).loss.isfinite()
+
+
 def test_momentum_rises_from_its_setting_to_one():
     target = MomentumTeacher(conmim(), CPU)
     rise = [target.momentum_at(progress / 100) for progress in range(101)]

@@ -14,11 +14,16 @@ if TYPE_CHECKING:
     from mapet_ds.config.sections import Config
 
 
+Init = Literal["timm", "beit"]
+
+
 class ObjectiveConfig:
     """The section of one objective. Its name in Config is the objective's name."""
 
     predicts_ids: ClassVar[bool] = True
     """Whether a tokenizer takes part."""
+    needs_table: ClassVar[str] = ""
+    """The reason why a student must have an absolute position table; empty: relative positions will do."""
     hidden_share: float
     """Share of the patches that is predicted. A section without this knob overrides `num_hidden` and
     `rules`."""
@@ -53,6 +58,7 @@ class MaPeTConfig(ObjectiveConfig):
     """Each row reads the positions of the patches that it doesn't see; false: plain permuted prediction."""
     permute: bool = True
     """A random order of the patches for each image; false: row by row from the top left."""
+    needs_table: ClassVar[str] = "its two streams have rows in another order in each image"
 
     def num_predicted(self, config: Config) -> int:
         """Number of patches of an image that are predicted."""
@@ -79,6 +85,9 @@ class BlockMaskConfig(ObjectiveConfig):
     """Share of the patches that is hidden by rectangles (75 of 196)."""
     exact: bool = False
     """Hide exactly that many; else up to that many, as published, where no further rectangle fits."""
+    init: Init = "timm"
+    """The spread of the initial weights: timm's; or beit, cut at one standard deviation as BEiT's program
+    does, the patch embedding and the tokens alike."""
 
 
 @knobs
@@ -109,6 +118,7 @@ class SAIMConfig(ObjectiveConfig):
     query_depth: Positive | None = None
     """Blocks of the decoder, a divisor of the model's depth; null: as many."""
     predicts_ids: ClassVar[bool] = False
+    needs_table: ClassVar[str] = MaPeTConfig.needs_table
 
     def uses_teacher(self, config: Config) -> bool:
         return self.target == "features"
@@ -136,6 +146,12 @@ class ConMIMConfig(ObjectiveConfig):
     """Width of the projector's two hidden layers; its output has 256."""
     bn_group: Positive = 64
     """Consecutive images of the global batch that share BatchNorm statistics; divides the micro-batch."""
+    centre: bool = True
+    """Take off queries and keys what a group's images have in common at a position; false: as published."""
+    init: Init = "timm"
+    """See beit.init; beit: as published, the projector alike."""
+    teacher_drop_path: bool = False
+    """The momentum teacher has the student's stochastic depth, by draws of its own; true: as published."""
     predicts_ids: ClassVar[bool] = False
 
     def num_hidden(self, config: Config) -> int:
@@ -170,6 +186,7 @@ class MAEConfig(ObjectiveConfig):
     decoder_heads: Positive = 16
     """Attention heads of a decoder's block."""
     predicts_ids: ClassVar[bool] = False
+    needs_table: ClassVar[str] = "its encoder has rows for the visible patches alone, others in each image"
 
     def rules(self, config: Config) -> Iterator[str]:
         yield from super().rules(config)
@@ -192,3 +209,4 @@ class CAEConfig(ObjectiveConfig):
     """Blocks of the decoder, as wide as the model's."""
     align_weight: NonNegative = 2.0
     """Weight of the alignment loss; that of the ids' is 1."""
+    needs_table: ClassVar[str] = MAEConfig.needs_table

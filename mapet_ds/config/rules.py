@@ -119,6 +119,12 @@ def _method_rules(config: Config) -> Iterator[str]:
     if config.objective not in config.objectives:
         yield f"objective = {config.objective} is not known; there are: {', '.join(config.objectives)}."
         return
+    if config.model.relative and (reason := config.method.needs_table):
+        fit = ", ".join(name for name in config.objectives if not getattr(config, name).needs_table)
+        yield (
+            f"model.name = {config.model.name} has relative positions, which objective = {config.objective} "
+            f"can't carry along: {reason}. Take a ViT, model.name=vit_base_patch16_224, or one of {fit}."
+        )
     if config.method.uses_teacher(config):
         yield from _teacher_rules(config)
     yield from _tokenizer_rules(config)

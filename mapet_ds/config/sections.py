@@ -26,7 +26,7 @@ from mapet_ds.config.objectives import (
     MVPConfig,
     ObjectiveConfig,
     SAIMConfig,
-)
+)  # fmt: skip
 from mapet_ds.config.sources import Paths
 from mapet_ds.draws import Place, first_slot
 
@@ -39,7 +39,7 @@ LOGITS = 2**24
 
 @knobs
 class ModelConfig:
-    """The student: any plain timm VisionTransformer with a class token."""
+    """The student: any plain timm VisionTransformer with a class token, or timm's BEiT."""
 
     name: str = "vit_base_patch16_224"
     """timm's name of the ViT."""
@@ -52,11 +52,20 @@ class ModelConfig:
     layer_scale: Annotated[float, Field(gt=0)] | None = 0.1
     """Initial LayerScale of both residual branches (timm's init_values); null leaves it out."""
     args: dict[str, Any] = Field(default_factory=dict)
-    """Further arguments of timm's VisionTransformer, e.g. {depth: 6}."""
+    """Further arguments of timm's VisionTransformer or Beit, e.g. {depth: 6}."""
     init_from: str | None = None
-    """Weights to begin from: a folder that tools/export_timm.py or import_weights.py wrote, a file of timm's
-    weights of this model, or timm:NAME.TAG; null: fresh ones. A resumed run has its own and doesn't read
-    them."""
+    """Weights to begin from: a folder of tools/export_timm.py or import_weights.py, a file of timm's weights
+    of this model, or timm:NAME.TAG; null: fresh ones. A resumed run has its own and doesn't read them."""
+
+    @property
+    def relative(self) -> bool:
+        """Whether the student is timm's BEiT, whose positions are relative."""
+        return self.name.startswith("beit")
+
+    @property
+    def timm_args(self) -> dict[str, Any]:
+        """args, for a BEiT with the final norm over all rows, as every ViT has it."""
+        return {"global_pool": "token", **self.args} if self.relative else self.args
 
     def init_rules(self) -> Iterator[str]:
         """Yields a sentence where a run can't start from init_from, as far as a look at the path tells."""

@@ -106,7 +106,9 @@ def build_model(model: ClassifierConfig, num_classes: int) -> tuple[Any, list[st
     head = vit.get_classifier()
     if isinstance(head, nn.Linear) and any(vit.get_parameter(name) is head.weight for name in fresh):
         with torch.no_grad():
-            head.weight.mul_(model.head_scale)
+            head.weight.mul_(
+                model.head_scale / getattr(vit, "head_init_scale", 1.0)
+            )  # timm's BEiT has its own
     return vit, fresh
 
 

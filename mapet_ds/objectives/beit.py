@@ -1,7 +1,7 @@
 """BEiT-style masked prediction of token ids: one stream, block masks; MaPeT's baseline at equal settings.
 
-Source: Bao et al., BEiT, arXiv 2106.08254. Departure: learned absolute positions instead of a relative
-position bias, so that timm's plain ViT takes the result.
+Source: Bao et al., BEiT, arXiv 2106.08254. Its relative positions are timm's BEiT's (model.name); a plain ViT
+has learned absolute ones.
 """
 
 from __future__ import annotations

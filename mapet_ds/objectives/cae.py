@@ -100,7 +100,7 @@ class CAE(Objective):
         mae_init(self, self.vit)
         for weight in (self.mask_token, self.vit.cls_token, self.vit.patch_embed.proj.weight):
             trunc_normal_(weight, std=0.02)
-        nn.init.zeros_(self.vit.patch_embed.proj.bias)
+        nn.init.zeros_(self.vit.get_parameter("patch_embed.proj.bias"))
 
     def draw(self, step: int, first_slot: int, slots: int) -> Draw:
         """Rectangles at least as large a share of the image as 16 of 196 patches. See Objective."""

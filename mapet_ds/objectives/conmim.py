@@ -2,12 +2,12 @@
 
 The teacher sees the whole image, in a strongly jittered view of the same crop. Its ViT is the one to export.
 
-Source: Yi et al., Masked Image Modeling with Denoising Contrast, arXiv 2205.09616. Departures:
+Source: Yi et al., Masked Image Modeling with Denoising Contrast, arXiv 2205.09616. Departure: BatchNorm sees
+fixed groups of slots, not a GPU's batch, so that no split of a batch changes the loss.
 
-- Positions are learned and absolute, without a relative bias. They alone could tell a patch's place, whatever
-  it shows (docs/log.md). So what a group's images have in common at a position is taken off queries and keys.
-- BatchNorm sees fixed groups of slots, not a GPU's batch, so that no split of a batch changes the loss.
-- The teacher has no stochastic depth.
+Positions alone could tell a patch's place, whatever it shows (docs/log.md). With conmim.centre, what a
+group's images have in common at a position is therefore taken off queries and keys. The published program
+does not do so. It has relative positions, which timm's BEiT has too (model.name).
 """
 
 from __future__ import annotations
@@ -60,24 +60,29 @@ class ConMIM(Objective):
     def __init__(self, config: Config, target_dim: int) -> None:
         super().__init__()
         self.config = config
-        self.vit = beit_init(build_vit(config.model))
+        self.vit = build_vit(config.model)
         width, inner = self.vit.embed_dim, config.conmim.projector_dim
         self.mask_token = nn.Parameter(torch.empty(1, 1, width))
         linear, norm = partial(nn.Linear, bias=False), partial(GroupBatchNorm, group=config.conmim.bn_group)
         first = linear(width, inner), norm(inner), nn.ReLU()
         second = linear(inner, inner), norm(inner), nn.ReLU()
-        last = linear(inner, target_dim), norm(target_dim, affine=False, centre=True)
+        last = linear(inner, target_dim), norm(target_dim, affine=False, centre=config.conmim.centre)
         self.projector = Projector(*first, *second, *last)
         trunc_normal_(self.mask_token, std=0.02)
         for module in self.projector:
             if isinstance(module, nn.Linear):
                 trunc_normal_(module.weight, std=0.02)
+        beit_init(self, self.vit, config.conmim.init)
 
     def draw(self, step: int, first_slot: int, slots: int) -> Draw:
-        """Random square cells of patches, equally many in each image. See Objective."""
+        """Random square cells of patches, equally many in each image. See Objective.
+
+        With conmim.teacher_drop_path, `keep` goes on with the teacher's blocks.
+        """
         config, place = self.config, (self.config.seed, step, first_slot, slots)
         mask = cell_masks(*place, config.grid, config.conmim.cell, config.conmim.hidden_share)
-        return Draw(torch.from_numpy(mask), order=None, keep=depth_uniforms(*place, len(self.vit.blocks)))
+        blocks = len(self.vit.blocks) * (2 if config.conmim.teacher_drop_path else 1)
+        return Draw(torch.from_numpy(mask), order=None, keep=depth_uniforms(*place, blocks))
 
     def project(self, images: Tensor, mask: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
         """images [B, 3, S, S] -> one vector a patch, [B, L, target_dim] of length 1, fp32 or wider.
@@ -104,7 +109,8 @@ class ConMIM(Objective):
         Metrics: match_accuracy, the share of hidden patches that find their own place.
         """
         hidden, valid = hidden_rows(draw.mask, self.config.conmim.num_hidden(self.config))
-        queries = take_rows(self.project(images, draw.mask, draw.keep), hidden)
+        keep = draw.keep[:, : 2 * len(self.vit.blocks)]
+        queries = take_rows(self.project(images, draw.mask, keep), hidden)
         with torch.autocast(images.device.type, enabled=False):
             logits = queries @ target.to(queries.dtype).transpose(1, 2) / self.config.conmim.temperature
         losses = F.cross_entropy(logits.flatten(0, 1), hidden.flatten(), reduction="none").view(hidden.shape)

@@ -29,13 +29,17 @@ class BlockMasked(Objective):
     A mask token takes the place of each hidden patch before positions are added. Rows: [prefix, visible
     patches, hidden patches]. The last group has equally many rows in each image, filled up with visible
     patches; the last block updates these rows alone, because nothing reads the others after it.
+
+    Where positions are relative, patches stay in raster order, so that one bias serves all images. The last
+    block picks the same rows, each with its line of the bias.
     """
 
     def __init__(self, config: Config, masked: BlockMaskConfig, target_dim: int) -> None:
         super().__init__()
         self.config, self.masked = config, masked
-        self.vit = beit_init(build_vit(config.model))
+        self.vit = build_vit(config.model)
         self.mask_token, self.head = mask_token_and_head(self.vit.embed_dim, target_dim)
+        beit_init(self, self.vit, masked.init)
 
     def draw(self, step: int, first_slot: int, slots: int) -> Draw:
         """Rectangles at least as large a share of the image as 16 of 196 patches. See Objective."""
@@ -51,8 +55,12 @@ class BlockMasked(Objective):
         """
         prefix, patches, _ = embed(self.vit, images, draw.mask, self.mask_token)
         order, valid = hidden_rows(draw.mask, patches.shape[1])
-        rows = torch.cat([prefix, take_rows(patches, order)], dim=1)
-        count, keys = self.masked.num_hidden(self.config), rows.shape[1]
-        last = Band(slice(keys - count, keys), slice(0, keys))
-        x = run_blocks(self.vit, rows, [None] * (len(self.vit.blocks) - 1) + [[last]], draw.keep)
+        count, first = self.masked.num_hidden(self.config), prefix.shape[1]
+        keys = first + patches.shape[1]
+        if self.config.model.relative:
+            last = first + order[:, -count:]
+        else:
+            patches, last = take_rows(patches, order), [Band(slice(keys - count, keys), slice(0, keys))]
+        rows, dense = torch.cat([prefix, patches], dim=1), [None] * (len(self.vit.blocks) - 1)
+        x = run_blocks(self.vit, rows, [*dense, last], draw.keep)
         return x, order[:, -count:], valid[:, -count:]

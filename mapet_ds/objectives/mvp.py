@@ -2,7 +2,7 @@
 
 Source: Wei et al., MVP, arXiv 2203.05175. Neither its code nor the text of its loss could be read. So the
 loss is the negative cosine that EVA (arXiv 2211.07636) describes, on CLIP's patch tokens after ln_post and
-projection (teacher.features). Departure: learned absolute positions, no relative position bias.
+projection (teacher.features). Relative positions, as BEiT has them, are timm's BEiT's (model.name).
 """
 
 from __future__ import annotations

@@ -6,14 +6,13 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mapet_ds.config.sections import LOGITS
 from mapet_ds.data.batch import Draw
 from mapet_ds.draws import Purpose, uniforms
-from mapet_ds.vit import Graph
+from mapet_ds.vit import Graph, ViT
 
 
 class Loss(NamedTuple):
@@ -30,7 +29,7 @@ class Loss(NamedTuple):
 class Objective(nn.Module):
     """A module that owns the student, hides patches from it and returns the loss of its predictions."""
 
-    vit: VisionTransformer
+    vit: ViT
 
     def draw(self, step: int, first_slot: int, slots: int) -> Draw:
         """The draw of consecutive slots of a step, on the CPU. A thread calls it ahead of the step."""

@@ -27,7 +27,8 @@ from mapet_ds.vit import Band, build_vit, embed, mae_init, run_block, stochastic
 class SAIM(Objective):
     """The objective of SAIM: vit is the encoder; its final norm goes over the decoder's query rows.
 
-    Positions are a fixed sin-cos table, zero for the class token, that no gradient reaches.
+    Positions are a fixed sin-cos table, zero for the class token, that no gradient reaches. It has the
+    published numbers in another order of channels.
 
     Raises:
         ConfigError: register tokens, no class token's position, or a width or depth that does not divide.
@@ -52,8 +53,10 @@ class SAIM(Objective):
         if depth % queries:
             raise ConfigError(f"saim.query_depth = {queries} does not divide the model's depth, {depth}.")
 
-        # Build the decoder and the head, and initialise everything.
-        self.decoder = build_vit(dataclasses.replace(model, args={**model.args, "depth": queries})).blocks
+        # Build the decoder, whose rates of stochastic depth are the encoder's first, and the head.
+        drop_path = model.drop_path * ((queries - 1) / max(1, depth - 1))
+        shallow = dataclasses.replace(model, drop_path=drop_path, args={**model.args, "depth": queries})
+        self.decoder = build_vit(shallow).blocks
         self.head = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, target_dim))
         mae_init(self, vit, split_qkv=True)
 

@@ -31,9 +31,9 @@ from mapet_ds.methods import build_objective, build_target
 from mapet_ds.objectives.objective import Objective
 from mapet_ds.planning.parts import Parts
 from mapet_ds.planning.roofline import Kernels, kernels
-from mapet_ds.planning.tally import Tables, Tally
+from mapet_ds.planning.tally import Tables, Tally, biased_attention
 from mapet_ds.targets.teacher import Teacher, tower_blocks
-from mapet_ds.vit import Graph, StreamBlock
+from mapet_ds.vit import Graph, RelativeBlock, StreamBlock
 from mapet_ds.weights import UNREADABLE
 
 CPU = torch.device("cpu")
@@ -256,7 +256,7 @@ def _learn(
         draw = model.draw(0, 0, len(views))
     tally = Tally(*model.parameters(), *model.buffers(), views, targets, parts=parts)
     tables = Tables()
-    with tables, tally:
+    with biased_attention(), tables, tally:
         loss = model(views, targets, draw).loss
         forward, forbidden = tally.flops.total(), tables.forbidden
         loss.backward()
@@ -295,7 +295,8 @@ def _count_target(config: Config, few: int, many: int) -> Target:
             smaller, made = _teach(goal, config, few)
             teachers = [module for module in called if isinstance(module, Teacher)]
             graphs = [block for teacher in teachers for block in tower_blocks(teacher.visual)]
-            graphs += [module for module in called if isinstance(module, (StreamBlock, Graph))]
+            compiled = (StreamBlock, RelativeBlock, Graph)
+            graphs += [module for module in called if isinstance(module, compiled)]
             parts = Parts()
             with parts.inside((block, "target", True) for block in graphs), parts("target"):
                 larger, _ = _teach(goal, config, many, parts)
@@ -330,6 +331,7 @@ def _teach(goal: Any, config: Config, images: int, parts: Parts | None = None) -
     """The target of so many images."""
     sides = (config.model.img_size, goal.teacher_view.size if goal.teacher_view else config.model.img_size)
     views = [torch.zeros(images, 3, side, side) for side in sides]
-    with Tally(*views, parts=parts) as tally:
-        made = goal(SimpleNamespace(images=views[0], teacher_images=views[1], index=range(images)))
+    with biased_attention(), Tally(*views, parts=parts) as tally:
+        batch = {"images": views[0], "teacher_images": views[1], "index": range(images), "draw": None}
+        made = goal(SimpleNamespace(**batch))
     return tally, made

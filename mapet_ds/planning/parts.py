@@ -8,10 +8,9 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from timm.models.vision_transformer import Block
 from torch import nn
 
-from mapet_ds.vit import Graph
+from mapet_ds.vit import Graph, RelativeBlock, StreamBlock
 
 REST, HEAD, GRADIENTS, UNEXPLAINED = "norms and rest", "head and loss", "gradients", "unexplained"
 
@@ -99,7 +98,8 @@ class Parts:
     def watching(self, objective: Any) -> Iterator[None]:
         """Names the calls of an objective's modules; what follows the ViT's final norm is head and loss."""
         named = [(objective, REST, False), (objective.vit.patch_embed, "patch_embed", False)]
-        for block in (module for module in objective.modules() if isinstance(module, Block)):
+        blocks = (StreamBlock, RelativeBlock)
+        for block in (module for module in objective.modules() if isinstance(module, blocks)):
             attention: Any = block.attn
             named += [(block, REST, True), (attention, "attention", False), (attention.qkv, "qkv", False)]
             named += [(attention.proj, "proj", False), (block.mlp, "mlp", False)]

@@ -7,6 +7,7 @@ import math
 import weakref
 from collections import Counter
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +19,14 @@ from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from mapet_ds.planning.parts import Parts, Place, in_backward
 
-ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+ATTEND = nn.functional.scaled_dot_product_attention
+BIASED = torch.ops.aten._scaled_dot_product_efficient_attention
+"""The kernel that a GPU takes where attention adds a bias that is learnt. A CPU has none."""
+ATTENTION = BIASED, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+ATTENTION_BACKWARD = (
+    torch.ops.aten._scaled_dot_product_efficient_attention_backward,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward,
+)
 CONVOLUTION = torch.ops.aten.convolution
 FREE = ("empty", "new_empty", "_unsafe_view")
 """Beginnings of the names of operations that move nothing, beside views."""
@@ -145,9 +152,9 @@ def _moved(
 
 def _flops_of(operation: Any, args: tuple, kwargs: dict[str, Any], result: Any) -> int:
     """Attention's backward pass has twice the forward's products; scores made anew are not counted."""
-    if operation is ATTENTION:
+    if operation in ATTENTION:
         return sdpa_flop_count(*(x.shape for x in args[:3]))
-    if operation is ATTENTION_BACKWARD:
+    if operation in ATTENTION_BACKWARD:
         return 2 * sdpa_flop_count(*(x.shape for x in args[1:4]))
     # What is done in place costs the same.
     operation = getattr(torch.ops.aten, operation.__name__.rstrip("_"), operation)
@@ -161,6 +168,21 @@ def _precision(operation: Any, args: tuple) -> str:
     if operation is CONVOLUTION:
         return "convolutions" if torch.backends.cudnn.allow_tf32 else "fp32"
     return "fp32" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, **options: Any) -> Tensor:
+    if not isinstance(attn_mask, FakeTensor) or not attn_mask.is_floating_point():
+        return ATTEND(q, k, v, attn_mask=attn_mask, **options)
+    padded = nn.functional.pad(attn_mask, (0, -k.shape[2] % 8))[..., : k.shape[2]]
+    return BIASED(q, k, v, padded.expand(*q.shape[:3], k.shape[2]), torch.is_grad_enabled())[0]
+
+
+def biased_attention() -> Any:
+    """A context in which attention with a bias is a GPU's, also where it is made anew, which no mode sees.
+
+    Lines of the bias are padded to 16 bytes, and each image has a gradient of its own of it.
+    """
+    return patch.object(nn.functional, "scaled_dot_product_attention", _attend)
 
 
 class Tables(TorchFunctionMode):
@@ -180,7 +202,7 @@ class Tables(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if function is nn.functional.scaled_dot_product_attention:
+        if function is ATTEND:
             self._note(*args, **kwargs)
         tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
         real = function in self.MADE or (tensors and not any(isinstance(x, FakeTensor) for x in tensors))

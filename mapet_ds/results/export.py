@@ -19,7 +19,7 @@ from mapet_ds.files import staged
 from mapet_ds.results.card import model_card
 from mapet_ds.training.checkpoint import Checkpoint, newest, open_checkpoint
 from mapet_ds.vit import build_vit
-from mapet_ds.weights import fold_layer_scale
+from mapet_ds.weights import fit_positions, fold_layer_scale
 
 TOLERANCE = 1e-5
 """The largest absolute difference of features, after the final norm, at which an export counts as equal."""
@@ -62,7 +62,10 @@ def read_vit(checkpoint: Checkpoint, student: bool = False) -> tuple[Config, dic
 def timm_arguments(config: Config, layer_scale: Literal["fold", "keep"]) -> dict[str, Any]:
     """timm.create_model's arguments beside the model's name, without stochastic depth and dropout."""
     model = config.model
-    arguments = {k: v for k, v in model.args.items() if not k.endswith("drop_rate") and k != "drop_path_rate"}
+    args = model.timm_args
+    if args.get("use_shared_rel_pos_bias"):  # its table goes to each block
+        args = args | {"use_shared_rel_pos_bias": False, "use_rel_pos_bias": True}
+    arguments = {k: v for k, v in args.items() if not k.endswith("drop_rate") and k != "drop_path_rate"}
     if layer_scale == "fold":
         arguments["init_values"] = 0.0  # no LayerScale, also where the model's name alone would bring it
     elif model.layer_scale is not None:
@@ -133,6 +136,8 @@ def export_timm(
 
     `timm.create_model("local-dir:OUT", pretrained=True)` loads it with the run's size, mean and std.
     `timm.create_model(name, checkpoint_path="OUT/model.safetensors", num_classes=0)` loads it strictly.
+    A BEiT has a table of relative positions in each block, as fine-tuning wants it. By name it takes
+    global_pool="token" as well, and init_values=0.0 where LayerScale is folded.
     Nothing is left in `out` unless the files, read back by timm, give the features of the run's own ViT.
 
     layer_scale: "fold" moves LayerScale into the layers before it, for timm's plain model; "keep" leaves it
@@ -155,7 +160,7 @@ def export_timm(
         raise ExportError(f"{checkpoint.path} {problem}: {error}") from error
 
     # timm's, written and read back.
-    kept = state if layer_scale == "keep" else fold_layer_scale(state)
+    kept = fit_positions(state if layer_scale == "keep" else fold_layer_scale(state), shared=False)
     with staged(out) as folder:
         _save(config, kept, timm_arguments(config, layer_scale), folder)
         exported = timm.create_model(f"local-dir:{folder}", pretrained=True)

@@ -11,41 +11,43 @@ from typing import Any
 
 import timm
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from mapet_ds.config.sections import TIMM, Config
 from mapet_ds.errors import ConfigError
 from mapet_ds.files import checksum
 from mapet_ds.launch import once_per_node
+from mapet_ds.vit import ViT
 from mapet_ds.weights import (
     LAYER_SCALE,
+    SHARED_TABLE,
     UNREADABLE,
+    fit_positions,
     fold_layer_scale,
     mismatches,
     shapes,
     timm_tag_file,
     timm_weights,
-)  # fmt: skip
+)
 
 
-def _described(name: str, path: Path, source: str) -> VisionTransformer:
-    """timm's own model of a folder or a tag, its weights loaded strictly."""
+def _described(name: str, path: Path, source: str, kind: type) -> Any:
+    """timm's own model of a folder or a tag, of the run's kind, its weights loaded strictly."""
     asked = f"model.init_from = {source}"
     try:
         model = timm.create_model(name, pretrained=False)
     except UNREADABLE as error:
         raise ConfigError(f"{asked}: timm can't build it: {type(error).__name__} {error}.") from error
-    if type(model) is not VisionTransformer:
-        kind = type(model).__name__
-        raise ConfigError(f"{asked} is a {kind}, and only timm's plain VisionTransformer fits.")
+    if type(model) is not kind:
+        named = f"a {type(model).__name__}, and model.name names a {kind.__name__}"
+        raise ConfigError(f"{asked} is {named}: positions of the two are of another kind.")
     state = timm_weights(path, model, asked)
     _refuse(mismatches(shapes(model.state_dict()), shapes(state)), source)
     model.load_state_dict(state)
     return model
 
 
-def _figures(vit: VisionTransformer) -> dict[str, object]:
+def _figures(vit: ViT) -> dict[str, object]:
     """The figures in which two ViTs of the same names must agree to compute the same."""
     block: Any = vit.blocks[0]
     return {
@@ -63,7 +65,7 @@ def _refuse(wrong: list[str], source: str) -> None:
         )
 
 
-def begin_from(vit: VisionTransformer, config: Config) -> tuple[str, list[str]]:
+def begin_from(vit: ViT, config: Config) -> tuple[str, list[str]]:
     """Loads model.init_from into the run's ViT. Every rank must call it.
 
     Gives the sha256 of its file, and phrases for what changed on the way. The function stays: a LayerScale
@@ -87,7 +89,7 @@ def begin_from(vit: VisionTransformer, config: Config) -> tuple[str, list[str]]:
         given = {"width": state["cls_token"].shape[-1], "blocks": len(blocks)} if "cls_token" in state else {}
     else:
         path = Path(source) / "model.safetensors" if tag is None else timm_tag_file(tag, asked)
-        model = _described(tag or f"local-dir:{source}", path, source)
+        model = _described(tag or f"local-dir:{source}", path, source, type(vit))
         given = _figures(model)
         notes += _resize(model, config) + _other_colours(model, config)
         state = model.state_dict()
@@ -104,7 +106,7 @@ def begin_from(vit: VisionTransformer, config: Config) -> tuple[str, list[str]]:
     return sha256, notes
 
 
-def _resize(model: VisionTransformer, config: Config) -> list[str]:
+def _resize(model: ViT, config: Config) -> list[str]:
     """Resamples a ViT to the run's grid and patch size; gives a note of it."""
     size, patch = config.model.img_size, config.model.patch_size
     was: Any = model.patch_embed
@@ -125,9 +127,7 @@ def _other_colours(model: Any, config: Config) -> list[str]:
     return notes
 
 
-def _adapted(
-    state: dict[str, Tensor], vit: VisionTransformer, source: str, notes: list[str]
-) -> dict[str, Tensor]:
+def _adapted(state: dict[str, Tensor], vit: ViT, source: str, notes: list[str]) -> dict[str, Tensor]:
     """The state with which this ViT computes the source's function; adds to the notes."""
     fresh = vit.state_dict()
 
@@ -137,7 +137,8 @@ def _adapted(
         notes.append("norm is fresh, the source normalises the mean")
     state = {name: tensor for name, tensor in state.items() if not name.startswith(("head.", "fc_norm."))}
 
-    # LayerScale.
+    # Relative positions, and LayerScale.
+    state = fit_positions(state, SHARED_TABLE in fresh)
     wanted, scales = shapes(fresh), [name for name in fresh if LAYER_SCALE.fullmatch(name)]
     if missing := [name for name in scales if name not in state]:
         state |= {name: torch.ones_like(fresh[name]) for name in missing}

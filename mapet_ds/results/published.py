@@ -1,4 +1,4 @@
-"""The import of checkpoints as MaPeT, ConMIM and SAIM were published, as timm models.
+"""The import of checkpoints as MaPeT, ConMIM, BEiT v2 and SAIM were published, as timm models.
 
 Every tensor of a file is used, or is one that a ViT does without (`Method.dropped`), or is a reason to refuse
 the file. Sizes are read off the tensors.
@@ -19,7 +19,16 @@ from torch import Tensor
 from mapet_ds.errors import ConfigError
 from mapet_ds.files import staged
 from mapet_ds.results.export import NO_PROVENANCE, write_timm
-from mapet_ds.weights import HEAD_DIM, LAYER_SCALE, fold_layer_scale, mismatches, read_tensors, shapes
+from mapet_ds.weights import (
+    HEAD_DIM,
+    LAYER_SCALE,
+    TABLE,
+    fit_positions,
+    fold_layer_scale,
+    mismatches,
+    read_tensors,
+    shapes,
+)
 
 
 class Method(NamedTuple):
@@ -46,7 +55,7 @@ VITS = {
     1024: "vit_large_patch16_224",
 }
 BEITS = {384: "beit_base_patch16_224", 768: "beit_base_patch16_224", 1024: "beit_large_patch16_224"}
-TABLE = "relative_position_bias_table"
+BEITV2S = {768: "beitv2_base_patch16_224", 1024: "beitv2_large_patch16_224"}
 METHODS = {
     "mapet": Method(
         VITS, "pos_embed", {"q": 1, "kv": 2}, ".attn.kv.",
@@ -56,12 +65,18 @@ METHODS = {
         BEITS, f"blocks.0.attn.{TABLE}", {"qkv": 3}, ".attn.q_bias",
         frozenset({"mask_token", "projectors", "lm_head", "rel_pos_bias2", "relative_position_index"}), 0.875,
     ),
+    "beitv2": Method(
+        BEITV2S, f"blocks.0.attn.{TABLE}", {"qkv": 3}, "cls_pt_layers.",
+        frozenset({"mask_token", "lm_head", "cls_pt_layers", "cls_pt_norm", "cls_pt_lm_head",
+                   "relative_position_index"}), 0.9,
+    ),
     "saim": Method(
         VITS, "pos_embed", {"q": 1, "k": 1, "v": 1}, ".attn.k.",
         frozenset({"query_blocks", "prediction_head", "gaussian_blur"}), 0.875,
     ),
 }  # fmt: skip
-"""Source: what is released with arXiv 2306.07346 (MaPeT), 2205.09616 (ConMIM) and 2212.01610 (SAIM)."""
+"""Source: what is released with arXiv 2306.07346 (MaPeT), 2205.09616 (ConMIM), 2208.06366 (BEiT v2) and
+2212.01610 (SAIM)."""
 
 
 class Import(NamedTuple):
@@ -135,11 +150,8 @@ def _sources(name: str, qkv: dict[str, int]) -> dict[str, int]:
 
 def _to_timm(state: dict[str, Tensor], path: Path, method: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """timm's arguments, and fp32 weights by timm's names."""
-    # ConMIM's one table of relative positions goes to each block: its fine-tuning begins from that.
-    if f"rel_pos_bias.{TABLE}" in state and not any(name.endswith(f"attn.{TABLE}") for name in state):
-        state = dict(state)
-        shared = state.pop(f"rel_pos_bias.{TABLE}")
-        state |= {f"{block}.attn.{TABLE}": shared for block in _blocks(state)}
+    # BEiT's one table of relative positions goes to each block: its fine-tuning begins from that.
+    state = fit_positions(state, shared=False)
 
     # timm's tensors, and the published ones of which each is made.
     arguments = _arguments(state, path, method)

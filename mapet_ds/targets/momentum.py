@@ -61,13 +61,16 @@ class MomentumTeacher(MovingAverage):
         self.dtype = teacher_dtype(config.teacher, device)
         self.teacher_view = View(config.model.img_size, config.data.mean, config.data.std, strong=True)
         self.identity = {"dtype": str(self.dtype)}
+        self.drops = config.conmim.teacher_drop_path
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Tensor:
-        images = batch.teacher_images
+        images, keep = batch.teacher_images, None
         assert images is not None
+        if self.drops and batch.draw is not None:
+            keep = batch.draw.keep[:, 2 * len(self.model.vit.blocks) :]
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            return self.model.project(images).float()
+            return self.model.project(images, keep=keep).float()
 
     def momentum_at(self, progress: float) -> float:
         return 1 - (1 - self.momentum) * (1 + math.cos(math.pi * progress)) / 2
