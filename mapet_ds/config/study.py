@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -107,6 +108,10 @@ class StudyConfig:
     measure: MeasureConfig = Field(default_factory=MeasureConfig)
     cluster: ClusterConfig | None = None
     """null: this host's CPU or GPU."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested plain dictionaries, as the page shows them."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
 
     @property
     def base(self) -> str:
