@@ -18,6 +18,7 @@ from studies.jobs import Failed, Job, change, options, program, records, run, su
 from mapet_ds.__main__ import programs
 from mapet_ds.config.finetune import FinetuneConfig
 from mapet_ds.config.recipe import load_config
+from mapet_ds.config.rules import check
 from mapet_ds.config.sections import Config
 from mapet_ds.config.study import StudyConfig, compared, row_settings, words
 from mapet_ds.data.index import open_index
@@ -232,11 +233,17 @@ class Runs:
                 raise ConfigError(f"What all runs share, {job.name}, has failed: {failed}") from failed
 
     def check(self) -> None:
-        """Refuses a study in which a run or a measurement that has begun would change.
+        """Refuses runs whose settings contradict each other, and those that have begun and would change.
 
         Raises:
-            ConfigError: naming each setting that differs, with both values.
+            ConfigError: naming the row and each contradiction, or each setting with both values.
         """
+        for row, seed in self.trainings():
+            recipe, _ = row_settings(self.study, row.name, {})
+            try:
+                check(load_config(recipe, self.overrides(row, seed)), self.ranks)
+            except ConfigError as error:
+                raise ConfigError(f"runs.{row.name}: {error}") from error
         jobs = [job for row, seed in self.trainings() if self.steps(row) for job in self.of_training(row, seed)]
         jobs += [job for _, _, own in self.untrained() for job in own]
         if lines := [line for job in [*self.shared(), *jobs] for line in change(job, FREE)]:
