@@ -11,7 +11,6 @@ docs/studies.md tells what a document may say.
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import sys
 from pathlib import Path
@@ -19,7 +18,6 @@ from typing import TYPE_CHECKING
 
 import yaml
 
-from mapet_ds.config.sections import Config
 from mapet_ds.config.shipped import STUDIES, shipped_file, shipped_names
 from mapet_ds.config.study import StudyConfig, load_study, row_settings
 from mapet_ds.errors import ConfigError
@@ -195,7 +193,9 @@ def work(arguments: argparse.Namespace, study: StudyConfig) -> int:
     if arguments.slurm:
         print(slurm(arguments, runs))
         return 0
-    runs.check()
+    runs.check_unchanged()
+    if not looks:
+        runs.check_rules()
     outcomes = []
     for outcome in runs.outcomes(arguments.only, go=not looks):
         outcomes.append(outcome)

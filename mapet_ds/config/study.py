@@ -52,7 +52,7 @@ class StudyFinetuneConfig:
 
 @knobs
 class MeasureConfig:
-    """What is measured of each run's weights. Online probes are measured where a run's settings ask for them."""
+    """What is measured of each run's weights. Online probes come with settings of the runs themselves."""
 
     knn: Settings | None = None
     """Options of `tools/evaluate.py knn`, e.g. {k: 20}; null: not measured."""

@@ -64,7 +64,7 @@ def options(settings: dict[str, Any]) -> list[str]:
 
 
 def records(folder: Path) -> dict[str, Any]:
-    """What jobs have recorded in a folder, by name: settings and seconds, of the host's clock and its CPUs."""
+    """What jobs have recorded in a folder, by name: their settings, and seconds of the clock and of CPUs."""
     with contextlib.suppress(FileNotFoundError):
         return json.loads((folder / "jobs.json").read_text())
     return {}

@@ -8,9 +8,8 @@ import os
 import shlex
 import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from studies.jobs import Failed, Job, change, options, program, records, run, subset
@@ -172,7 +171,7 @@ class Runs:
             *self.finetuning(folder, model, seed, []),
         ]
 
-    def probes(self, folder: Path, model: list[object]) -> Iterator[Job]:
+    def probes(self, folder: Path, model: Sequence[object]) -> Iterator[Job]:
         """Yields k-NN and linear of the model that the words name; features are computed once."""
         data = ["--train", self.images["train"], "--val", self.images["val"]]
         data += ["--features", folder / "features.safetensors"]
@@ -206,7 +205,8 @@ class Runs:
             folder, model = self.folder("untrained", seed), self.folder(self.base.folder, seed) / "timm"
             fresh = ["--model", model, "--untrained", "--seed", seed]
             more = [*words(self.study.untrained or {}), "model.untrained=true"]
-            yield "untrained", seed, [*self.probes(folder, fresh), *self.finetuning(folder, model, seed, more)]
+            jobs = [*self.probes(folder, fresh), *self.finetuning(folder, model, seed, more)]
+            yield "untrained", seed, jobs
         if self.study.teacher:
             (recipe, _), seed = row_settings(self.study, self.base.name, {}), self.study.seeds[0]
             teacher = ["--teacher", recipe, *settings_of(self.study, self.base, self.out, seed)]
@@ -232,11 +232,11 @@ class Runs:
             except Failed as failed:
                 raise ConfigError(f"What all runs share, {job.name}, has failed: {failed}") from failed
 
-    def check(self) -> None:
-        """Refuses runs whose settings contradict each other, and those that have begun and would change.
+    def check_rules(self) -> None:
+        """Refuses settings that contradict each other.
 
         Raises:
-            ConfigError: naming the row and each contradiction, or each setting with both values.
+            ConfigError: naming the row and each contradiction.
         """
         for row, seed in self.trainings():
             recipe, _ = row_settings(self.study, row.name, {})
@@ -244,9 +244,16 @@ class Runs:
                 check(load_config(recipe, self.overrides(row, seed)), self.ranks)
             except ConfigError as error:
                 raise ConfigError(f"runs.{row.name}: {error}") from error
-        jobs = [job for row, seed in self.trainings() if self.steps(row) for job in self.of_training(row, seed)]
-        jobs += [job for _, _, own in self.untrained() for job in own]
-        if lines := [line for job in [*self.shared(), *jobs] for line in change(job, FREE)]:
+
+    def check_unchanged(self) -> None:
+        """Refuses a study in which a run or a measurement that has begun would change.
+
+        Raises:
+            ConfigError: naming each setting that differs, with both values.
+        """
+        jobs = [self.of_training(row, seed) for row, seed in self.trainings() if self.steps(row)]
+        jobs += [self.shared(), *(own for _, _, own in self.untrained())]
+        if lines := [line for own in jobs for job in own for line in change(job, FREE)]:
             cure = "Set them back to go on, remove those folders, or name a new --out."
             raise ConfigError("\n".join(["The study has changed since it began:", *lines, cure]))
 
@@ -261,7 +268,8 @@ class Runs:
                 reason = f"{folder.name}: the speed of its run of equal steps is not known"
                 yield Outcome(row.title, row.equal, {}, reason if go else "")
                 continue
-            failed = self.work_off(folder, self.of_training(row, seed)) if go and only in ("", folder.name) else ""
+            chosen = go and only in ("", folder.name)
+            failed = self.work_off(folder, self.of_training(row, seed)) if chosen else ""
             figures = measured(folder)
             if (folder / "DONE").exists():
                 work = self.works[row._replace(equal="steps")]
@@ -275,7 +283,7 @@ class Runs:
             yield from (Outcome(name, equal, measured(folder), failed) for equal in self.study.equal)
 
     def work_off(self, folder: Path, jobs: list[Job]) -> str:
-        """Does the jobs of a run that are not done; gives the reason where one fails, which ends the run's."""
+        """Does the jobs of a run that are not done. Where one fails, none follows: gives the reason."""
         for job in jobs:
             try:
                 run(job)

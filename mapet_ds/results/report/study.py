@@ -164,8 +164,9 @@ def comma_separated(lines: list[Line]) -> str:
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(["row", "equal", "figure", "mean", "spread", "seeds", "difference", "margin", "verdict"])
     for line in lines:
-        for (group, name), each in line.cells.items():
-            writer.writerow([line.row, group, name, *each, each.verdict])
+        for group, name in columns(lines):
+            if each := line.cells.get((group, name)):
+                writer.writerow([line.row, group, name, *each, each.verdict])
         for reason in line.failed:
             writer.writerow([line.row, "", "failed", "", "", "", "", "", reason])
     return stream.getvalue()
@@ -183,7 +184,8 @@ def charts(lines: list[Line]) -> list[dict[str, Any]]:
         chart = Chart(f"study {name}", (5, 0.6 + 0.27 * len(shown)))
         words = []
         for i, (group, label) in enumerate(GROUPS.items()):
-            found = [(y, line.cells[group, name]) for y, line in enumerate(shown) if (group, name) in line.cells]
+            found = [(y, line.cells.get((group, name))) for y, line in enumerate(shown)]
+            found = [(y, each) for y, each in found if each]
             if not found:
                 continue
             places, spreads = [y + 0.2 * i for y, _ in found], [each.spread for _, each in found]
