@@ -5,6 +5,8 @@ docs/extending.md adds a method: a file in objectives/, a line here, a section i
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from mapet_ds.config.sections import Config
@@ -16,7 +18,7 @@ from mapet_ds.objectives.mapet import MaPeT
 from mapet_ds.objectives.mvp import MVP
 from mapet_ds.objectives.objective import Objective, seed_weights
 from mapet_ds.objectives.saim import SAIM
-from mapet_ds.targets.features import TeacherFeatures, pixels_or_features, unblurred_pixels
+from mapet_ds.targets.features import Pixels, TeacherFeatures, pixels_or_features
 from mapet_ds.targets.momentum import MomentumTeacher
 from mapet_ds.targets.target import Target
 from mapet_ds.targets.token_ids import token_ids
@@ -28,7 +30,7 @@ METHODS = {
     "mvp": (MVP, TeacherFeatures),
     "saim": (SAIM, pixels_or_features),
     "conmim": (ConMIM, MomentumTeacher),
-    "mae": (MAE, unblurred_pixels),
+    "mae": (MAE, partial(Pixels, blur=False)),
     "cae": (CAE, token_ids),
 }
 

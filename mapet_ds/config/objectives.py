@@ -169,8 +169,6 @@ class MAEConfig(ObjectiveConfig):
     """Width of the decoder's rows."""
     decoder_heads: Positive = 16
     """Attention heads of a decoder's block."""
-    norm_pix: bool = True
-    """Each patch's pixels have mean 0 and variance 1 as targets; false: those of the whole view."""
     predicts_ids: ClassVar[bool] = False
 
     def rules(self, config: Config) -> Iterator[str]:

@@ -27,23 +27,20 @@ class TeacherFeatures(Target):
 
 
 class Pixels(Target):
-    """The student's view in patches, each of mean 0 and variance 1: float32 [B, L, 3 * patch_size ** 2].
+    """The student's view in patches of mean 0 and variance 1: float32 [B, L, 3 * patch_size ** 2].
 
     Values of a patch run over rows, columns, channels.
 
     blur: first blur the normalised image, which is zero beyond its border, by a 9 x 9 Gaussian with a sigma
         of one pixel.
-    normalise: False leaves the patches as the view has them.
 
     Source: SAIM, arXiv 2212.01610, released settings; MAE, arXiv 2111.06377, without blur.
     """
 
     teacher_view = None
 
-    def __init__(
-        self, config: Config, device: torch.device, blur: bool = True, normalise: bool = True
-    ) -> None:
-        self.patch, self.blur, self.normalise = config.model.patch_size, blur, normalise
+    def __init__(self, config: Config, device: torch.device, blur: bool = True) -> None:
+        self.patch, self.blur = config.model.patch_size, blur
         self.dim, self.identity = 3 * self.patch**2, {}
         line = torch.exp(-torch.arange(-4.0, 5.0, device=device).square() / 2)
         kernel = torch.outer(line, line)
@@ -55,15 +52,8 @@ class Pixels(Target):
         image = F.conv2d(batch.images, self.kernel, padding=4, groups=3) if self.blur else batch.images
         patches = F.pixel_unshuffle(image, self.patch).unflatten(1, (3, -1)).flatten(3)
         patches = patches.permute(0, 3, 2, 1).flatten(2)  # from [B, channels, rows and columns, L]
-        if not self.normalise:
-            return patches.contiguous()
         variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
         return (patches - mean) * (variance + 1e-6).rsqrt()
-
-
-def unblurred_pixels(config: Config, device: torch.device) -> Target:
-    """MAE's target."""
-    return Pixels(config, device, blur=False, normalise=config.mae.norm_pix)
 
 
 def pixels_or_features(config: Config, device: torch.device) -> Target:

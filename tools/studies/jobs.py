@@ -129,9 +129,11 @@ def subset(source: str, number: int, out: Path) -> None:
     """Fills a folder with links to so many images, equally many of each class, the first by name.
 
     Raises:
-        ConfigError: the source has no class folders, or too few images.
+        ConfigError: the source has no class folders, or too few images; the folder holds another number.
     """
     if out.is_dir():
+        if (there := sum(1 for _ in out.glob("*/*"))) != number:
+            raise ConfigError(f"{out} holds {there} images, not {number}: name a new --out.")
         return
     found = sorted(path for path in Path(source).iterdir() if path.is_dir()) if Path(source).is_dir() else []
     if not found or number % len(found):
