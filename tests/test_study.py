@@ -176,7 +176,7 @@ def test_mean_and_spread_are_numpys_and_a_difference_has_the_spread_of_both():
     assert found.difference == pytest.approx(np.mean(other) - np.mean(base))
     assert found.margin == pytest.approx(np.hypot(np.std(base, ddof=1), np.std(other, ddof=1)))
     assert [cells[name].verdict for name in ("other", "near", "few")] == ["beyond", "within", "too few seeds"]
-    text = markdown(lines, "base", "CPU")
+    text = markdown(lines, "base")
     assert "| other | 37.0 ± 1.0 (+5.5) | 10 |" in text and "(+0.5 ~)" in text and "(+19.0 ?)" in text
     written = list(csv.DictReader(comma_separated(lines).splitlines()))
     assert float(written[0]["spread"]) == cells["base"].spread and written[2]["verdict"] == "beyond"
@@ -184,8 +184,8 @@ def test_mean_and_spread_are_numpys_and_a_difference_has_the_spread_of_both():
 
 def test_groups_stand_beside_each_other_and_each_has_its_own_baseline():
     runs = [*outcomes(base=[1.0], other=[2.0]), Outcome("base", "flops", {"knn": 1.0})]
-    runs.append(Outcome("other", "flops", {"knn": 5.0, "hours": 0.5}))
-    (_, other), head = table(runs, "base"), markdown(table(runs, "base"), "base", "CPU").splitlines()[0]
+    runs.append(Outcome("other", "flops", {"knn": 5.0, "cpu_hours": 0.5}))
+    (_, other), head = table(runs, "base"), markdown(table(runs, "base"), "base").splitlines()[0]
     assert other.cells["flops", "knn"].difference == 4.0 and other.cells["steps", "knn"].difference == 1.0
     assert head == "| row | equal steps: k-NN % | steps | equal FLOPs: k-NN % | CPU-hours |"
 
@@ -194,9 +194,9 @@ def test_a_failed_run_is_a_row_that_says_why():
     lines = table(
         [*outcomes(base=[1.0]), Outcome("mae", "steps", {}, "mae_seed0, pretrain: no <room>")], "base"
     )
-    text = markdown(lines, "base", "CPU")
+    text = markdown(lines, "base")
     assert "| mae | failed | " in text and "- mae failed: mae_seed0, pretrain: no <room>" in text
-    assert "no &lt;room&gt;" in (html := page("s", lines, "base", "CPU", "runs: {}")) and "<svg" in html
+    assert "no &lt;room&gt;" in (html := page("s", lines, "base", "runs: {}")) and "<svg" in html
     assert "http" not in html.replace("http://www.w3.org", "").replace("http-equiv", ""), (
         "it needs nothing else"
     )

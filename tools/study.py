@@ -81,8 +81,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def plan(runs: Runs) -> str:
     """What the study takes, a line for each row: runs, steps, FLOPs, disk, hours where they are known."""
-    from studies.runs import ON_GPU
-
     from mapet_ds.planning.study import gpu_hours, lasting
 
     lines = ["| row | equal | runs | steps | GFLOP an image | PFLOP | disk, GiB | hours |", "|---" * 8 + "|"]
@@ -108,9 +106,12 @@ def plan(runs: Runs) -> str:
         lines.append("| " + " | ".join(map(str, cells)) + " |")
         amounts = {"runs": seeds, "flops": seeds * work.flops, "disk": seeds * work.disk}
         total = {name: total[name] + amounts.get(name, seeds * (hours or 0)) for name in total}
-    kind = f"GPU-hours of {runs.study.cluster.gpu}, predicted" if runs.study.cluster else (
-        f"hours of this host's {'GPUs' if ON_GPU else 'CPU'}, at the speed of the runs that are done"
-    )  # fmt: skip
+    lines += [
+        f"| {row.title} | not counted: {reason} | | | | | | |" for row, reason in runs.uncounted.items()
+    ]
+    kind = "hours of this host, at the speed of the runs that are done"
+    if runs.study.cluster:
+        kind = f"GPU-hours of {runs.study.cluster.gpu}, predicted"
     lines += [
         "",
         f"{total['runs']} runs of training, {total['flops'] / 1e15:.4g} PFLOP, at most "
@@ -124,17 +125,15 @@ def plan(runs: Runs) -> str:
 
 def write_tables(runs: Runs, document: Path, outcomes: list) -> str:
     """Writes table.md, table.csv and report.html; gives the first."""
-    from studies.runs import ON_GPU
-
     from mapet_ds.results.report.study import comma_separated, markdown, page, table
 
-    baseline, device = runs.base.title, "GPU" if ON_GPU else "CPU"
+    baseline = runs.base.title
     lines = table(outcomes, baseline)
-    text = markdown(lines, baseline, device)
+    text = markdown(lines, baseline)
     write_whole(runs.out / "table.md", text)
     write_whole(runs.out / "table.csv", comma_separated(lines))
     entries = yaml.safe_dump(runs.study.to_dict(), sort_keys=False)
-    write_whole(runs.out / "report.html", page(document.stem, lines, baseline, device, entries))
+    write_whole(runs.out / "report.html", page(document.stem, lines, baseline, entries))
     return text
 
 

@@ -11,7 +11,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import torch
 from studies.jobs import Failed, Job, change, options, program, records, run, subset
 
 from mapet_ds.__main__ import programs
@@ -24,6 +23,7 @@ from mapet_ds.data.index import open_index
 from mapet_ds.errors import ConfigError
 from mapet_ds.planning.study import (
     Row,
+    Work,
     base_row,
     counted,
     equal_flops,
@@ -38,18 +38,20 @@ from mapet_ds.planning.study import (
 from mapet_ds.results.report.study import Outcome
 from mapet_ds.training.checkpoint import FREE
 
-ON_GPU = torch.cuda.is_available()
-
 
 def trained(folder: Path, ranks: int) -> dict[str, float]:
-    """What a finished training has recorded: its steps, its speed, its hours, its online probes."""
+    """What a finished training has recorded: its steps, its speed, its hours, its online probes.
+
+    ranks: its number of them, where its settings don't name it.
+    """
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     figures = {"steps": lines[-1]["step"]}
     figures["speed"] = statistics.median(line["images_per_second"] for line in lines)
-    if ON_GPU:
-        figures["hours"] = sum(line["seconds"] for line in lines) * ranks / 3600
+    if "gpu_memory_gib" in lines[-1]:
+        ranks = load_config(folder / "config.yaml").train.world_size or ranks
+        figures["gpu_hours"] = sum(line["seconds"] for line in lines) * ranks / 3600
     elif "pretrain" in (known := records(folder)):
-        figures["hours"] = known["pretrain"]["cpu_seconds"] / 3600
+        figures["cpu_hours"] = known["pretrain"]["cpu_seconds"] / 3600
     for name in ("knn", "linear"):
         if (key := f"{name}_accuracy_percent") in lines[-1]:
             figures[f"online_{name}"] = lines[-1][key]
@@ -86,8 +88,21 @@ class Runs:
         self.ranks = place.gpus_per_node if place else study.ranks
 
     def count(self) -> None:
-        """Counts every row, which reads the teacher's sizes: after what `shared` prepares."""
-        self.own = {row: counted(self.study, row, self.out) for row in self.rows}
+        """Counts every row, which reads the teacher's sizes: after what `shared` prepares.
+
+        A row that can't be counted, because its tokenizer is not there, is left out and says why.
+
+        Raises:
+            ConfigError: that row is the baseline.
+        """
+        self.own, self.uncounted = dict[Row, Work](), dict[Row, str]()
+        for row in self.rows:
+            try:
+                self.own[row] = counted(self.study, row, self.out)
+            except ConfigError as error:
+                if row == self.base:
+                    raise
+                self.uncounted[row] = str(error)
         self.works = {row: lasting(work, self.own[self.base].steps) for row, work in self.own.items()}
 
     def steps(self, row: Row) -> int | None:
@@ -118,7 +133,7 @@ class Runs:
         """Yields row and seed of every run that is trained, seed by seed."""
         for seed in self.study.seeds:
             seen = set[Row]()
-            for row in (row._replace(equal=equal) for equal in self.study.equal for row in self.rows):
+            for row in (row._replace(equal=equal) for equal in self.study.equal for row in self.own):
                 if (own := self.same_as(row)) not in seen:
                     seen.add(own)
                     yield own, seed
@@ -238,10 +253,12 @@ class Runs:
         Raises:
             ConfigError: naming the row and each contradiction.
         """
-        for row, seed in self.trainings():
+        asked = {row: self.overrides(row, seed) for row, seed in self.trainings()}
+        asked |= {row: settings_of(self.study, row, self.out, self.study.seeds[0]) for row in self.uncounted}
+        for row, own in asked.items():
             recipe, _ = row_settings(self.study, row.name, {})
             try:
-                check(load_config(recipe, self.overrides(row, seed)), self.ranks)
+                check(load_config(recipe, [*own, f"run_dir={self.out}"]), self.ranks)
             except ConfigError as error:
                 raise ConfigError(f"runs.{row.name}: {error}") from error
 
@@ -277,6 +294,8 @@ class Runs:
             for equal in self.study.equal:
                 if self.same_as(row._replace(equal=equal)) == row:
                     yield Outcome(row.title, equal, figures, failed)
+        for row, reason in self.uncounted.items():
+            yield Outcome(row.title, self.study.equal[0], {}, reason)
         for name, seed, jobs in self.untrained():
             folder = self.folder(name, seed)
             failed = self.work_off(folder, jobs) if go and only in ("", folder.name) else ""

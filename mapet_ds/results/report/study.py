@@ -21,7 +21,10 @@ MEASURES = {
     "knn": "k-NN %", "linear": "linear %", "finetune": "fine-tuned %", "online_knn": "online k-NN %",
     "online_linear": "online linear %",
 }  # fmt: skip
-COSTS = {"steps": "steps", "speed": "images/s", "hours": "{device}-hours", "flops": "PFLOP"}
+COSTS = {
+    "steps": "steps", "speed": "images/s", "gpu_hours": "GPU-hours", "cpu_hours": "CPU-hours",
+    "flops": "PFLOP",
+}  # fmt: skip
 GROUPS = {"steps": "equal steps", "flops": "equal FLOPs", "time": "equal time"}
 
 
@@ -122,11 +125,11 @@ def _text(name: str, each: Cell | None) -> str:
     return f"{each.mean:,.0f}" if each.mean >= 100 else f"{each.mean:.3g}"
 
 
-def titles(lines: list[Line], device: str) -> list[str]:
+def titles(lines: list[Line]) -> list[str]:
     """The heads of the columns; a group's first one names the group."""
     heads, last = [], ""
     for group, name in columns(lines):
-        head = {**MEASURES, **COSTS}[name].format(device=device)
+        head = {**MEASURES, **COSTS}[name]
         heads.append(head if group == last else f"{GROUPS[group]}: {head}")
         last = group
     return heads
@@ -148,9 +151,9 @@ def caption(baseline: str) -> list[str]:
     ]
 
 
-def markdown(lines: list[Line], baseline: str, device: str) -> str:
+def markdown(lines: list[Line], baseline: str) -> str:
     """The table with its caption, and a sentence for each run that failed."""
-    heads = ["row", *titles(lines, device)]
+    heads = ["row", *titles(lines)]
     text = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     text += ["| " + " | ".join([line.row, *cells(line, lines)]) + " |" for line in lines]
     text += ["", *caption(baseline)]
@@ -200,7 +203,7 @@ def charts(lines: list[Line]) -> list[dict[str, Any]]:
     return pictures
 
 
-def page(name: str, lines: list[Line], baseline: str, device: str, document: str) -> str:
+def page(name: str, lines: list[Line], baseline: str, document: str) -> str:
     """The HTML of the study: the pictures, the table, what failed, the document."""
     loader, undefined = jinja2.FileSystemLoader(Path(__file__).parent), jinja2.StrictUndefined
     environment = jinja2.Environment(
@@ -208,6 +211,6 @@ def page(name: str, lines: list[Line], baseline: str, device: str, document: str
     )
     rows = [(line.row, cells(line, lines), line.failed) for line in lines]
     return environment.get_template("study.html").render(
-        name=name, charts=charts(lines), titles=titles(lines, device), rows=rows, caption=caption(baseline),
+        name=name, charts=charts(lines), titles=titles(lines), rows=rows, caption=caption(baseline),
         document=document,
     )  # fmt: skip
