@@ -155,6 +155,24 @@ def test_counts_of_a_row_and_its_length(study, tmp_path):
         assert math.ceil(epochs * 640 / 64) == steps
 
 
+def test_a_plan_for_a_cluster_and_a_row_that_cannot_be_counted(tmp_path, capsys):
+    """GPU-hours are plan.py's; the row without its teacher says so, and the others are planned."""
+    rows = {"mae": {"objective": "mae"}, "deep": {"objective": "mae", "mae.decoder_depth": 4}, "mapet": {}}
+    changes = {"seeds": [0, 1], "equal": ["steps", "flops", "time"], "cluster": {"gpus_per_node": 1}}
+    path = write(tmp_path, runs=rows, **changes)
+    program.work(program.parse([str(path), "--plan", "--out", str(tmp_path / "out")]), load_study(path))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].startswith("| mae | steps | 2 | 20 | ") and lines[3].startswith(
+        "| deep | steps | 2 | 20 |"
+    )
+    shallow, deep = (float(line.split("|")[5]) for line in lines[2:4])
+    assert lines[4].startswith(f"| deep | flops | 2 | {round(20 * shallow / deep)} | ")
+    assert lines[5].startswith("| deep | time | 2 | as long as the baseline's |")
+    assert lines[6].startswith("| mapet | not counted: teacher.name = local-dir:runs/demo/data/teacher")
+    assert "6 runs of training" in lines[8] and "GPU-hours of h100, predicted" in lines[8]
+    assert not (tmp_path / "out").exists(), "a plan writes nothing"
+
+
 # ---- The table.
 
 
@@ -205,6 +223,7 @@ def test_a_failed_run_is_a_row_that_says_why():
 # ---- From end to end.
 
 
+@pytest.mark.slow
 def test_a_tiny_study(tmp_path, monkeypatch, capsys):
     """Two rows, of which one fails; the same command goes on; a changed setting is refused; SLURM's array.
 
