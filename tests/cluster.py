@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from line import ENVIRONMENT, free_port
+from forked import ENVIRONMENT, free_port
 
 PROGRAMS = {
     "sshd": "openssh-server",

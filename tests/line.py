@@ -1,18 +1,15 @@
 """A small line for the programs' tests: images, a tiny teacher, a codebook, a recipe, the user's commands."""
 
 import json
-import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import yaml
+from forked import TORCHRUN, free_port, start
 from PIL import Image
 from towers import write_tower
-
-from mapet_ds.config.sections import REPOSITORY
 
 _codebooks: dict[str, bytes] = {}
 """Settings of `make_line` -> the codebook, which is the same wherever the line stands."""
@@ -70,22 +67,6 @@ def write_classes(
         Image.fromarray(blocks).resize((40, 48), Image.Resampling.BICUBIC).save(path)
 
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(REPOSITORY)}
-
-
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
-
-
-def start(*command: object, **options: object) -> subprocess.CompletedProcess:
-    words = [str(word) for word in command]
-    return subprocess.run(
-        words, cwd=REPOSITORY, env=ENVIRONMENT, capture_output=True, text=True, timeout=400, **options
-    )
-
-
 def command(
     recipe: Path,
     ranks: int,
@@ -94,9 +75,7 @@ def command(
     program: str = "mapet_ds/pretrain.py",
 ) -> list[str]:
     """The user's own, under torchrun; plain python for one rank."""
-    launcher = (
-        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
-    )
+    launcher = [*TORCHRUN, f"--nproc_per_node={ranks}"] if ranks > 1 else []
     words = [sys.executable, *launcher, program, "--config", str(recipe), "--deepspeed_config", engine]
     return [*words, *overrides]
 

@@ -6,8 +6,9 @@ import sys
 import numpy as np
 import pytest
 import torch
+from forked import ENVIRONMENT, start
 from images import encode, picture
-from line import ENVIRONMENT, make_line, start
+from line import make_line
 from towers import write_tower
 
 from mapet_ds.config.recipe import load_config

@@ -13,6 +13,7 @@ import images
 import numpy as np
 import pytest
 import torch
+from forked import start
 from PIL import Image, ImageFilter, ImageOps
 from torchvision.transforms import RandomResizedCrop
 
@@ -102,9 +103,7 @@ def photos(tmp_path_factory) -> Index:
 
 
 def run_tool(name: str, *arguments: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(REPOSITORY / "tools" / name), *map(str, arguments)]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    return start(sys.executable, REPOSITORY / "tools" / name, *arguments)
 
 
 # ---- order

@@ -14,7 +14,8 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from line import ENVIRONMENT, IMAGES, by_deepspeed, command, losses, make_line, pretrain, start, steps
+from forked import ENVIRONMENT, start
+from line import IMAGES, by_deepspeed, command, losses, make_line, pretrain, steps
 from safetensors.torch import load_file
 
 from mapet_ds.config.sections import REPOSITORY

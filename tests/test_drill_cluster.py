@@ -10,7 +10,8 @@ import time
 import cluster
 import psutil
 import pytest
-from line import command, free_port, losses, make_line, pretrain, steps
+from forked import free_port
+from line import command, losses, make_line, pretrain, steps
 
 from mapet_ds.config.sections import REPOSITORY
 from mapet_ds.training.checkpoint import newest

@@ -1,7 +1,6 @@
 """States gathered from one engine continue in another, at any ZeRO stage, precision and number of ranks."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from deepspeed.ops.op_builder import FusedAdamBuilder
+from forked import ENVIRONMENT, TORCHRUN, start
 from safetensors.torch import load_file
 from test_objectives import tiny_config
 
@@ -24,19 +24,12 @@ CASES = [f"zero{stage}{precision}" for stage in STAGES for precision in ("", "_b
 
 def torchrun(ranks, *arguments, accelerator="cpu"):
     """A test program under torchrun, as a user's cluster would start ours, on this type of device."""
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc_per_node={ranks}",
-        *arguments,
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{REPOSITORY}:{HERE}"}
-    environment["DS_ACCELERATOR"] = accelerator
-    done = subprocess.run(
-        list(map(str, command)), env=environment, capture_output=True, text=True, timeout=400
-    )
+    command = [sys.executable, *TORCHRUN, f"--nproc_per_node={ranks}", *map(str, arguments)]
+    if accelerator == "cpu":
+        done = start(*command)
+    else:
+        environment = {**ENVIRONMENT, "PYTHONPATH": f"{REPOSITORY}:{HERE}", "DS_ACCELERATOR": accelerator}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 

@@ -2,13 +2,13 @@
 
 import json
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import timm
 import torch
+from forked import start
 
 from mapet_ds.config.sections import REPOSITORY, Config, DataConfig, ModelConfig
 from mapet_ds.errors import ExportError, ResumeError
@@ -185,7 +185,7 @@ def test_refuses_damaged_foreign_and_missing_checkpoints(tmp_path):
 def test_the_command(tmp_path):
     vit = write_checkpoint(tmp_path / "run", MODELS["patch4"])
     command = [sys.executable, TOOL, tmp_path / "run", tmp_path / "out", "--layer_scale", "keep"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = start(*command)
     assert done.returncode == 0, done.stderr
     printed = done.stdout.splitlines()
     assert str(tmp_path / "out" / "model.safetensors") in printed[0]

@@ -9,7 +9,8 @@ import sys
 
 import open_clip
 import pytest
-from line import ENVIRONMENT, command, losses, make_line
+from forked import ENVIRONMENT
+from line import command, losses, make_line
 from safetensors.torch import load_file
 
 from mapet_ds.config.recipe import load_config

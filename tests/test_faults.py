@@ -10,7 +10,8 @@ import time
 import psutil
 import pytest
 import torch
-from line import ENVIRONMENT, by_deepspeed, command, make_line, pretrain, start, steps
+from forked import ENVIRONMENT, start
+from line import by_deepspeed, command, make_line, pretrain, steps
 from safetensors.torch import load_file
 
 from mapet_ds.config.sections import REPOSITORY

@@ -10,7 +10,8 @@ import pytest
 import timm
 import torch
 import yaml
-from line import ENVIRONMENT, command, losses, start, steps, write_classes
+from forked import ENVIRONMENT, start
+from line import command, losses, steps, write_classes
 from PIL import Image
 from safetensors.torch import load_file
 from test_export import write_checkpoint

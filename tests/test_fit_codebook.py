@@ -4,13 +4,13 @@ import errno
 import os
 import re
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from forked import start
 from PIL import Image
 from towers import write_tower
 
@@ -50,13 +50,7 @@ train: {{micro_batch_size: 4}}
 
 
 def fit_codebook(recipe, *arguments, launcher=(sys.executable,)):
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(sys.path),
-        "OMP_NUM_THREADS": "1",
-        "DS_ACCELERATOR": "cpu",
-    }
-    command = [*launcher, PROGRAM, "--config", str(recipe), *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    return start(*launcher, PROGRAM, "--config", recipe, *arguments)
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import json
 import sys
 
 import pytest
-from line import start
+from forked import start
 
 from mapet_ds.config.engine import load_deepspeed_config
 from mapet_ds.config.recipe import load_config
@@ -32,10 +32,12 @@ from mapet_ds.config.recipe import load_config
 def storages(*tensors):
     return {s._cdata: s.nbytes() for s in (tensor.untyped_storage() for tensor in tensors)}
 
-def live(model):
+def tensors():
     gc.collect()
-    there = [o for o in gc.get_objects() if type(o) in (torch.Tensor, torch.nn.Parameter) and not o.is_meta]
-    return storages(*there, *(p.grad for p in model.parameters() if p.grad is not None))
+    return [o for o in gc.get_objects() if type(o) in (torch.Tensor, torch.nn.Parameter) and not o.is_meta]
+
+def live(model):
+    return storages(*tensors(), *(p.grad for p in model.parameters() if p.grad is not None))
 
 def listen(name):
     collective = getattr(dist, name)
@@ -52,7 +54,8 @@ ranks = init_distributed()
 config = load_config(sys.argv[1])
 for path in sys.argv[2:]:
     objective = build_objective(config, config.tokenizer.vocab_size)
-    others = set(live(objective)) - set(storages(*objective.parameters()))
+    there = tensors()  # held, so that nothing new has their addresses
+    others = set(storages(*there)) - set(storages(*objective.parameters()))
     engine_config = load_deepspeed_config(path)
     engine_config["zero_optimization"]["reduce_bucket_size"] = BUCKET
     groups = parameter_groups(objective, 0.05)

@@ -8,9 +8,9 @@ import sys
 
 import pytest
 import yaml
+from forked import ENVIRONMENT
 from huggingface_hub import HfApi, ModelCard, RepoUrl
 from huggingface_hub.utils import filter_repo_objects
-from line import ENVIRONMENT
 from test_export import MODELS, TOOL, write_checkpoint
 
 from mapet_ds.config.sections import Config, ModelConfig

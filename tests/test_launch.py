@@ -15,7 +15,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import yaml
-from line import ENVIRONMENT, command, free_port, start
+from forked import ENVIRONMENT, free_port, start
+from line import command
 
 from mapet_ds.config.sections import REPOSITORY
 from mapet_ds.errors import ConfigError

@@ -6,7 +6,8 @@ import shutil
 import pytest
 import torch
 import yaml
-from line import command, losses, start, write_classes
+from forked import start
+from line import command, losses, write_classes
 from timm.data import create_transform, resolve_model_data_config
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder

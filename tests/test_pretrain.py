@@ -8,7 +8,8 @@ import time
 
 import pytest
 import torch
-from line import ENVIRONMENT, IMAGES, by_deepspeed, command, losses, make_line, pretrain, start
+from forked import ENVIRONMENT, start
+from line import IMAGES, by_deepspeed, command, losses, make_line, pretrain
 from safetensors.torch import load_file
 
 from mapet_ds.config.recipe import load_config

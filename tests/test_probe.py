@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from forked import TORCHRUN, start
 from PIL import Image
 from safetensors.numpy import load_file
 from timm.models import save_for_hf
@@ -259,7 +260,7 @@ def test_the_command(model_folder, image_folders):
     folders = ["--train", image_folders / "train", "--val", image_folders / "val"]
     settings = ["--k", "5", "--workers", "1", "--batch_size", "7", "--device", "cpu", "--json"]
     command = [sys.executable, EVALUATE, "knn", "--model", model_folder, *folders, *settings]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = start(*command)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     expected = accuracy_by_hand(load_timm(model_folder), image_folders, 5)
@@ -440,8 +441,7 @@ def test_shards_and_two_ranks_give_the_folders_figures(run_tool, model_folder, i
         subprocess.run(packed, check=True, capture_output=True)
     shards = ["--train", tmp_path / "train", "--val", tmp_path / "val"]
     words = ["knn", "--model", model_folder, *shards, "--k", "5", "--workers", "0", "--json"]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run([sys.executable, *launcher, EVALUATE, *words], capture_output=True, text=True)
+    done = start(sys.executable, *TORCHRUN, "--nproc_per_node=2", EVALUATE, *words)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == expected
 

@@ -4,12 +4,12 @@ import argparse
 import json
 import math
 import runpy
-import subprocess
 import sys
 
 import pytest
 import timm
 import torch
+from forked import start
 from safetensors.torch import save_file
 from torch.nn import functional
 
@@ -513,7 +513,7 @@ def test_a_damaged_file_is_refused_and_nothing_is_executed(tmp_path, write, kind
 def test_the_command(tmp_path, write):
     path = write("conmim", finetuned=False)
     command = [sys.executable, TOOL, "--method", "conmim", path, tmp_path / "out", "--layer_scale", "keep"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = start(*command)
     assert done.returncode == 0, done.stderr
     printed = done.stdout.splitlines()
     assert (

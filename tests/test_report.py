@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from line import make_line, pretrain, start
+from forked import start
+from line import make_line, pretrain
 from PIL import Image
 
 from mapet_ds.config.finetune import FinetuneConfig

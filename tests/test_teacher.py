@@ -1,15 +1,14 @@
 """The frozen teacher against open_clip's own model, from every kind of file, whole and spread over ranks."""
 
 import json
-import os
 import pickle
-import subprocess
 import sys
 from pathlib import Path
 
 import open_clip
 import pytest
 import torch
+from forked import TORCHRUN, start
 from safetensors.torch import load_file, save_file
 from teacher_worker import CASES, gpu_bytes, images, settings
 from towers import SIZE, VISION, know_tiny_models, model_config, whole_model, write_tower
@@ -360,18 +359,9 @@ def test_a_grid_that_is_not_the_students_is_refused(towers):
 
 
 def run_sharded(towers, out, device, ranks=2):
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     worker = Path(__file__).with_name("teacher_worker.py")
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc_per_node={ranks}",
-        str(worker),
-    ]
-    command += [str(towers), str(out), device]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, *TORCHRUN, f"--nproc_per_node={ranks}", worker, towers, out, device]
+    done = start(*command)
     assert done.returncode == 0, done.stderr[-3000:]
     return [torch.load(out / f"{rank}.pt", weights_only=False) for rank in range(ranks)]
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from line import IMAGES, command, losses, make_line, pretrain, start
+from forked import start
+from line import IMAGES, command, losses, make_line, pretrain
 
 from mapet_ds.config.recipe import load_config
 from mapet_ds.config.rules import check

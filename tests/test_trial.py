@@ -362,7 +362,7 @@ def test_a_host_without_a_gpu_is_told_so(monkeypatch):
 @pytest.mark.drill
 def test_the_whole_trial_on_a_cpu(tmp_path):
     """All that can run here passes; the same command does nothing again; the tables hold every benchmark."""
-    from line import start
+    from forked import start
 
     for repeated in (False, True):
         done = start(sys.executable, "tools/trial.py", "gpu", tmp_path, "--cpu", timeout=3600)

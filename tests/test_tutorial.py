@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from forked import ENVIRONMENT
 from images import photos, write
-from line import ENVIRONMENT
 
 from mapet_ds.config.engine import load_deepspeed_config
 from mapet_ds.config.finetune import FinetuneConfig

@@ -7,7 +7,7 @@ import sys
 import tomllib
 
 import pytest
-from line import ENVIRONMENT
+from forked import ENVIRONMENT
 from packaging.requirements import Requirement
 
 from mapet_ds import __version__

@@ -19,8 +19,8 @@ from mapet_ds.planning.roofline import Gpu
 
 GIB = 2**30
 FP32 = 4
-USABLE = 0.95
-"""Share of the memory that the caching allocator can use: the rest is lost between blocks."""
+USABLE = 0.83
+"""Share of the memory that tensors can use: the allocator reserves up to a fifth more than is in use."""
 CONTEXT = 1.5 * GIB
 """CUDA context, NCCL's and cuBLAS's buffers."""
 DECODER = 1.0 * GIB
@@ -345,7 +345,7 @@ def assumptions(request: Request) -> list[str]:
         f"a node reads {cluster.storage_gbyte_s:g} GB/s, and a GPU's loader prepares "
         f"{speeds.images_per_second:g} images/s, while the GPU computes",
         f"memory: {CONTEXT / GIB:g} GiB of contexts, {DECODER / GIB:g} GiB for DALI, {USABLE:.0%} of the GPU "
-        "usable; activations as in eager mode (torch.compile keeps up to an eighth less)",
+        "usable; activations as in eager mode (torch.compile keeps up to a sixth less, of ConMIM's half)",
     ]
     if target(request.config).ahead:
         lines.append(

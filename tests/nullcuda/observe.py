@@ -85,14 +85,10 @@ class Notes:
         def train_step(self_: Run) -> None:
             if self_.step != STEP:
                 return step(self_)
-            self.facts["before"] = torch.cuda.max_memory_reserved()
-            torch.cuda.reset_peak_memory_stats()
             self.mark("step")
-            with self.waits(), self.shapes():
+            with self.waits(), self.shapes(), self.memory():
                 step(self_)
             self.mark("after")
-            self.facts["allocated"] = torch.cuda.max_memory_allocated()
-            self.facts["reserved"] = torch.cuda.max_memory_reserved()
 
         run.train_step = train_step
 
@@ -113,6 +109,26 @@ class Notes:
                 yield
             finally:
                 torch.cuda.set_sync_debug_mode("default")
+
+    @contextmanager
+    def memory(self):
+        """Notes the bytes that the allocator reserved at most, and those that were in use at most.
+
+        The latter is summed over streams: no stream uses what another one has let go of.
+        """
+        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.memory._record_memory_history(context=None, stacks="python")
+        held = Counter()
+        for segment in torch.cuda.memory_snapshot():
+            held[segment["stream"]] += segment["active_size"]
+        yield
+        peaks = Counter(held)
+        for event in torch.cuda.memory._snapshot()["device_traces"][torch.cuda.current_device()]:
+            sign = {"alloc": 1, "free_completed": -1}.get(event["action"], 0)
+            held[event["stream"]] += sign * event["size"]
+            peaks[event["stream"]] = max(peaks[event["stream"]], held[event["stream"]])
+        torch.cuda.memory._record_memory_history(enabled=None)
+        self.facts |= {"in_use": peaks.total(), "reserved": torch.cuda.max_memory_reserved()}
 
     @contextmanager
     def shapes(self):
