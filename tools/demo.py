@@ -25,8 +25,8 @@ MIN_GAIN = {"mapet": 15, "beit": 15, "mvp": 10, "saim": 10, "mae": 10}
 """Points of k-NN accuracy below which something must be broken. ConMIM's teacher has hardly moved in so few
 steps (docs/log.md)."""
 SETTINGS = {"mae": ("train.epochs=48", "optim.lr=4e-3", "optim.betas=[0.9,0.95]", "mae.decoder_depth=1")}
-"""What an objective needs beyond the recipe. MAE's loss stays where it is for some 600 steps, which are short,
-and falls only then (docs/log.md)."""
+"""What an objective needs beyond the recipe. MAE's loss stays where it is for some 600 short steps, and falls
+only then (docs/log.md)."""
 MIN_FALL = 0.05
 """Share of its first value by which a loss must have fallen."""
 RECIPE = ("--config", "mapet_ds/recipes/demo_cpu.yaml")
