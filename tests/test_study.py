@@ -250,6 +250,11 @@ def test_a_tiny_study(tmp_path, monkeypatch, capsys):
     # What contradicts itself is said before anything runs.
     with pytest.raises(ConfigError, match=r"runs.broken: optim.warmup_epochs = 3.0 leaves nothing"):
         study("runs.broken.optim.warmup_epochs=3")
+    with pytest.raises(
+        ConfigError, match=r"measure.finetune: train.global_batch_size = 64 is not a multiple"
+    ):
+        recipe_words = ["measure.finetune.recipe=finetune_cifar10_cpu"]
+        study(*recipe_words, "measure.finetune.settings.train.micro_batch_size=48")
     assert not (out / "mapet_seed0").exists()
 
     # One row is there, the other says why not.

@@ -16,7 +16,7 @@ from studies.jobs import Failed, Job, change, options, program, records, run, su
 from mapet_ds.__main__ import programs
 from mapet_ds.config.finetune import FinetuneConfig
 from mapet_ds.config.recipe import load_config
-from mapet_ds.config.rules import check
+from mapet_ds.config.rules import check, check_finetune
 from mapet_ds.config.sections import Config
 from mapet_ds.config.study import StudyConfig, compared, row_settings, words
 from mapet_ds.data.index import open_index
@@ -201,13 +201,18 @@ class Runs:
         finetune, run_dir = self.study.measure.finetune, folder / "finetuned"
         if finetune is None:
             return
-        train = self.labelled() if finetune.labels else self.images["train"]
-        own = [*words(finetune.settings), *more, f"model.path={model}", f"seed={seed}", f"run_dir={run_dir}"]
-        own += [f"data.train={train}", f"data.val={self.images['val']}"]
+        own = [*self.finetune_settings(), *more, f"model.path={model}", f"seed={seed}", f"run_dir={run_dir}"]
         settings = compared(load_config(finetune.recipe, own, FinetuneConfig), FREE)
         rest = ["--config", finetune.recipe, "--deepspeed_config", self.study.engine, *own]
         command = program("finetune", *rest, ranks=self.ranks)
         yield Job("finetune", command, folder, run_dir / "results.json", settings, FinetuneConfig)
+
+    def finetune_settings(self) -> list[str]:
+        """The settings of every fine-tuning."""
+        finetune = self.study.measure.finetune
+        assert finetune
+        train = self.labelled() if finetune.labels else self.images["train"]
+        return [*words(finetune.settings), f"data.train={train}", f"data.val={self.images['val']}"]
 
     def labelled(self) -> Path:
         """The folder of the images that fine-tuning has labels of."""
@@ -261,6 +266,14 @@ class Runs:
                 check(load_config(recipe, [*own, f"run_dir={self.out}"]), self.ranks)
             except ConfigError as error:
                 raise ConfigError(f"runs.{row.name}: {error}") from error
+        if finetune := self.study.measure.finetune:
+            name = load_config(self.study.recipe).model.name  # the weights aren't there yet
+            fresh = ["model.untrained=true", f"model.name={name}", f"run_dir={self.out}"]
+            settings = [*self.finetune_settings(), *fresh]
+            try:
+                check_finetune(load_config(finetune.recipe, settings, FinetuneConfig), self.ranks)
+            except ConfigError as error:
+                raise ConfigError(f"measure.finetune: {error}") from error
 
     def check_unchanged(self) -> None:
         """Refuses a study in which a run or a measurement that has begun would change.
