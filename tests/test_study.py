@@ -10,7 +10,8 @@ import sys
 import numpy as np
 import pytest
 import yaml
-from line import ENVIRONMENT, make_line, write_classes
+from forked import ENVIRONMENT
+from line import make_line, write_classes
 
 from mapet_ds.config.sections import REPOSITORY
 from mapet_ds.config.shipped import STUDIES, shipped_names
