@@ -21,7 +21,7 @@ from pathlib import Path
 from mapet_ds.config.sections import Config
 from mapet_ds.config.shipped import PACKAGE, SHIPPED
 
-MIN_GAIN = {"mapet": 15, "beit": 15, "mvp": 10, "saim": 10, "mae": 10}
+MIN_GAIN = {"mapet": 15, "beit": 15, "mvp": 10, "saim": 10, "mae": 10, "cae": 10}
 """Points of k-NN accuracy below which something must be broken. ConMIM's teacher has hardly moved in so few
 steps (docs/log.md)."""
 SETTINGS = {"mae": ("train.epochs=48", "optim.lr=4e-3", "optim.betas=[0.9,0.95]", "mae.decoder_depth=1")}
