@@ -51,15 +51,16 @@ def recipe(tmp_path_factory):
 def run(request, recipe):
     """Name and folder of a run of 20 steps, which was stopped after 9 and started again.
 
-    MAE's and CAE's begin under another ZeRO stage: fixed tables, and an encoder that runs twice a step. Those
-    that are weights alone run in one piece: tests/test_pretrain.py stops and kills such a run.
+    MAE's and CAE's begin on one rank under another ZeRO stage: fixed tables, and an encoder that runs twice a
+    step. Those that are weights alone run in one piece: tests/test_pretrain.py stops and kills such a run.
     """
     name = request.param
     run_dir = recipe.parent / name
-    stopped = [(3 if name in ("mae", "cae") else 2, "train.stop_at_step=9")]
-    for stage, *more in [*stopped * (name not in WEIGHTS_ALONE), (2,)]:
+    ranks, stage, micro = (1, 3, 8) if name in ("mae", "cae") else (2, 2, 4)
+    stopped = [(ranks, stage, f"train.micro_batch_size={micro}", "train.stop_at_step=9")]
+    for ranks, stage, *more in [*stopped * (name not in WEIGHTS_ALONE), (2, 2)]:
         engine = f"ds_configs/zero{stage}_cpu.json"
-        done = pretrain(recipe, 2, *words(name, run_dir, *more), engine=engine)
+        done = pretrain(recipe, ranks, *words(name, run_dir, *more), engine=engine)
         assert done.returncode == 0, done.stderr[-3000:]
     return name, run_dir
 

@@ -37,9 +37,12 @@ def parse(argv: list[str]) -> Any:
     engine = ENGINES / "zero2.json"
     parser.add_argument("--engine", default=engine, metavar="JSON", help="default: ZeRO-2")
     parser.add_argument("--images", type=count, default=1_281_167, help="of the data set; ImageNet-1k's")
-    parser.add_argument("--image_kbyte", type=amount, default=110, help="mean size of a file")
-    parser.add_argument("--link_gbit", type=amount, default=400, help="Gbit/s of a node's adapters together")
-    parser.add_argument("--storage_gbyte_s", type=amount, default=2, help="GB/s that a node reads")
+    for name, text in {
+        "image_kbyte": "mean size of a file",
+        "link_gbit": "Gbit/s of a node's adapters together",
+        "storage_gbyte_s": "GB/s that a node reads",
+    }.items():
+        parser.add_argument(f"--{name}", type=amount, default=Cluster._field_defaults[name], help=text)
     parser.add_argument(
         "--calibrate", nargs="+", type=Path, default=[], metavar="JSON", help="lines of tools/benchmark.py"
     )

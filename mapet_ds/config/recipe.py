@@ -13,11 +13,13 @@ import pydantic
 import yaml
 
 from mapet_ds.config.knobs import Knob, knobs_of, known_keys
-from mapet_ds.config.sections import Config, RunConfig
-from mapet_ds.config.shipped import RECIPES, shipped_file, shipped_names
+from mapet_ds.config.sections import Config
+from mapet_ds.config.shipped import RECIPES, STUDIES, shipped_file, shipped_names
 from mapet_ds.errors import ConfigError
 
-Settings = TypeVar("Settings", bound=RunConfig)
+Settings = TypeVar("Settings")
+KINDS = {RECIPES: "recipe", STUDIES: "study"}
+"""What a file is called, by the folder of the shipped ones."""
 
 
 class RecipeLoader(yaml.SafeLoader):
@@ -61,19 +63,20 @@ def _parse_yaml(text: str, source: str) -> Any:
         raise ConfigError(f"{source} is not valid YAML: {where}.") from error
 
 
-def _read_recipe(path: Path) -> dict[str, Any]:
+def _read_recipe(path: Path, folder: Path) -> dict[str, Any]:
+    names = shipped_names(folder)
     try:
         text = path.read_text()
     except (OSError, UnicodeDecodeError) as error:
-        close = difflib.get_close_matches(path.stem, shipped_names(RECIPES), n=1)
-        cure = f"Did you mean {close[0]}?" if close else f"Shipped ones: {', '.join(shipped_names(RECIPES))}."
-        raise ConfigError(f"The recipe {path} can't be read: {error}. {cure}") from error
-    recipe = _parse_yaml(text, f"The recipe {path}")
+        close = difflib.get_close_matches(path.stem, names, n=1)
+        cure = f"Did you mean {close[0]}?" if close else f"Shipped ones: {', '.join(names)}."
+        raise ConfigError(f"The {KINDS[folder]} {path} can't be read: {error}. {cure}") from error
+    recipe = _parse_yaml(text, f"The {KINDS[folder]} {path}")
     if recipe is None:
         return {}
     if not isinstance(recipe, dict):
         kind = type(recipe).__name__
-        raise ConfigError(f"The recipe {path} must be a mapping of keys to values, not {kind}.")
+        raise ConfigError(f"The {KINDS[folder]} {path} must be a mapping of keys to values, not {kind}.")
     return recipe
 
 
@@ -125,7 +128,7 @@ def _at_home(value: Any) -> Any:
     return path
 
 
-def _sentence(error: Any, recipe: str, overridden: set[str], cls: type[RunConfig]) -> str:
+def _sentence(error: Any, recipe: str, overridden: set[str], cls: type[Any]) -> str:
     """The sentence for pydantic's record of an error: the knob, the value, its source and what to do."""
     key = ".".join(str(part) for part in error["loc"])
     of_command = any(f"{key}.".startswith(f"{k}.") or k.startswith(f"{key}.") for k in overridden)
@@ -151,24 +154,28 @@ def _sentence(error: Any, recipe: str, overridden: set[str], cls: type[RunConfig
 
 
 def load_config(
-    recipe: str | Path, overrides: list[str] | tuple[str, ...] = (), cls: type[Settings] = Config
+    recipe: str | Path,
+    overrides: list[str] | tuple[str, ...] = (),
+    cls: type[Settings] = Config,
+    folder: Path = RECIPES,
 ) -> Settings:
     """Reads a recipe with `a.b=value` overrides on top. The values are not yet checked against each other.
 
-    recipe: a file, or the name of a shipped one. cls: the settings that it gives, Config or FinetuneConfig.
+    recipe: a file, or the name of a shipped one of `folder`. cls: the settings that it gives: Config,
+        FinetuneConfig, or StudyConfig of a study.
 
     Raises:
         ConfigError: the file can't be read or is no YAML, a key is unknown, a value has a wrong type or
             range.
     """
-    recipe = shipped_file(recipe, RECIPES)
-    values = _read_recipe(recipe)
+    recipe = shipped_file(recipe, folder)
+    values = _read_recipe(recipe, folder)
     knobs = knobs_of(cls)
     overridden = {_apply_override(values, override, knobs) for override in overrides}
     try:
         text = json.dumps(_at_home(values))
     except (TypeError, ValueError) as error:
-        message = f"The recipe {recipe} holds a value that is no number, string or list: {error}."
+        message = f"The {KINDS[folder]} {recipe} holds a value that is no number, string or list: {error}."
         raise ConfigError(message) from error
     try:
         return pydantic.TypeAdapter(cls).validate_json(text)

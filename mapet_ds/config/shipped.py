@@ -8,6 +8,7 @@ PACKAGE = Path(__file__).resolve().parents[1]
 SHIPPED = PACKAGE.parent if (PACKAGE.parent / "ds_configs").is_dir() else PACKAGE / "shipped"
 """The folder of ds_configs, slurm and tools: the repository, or within an installed package."""
 RECIPES = PACKAGE / "recipes"
+STUDIES = PACKAGE / "studies"
 ENGINES = SHIPPED / "ds_configs"
 
 
@@ -18,7 +19,7 @@ def shipped_file(path: str | Path, folder: Path) -> Path:
     """
     path, suffix = Path(path), ".json" if folder == ENGINES else ".yaml"
     there = (folder / path.name).with_suffix(suffix)
-    shipped = path.parent in (Path(), Path("mapet_ds/recipes"), Path("ds_configs"))
+    shipped = path.parent in (Path(), Path("mapet_ds/recipes"), Path("mapet_ds/studies"), Path("ds_configs"))
     return there if shipped and not path.exists() and there.is_file() else path
 
 

@@ -107,11 +107,12 @@ class Cluster(NamedTuple):
     gpu: Gpu
     nodes: int
     gpus_per_node: int
-    link_gbit: float
+    link_gbit: float = 400
     """Gbit/s of a node's adapters together."""
-    storage_gbyte_s: float
+    storage_gbyte_s: float = 2
     """GB/s that a node reads."""
-    image_kbyte: float
+    image_kbyte: float = 110
+    """Mean size of a file: ImageNet-1k's."""
 
     @property
     def ranks(self) -> int:

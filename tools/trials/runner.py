@@ -24,7 +24,7 @@ LIMIT = 540
 SOURCES = ("mapet_ds", "tools", "tests", "ds_configs", "slurm", "requirements.txt")
 """What a step's outcome depends on; docs are what the trial writes."""
 TORCHRUN = re.compile(r"^.*torch/distributed/elastic/.* failed \(exitcode", re.MULTILINE)
-NOISE = re.compile(r"warnings\.warn|\[W|\^|pdsh@|.*\[launch\.py")
+NOISE = re.compile(r"warnings\.warn|\[W|W\d{4} .*torch/distributed/|\^|pdsh@|.*\[launch\.py")
 Figures = dict[str, Any]
 Record = dict[str, Any]
 

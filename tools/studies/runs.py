@@ -1,0 +1,325 @@
+"""The runs of a study: how long each is, the commands that train and measure it, what it has come to."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shlex
+import statistics
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from studies.jobs import Failed, Job, change, options, program, records, run, subset
+
+from mapet_ds.__main__ import programs
+from mapet_ds.config.finetune import FinetuneConfig
+from mapet_ds.config.recipe import load_config
+from mapet_ds.config.rules import check, check_finetune
+from mapet_ds.config.sections import Config
+from mapet_ds.config.study import StudyConfig, compared, row_settings, words
+from mapet_ds.data.index import open_index
+from mapet_ds.errors import ConfigError
+from mapet_ds.planning.study import (
+    Row,
+    Work,
+    base_row,
+    counted,
+    equal_flops,
+    equal_time,
+    fitted,
+    folders,
+    lasting,
+    rows,
+    settings_of,
+    stored,
+)
+from mapet_ds.results.report.study import Outcome
+from mapet_ds.training.checkpoint import FREE
+
+
+def trained(folder: Path, ranks: int) -> dict[str, float]:
+    """What a finished training has recorded: its steps, its speed, its hours, its online probes.
+
+    ranks: its number of them, where its settings don't name it.
+    """
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    figures = {"steps": lines[-1]["step"]}
+    figures["speed"] = statistics.median(line["images_per_second"] for line in lines)
+    if "gpu_memory_gib" in lines[-1]:
+        ranks = load_config(folder / "config.yaml").train.world_size or ranks
+        figures["gpu_hours"] = sum(line["seconds"] for line in lines) * ranks / 3600
+    elif "pretrain" in (known := records(folder)):
+        figures["cpu_hours"] = known["pretrain"]["cpu_seconds"] / 3600
+    for name in ("knn", "linear"):
+        if (key := f"{name}_accuracy_percent") in lines[-1]:
+            figures[f"online_{name}"] = lines[-1][key]
+    return figures
+
+
+def measured(folder: Path) -> dict[str, float]:
+    """The accuracies that the measurements of a run have written so far, in percent."""
+    figures = {}
+    for name in ("knn", "linear"):
+        if (path := folder / f"{name}.json").exists():
+            figures[name] = json.loads(path.read_text())[f"{name}_accuracy_percent"]
+    if (path := folder / "finetuned/results.json").exists():
+        figures["finetune"] = json.loads(path.read_text())["val_top1"]
+    return figures
+
+
+class Runs:
+    """A study in its folder. Building it counts every row.
+
+    Raises:
+        ConfigError: a row can't be counted, or the images are not there.
+    """
+
+    def __init__(self, study: StudyConfig, out: Path) -> None:
+        self.out, self.images = Path(os.path.abspath(out)), folders(study, out)
+        count = study.data.count or study.data.train_images
+        if not (count or study.data.train):
+            raise ConfigError("data.train is empty: name the images, or data.count=N to plan without them.")
+        count = count or len(open_index(study.data.train, self.out / "shared/index"))
+        self.study = study = dataclasses.replace(study, data=dataclasses.replace(study.data, count=count))
+        self.rows, self.base = list(rows(study)), base_row(study)
+        place = study.cluster if "SLURM_JOB_ID" in os.environ else None
+        self.ranks = place.gpus_per_node if place else study.ranks
+
+    def count(self) -> None:
+        """Counts every row, which reads the teacher's sizes: after what `shared` prepares.
+
+        A row that can't be counted, because its tokenizer is not there, is left out and says why.
+
+        Raises:
+            ConfigError: that row is the baseline.
+        """
+        self.own, self.uncounted = dict[Row, Work](), dict[Row, str]()
+        for row in self.rows:
+            try:
+                self.own[row] = counted(self.study, row, self.out)
+            except ConfigError as error:
+                if row == self.base:
+                    raise
+                self.uncounted[row] = str(error)
+        self.works = {row: lasting(work, self.own[self.base].steps) for row, work in self.own.items()}
+
+    def steps(self, row: Row) -> int | None:
+        """The steps of a row's runs; None where it takes a speed that is not measured yet."""
+        alike = row._replace(equal="steps")
+        work, base = self.works[alike], self.works[self.base]
+        if row.equal == "steps" or alike == self.base:
+            return work.steps
+        if row.equal == "flops":
+            return equal_flops(work, base)
+        speed, base_speed = self.speed(alike), self.speed(self.base)
+        return equal_time(work, speed, base, base_speed) if speed and base_speed else None
+
+    def speed(self, row: Row) -> float | None:
+        """Steps a second of a row's first finished run; None where none is finished."""
+        for folder in (self.folder(row.folder, seed) for seed in self.study.seeds):
+            if (folder / "DONE").exists():
+                batch = load_config(folder / "config.yaml").train.global_batch_size
+                return trained(folder, self.ranks)["speed"] / batch
+        return None
+
+    def same_as(self, row: Row) -> Row:
+        """The row whose runs serve for this one: that of equal steps, where it is as long."""
+        alike = row._replace(equal="steps")
+        return alike if self.steps(row) == self.works[alike].steps else row
+
+    def trainings(self) -> Iterator[tuple[Row, int]]:
+        """Yields row and seed of every run that is trained, seed by seed."""
+        for seed in self.study.seeds:
+            seen = set[Row]()
+            for row in (row._replace(equal=equal) for equal in self.study.equal for row in self.own):
+                if (own := self.same_as(row)) not in seen:
+                    seen.add(own)
+                    yield own, seed
+
+    def folder(self, name: str, seed: int) -> Path:
+        return self.out / f"{name}_seed{seed}"
+
+    # ---- Commands.
+
+    def shared(self) -> list[Job]:
+        """What comes once before all runs: the document's own commands, codebooks, stored ids."""
+        jobs, place = [], self.out / "shared"
+        for i, line in enumerate(self.study.prepare):
+            name, *rest = (word.format(**self.images) for word in shlex.split(line))
+            if name not in programs():
+                raise ConfigError(f"prepare: there is no program {name}; there are {', '.join(programs())}.")
+            done = place / f"prepared_{i}"
+            jobs.append(Job(done.name, program(name, *rest), place, done, {"command": line}, marked=True))
+        for row in self.rows:
+            recipe, _ = row_settings(self.study, row.name, {})
+            own = ["--config", recipe, *settings_of(self.study, row, self.out, self.study.seeds[0])]
+            if codebook := fitted(self.study, row, self.out):
+                command = program("fit_codebook", *own, ranks=self.ranks)
+                jobs.append(Job(codebook.stem, command, place, codebook, {}))
+            if ids := stored(self.study, row, self.out):
+                command = program("tokenize_images", *own, f"tokenizer.ids={ids}", ranks=self.ranks)
+                jobs.append(Job(ids.name, command, place, ids / "ids.json", {}))
+        return list({job.done: job for job in jobs}.values())
+
+    def overrides(self, row: Row, seed: int) -> list[str]:
+        """The settings of a run, as the user would write them."""
+        steps, ids = self.steps(row), stored(self.study, row, self.out)
+        as_the_recipe = steps == self.own[row._replace(equal="steps")].steps
+        own = settings_of(self.study, row, self.out, seed, None if as_the_recipe else steps)
+        return [*own, *([f"tokenizer.ids={ids}"] if ids else []), f"run_dir={self.folder(row.folder, seed)}"]
+
+    def of_training(self, row: Row, seed: int) -> list[Job]:
+        """The training of a run, its export, and what is measured of it."""
+        recipe, _ = row_settings(self.study, row.name, {})
+        folder, own = self.folder(row.folder, seed), self.overrides(row, seed)
+        settings = compared(load_config(recipe, own), FREE)
+        engine = ["--deepspeed_config", self.study.engine]
+        train = program("pretrain", "--config", recipe, *engine, *own, ranks=self.ranks)
+        model = folder / "timm"
+        export = program("export_timm", folder, model, "--layer_scale", "keep")
+        return [
+            Job("pretrain", train, folder, folder / "DONE", settings, Config),
+            Job("export", export, folder, model / "model.safetensors", {}),
+            *self.probes(folder, ["--model", model]),
+            *self.finetuning(folder, model, seed, []),
+        ]
+
+    def probes(self, folder: Path, model: Sequence[object]) -> Iterator[Job]:
+        """Yields k-NN and linear of the model that the words name; features are computed once."""
+        data = ["--train", self.images["train"], "--val", self.images["val"]]
+        data += ["--features", folder / "features.safetensors"]
+        for name in ("knn", "linear"):
+            asked, done = getattr(self.study.measure, name), folder / f"{name}.json"
+            if asked is not None:
+                command = program("evaluate", name, *model, *data, "--out", done, *options(asked))
+                yield Job(name, command, folder, done, asked)
+
+    def finetuning(self, folder: Path, model: Path, seed: int, more: list[str]) -> Iterator[Job]:
+        """Yields the fine-tuning of a folder of weights."""
+        finetune, run_dir = self.study.measure.finetune, folder / "finetuned"
+        if finetune is None:
+            return
+        own = [*self.finetune_settings(), *more, f"model.path={model}", f"seed={seed}", f"run_dir={run_dir}"]
+        settings = compared(load_config(finetune.recipe, own, FinetuneConfig), FREE)
+        rest = ["--config", finetune.recipe, "--deepspeed_config", self.study.engine, *own]
+        command = program("finetune", *rest, ranks=self.ranks)
+        yield Job("finetune", command, folder, run_dir / "results.json", settings, FinetuneConfig)
+
+    def finetune_settings(self) -> list[str]:
+        """The settings of every fine-tuning."""
+        finetune = self.study.measure.finetune
+        assert finetune
+        train = self.labelled() if finetune.labels else self.images["train"]
+        return [*words(finetune.settings), f"data.train={train}", f"data.val={self.images['val']}"]
+
+    def labelled(self) -> Path:
+        """The folder of the images that fine-tuning has labels of."""
+        assert self.study.measure.finetune
+        return self.out / "images" / f"labels_{self.study.measure.finetune.labels}"
+
+    def untrained(self) -> Iterator[tuple[str, int, list[Job]]]:
+        """Yields the rows that are not trained, with a seed: fresh weights, and the baseline's teacher."""
+        for seed in self.study.seeds if self.study.untrained is not None else []:
+            folder, model = self.folder("untrained", seed), self.folder(self.base.folder, seed) / "timm"
+            fresh = ["--model", model, "--untrained", "--seed", seed]
+            more = [*words(self.study.untrained or {}), "model.untrained=true"]
+            jobs = [*self.probes(folder, fresh), *self.finetuning(folder, model, seed, more)]
+            yield "untrained", seed, jobs
+        if self.study.teacher:
+            (recipe, _), seed = row_settings(self.study, self.base.name, {}), self.study.seeds[0]
+            teacher = ["--teacher", recipe, *settings_of(self.study, self.base, self.out, seed)]
+            yield "teacher", seed, list(self.probes(self.folder("teacher", seed), teacher))
+
+    # ---- Running.
+
+    def prepare(self) -> None:
+        """Links the images that are asked for, and does what all runs share.
+
+        Raises:
+            ConfigError: a command of it has failed, without which there is nothing to compare.
+        """
+        data, finetune = self.study.data, self.study.measure.finetune
+        for split in ("train", "val"):
+            if number := getattr(data, f"{split}_images"):
+                subset(getattr(data, split), number, Path(self.images[split]))
+        if finetune and finetune.labels:
+            subset(data.train, finetune.labels, self.labelled())
+        for job in self.shared():
+            try:
+                run(job)
+            except Failed as failed:
+                raise ConfigError(f"What all runs share, {job.name}, has failed: {failed}") from failed
+
+    def check_rules(self) -> None:
+        """Refuses settings that contradict each other.
+
+        Raises:
+            ConfigError: naming the row and each contradiction.
+        """
+        asked = {row: self.overrides(row, seed) for row, seed in self.trainings()}
+        asked |= {row: settings_of(self.study, row, self.out, self.study.seeds[0]) for row in self.uncounted}
+        for row, own in asked.items():
+            recipe, _ = row_settings(self.study, row.name, {})
+            try:
+                check(load_config(recipe, [*own, f"run_dir={self.out}"]), self.ranks)
+            except ConfigError as error:
+                raise ConfigError(f"runs.{row.name}: {error}") from error
+        if finetune := self.study.measure.finetune:
+            name = load_config(self.study.recipe).model.name  # the weights aren't there yet
+            fresh = ["model.untrained=true", f"model.name={name}", f"run_dir={self.out}"]
+            settings = [*self.finetune_settings(), *fresh]
+            try:
+                check_finetune(load_config(finetune.recipe, settings, FinetuneConfig), self.ranks)
+            except ConfigError as error:
+                raise ConfigError(f"measure.finetune: {error}") from error
+
+    def check_unchanged(self) -> None:
+        """Refuses a study in which a run or a measurement that has begun would change.
+
+        Raises:
+            ConfigError: naming each setting that differs, with both values.
+        """
+        jobs = [self.of_training(row, seed) for row, seed in self.trainings() if self.steps(row)]
+        jobs += [self.shared(), *(own for _, _, own in self.untrained())]
+        if lines := [line for own in jobs for job in own for line in change(job, FREE)]:
+            cure = "Set them back to go on, remove those folders, or name a new --out."
+            raise ConfigError("\n".join(["The study has changed since it began:", *lines, cure]))
+
+    def outcomes(self, only: str = "", go: bool = True) -> Iterator[Outcome]:
+        """Yields what each run has come to, for each group of columns that it belongs to.
+
+        go: what is missing of it is done first, of all runs or of the folder `only`.
+        """
+        for row, seed in self.trainings():
+            folder, steps = self.folder(row.folder, seed), self.steps(row)
+            if steps is None:
+                reason = f"{folder.name}: the speed of its run of equal steps is not known"
+                yield Outcome(row.title, row.equal, {}, reason if go else "")
+                continue
+            chosen = go and only in ("", folder.name)
+            failed = self.work_off(folder, self.of_training(row, seed)) if chosen else ""
+            figures = measured(folder)
+            if (folder / "DONE").exists():
+                work = self.works[row._replace(equal="steps")]
+                figures = trained(folder, self.ranks) | {"flops": lasting(work, steps).flops} | figures
+            for equal in self.study.equal:
+                if self.same_as(row._replace(equal=equal)) == row:
+                    yield Outcome(row.title, equal, figures, failed)
+        for row, reason in self.uncounted.items():
+            yield Outcome(row.title, self.study.equal[0], {}, reason)
+        for name, seed, jobs in self.untrained():
+            folder = self.folder(name, seed)
+            failed = self.work_off(folder, jobs) if go and only in ("", folder.name) else ""
+            yield from (Outcome(name, equal, measured(folder), failed) for equal in self.study.equal)
+
+    def work_off(self, folder: Path, jobs: list[Job]) -> str:
+        """Does the jobs of a run that are not done. Where one fails, none follows: gives the reason."""
+        for job in jobs:
+            try:
+                run(job)
+            except Failed as failed:
+                print(reason := f"{folder.name}, {job.name}: {failed}", file=sys.stderr, flush=True)
+                return reason
+        return ""

@@ -1,0 +1,212 @@
+"""Compare methods by a document: train, measure and tabulate every run that it names.
+
+    tools/study.py cifar10_cpu --plan data.train=cifar10/train data.val=cifar10/test
+    tools/study.py cifar10_cpu --out runs/cifar10 data.train=cifar10/train data.val=cifar10/test
+
+The first command says what the study will take. The second does one after another what is not done yet, and
+the same command goes on where it was. OUT gets table.md, table.csv, report.html and a folder for each run.
+docs/studies.md tells what a document may say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import yaml
+
+from mapet_ds.config.shipped import STUDIES, shipped_file, shipped_names
+from mapet_ds.config.study import StudyConfig, load_study, row_settings
+from mapet_ds.errors import ConfigError
+from mapet_ds.files import write_whole
+from mapet_ds.terminal import answer, option_parser
+
+if TYPE_CHECKING:
+    from studies.runs import Runs
+
+# torch and what needs it are imported once the document is read, so that a mistake is answered at once.
+
+SCRIPT = """#!/bin/bash
+# The runs of {document}, one task each. Submit it from the repository's root:
+#
+#   shared=$(sbatch --parsable --array=0 {path} shared)
+#   trained=$(sbatch --parsable --array=0-{last} --dependency=afterok:$shared {path} train)
+#   sbatch --array=0-{last} --dependency=aftercorr:$trained {path} measure
+#
+# Submitted again, it does only what is not done. `{again}` then writes the table.
+#SBATCH --job-name=study
+#SBATCH --nodes={nodes}
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node={gpus}
+#SBATCH --exclusive
+#SBATCH --mem=0
+#SBATCH --time=24:00:00
+#SBATCH --signal=B:USR1@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output={out}/slurm-%A_%a.out
+
+cd "${{SLURM_SUBMIT_DIR:?}}" || exit # SLURM runs a copy of this file, from elsewhere
+export ENGINE={engine} DATA={data}
+case ${{SLURM_ARRAY_TASK_ID:?}} in
+{tasks}
+esac
+case ${{1:?shared, train or measure}} in
+    shared) exec {again} --only shared ;;
+    train) [[ -f $RUN_DIR/DONE ]] || exec bash slurm/launch.sh "${{settings[@]}}" ;;
+    measure) [[ ! -f $RUN_DIR/DONE ]] || exec {again} --only "${{RUN_DIR##*/}}" ;;
+esac
+"""
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = option_parser(__doc__)
+    named = f"a study: a file, or one of {', '.join(shipped_names(STUDIES))}"
+    parser.add_argument("document", metavar="STUDY", help=named)
+    parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="replace the document's entries")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: runs/ and the document's name")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--plan", action="store_true", help="say runs, time, disk and FLOPs, and end")
+    what.add_argument("--slurm", action="store_true", help="write OUT/study.sh, a SLURM array, and end")
+    what.add_argument("--table", action="store_true", help="write the table of what is there, and end")
+    only = "this run's folder alone, or `shared`: what comes before all runs"
+    what.add_argument("--only", metavar="RUN", default="", help=only)
+    arguments = parser.parse_intermixed_args(argv)
+    arguments.out = arguments.out or Path("runs", Path(arguments.document).stem)
+    return arguments
+
+
+def plan(runs: Runs) -> str:
+    """What the study takes, a line for each row: runs, steps, FLOPs, disk, hours where they are known."""
+    from mapet_ds.planning.study import gpu_hours, lasting
+
+    lines = ["| row | equal | runs | steps | GFLOP an image | PFLOP | disk, GiB | hours |", "|---" * 8 + "|"]
+    total = {"runs": 0, "flops": 0.0, "disk": 0.0, "hours": 0.0}
+    unknown = []
+    seeds = len(runs.study.seeds)
+    rows = dict.fromkeys(row for row, _ in runs.trainings())
+    for row in rows:
+        steps, alike = runs.steps(row), row._replace(equal="steps")
+        if steps is None:
+            lines.append(f"| {row.title} | {row.equal} | {seeds} | as long as the baseline's | | | | |")
+            continue
+        work, speed = lasting(runs.works[alike], steps), runs.speed(alike)
+        if runs.study.cluster:
+            hours = gpu_hours(runs.study, row, runs.out, steps)
+        else:
+            hours = steps / speed / 3600 if speed else None
+        if hours is None:
+            unknown.append(row.title)
+        shown = "" if hours is None else f"{seeds * hours:.3g}"
+        cells = [row.title, row.equal, seeds, f"{steps:,}", f"{work.flops_per_image / 1e9:.4g}"]
+        cells += [f"{seeds * work.flops / 1e15:.4g}", f"{seeds * work.disk / 2**30:.3g}", shown]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+        amounts = {"runs": seeds, "flops": seeds * work.flops, "disk": seeds * work.disk}
+        total = {name: total[name] + amounts.get(name, seeds * (hours or 0)) for name in total}
+    lines += [
+        f"| {row.title} | not counted: {reason} | | | | | | |" for row, reason in runs.uncounted.items()
+    ]
+    kind = "hours of this host, at the speed of the runs that are done"
+    if runs.study.cluster:
+        kind = f"GPU-hours of {runs.study.cluster.gpu}, predicted"
+    lines += [
+        "",
+        f"{total['runs']} runs of training, {total['flops'] / 1e15:.4g} PFLOP, at most "
+        f"{total['disk'] / 2**30:.3g} GiB, {total['hours']:.3g} {kind}.",
+        "What is measured afterwards, codebooks and stored ids take time of their own, not counted here.",
+    ]
+    if unknown:
+        lines.append(f"No run is done of {', '.join(dict.fromkeys(unknown))}: their hours are not known yet.")
+    return "\n".join(lines)
+
+
+def write_tables(runs: Runs, document: Path, outcomes: list) -> str:
+    """Writes table.md, table.csv and report.html; gives the first."""
+    from mapet_ds.results.report.study import comma_separated, markdown, page, table
+
+    baseline = runs.base.title
+    lines = table(outcomes, baseline)
+    text = markdown(lines, baseline)
+    write_whole(runs.out / "table.md", text)
+    write_whole(runs.out / "table.csv", comma_separated(lines))
+    entries = yaml.safe_dump(runs.study.to_dict(), sort_keys=False)
+    write_whole(runs.out / "report.html", page(document.stem, lines, baseline, entries))
+    return text
+
+
+def slurm(arguments: argparse.Namespace, runs: Runs) -> str:
+    """Writes the SLURM array of the runs that are not done; gives the commands that submit it.
+
+    Raises:
+        ConfigError: the document names no cluster.
+    """
+    from mapet_ds.planning.study import fitted, stored
+
+    study, place = runs.study, runs.study.cluster
+    if place is None:
+        raise ConfigError("--slurm needs the section cluster: cluster.gpu=h100 cluster.nodes=2.")
+    tasks = []
+    todo = [(row, seed) for row, seed in runs.trainings() if runs.steps(row)]
+    for i, (row, seed) in enumerate(todo):
+        recipe, _ = row_settings(study, row.name, {})
+        own = runs.overrides(row, seed)
+        codebook, ids = fitted(study, row, runs.out), stored(study, row, runs.out)
+        path = next((word.partition("=")[2] for word in own if word.startswith("tokenizer.path=")), codebook)
+        names = {"RECIPE": recipe, "RUN_DIR": runs.folder(row.folder, seed), "CODEBOOK": path or "/dev/null"}
+        names |= {"IDS": ids} if ids else {}
+        exports = " ".join(f"{name}={shlex.quote(str(value))}" for name, value in names.items())
+        tasks.append(f"    {i}) export {exports} settings=({shlex.join(own)}) ;;")
+    path, words = runs.out / "study.sh", [sys.executable, __file__, arguments.document]
+    again = shlex.join([*words, "--out", str(runs.out), *arguments.overrides])
+    text = SCRIPT.format(
+        document=arguments.document, path=path, last=len(todo) - 1, again=again, out=runs.out,
+        nodes=place.nodes, gpus=place.gpus_per_node, tasks="\n".join(tasks),
+        engine=shlex.quote(study.engine), data=shlex.quote(str(runs.images["train"])),
+    )  # fmt: skip
+    runs.out.mkdir(parents=True, exist_ok=True)
+    write_whole(path, text)
+    return "\n".join(line.removeprefix("#   ") for line in text.splitlines()[3:6])
+
+
+def work(arguments: argparse.Namespace, study: StudyConfig) -> int:
+    """Does what the command asks for; gives the exit code, which is 1 where a run has failed.
+
+    Raises:
+        ConfigError: what the user can correct.
+    """
+    from studies.runs import Runs
+
+    runs, document = Runs(study, arguments.out), shipped_file(arguments.document, STUDIES)
+    looks = arguments.plan or arguments.slurm or arguments.table
+    if not looks:
+        runs.prepare()
+        if arguments.only == "shared":
+            return 0
+    runs.count()
+    if arguments.plan:
+        print(plan(runs))
+        return 0
+    if arguments.slurm:
+        print(slurm(arguments, runs))
+        return 0
+    runs.check_unchanged()
+    if not looks:
+        runs.check_rules()
+    outcomes = []
+    for outcome in runs.outcomes(arguments.only, go=not looks):
+        outcomes.append(outcome)
+        if not looks and not arguments.only:
+            write_tables(runs, document, outcomes)
+    print(write_tables(runs, document, outcomes))
+    return int(any(outcome.failed for outcome in outcomes))
+
+
+if __name__ == "__main__":
+    chosen = parse(sys.argv[1:])
+    try:
+        sys.exit(answer(lambda: work(chosen, load_study(chosen.document, chosen.overrides)), chosen.out))
+    except KeyboardInterrupt:
+        sys.exit("\nStopped: the same command goes on with the run that was in hand.")
