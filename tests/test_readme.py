@@ -12,6 +12,7 @@ from mapet_ds.config.finetune import FinetuneConfig
 from mapet_ds.config.knobs import known_keys
 from mapet_ds.config.recipe import load_config
 from mapet_ds.config.sections import REPOSITORY, Config
+from mapet_ds.config.study import StudyConfig
 
 DOCUMENTS = [*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md")]
 SHOWN = ("README.md", "docs/results.md", "docs/data.md", "docs/cluster.md", "docs/faq.md", "docs/tutorial.md")
@@ -94,7 +95,7 @@ def test_links_lead_somewhere(path):
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_settings_are_knobs(path):
-    known = set(known_keys(Config)) | set(known_keys(FinetuneConfig))
+    known = {key for document in (Config, FinetuneConfig, StudyConfig) for key in known_keys(document)}
     groups = {key.rpartition(".")[0] for key in known} - {""}
     words = [word for span in re.findall(r"`([^`\n]+)`", path.read_text()) for word in span.split()]
     named = {found[1] for word in words if (found := re.fullmatch(r"([a-z_]+\.[a-z_.]+)(=.*)?", word))}

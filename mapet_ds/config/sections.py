@@ -26,6 +26,7 @@ from mapet_ds.config.objectives import (
     MVPConfig,
     ObjectiveConfig,
     SAIMConfig,
+    StrongViewConfig,
 )  # fmt: skip
 from mapet_ds.config.sources import Paths
 from mapet_ds.draws import Place, first_slot
@@ -85,28 +86,6 @@ class ModelConfig:
                 f"checkpoint becomes one by python tools/export_timm.py {source} OUT; then "
                 "model.init_from=OUT."
             )
-
-
-@knobs
-class StrongViewConfig:
-    """The teacher's view in objectives that ask for a strong one: its colours change, its geometry is shared.
-
-    Source: ConMIM's released settings (Yi et al., arXiv 2205.09616).
-    """
-
-    jitter: tuple[NonNegative, NonNegative, NonNegative, NonNegative] = (0.4, 0.4, 0.2, 0.1)
-    """Factors of brightness, contrast and saturation are uniform in 1 +- this; hue in +- this share of a
-    turn."""
-    jitter_share: Share = 0.8
-    """Share of the views whose colours are jittered."""
-    grey_share: Share = 0.2
-    """Share of the views that are grey."""
-    blur_share: Share = 0.1
-    """Share of the views that are blurred."""
-    blur_sigma: tuple[NonNegative, NonNegative] = (0.1, 2.0)
-    """Range of the Gaussian's standard deviation, pixels of the view."""
-    solarize_share: Share = 0.2
-    """Share of the views whose bright half of grey levels is inverted."""
 
 
 @knobs

@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mapet_ds import draws
-from mapet_ds.config.sections import Config, DataConfig, StrongViewConfig
+from mapet_ds.config.objectives import StrongViewConfig
+from mapet_ds.config.sections import Config, DataConfig
 from mapet_ds.data.formats import BadImage, inspect, smallest_jpeg
 from mapet_ds.data.index import Images, Index
 from mapet_ds.data.orientation import orientation_alone
