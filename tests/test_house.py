@@ -31,7 +31,7 @@ FLOORS = [
 """Rooms from the ground up: one imports from its own floor and those below."""
 LINES = {
     "config": 1880,  # every knob with its meaning, contradictions as sentences, DeepSpeed's keys, studies
-    "data": 3520,  # six formats, one rule of pixels; folders, shards, Parquet, a cache; order, DALI, labels
+    "data": 3540,  # six formats, one rule of pixels; folders, shards, Parquet, a cache; order, DALI, labels
     "objectives": 870,  # seven methods, and what they share
     "targets": 1600,  # a frozen tower spread over ranks, VQ-KD, DALL-E, the codebook, stored ids, momentum
     "training": 1460,  # DeepSpeed, its workarounds, what it gathers checked; checkpoints, metrics, jumps
