@@ -170,9 +170,11 @@ def _precision(operation: Any, args: tuple) -> str:
     return "fp32" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, **options: Any) -> Tensor:
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, *more: Any, **options: Any
+) -> Tensor:
     if not isinstance(attn_mask, FakeTensor) or not attn_mask.is_floating_point():
-        return ATTEND(q, k, v, attn_mask=attn_mask, **options)
+        return ATTEND(q, k, v, attn_mask, *more, **options)
     padded = nn.functional.pad(attn_mask, (0, -k.shape[2] % 8))[..., : k.shape[2]]
     return BIASED(q, k, v, padded.expand(*q.shape[:3], k.shape[2]), torch.is_grad_enabled())[0]
 
