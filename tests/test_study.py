@@ -169,7 +169,7 @@ def test_a_plan_for_a_cluster_and_a_row_that_cannot_be_counted(tmp_path, capsys)
     shallow, deep = (float(line.split("|")[5]) for line in lines[2:4])
     assert lines[4].startswith(f"| deep | flops | 2 | {round(20 * shallow / deep)} | ")
     assert lines[5].startswith("| deep | time | 2 | as long as the baseline's |")
-    assert lines[6].startswith("| mapet | not counted: teacher.name = local-dir:runs/demo/data/teacher")
+    assert lines[6].startswith("| mapet | not counted yet: teacher.name = local-dir:runs/demo/data/teacher")
     assert "6 runs of training" in lines[8] and "GPU-hours of h100, predicted" in lines[8]
     assert not (tmp_path / "out").exists(), "a plan writes nothing"
 
