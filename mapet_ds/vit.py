@@ -148,6 +148,8 @@ class RelativeAttention(beit.Attention):
 
         shared_rel_pos_bias: [heads, N, N], of a table that all blocks share.
         """
+        if rows is None and not self.fused_attn:  # somebody looks at the weights, which timm shows
+            return super().forward(x, shared_rel_pos_bias)
         bias = None
         if self.q_bias is not None and self.v_bias is not None:  # k_bias is a buffer, and never in bf16
             bias = torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
@@ -232,6 +234,7 @@ def build_vit(config: ModelConfig) -> Any:
         # timm checks its arguments here and there: an assertion, a division, an attribute that isn't there
         raise ConfigError(f"timm can't build {asked}: {type(error).__name__} {error}") from error
     if type(vit) is beit.Beit and vit.blocks and any("pos" in name for name, _ in vit.named_parameters()):
+        _check_beit(vit, asked)
         return _with_relative_blocks(vit)
     if type(vit) is VisionTransformer and vit.has_class_token and vit.pos_embed is not None and vit.blocks:
         return vit
@@ -240,6 +243,17 @@ def build_vit(config: ModelConfig) -> Any:
         "timm BEiT with positions; take one such as vit_small_patch16_224, vit_base_patch16_224, "
         "vit_large_patch16_224, beit_base_patch16_224."
     )
+
+
+def _check_beit(vit: beit.Beit, asked: str) -> None:
+    first: Any = vit.blocks[0].attn
+    if vit.rel_pos_bias is not None and first.relative_position_bias_table is not None:
+        raise ConfigError(
+            f"{asked}: a table for all blocks and one in each can't be exported together. Beside "
+            "use_shared_rel_pos_bias: true set use_rel_pos_bias: false."
+        )
+    if first.attn_drop.p or first.proj_drop.p:
+        raise ConfigError(f"{asked}: a BEiT takes no attn_drop_rate and no proj_drop_rate here.")
 
 
 def _with_relative_blocks(vit: beit.Beit) -> beit.Beit:

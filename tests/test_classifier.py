@@ -250,8 +250,14 @@ def test_another_architecture_of_timm_learns_as_well(config, tmp_path):
     images, target, draw = torch.randn(4, 3, 32, 32), torch.full((4, 3), 1 / 3), classifier.draw(0, 0, 4)
     assert draw.keep.shape == (4, 2), "the first block drops nothing"
     classifier(images, target, draw).loss.backward()
-    scales = {group["lr_scale"] for group in layerwise_groups(classifier.vit, 0.05, given.optim.layer_decay)}
-    assert scales == {1, 0.5, 0.25, 0.125}
+    groups = layerwise_groups(classifier.vit, 0.05, given.optim.layer_decay)
+    assert {group["lr_scale"] for group in groups} == {1, 0.5, 0.25, 0.125}
+    table = classifier.vit.blocks[1].attn.relative_position_bias_table
+    (own,) = (group for group in groups if any(parameter is table for parameter in group["params"]))
+    assert own["weight_decay"] == 0.05
+    for parameter in classifier.parameters():  # as DeepSpeed casts a module: its parameters alone
+        parameter.data = parameter.data.bfloat16()
+    assert classifier(images, target, draw).loss.isfinite()
 
 
 def test_a_head_for_as_many_classes_is_kept(folder, tmp_path):

@@ -316,6 +316,11 @@ def test_a_relative_student_without_a_mask_is_timms_own(args):
         rows = torch.cat(embed(vit, images)[:2], dim=1)
         for found in (vit.forward_features(images), run_blocks(vit, rows, None)):
             assert (found - wanted).abs().max() < 1e-6 and wanted.std() > 0.1
+        last, seen = vit.blocks[-1].attn, []  # as the report looks at the weights of attention
+        last.fused_attn = False
+        last.attn_drop.register_forward_hook(lambda module, given, weights: seen.append(weights))
+        assert (vit.forward_features(images) - wanted).abs().max() < 1e-6
+    assert seen[0].shape == (2, last.num_heads, 17, 17)
 
 
 @pytest.mark.parametrize("name", ["beit", "mvp", "conmim"])
@@ -339,9 +344,15 @@ def test_other_objectives_refuse_relative_positions_and_say_why():
         refusals = [s for s in _method_rules(config) if "has relative positions" in s]
         assert len(refusals) == (name not in ("beit", "mvp", "conmim")), name
         assert all(s.endswith("or one of beit, mvp, conmim.") for s in refusals)
-    nowhere = {"use_rel_pos_bias": False}
-    with pytest.raises(ConfigError, match="nor a timm BEiT with positions"):
-        relative_model("beit", nowhere)
+    assert not ModelConfig(name="beit3_base_patch16_224").relative
+    for args, says in (
+        ({"use_rel_pos_bias": False}, "nor a timm BEiT with positions"),
+        ({"use_shared_rel_pos_bias": True}, "can't be exported together"),
+        ({"attn_drop_rate": 0.1}, "no attn_drop_rate"),
+        ({"proj_drop_rate": 0.1}, "no proj_drop_rate"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            relative_model("beit", args)
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "beit_base_patch16_224"])

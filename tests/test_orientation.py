@@ -2,6 +2,7 @@
 
 import io
 import struct
+import zlib
 
 import images
 import numpy as np
@@ -43,6 +44,18 @@ def test_an_image_without_exif_is_handed_on_as_it_is():
     for data in images.good_images().values():
         if b"xif" not in data and b"XIF" not in data:
             assert orientation_alone(data) == data
+
+
+def test_an_image_too_large_for_its_exif_to_be_read_is_unreadable():
+    """A PNG of few bytes, of more pixels than Pillow opens and fewer than MAX_PIXELS."""
+    chunks = (b"IHDR", struct.pack(">IIBBBBB", 14_000, 14_000, 8, 2, 0, 0, 0)), (b"IDAT", b""), (b"IEND", b"")
+    data = b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        for kind, body in chunks
+    )
+    assert inspect(data) == (14_000, 14_000)
+    with pytest.raises(BadImage, match=r"its EXIF can't be read: Image size \(196000000 pixels\)"):
+        inspect(data, upright=True)
 
 
 def test_a_tiff_whose_tags_can_not_be_is_unreadable():

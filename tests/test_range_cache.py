@@ -3,6 +3,8 @@
 import errno
 import multiprocessing
 import os
+import resource
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ DATA = [bytes([i]) * (3000 + 1000 * i) for i in range(8)]
 @pytest.fixture
 def cache(tmp_path):
     made = RangeCache(str(tmp_path / "cache"), 1)
-    made.prepare()
+    made.prepare({})
     return made
 
 
@@ -48,11 +50,43 @@ def test_another_version_takes_the_place_of_the_one_before(cache):
     for i, data in enumerate(DATA):
         cache.put("0.tar", "1", i, data)
     cache.put("1.tar", "1", 0, DATA[1])
+    cache.prepare({"0.tar": "2", "1.tar": "1", "2.tar": "1"})
     cache.put("0.tar", "2", 0, DATA[3])
     assert cache.get("0.tar", "1", 0, len(DATA[0])) is None
     assert cache.get("0.tar", "2", 0, len(DATA[3])) == DATA[3]
     assert cache.get("1.tar", "1", 0, len(DATA[1])) == DATA[1]
     assert counted(cache) == _room(len(DATA[1])) + _room(len(DATA[3])) and len(files(cache)) == 2
+
+
+def test_a_full_store_makes_room_for_what_has_changed(tmp_path):
+    full = 8 * _room(len(DATA[0])) / 1e9
+    before = RangeCache(str(tmp_path), full)
+    for i in range(8):
+        before.put(f"{i % 2}.tar", "1", i, DATA[0])
+    cache = RangeCache(str(tmp_path), full)
+    cache.prepare({"0.tar": "2", "1.tar": "1"})
+    cache.put("1.tar", "1", 8, DATA[0])
+    cache.put("0.tar", "2", 0, DATA[0])
+    assert cache.get("1.tar", "1", 8, len(DATA[0])) == cache.get("0.tar", "2", 0, len(DATA[0])) == DATA[0]
+    assert counted(cache) == room(cache) == 6 * _room(len(DATA[0]))
+
+
+def test_a_version_whose_removal_was_killed_is_neither_counted_nor_left(cache, monkeypatch):
+    for i in range(3):
+        cache.put("0.tar", "1", i, DATA[i])
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            cache.prepare({"0.tar": "2"})
+    assert len(files(cache)) == 3 and counted(cache) == 0
+    (cache.folder / "count.json").write_bytes(b"")
+    assert counted(cache) == 0
+    cache.prepare({"0.tar": "2"})
+    assert files(cache) == [] and counted(cache) == 0
 
 
 def test_it_takes_no_more_than_it_may(tmp_path, capsys):
@@ -111,10 +145,23 @@ def test_a_full_disk_costs_a_sentence(cache, monkeypatch, capsys):
     assert counted(cache) == before
 
 
+@pytest.mark.parametrize("data", [DATA[0], 50 * DATA[0]], ids=["on closing", "on writing"])
+def test_a_write_that_fails_late_leaves_nothing(cache, capsys, data):
+    """A limit on the length of a file fails as a full disk does: what fits a buffer fails as it is closed."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        cache.put("0.tar", "1", 0, data)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "can't be written: File too large" in capsys.readouterr().err
+    assert files(cache) == [] and counted(cache) == 0
+
+
 def test_a_folder_that_can_not_be_is_a_mistake(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match=r"data\.cache_dir = .*file/cache can't be written: Not a directory"):
-        RangeCache(str(tmp_path / "file/cache"), 1).prepare()
+        RangeCache(str(tmp_path / "file/cache"), 1).prepare({})
 
 
 def write_all(folder: str, first: int) -> None:

@@ -144,6 +144,7 @@ def test_what_was_read_is_kept_until_its_shard_changes(tmp_path, shards, monkeyp
     capsys.readouterr()
     new = open_index(URL, tmp_path / "cache", ranges=RangeCache(str(tmp_path / "kept"), 1))
     assert "1 of 2 shards have changed since the last start, e.g. 1.tar." in capsys.readouterr().err
+    assert len(list((tmp_path / "kept").glob("*/*"))) == 1, "that of the changed shard is dropped at once"
     asked.clear()
     assert sum(new.read(i) != data for i, data in enumerate(expected)) == 1
     assert [path.rpartition("/")[2] for path in asked] == ["1.tar"] * 3

@@ -7,7 +7,6 @@ python tools/evaluate.py tokenizer --tokenizer RECIPE [a.b=value ...] [--tokeniz
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 import sys
@@ -20,10 +19,8 @@ from mapet_ds.files import write_whole
 from mapet_ds.terminal import answer, number, refuse
 
 if TYPE_CHECKING:
-    import torch
-
     from mapet_ds.config.finetune import FinetuneConfig
-    from mapet_ds.config.sections import Config, TeacherConfig
+    from mapet_ds.config.sections import Config
     from mapet_ds.data.index import Images
     from mapet_ds.launch import Ranks
 
@@ -37,41 +34,6 @@ Result = tuple[list[str], dict[str, Any]]
 """A sentence for each figure, and the figures."""
 
 
-def device_of(name: str | None) -> torch.device:
-    """The device of that name; without a name a GPU where there is one.
-
-    Raises:
-        ConfigError: this host has no such device.
-    """
-    import torch
-
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"--device {name} is no device of this host: {reason}") from error
-    return device
-
-
-def teacher_as_vit(config: TeacherConfig) -> Any:
-    """A recipe's teacher with what a timm ViT has, so that the targets themselves are judged.
-
-    Its patch tokens are the features of the teacher's layer.
-    """
-    import torch
-
-    from mapet_ds.targets.teacher import build_teacher
-    from mapet_ds.targets.towers import teacher_mean_std
-
-    teacher: Any = build_teacher(config, torch.device("cpu"))
-    mean, std = teacher_mean_std(config)
-    size = (3, config.img_size, config.img_size)
-    data = {"input_size": size, "mean": mean, "std": std, "interpolation": "bicubic", "crop_pct": 1.0}
-    teacher.num_prefix_tokens, teacher.pretrained_cfg, teacher.forward_features = 0, data, teacher.forward
-    return teacher
-
-
 def build_model(arguments: argparse.Namespace) -> Any:
     """The model that is judged, on the CPU.
 
@@ -82,6 +44,7 @@ def build_model(arguments: argparse.Namespace) -> Any:
 
     if arguments.teacher:
         from mapet_ds.config.recipe import load_config
+        from mapet_ds.results.tokens import teacher_as_vit
 
         model = teacher_as_vit(load_config(arguments.teacher, arguments.overrides).teacher)
     else:
@@ -233,20 +196,12 @@ def evaluate_all(arguments: argparse.Namespace, arrays: list[Any]) -> Result:
 
 def evaluate_tokenizer(arguments: argparse.Namespace, config: Config, ranks: Ranks) -> dict[str, Any]:
     """A row of the table, on rank 0: a tokenizer's use of its ids, and how well these alone classify."""
-    import numpy as np
+    from mapet_ds.results.tokens import described, tokenizer_as_vit, usage
 
-    from mapet_ds.results.tokens import Histograms, described, usage
-    from mapet_ds.targets.tokenizer import build_tokenizer
-
-    # The teacher is whole on every rank, and not compiled: a pass this short would not repay it.
-    teacher = dataclasses.replace(config.teacher, shard="none")
-    plain = dataclasses.replace(
-        config, teacher=teacher, train=dataclasses.replace(config.train, compile=False)
-    )
-    arrays, counts = extract(arguments, Histograms(build_tokenizer(plain, ranks.device)), ranks)
+    arrays, counts = extract(arguments, tokenizer_as_vit(config, ranks.device), ranks)
     if ranks.rank != 0:
         return {}
-    row = {"tokenizer": described(config), **usage(np.concatenate([arrays[0], arrays[2]]))}
+    row = {"tokenizer": described(config), **usage(arrays[0], arrays[2])}
     for probe in (evaluate_knn, evaluate_linear):
         row |= probe(arguments, unit(arrays))[1]
     return row | counts
@@ -257,6 +212,8 @@ def evaluate_tokenizers(arguments: argparse.Namespace) -> None:
     import torch.distributed as dist
 
     from mapet_ds.launch import init_distributed
+    from mapet_ds.results.probe import device_of
+    from mapet_ds.results.tokens import table
 
     arguments.device = device_of(arguments.device)
     ranks = init_distributed()._replace(device=arguments.device)
@@ -266,34 +223,9 @@ def evaluate_tokenizers(arguments: argparse.Namespace) -> None:
         dist.destroy_process_group()
     if ranks.rank != 0:
         return
-    for row, words in zip(rows, arguments.tokenizer, strict=True):
-        row["settings"] = words
-    if arguments.json:
-        print(json.dumps(rows))
-    else:
-        print(table(rows))
+    rows = [row | {"settings": words} for row, words in zip(rows, arguments.tokenizer, strict=True)]
+    print(json.dumps(rows) if arguments.json else table(rows))
     write_figures(arguments.out, rows)
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as text, and the images that they rest on."""
-    formats = {
-        "ids": "d", "used": "d", "dead": "d", "perplexity": ".1f", "entropy_bits": ".2f",
-        "knn_accuracy_percent": ".2f", "linear_accuracy_percent": ".2f",
-    }  # fmt: skip
-    titles = ["tokenizer", *formats]
-    titles[-3:] = ["entropy, bits", "k-NN, %", "linear, %"]
-    lines = [titles, *([row["tokenizer"], *(f"{row[n]:{f}}" for n, f in formats.items())] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    cells = [[f"{line[0]:<{widths[0]}}", *map(str.rjust, line[1:], widths[1:])] for line in lines]
-    text, basis = [*map("  ".join, cells)], rows[0]
-    unreadable = basis["train_unreadable"] + basis["val_unreadable"]
-    text.append(
-        f"of {basis['train_images']} training and {basis['val_images']} validation images, "
-        f"{basis['classes']} classes; {unreadable} unreadable ones are left out. k-NN (k = {basis['k']}) and "
-        f"the linear classifier ({basis['solver']}) see each image's histogram of ids alone."
-    )
-    return "\n".join(text)
 
 
 def write_figures(out: Path | None, figures: Any) -> None:
@@ -439,6 +371,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     import torch.distributed as dist
 
     from mapet_ds.launch import init_distributed
+    from mapet_ds.results.probe import device_of
 
     arguments.device = device_of(arguments.device)
     model = build_model(arguments)

@@ -61,7 +61,7 @@ class ModelConfig:
     @property
     def relative(self) -> bool:
         """Whether the student is timm's BEiT, whose positions are relative."""
-        return self.name.startswith("beit")
+        return self.name.startswith(("beit_", "beitv2_"))
 
     @property
     def timm_args(self) -> dict[str, Any]:

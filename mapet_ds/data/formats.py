@@ -63,6 +63,9 @@ def exif_orientation(data: bytes) -> int:
     """EXIF's orientation of an image whose structure is whole: 1 to 8, and 1 where it says nothing valid.
 
     DALI is given the same (orientation.py). Neither looks into XMP.
+
+    Raises:
+        BadImage: Pillow opens no image of so many pixels.
     """
     tags: Any = Image.Exif()
     try:
@@ -74,6 +77,8 @@ def exif_orientation(data: bytes) -> int:
             else:
                 tags.load(image.info.get("exif"))
             orientation = tags.get(ExifTags.Base.Orientation)
+    except Image.DecompressionBombError as error:
+        raise BadImage(f"its EXIF can't be read: {error}") from error
     except (OSError, SyntaxError, ValueError, struct.error):
         return 1
     return orientation if orientation in range(1, 9) else 1

@@ -286,9 +286,10 @@ def open_index(source: str, cache: Path, compare: bool = True, ranges: RangeCach
             )
         if compare or not (cache / "index.json").is_file():
             Remote(there[0].path).copy_index(cache)
-        if ranges:
-            ranges.prepare()
-        return Index(cache, there[0].path, ranges)
+        index = Index(cache, there[0].path, ranges)
+        assert index.remote
+        index.remote.prepare()
+        return index
     root, own = Path(root_of(there)), Path(there[0].path, "index")
     if there == [Source(str(root), 1)] and (own / "index.json").is_file():
         index = Index(own, root)

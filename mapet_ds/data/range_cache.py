@@ -19,7 +19,7 @@ import shutil
 import sys
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +46,10 @@ class RangeCache:
         """That of a section `data` of a recipe; None where it names none."""
         return cls(data.cache_dir, data.cache_gb) if data.cache_dir else None
 
-    def prepare(self) -> None:
-        """Makes the folder.
+    def prepare(self, versions: Mapping[str, str]) -> None:
+        """Makes the folder, and removes what it holds of other versions of these files.
+
+        versions: that of each file, none of them empty.
 
         Raises:
             DataError: it can't be written, for another reason than a full disk.
@@ -56,6 +58,8 @@ class RangeCache:
             self.folder.mkdir(parents=True, exist_ok=True)
             with self._counted():
                 pass
+            for file, version in versions.items():
+                self._keep_alone(self._place(file, version))
         except OSError as error:
             if error.errno not in FULL:
                 raise DataError(
@@ -86,7 +90,7 @@ class RangeCache:
         place = self._place(file, version)
         path, room = place / str(offset), _room(len(data))
         try:
-            self._make(place)
+            place.mkdir(parents=True, exist_ok=True)
             if not self._take(room):
                 self._give_up(f"holds the {self.limit / 1e9:g} GB that data.cache_gb gives it")
                 return
@@ -97,7 +101,7 @@ class RangeCache:
                 raise
             if not kept:
                 self._take(-room)
-        except FileNotFoundError:  # another process has removed this version
+        except FileNotFoundError:  # another process, of a later version, has removed this one
             return
         except OSError as error:
             self._give_up(f"can't be written: {error.strerror}")
@@ -107,16 +111,15 @@ class RangeCache:
         partial = path.with_suffix(".partial")
         try:
             with partial.open("xb") as file:
-                try:
-                    file.write(data + zlib.crc32(data).to_bytes(CHECKSUM))
-                except OSError:
-                    partial.unlink()
-                    raise
+                file.write(data + zlib.crc32(data).to_bytes(CHECKSUM))
         except FileExistsError:
             if time.time() - partial.stat().st_mtime > LEFT_BEHIND_S:
                 partial.unlink()
                 self._take(-_room(len(data)))
             return False
+        except OSError:  # a full disk may show only when the file is closed
+            partial.unlink(missing_ok=True)
+            raise
         if path.exists():
             partial.unlink()
             return False
@@ -128,19 +131,24 @@ class RangeCache:
             self.folder / hashlib.sha256(file.encode("utf-8", "surrogateescape")).hexdigest()[:32] / version
         )
 
-    def _make(self, place: Path) -> None:
-        """Makes the folder of a version of a file, and removes its other versions."""
-        if place.is_dir():
-            return
-        place.mkdir(parents=True, exist_ok=True)
-        for other in place.parent.iterdir():
-            if other.name != place.name:
-                gone = self.folder / f"{place.parent.name}.{other.name}.{os.getpid()}"
-                with contextlib.suppress(FileNotFoundError):  # another process was first
+    def _keep_alone(self, place: Path) -> None:
+        """Removes the other versions of a file, and what a killed process had begun to remove.
+
+        A version that is being removed has a dot in its name, and counts no longer.
+        """
+        versions = list(place.parent.iterdir()) if place.parent.is_dir() else []
+        for other in versions:
+            if other.name == place.name:
+                continue
+            if "." not in other.name:
+                freed, gone = _measured(other), other.with_name(f"{other.name}.{os.getpid()}")
+                try:
                     other.rename(gone)
-                    freed = _measured(gone)
-                    shutil.rmtree(gone, ignore_errors=True)
-                    self._take(-freed)
+                except FileNotFoundError:  # another process was first
+                    continue
+                self._take(-freed)
+                other = gone
+            shutil.rmtree(other, ignore_errors=True)
 
     def _take(self, room: int) -> bool:
         """Adds to the bytes that are taken, or takes from them; False where that is more than allowed."""
@@ -190,7 +198,8 @@ def _room(length: int) -> int:
 def _measured(folder: Path) -> int:
     """Bytes that the kept files below a folder take."""
     total = 0
-    for where, _, names in os.walk(folder):
+    for where, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if "." not in name]  # those are being removed
         for name in names:
             with contextlib.suppress(FileNotFoundError):  # it has got its own name, or is removed
                 total += _room(os.stat(os.path.join(where, name)).st_size - CHECKSUM)

@@ -42,6 +42,11 @@ class Remote:
         self._system: Any = None
         self._errors: tuple[type[BaseException], ...] = (OSError, asyncio.TimeoutError)
 
+    def prepare(self) -> None:
+        """Makes the cache ready, without what it holds of earlier versions; see `RangeCache.prepare`."""
+        if self.ranges:
+            self.ranges.prepare({f"{self.url}/{name}": version for name, version in self.versions.items()})
+
     def _opened(self) -> tuple[Any, str]:
         """The file system, and the folder's path in it."""
         import fsspec  # only where data is remote

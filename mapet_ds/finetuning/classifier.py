@@ -49,6 +49,8 @@ class Classifier(Objective):
         seed_weights(config.seed)
         self.seed, self.loss = config.seed, SoftTargetCrossEntropy()
         self.vit, self.fresh = build_model(config.model, num_classes)
+        # timm joins this buffer of BEiT's attention with two parameters, and DeepSpeed casts only parameters.
+        self.joined = [module for module in self.vit.modules() if getattr(module, "k_bias", None) is not None]
         self.drop_paths: list[DrawnDropPath] = []
         for module in list(self.vit.modules()):
             for name, child in module.named_children():
@@ -69,7 +71,10 @@ class Classifier(Objective):
         for i, drop_path in enumerate(self.drop_paths):
             drop = drop_path.drop_prob
             drop_path.factor = None if draw is None else (draw.keep[:, i] >= drop) / (1 - drop)
-        logits = self.vit(images.to(next(self.vit.parameters()).dtype)).float()
+        dtype = next(self.vit.parameters()).dtype
+        for attention in self.joined:
+            attention.k_bias = attention.k_bias.to(dtype)
+        logits = self.vit(images.to(dtype)).float()
         return Loss(self.loss(logits, target), {}, logits.detach())
 
 

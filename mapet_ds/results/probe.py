@@ -36,6 +36,21 @@ BATCH_SIZE = 256
 """Images an update of the linear probe."""
 
 
+def device_of(name: str | None) -> torch.device:
+    """The device of that name; without a name a GPU where there is one.
+
+    Raises:
+        ConfigError: this host has no such device.
+    """
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"--device {name} is no device of this host: {reason}") from error
+    return device
+
+
 def load_timm(path: Path, architecture: str | None = None, untrained: bool = False, seed: int = 0) -> Any:
     """A timm ViT for evaluation, from a folder of config.json and model.safetensors, or weights and a name.
 

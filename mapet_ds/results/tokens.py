@@ -1,18 +1,21 @@
-"""The use that a tokenizer makes of its ids, and the histogram of an image's ids as a feature."""
+"""A recipe's targets as the probes know a ViT, the use that tokenizers make of their ids, and their table."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mapet_ds.config.sections import Config
+from mapet_ds.config.sections import Config, TeacherConfig
 from mapet_ds.data.batch import View
 from mapet_ds.errors import ConfigError
 from mapet_ds.results.probe import Features
-from mapet_ds.targets.tokenizer import Tokenizer
+from mapet_ds.targets.teacher import build_teacher
+from mapet_ds.targets.tokenizer import Tokenizer, build_tokenizer
+from mapet_ds.targets.towers import teacher_mean_std
 
 
 class Histograms(nn.Module):
@@ -45,13 +48,36 @@ class Histograms(nn.Module):
         return shares.scatter_add_(1, ids, each)[:, None]
 
 
-def usage(histograms: Features) -> dict[str, Any]:
-    """The use of the ids in all images together, from the histogram of each [n, ids].
+def tokenizer_as_vit(config: Config, device: torch.device) -> Histograms:
+    """A recipe's tokenizer on this device, as the probes know a ViT.
+
+    Its teacher is whole on every rank, and not compiled: a pass this short would not repay it.
+    """
+    teacher = dataclasses.replace(config.teacher, shard="none")
+    train = dataclasses.replace(config.train, compile=False)
+    return Histograms(build_tokenizer(dataclasses.replace(config, teacher=teacher, train=train), device))
+
+
+def teacher_as_vit(config: TeacherConfig) -> Any:
+    """A recipe's teacher with what a timm ViT has, so that the targets themselves are judged.
+
+    Its patch tokens are the features of the teacher's layer.
+    """
+    teacher: Any = build_teacher(config, torch.device("cpu"))
+    mean, std = teacher_mean_std(config)
+    size = (3, config.img_size, config.img_size)
+    data = {"input_size": size, "mean": mean, "std": std, "interpolation": "bicubic", "crop_pct": 1.0}
+    teacher.num_prefix_tokens, teacher.pretrained_cfg, teacher.forward_features = 0, data, teacher.forward
+    return teacher
+
+
+def usage(*histograms: Features) -> dict[str, Any]:
+    """The use of the ids in all images of these sets together, from the histogram of each [n, ids].
 
     entropy_bits: of the distribution of ids; perplexity: 2 to that power, the number of equally likely ids of
     the same entropy. A dead id occurs in no image.
     """
-    share = histograms.mean(axis=0, dtype=np.float64)
+    share = np.concatenate(histograms).mean(axis=0, dtype=np.float64)
     used = share[share > 0] / share.sum()
     entropy = float(-(used * np.log2(used)).sum())
     counts = {"ids": len(share), "used": len(used), "dead": len(share) - len(used)}
@@ -66,3 +92,24 @@ def described(config: Config) -> str:
     weights = "" if teacher.name.startswith("local-dir:") else f" {teacher.weights.rpartition('/')[2]}"
     layer = "" if teacher.layer == -1 else f" layer {teacher.layer}"
     return f"{name} of {teacher.name.rstrip('/').rpartition('/')[2]}{weights}{layer}"
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as text, and the images that they rest on."""
+    formats = {
+        "ids": "d", "used": "d", "dead": "d", "perplexity": ".1f", "entropy_bits": ".2f",
+        "knn_accuracy_percent": ".2f", "linear_accuracy_percent": ".2f",
+    }  # fmt: skip
+    titles = ["tokenizer", *formats]
+    titles[-3:] = ["entropy, bits", "k-NN, %", "linear, %"]
+    lines = [titles, *([row["tokenizer"], *(f"{row[n]:{f}}" for n, f in formats.items())] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    cells = [[f"{line[0]:<{widths[0]}}", *map(str.rjust, line[1:], widths[1:])] for line in lines]
+    text, basis = [*map("  ".join, cells)], rows[0]
+    unreadable = basis["train_unreadable"] + basis["val_unreadable"]
+    text.append(
+        f"of {basis['train_images']} training and {basis['val_images']} validation images, "
+        f"{basis['classes']} classes; {unreadable} unreadable ones are left out. k-NN (k = {basis['k']}) and "
+        f"the linear classifier ({basis['solver']}) see each image's histogram of ids alone."
+    )
+    return "\n".join(text)

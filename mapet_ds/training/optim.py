@@ -36,9 +36,11 @@ def layerwise_groups(vit: Any, weight_decay: float, layer_decay: float) -> list[
 
     The head and the norm of the mean have an lr_scale of 1.
 
-    Source: BEiT, arXiv 2106.08254, as in timm.
+    Source: BEiT, arXiv 2106.08254, as in timm, but that BEiT's tables of relative positions decay, as in its
+    release.
     """
-    no_decay = vit.no_weight_decay() if hasattr(vit, "no_weight_decay") else ()
+    exempt = vit.no_weight_decay() if hasattr(vit, "no_weight_decay") else ()
+    no_decay = [name for name in exempt if "relative_position_bias_table" not in name]
     return param_groups_layer_decay(vit, weight_decay, no_decay, layer_decay=layer_decay)
 
 
