@@ -119,14 +119,15 @@ def run(job: Job) -> None:
             process.wait()
             raise
         finally:
-            _record(job, time.monotonic() - start, before)
+            record(job, time.monotonic() - start, before)
     if job.marked and code == 0:
         job.done.touch()
     if not job.done.exists():
         raise Failed(f"{reason_in(job.log)} ({job.log})")
 
 
-def _record(job: Job, seconds: float, before: Any) -> None:
+def record(job: Job, seconds: float, before: Any) -> None:
+    """Adds what a command has taken to its record, with its settings. before: getrusage of that time."""
     after, known = resource.getrusage(resource.RUSAGE_CHILDREN), records(job.folder)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     old = known.get(job.name, {"seconds": 0.0, "cpu_seconds": 0.0})

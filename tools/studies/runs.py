@@ -310,7 +310,8 @@ class Runs:
         for row, own in asked.items():
             recipe, _ = row_settings(self.study, row.name, {})
             try:
-                check(load_config(recipe, [*map(self.made, own), f"run_dir={self.out}"]), self.ranks)
+                config = load_config(recipe, [*map(self.made, own), f"run_dir={self.out}"])
+                check(config, self.ranks, teacher=not self.to_come(config.teacher.name))
             except ConfigError as error:
                 raise ConfigError(f"runs.{row.name}: {error}") from error
         if finetune := self.study.measure.finetune:
@@ -326,8 +327,13 @@ class Runs:
         """The setting; one of images that `prepare` has yet to make is the study's own images instead."""
         name, _, path = setting.partition("=")
         images = name in ("data.train", "evaluate.train", "evaluate.val")
-        missing = images and path.startswith(f"{self.out}/") and not Path(path).exists()
-        return f"{name}={self.images['train']}" if missing and self.study.prepare else setting
+        return f"{name}={self.images['train']}" if images and self.to_come(path) else setting
+
+    def to_come(self, named: str) -> bool:
+        """Whether a setting names something in the study's folder that `prepare` has yet to make."""
+        path = named.removeprefix("local-dir:")
+        inside = path.startswith(f"{self.out}/") and not Path(path).exists()
+        return inside and not all(job.done.exists() for job in self.shared() if job.marked)
 
     def check_unchanged(self) -> None:
         """Refuses a study in which a run or a measurement that has begun would change.
