@@ -44,7 +44,7 @@ def start(*command: object, timeout: float = 400) -> subprocess.CompletedProcess
     Raises:
         TimeoutExpired: it did not end in `timeout` seconds, and was killed.
     """
-    words, environment, ranks = [str(word) for word in command], dict(ENVIRONMENT), 1
+    words, environment, ranks = [str(word) for word in command], dict(ENVIRONMENT), 0
     rest = words[words[0] == "env" :]
     while "=" in rest[0]:
         environment.update([rest.pop(0).split("=", 1)])
@@ -96,7 +96,7 @@ def serve() -> None:
     for line in sys.stdin:
         job, ranks = json.loads(line), {}
         port = str(free_port())
-        for rank in range(job["ranks"]):
+        for rank in range(job["ranks"] or 1):
             child = os.fork()
             if child == 0:
                 become(job, rank, port)
@@ -114,13 +114,13 @@ def become(job: dict, rank: int, port: str) -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.environ.clear()
     os.environ.update(job["environment"])
-    if job["ranks"] > 1:
+    if job["ranks"]:  # torchrun's
         local = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": job["ranks"]}
         local |= {"LOCAL_WORLD_SIZE": job["ranks"], "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         os.environ.update({name: str(value) for name, value in local.items()})
     torch._dynamo.config.disable = job["environment"].get("TORCH_COMPILE_DISABLE") == "1"  # read at import
     sys.argv = job["command"]
-    sys.path[0] = str(Path(sys.argv[0]).resolve().parent)
+    sys.path[:1] = [str(Path(sys.argv[0]).resolve().parent), *os.environ["PYTHONPATH"].split(os.pathsep)]
 
 
 def outcome(ranks: dict[int, int | None], deadline: float) -> int | None:
@@ -131,11 +131,13 @@ def outcome(ranks: dict[int, int | None], deadline: float) -> int | None:
         if child in ranks:
             ranks[child] = os.waitstatus_to_exitcode(status)
             if ranks[child]:
-                [os.kill(other, signal.SIGTERM) for other in left if other != child]
+                for other in set(left) - {child}:
+                    os.kill(other, signal.SIGTERM)
                 deadline = min(deadline, time.monotonic() + GRACE)
         elif time.monotonic() > deadline:
             late = late or not any(ranks.values())
-            [os.kill(other, signal.SIGKILL) for other in left]
+            for other in left:
+                os.kill(other, signal.SIGKILL)
             deadline += GRACE
         else:
             time.sleep(0.02)

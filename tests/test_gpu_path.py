@@ -121,7 +121,7 @@ def device():
 def line(tmp_path_factory):
     """Overrides that name images, a small teacher of 14 x 14 patches, and 8192 centroids of its features."""
     folder = tmp_path_factory.mktemp("line")
-    overrides = [f"data.train={write(folder / 'images', photos(16))}", "data.crop=center"]
+    overrides = [f"data.train={write(folder / 'images', photos(16))}", "data.crop=center", "data.flip=0"]
     teacher = [f"teacher.name=local-dir:{write_tower(folder / 'teacher', 'vit')}", "teacher.img_size=224"]
     return overrides + with_codebook(teacher, folder)
 

@@ -23,21 +23,13 @@ from timm.layers import DropPath, trunc_normal_
 from timm.models.vision_transformer import LayerScale
 from torch import Tensor, nn
 
+from mapet_ds.blocks import SparingMlp, take_rows
 from mapet_ds.config.sections import Config
 from mapet_ds.data.batch import Draw
 from mapet_ds.draws import block_masks
 from mapet_ds.objectives.masks import hidden_rows
 from mapet_ds.objectives.objective import Loss, Objective, TokenLoss, depth_uniforms, token_losses, widened
-from mapet_ds.vit import (
-    SparingMlp,
-    build_vit,
-    embed,
-    mae_init,
-    run_block,
-    run_blocks,
-    stochastic_depth,
-    take_rows,
-)
+from mapet_ds.vit import build_vit, embed, mae_init, run_block, run_blocks, stochastic_depth
 
 
 class RegressorBlock(nn.Module):

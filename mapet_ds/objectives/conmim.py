@@ -19,12 +19,13 @@ import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
+from mapet_ds.blocks import take_rows
 from mapet_ds.config.sections import Config
 from mapet_ds.data.batch import Draw
 from mapet_ds.draws import cell_masks
 from mapet_ds.objectives.masks import hidden_rows
 from mapet_ds.objectives.objective import Loss, Objective, depth_uniforms, mean_of, widened
-from mapet_ds.vit import Graph, beit_init, build_vit, embed, run_blocks, take_rows
+from mapet_ds.vit import Graph, beit_init, build_vit, embed, run_blocks
 
 
 class GroupBatchNorm(nn.Module):

@@ -14,12 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mapet_ds.blocks import Band, take_rows
 from mapet_ds.config.sections import Config
 from mapet_ds.data.batch import Draw
 from mapet_ds.draws import permutations
 from mapet_ds.objectives.masks import hidden_rows
 from mapet_ds.objectives.objective import Loss, Objective, depth_uniforms, widened
-from mapet_ds.vit import Band, build_vit, embed, mae_init, run_block, run_blocks, sincos_positions, take_rows
+from mapet_ds.vit import build_vit, embed, mae_init, run_block, run_blocks, sincos_positions
 
 
 class MAE(Objective):

@@ -18,6 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mapet_ds.blocks import Band, take_rows
 from mapet_ds.config.sections import Config
 from mapet_ds.data.batch import Draw
 from mapet_ds.draws import permutations
@@ -29,7 +30,7 @@ from mapet_ds.objectives.objective import (
     rank_quarters,
     token_losses,
 )
-from mapet_ds.vit import Band, build_vit, embed, mask_token_and_head, run_blocks, take_rows
+from mapet_ds.vit import build_vit, embed, mask_token_and_head, run_blocks
 
 
 def attention_mask(num_hidden: int, seen: int) -> Tensor:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mapet_ds.blocks import Band, take_rows
 from mapet_ds.config.objectives import BlockMaskConfig
 from mapet_ds.config.sections import Config
 from mapet_ds.data.batch import Draw
 from mapet_ds.draws import block_masks
 from mapet_ds.objectives.objective import Objective, depth_uniforms
-from mapet_ds.vit import Band, beit_init, build_vit, embed, mask_token_and_head, run_blocks, take_rows
+from mapet_ds.vit import beit_init, build_vit, embed, mask_token_and_head, run_blocks
 
 
 def hidden_rows(mask: Tensor | None, count: int) -> tuple[Tensor, Tensor]:

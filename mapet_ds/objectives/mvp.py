@@ -10,11 +10,11 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from mapet_ds.blocks import take_rows
 from mapet_ds.config.sections import Config
 from mapet_ds.data.batch import Draw
 from mapet_ds.objectives.masks import BlockMasked
 from mapet_ds.objectives.objective import Loss, mean_of, widened
-from mapet_ds.vit import take_rows
 
 
 class MVP(BlockMasked):

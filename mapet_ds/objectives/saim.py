@@ -16,12 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mapet_ds.blocks import Band, take_rows
 from mapet_ds.config.sections import Config
 from mapet_ds.data.batch import Draw
 from mapet_ds.draws import permutations
 from mapet_ds.errors import ConfigError
 from mapet_ds.objectives.objective import Loss, Objective, depth_uniforms, rank_quarters, widened
-from mapet_ds.vit import Band, build_vit, embed, mae_init, run_block, stochastic_depth, take_rows
+from mapet_ds.vit import build_vit, embed, mae_init, run_block, stochastic_depth
 
 
 class SAIM(Objective):

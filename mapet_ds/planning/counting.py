@@ -25,6 +25,7 @@ from torch.nn.modules.module import (
 )
 from torch.utils.flop_counter import FlopCounterMode
 
+from mapet_ds.blocks import RelativeBlock, StreamBlock
 from mapet_ds.config.sections import Config, TeacherConfig, TokenizerConfig
 from mapet_ds.errors import ConfigError
 from mapet_ds.methods import build_objective, build_target
@@ -33,7 +34,7 @@ from mapet_ds.planning.parts import Parts
 from mapet_ds.planning.roofline import Kernels, kernels
 from mapet_ds.planning.tally import Tables, Tally, biased_attention
 from mapet_ds.targets.teacher import Teacher, tower_blocks
-from mapet_ds.vit import Graph, RelativeBlock, StreamBlock
+from mapet_ds.vit import Graph
 from mapet_ds.weights import UNREADABLE
 
 CPU = torch.device("cpu")

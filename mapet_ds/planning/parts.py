@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from mapet_ds.vit import Graph, RelativeBlock, StreamBlock
+from mapet_ds.blocks import RelativeBlock, StreamBlock
+from mapet_ds.vit import Graph
 
 REST, HEAD, GRADIENTS, UNEXPLAINED = "norms and rest", "head and loss", "gradients", "unexplained"
 

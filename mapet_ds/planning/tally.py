@@ -171,10 +171,10 @@ def _precision(operation: Any, args: tuple) -> str:
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, *more: Any, **options: Any
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, *more: Any, **named: Any
 ) -> Tensor:
     if not isinstance(attn_mask, FakeTensor) or not attn_mask.is_floating_point():
-        return ATTEND(q, k, v, attn_mask, *more, **options)
+        return ATTEND(q, k, v, attn_mask, *more, **named)
     padded = nn.functional.pad(attn_mask, (0, -k.shape[2] % 8))[..., : k.shape[2]]
     return BIASED(q, k, v, padded.expand(*q.shape[:3], k.shape[2]), torch.is_grad_enabled())[0]
 

@@ -1,4 +1,4 @@
-"""The commands of a study: what each is, whether it is done, whether it has changed, what it has cost."""
+"""The commands of a study: what each is, whether it is done or has changed, what it has cost and found."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import os
 import resource
 import shlex
+import statistics
 import subprocess
 import sys
 import time
@@ -134,6 +135,36 @@ def record(job: Job, seconds: float, before: Any) -> None:
     cost = {"seconds": old["seconds"] + seconds, "cpu_seconds": old["cpu_seconds"] + cpu}
     known[job.name] = {"settings": movable(job.settings, job.folder.parent), **cost}
     write_whole(job.folder / "jobs.json", json.dumps(known, indent=1) + "\n")
+
+
+def trained(folder: Path, ranks: int) -> dict[str, float]:
+    """What a finished training has recorded: its steps, its speed, its hours, its online probes.
+
+    ranks: its number of them, where its settings don't name it.
+    """
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    figures = {"steps": lines[-1]["step"]}
+    figures["speed"] = statistics.median(line["images_per_second"] for line in lines)
+    if "gpu_memory_gib" in lines[-1]:
+        ranks = load_config(folder / "config.yaml").train.world_size or ranks
+        figures["gpu_hours"] = sum(line["seconds"] for line in lines) * ranks / 3600
+    elif "pretrain" in (known := records(folder)):
+        figures["cpu_hours"] = known["pretrain"]["cpu_seconds"] / 3600
+    for name in ("knn", "linear"):
+        if (key := f"{name}_accuracy_percent") in lines[-1]:
+            figures[f"online_{name}"] = lines[-1][key]
+    return figures
+
+
+def measured(folder: Path) -> dict[str, float]:
+    """The accuracies that the measurements of a run have written so far, in percent."""
+    figures = {}
+    for name in ("knn", "linear"):
+        if (path := folder / f"{name}.json").exists():
+            figures[name] = json.loads(path.read_text())[f"{name}_accuracy_percent"]
+    if (path := folder / "finetuned/results.json").exists():
+        figures["finetune"] = json.loads(path.read_text())["val_top1"]
+    return figures
 
 
 def subset(source: str, number: int, out: Path) -> None:

@@ -5,16 +5,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
-import json
 import os
 import shlex
-import statistics
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import evaluate
-from studies.jobs import Failed, Job, change, options, program, records, run, subset
+from studies.jobs import Failed, Job, change, measured, options, program, run, subset, trained
 
 from mapet_ds.__main__ import programs
 from mapet_ds.config.finetune import FinetuneConfig
@@ -49,36 +47,6 @@ BY_NAME = (
 )  # fmt: skip
 """What may differ at resume, where content is compared or nothing else is, but not within a table."""
 MAY_DIFFER = tuple(name for name in FREE if name not in BY_NAME)
-
-
-def trained(folder: Path, ranks: int) -> dict[str, float]:
-    """What a finished training has recorded: its steps, its speed, its hours, its online probes.
-
-    ranks: its number of them, where its settings don't name it.
-    """
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    figures = {"steps": lines[-1]["step"]}
-    figures["speed"] = statistics.median(line["images_per_second"] for line in lines)
-    if "gpu_memory_gib" in lines[-1]:
-        ranks = load_config(folder / "config.yaml").train.world_size or ranks
-        figures["gpu_hours"] = sum(line["seconds"] for line in lines) * ranks / 3600
-    elif "pretrain" in (known := records(folder)):
-        figures["cpu_hours"] = known["pretrain"]["cpu_seconds"] / 3600
-    for name in ("knn", "linear"):
-        if (key := f"{name}_accuracy_percent") in lines[-1]:
-            figures[f"online_{name}"] = lines[-1][key]
-    return figures
-
-
-def measured(folder: Path) -> dict[str, float]:
-    """The accuracies that the measurements of a run have written so far, in percent."""
-    figures = {}
-    for name in ("knn", "linear"):
-        if (path := folder / f"{name}.json").exists():
-            figures[name] = json.loads(path.read_text())[f"{name}_accuracy_percent"]
-    if (path := folder / "finetuned/results.json").exists():
-        figures["finetune"] = json.loads(path.read_text())["val_top1"]
-    return figures
 
 
 class Runs:
