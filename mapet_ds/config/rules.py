@@ -115,7 +115,7 @@ def _tokenizer_rules(config: Config) -> Iterator[str]:
         )
 
 
-def _method_rules(config: Config, teacher: bool) -> Iterator[str]:
+def _method_rules(config: Config, teacher: bool = True) -> Iterator[str]:
     if config.objective not in config.objectives:
         yield f"objective = {config.objective} is not known; there are: {', '.join(config.objectives)}."
         return
