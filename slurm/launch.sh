@@ -26,6 +26,9 @@ main() {
 
     gpus=${SLURM_GPUS_ON_NODE:?no GPUs are allocated: the script needs --gpus-per-node}
     nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | wc -l)
+    # One task of an array has the array's own number: only both numbers name a task.
+    job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID:?}}
+    job=${job:-$SLURM_JOB_ID}
 
     # Stop and requeue. STOP is touched again and again, because ranks that are still starting
     # remove an old one.
@@ -82,11 +85,11 @@ main() {
     elif [[ -n $stopping ]]; then
         trap '' USR1 TERM
         leave
-        if [[ $(squeue --noheader --jobs "$SLURM_JOB_ID" --format %T) == RUNNING ]]; then
-            echo "$(date): stopped in order; job $SLURM_JOB_ID goes back into the queue."
-            scontrol requeue "$SLURM_JOB_ID"
+        if [[ $(squeue --noheader --jobs "$job" --format %T) == RUNNING ]]; then
+            echo "$(date): stopped in order; job $job goes back into the queue."
+            scontrol requeue "$job"
         else # cancelled by its user, or preempted, which queues it again without our help
-            echo "$(date): stopped in order; SLURM is ending job $SLURM_JOB_ID."
+            echo "$(date): stopped in order; SLURM is ending job $job."
         fi
     elif [[ -f $RUN_DIR/STOP ]]; then
         echo "$(date): stopped by $RUN_DIR/STOP; submit the same job again to continue."

@@ -14,7 +14,7 @@ from mapet_ds.errors import ConfigError
 from mapet_ds.methods import METHODS, build_objective
 from mapet_ds.planning import counting
 from mapet_ds.planning.counting import Line, modules, shape_of_target, student, target
-from mapet_ds.planning.tally import Tally
+from mapet_ds.planning.tally import Tally, biased_attention
 
 PLAIN = "model.layer_scale=null"
 RECIPES = sorted(
@@ -216,6 +216,14 @@ def test_figures_that_the_documents_name():
     assert round(counted.minimum / 1e8) == 2416
     assert round(goal.flops / 1e9) == 507
     assert (goal.fp32_flops, goal.tf32_flops) == (0, 2 * 2 * 196 * 8192 * 4096)
+
+
+def test_attention_of_torchs_own_module_is_counted():
+    """It hands on dropout and the causal flag by position."""
+    attention, x = torch.nn.MultiheadAttention(8, 2, batch_first=True), torch.randn(2, 3, 8)
+    expected = attention(x, x, x, need_weights=False)[0]
+    with biased_attention():
+        assert torch.equal(attention(x, x, x, need_weights=False)[0], expected)
 
 
 def test_a_teacher_in_full_precision():

@@ -23,6 +23,7 @@ if [[ $1 == show ]]; then printf 'n1\\nn2\\n' | head -n "${NODES:-2}"; else echo
 """
 
 SQUEUE = """#!/bin/bash
+echo "$*" >>"$NOTES/squeue"
 echo "${STATE:-RUNNING}"
 """
 
@@ -240,17 +241,24 @@ def test_one_node_needs_no_ssh(job):
 LAUNCHERS = pytest.mark.parametrize("launcher", ["ssh", "srun"])
 
 
+TASK = {"SLURM_ARRAY_JOB_ID": "41234", "SLURM_ARRAY_TASK_ID": "3"}
+
+
 @pytest.mark.parametrize(
-    ("number", "launcher"), [(signal.SIGUSR1, "ssh"), (signal.SIGTERM, "ssh"), (signal.SIGTERM, "srun")]
+    ("number", "launcher", "task"),
+    [(signal.SIGUSR1, "ssh", TASK), (signal.SIGTERM, "ssh", {}), (signal.SIGTERM, "srun", {})],
 )
-def test_a_warning_stops_the_ranks_in_order_and_requeues(job, number, launcher):
-    process = job(TRAIN="wait", LAUNCHER=launcher)
+def test_a_warning_stops_the_ranks_in_order_and_requeues(job, number, launcher, task):
+    """One task of an array has the array's number, and so names itself by both."""
+    process = job(TRAIN="wait", LAUNCHER=launcher, **task)
     _wait_for(job.notes / "training")
     process.send_signal(number)
     code, output = _finish(process)
     assert code == 0, output
     assert (job.notes / "saved").exists()  # it waited for the ranks
-    assert (job.notes / "scontrol").read_text() == "requeue 41234\n"
+    name = "41234_3" if task else "41234"
+    assert (job.notes / "scontrol").read_text() == f"requeue {name}\n"
+    assert (job.notes / "squeue").read_text() == f"--noheader --jobs {name} --format %T\n"
     assert not (job.run_dir / "STOP").exists()
 
 

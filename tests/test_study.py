@@ -4,6 +4,8 @@ import csv
 import dataclasses
 import json
 import math
+import os
+import resource
 import subprocess
 import sys
 
@@ -13,6 +15,7 @@ import yaml
 from forked import ENVIRONMENT
 from line import make_line, write_classes
 
+from mapet_ds.config.recipe import load_config
 from mapet_ds.config.sections import REPOSITORY
 from mapet_ds.config.shipped import STUDIES, shipped_names
 from mapet_ds.config.study import load_study, words
@@ -33,6 +36,8 @@ from mapet_ds.results.report.study import Outcome, comma_separated, markdown, pa
 
 sys.path.insert(0, str(REPOSITORY / "tools"))
 import study as program
+from studies.jobs import record, subset
+from studies.runs import Runs
 
 DOCUMENT = {
     "recipe": "demo_cpu",
@@ -45,6 +50,9 @@ DOCUMENT = {
     },
     "data": {"train": "/images", "count": 640},
 }
+
+
+WORK = Work(steps=100, parameters=7, flops_per_image=3.0, flops=3.0 * 100 * 8, disk=1.0)
 
 
 def write(folder, **changes):
@@ -73,6 +81,7 @@ def study(tmp_path):
         ({"baseline": "beit"}, "baseline = beit is no row of runs; there are mapet, mae, hidden."),
         ({"seeds": [1, 1]}, r"seeds = \[1, 1\] must name each value once"),
         ({"equal": ["stepps"]}, "equal.0 = .*stepps"),
+        ({"equal": ["time", "flops"]}, "time without steps"),
         ({"measure": {"finetune": {"labels": 10}}}, "measure.finetune.recipe is empty"),
         ({"measure": {"finetune": {"recipe": "finetune_mae"}}}, "Did you mean finetune_mae_vitb16?"),
     ],
@@ -120,13 +129,205 @@ def test_codebooks_and_ids_are_shared_where_they_are_the_same(tmp_path):
     ids = stored(study, Row("mapet", "small"), tmp_path)
     assert ids and ids == stored(study, Row("hidden", "small"), tmp_path)
     assert ids != stored(study, Row("mapet", "other"), tmp_path)
+    other = dataclasses.replace(study, data=dataclasses.replace(study.data, train="/others"))
+    assert fitted(other, Row("mapet", "small"), tmp_path) != small, "other images give another codebook"
+    assert stored(other, Row("mapet", "other"), tmp_path) != stored(study, Row("mapet", "other"), tmp_path)
+    turned = dataclasses.replace(study, settings={"data.exif_orientation": True})
+    assert stored(turned, Row("mapet", "other"), tmp_path) != stored(study, Row("mapet", "other"), tmp_path)
+    inside = load_study(write(tmp_path, settings={"teacher.name": "local-dir:{out}/teacher"}))
+    first, moved = (fitted(inside, Row("mapet"), tmp_path / name) for name in "ab")
+    assert first and moved and first.name == moved.name, "a study's folder may be moved"
     random = dataclasses.replace(study, settings={"data.crop": "random"})
     assert stored(random, Row("mapet", "small"), tmp_path) is None, "crops differ from epoch to epoch"
 
 
-# ---- Arithmetic.
+def test_rows_that_would_share_a_folder_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="'mapet, s', equal steps, and 'mapet_s', equal steps, would share"):
+        Runs(
+            load_study(
+                write(tmp_path, runs={"mapet": {}, "mapet_s": {"objective": "mae"}}, tokenizers={"s": {}})
+            ),
+            tmp_path,
+        )
+    with pytest.raises(ConfigError, match="would share the folder mae_equal_flops"):
+        runs = {"mae": {"objective": "mae"}, "mae_equal_flops": {"objective": "mae"}}
+        Runs(load_study(write(tmp_path, runs=runs, equal=["steps", "flops"])), tmp_path)
+    Runs(
+        load_study(
+            write(
+                tmp_path,
+                runs={"mae": {"objective": "mae"}, "mae_s": {"objective": "mae"}},
+                tokenizers={"s": {}},
+            )
+        ),
+        tmp_path,
+    )
 
-WORK = Work(steps=100, parameters=7, flops_per_image=3.0, flops=3.0 * 100 * 8, disk=1.0)
+
+# ---- Images, checks, changes.
+
+
+def test_a_subset_takes_what_an_index_takes_and_is_of_one_source(tmp_path):
+    for source, letter in (("one", "a"), ("two", "a"), ("two", "b")):
+        (folder := tmp_path / source / letter).mkdir(parents=True)
+        for name in (".DS_Store", "0.txt", "1.jpg", "2.jpg"):
+            (folder / name).touch()
+    (tmp_path / "one" / ".cache").mkdir()
+    subset(str(tmp_path / "one"), 2, out := tmp_path / "images")
+    assert sorted(path.name for path in out.glob("*/*")) == ["1.jpg", "2.jpg"]
+    subset(str(tmp_path / "one"), 2, out)
+    for source, number in (("two", 2), ("one", 1)):
+        with pytest.raises(ConfigError, match="holds other images"):
+            subset(str(tmp_path / source), number, out)
+    with pytest.raises(ConfigError, match="has 2 images; 3 of each class"):
+        subset(str(tmp_path / "one"), 3, tmp_path / "more")
+
+
+def small(folder, **changes):
+    """A study of one row that needs no teacher, and the folders of its images."""
+    for name in ("train", "val", "others"):
+        (folder / name).mkdir(exist_ok=True)
+    data = {"train": str(folder / "train"), "val": str(folder / "val"), "count": 640}
+    changes = {"runs": {"mae": {"objective": "mae"}}, "seeds": [0], "data": data, **changes}
+    return write(folder, **changes)
+
+
+def runs_of(path, out, *overrides):
+    """What a study would run, counted as if every row took the same."""
+    runs = Runs(load_study(path, overrides), out)
+    runs.own = dict.fromkeys(runs.rows, WORK)
+    runs.count()
+    return runs
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["measure.linear.solvr=x"], "measure.linear: unrecognized arguments: --solvr"),
+        (["measure.knn.k=many"], "measure.knn: argument --k: invalid int value"),
+        (["runs.mvp.optim.warmup_epochs=3"], "runs.mvp: optim.warmup_epochs = 3.0 leaves nothing"),
+        (["runs.mvp.train.micro_batch_size=48"], "runs.mvp: train.global_batch_size = 64 is not a multiple"),
+        (["runs.mvp.evaluate.val=/nowhere"], "runs.mvp: evaluate.val = /nowhere is not a folder"),
+    ],
+)
+def test_checks_come_before_what_is_prepared(tmp_path, monkeypatch, overrides, sentence):
+    monkeypatch.setattr(Runs, "prepare", lambda self: pytest.fail("it has begun"))
+    # Teacher and evaluate.train are not there yet, and no mistake: `prepare` makes them.
+    settings = {"train.epochs": 2, "optim.warmup_epochs": 1, "teacher.name": "local-dir:{out}/demo/teacher"}
+    settings |= {"evaluate.train": "{out}/demo/train", "evaluate.val": "{val}"}
+    path = small(
+        tmp_path, prepare=["make_demo {out}/demo"], settings=settings, runs={"mvp": {"objective": "mvp"}}
+    )
+    arguments = program.parse([str(path), "--out", str(tmp_path / "out"), *overrides])
+    with pytest.raises(ConfigError, match=sentence):
+        program.work(arguments, load_study(path, overrides))
+
+
+def test_what_a_figure_comes_from_may_not_change(tmp_path):
+    """Images, teacher, tokenizer and options; what changes no figure may, and so may the study's place."""
+    changes = {
+        "measure": {"knn": {"k": 3}, "finetune": {"recipe": "finetune_cifar10_cpu"}},
+        "teacher": True, "prepare": ["make_demo {out}/demo --images {train}"],
+    }  # fmt: skip
+    path, out = small(tmp_path, **changes), tmp_path / "out"
+    runs = runs_of(path, out)
+    jobs = [
+        *runs.shared(),
+        *runs.of_training(runs.base, 0),
+        *(job for *_, own in runs.untrained() for job in own),
+    ]
+    for job in jobs:
+        job.done.parent.mkdir(parents=True, exist_ok=True)
+        if job.read:
+            config = next(
+                word for word in job.words if word.endswith((".yaml", "_cpu")) and "zero2" not in word
+            )
+            overrides = [word for word in job.words if "=" in word and not word.startswith("--")]
+            settings = load_config(config, overrides, job.read)
+            (job.done.parent / "config.yaml").write_text(yaml.safe_dump(settings.to_dict()))
+        job.done.touch()
+        record(job, 0.0, resource.getrusage(resource.RUSAGE_CHILDREN))
+
+    def changed(*overrides, place=out):
+        with pytest.raises(ConfigError) as error:
+            runs_of(path, place, *overrides).check_unchanged()
+        return {line.partition(":")[0].strip() for line in str(error.value).splitlines() if " then, " in line}
+
+    runs_of(path, out, "settings.log.every_steps=7", "settings.data.workers=1").check_unchanged()
+    assert changed(f"data.train={tmp_path / 'others'}") == {"data.train", "train", "command"}
+    assert changed(f"data.val={tmp_path / 'others'}") == {"data.val", "val"}
+    assert changed("settings.teacher.name=other") == {"teacher.name"}
+    assert changed("settings.tokenizer.path=other") == {"tokenizer.path"}
+    assert changed("measure.finetune.labels=10") == {"data.train"}
+    assert changed("measure.knn.k=4") == {"k"}
+    out.rename(tmp_path / "moved")
+    runs_of(path, tmp_path / "moved").check_unchanged()
+    assert changed("measure.knn.k=4", place=tmp_path / "moved") == {"k"}
+
+
+def test_one_run_alone_answers_for_itself(tmp_path, monkeypatch):
+    """Its exit code is its own, whatever other rows lack; a name that is none is refused."""
+    runs = {name: {"objective": "mae"} for name in ("mae", "lacking", "mvp")}
+    settings = {"train.epochs": 2, "optim.warmup_epochs": 1}
+    path = small(tmp_path, runs=runs, equal=["steps", "time"], settings=settings)
+    reasons = {"mae_seed0": "", "mvp_seed0": "no disk"}
+
+    def count(study, row, out):
+        if row.name == "lacking":
+            raise ConfigError("tokenizer.path = /nowhere")
+        return WORK
+
+    monkeypatch.setattr("studies.runs.counted", count)
+    monkeypatch.setattr(Runs, "work_off", lambda self, folder, jobs: reasons[folder.name])
+
+    def alone(name):
+        arguments = program.parse([str(path), "--out", str(tmp_path / "out"), "--only", name])
+        return program.work(arguments, load_study(path))
+
+    monkeypatch.setattr(Runs, "prepare", lambda self: self.out.mkdir(exist_ok=True))
+    assert alone("mae_seed0") == 0 and alone("mvp_seed0") == 1
+    with pytest.raises(ConfigError, match="lacking_seed0: tokenizer.path = /nowhere"):
+        alone("lacking_seed0")
+    with pytest.raises(ConfigError, match="mvp_equal_time_seed0: the speed of its run of equal steps"):
+        alone("mvp_equal_time_seed0")
+    with pytest.raises(
+        ConfigError, match="--only mea_seed0 is no run of this study; there are shared, mae_seed0"
+    ):
+        alone("mea_seed0")
+
+
+def test_the_array_has_a_task_for_every_row(tmp_path):
+    """Fresh weights and the teacher come last; only training is warned; a recipe's own tokenizer stays."""
+    recipe = tmp_path / "own.yaml"
+    recipe.write_text(yaml.safe_dump({"tokenizer": {"name": "vqkd", "path": "/weights/vqkd.pth"}}))
+    mae = {"objective": "mae", "tokenizer.path": ""}
+    runs = {"mae": mae, "beit": {"recipe": str(recipe), "objective": "beit"}}
+    path = small(tmp_path, runs=runs, untrained={}, teacher=True, cluster={}, equal=["steps", "time"])
+    arguments = program.parse([str(path), "--out", str(out := tmp_path / "out"), "--slurm"])
+    said = program.slurm(arguments, runs_of(path, out)).splitlines()
+    assert [line.partition("array=")[2].partition(" ")[0] for line in said] == ["0", "0-1", "0-1", "2-3", ""]
+    assert ["--signal=B:USR1@300" in line for line in said] == [False, True, False, False, False]
+    assert said[3].endswith("study.sh untrained") and "beit_equal_time_seed0" in said[4]
+    script = (out / "study.sh").read_text()
+    assert "#SBATCH --signal" not in script and "--table\n" in script
+
+    def task(number):
+        """The script as SLURM runs it, but for what it would start."""
+        body = script.partition("case ${1:?")[0] + 'echo "$CODEBOOK|${RUN_DIR##*/}|${settings[-1]}"'
+        environment = {
+            "PATH": os.environ["PATH"],
+            "SLURM_SUBMIT_DIR": "/",
+            "SLURM_ARRAY_TASK_ID": str(number),
+        }
+        done = subprocess.run(["bash", "-c", body], env=environment, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    assert task(0) == "/dev/null|mae_seed0|tokenizer.path="
+    assert task(1) == "/weights/vqkd.pth|beit_seed0|tokenizer.path=/weights/vqkd.pth"
+    assert task(2) == "|untrained_seed0|" and task(3) == "|teacher_seed0|"
+
+
+# ---- Arithmetic.
 
 
 def test_equal_flops_are_equal_to_half_a_step():
@@ -169,7 +370,7 @@ def test_a_plan_for_a_cluster_and_a_row_that_cannot_be_counted(tmp_path, capsys)
     shallow, deep = (float(line.split("|")[5]) for line in lines[2:4])
     assert lines[4].startswith(f"| deep | flops | 2 | {round(20 * shallow / deep)} | ")
     assert lines[5].startswith("| deep | time | 2 | as long as the baseline's |")
-    assert lines[6].startswith("| mapet | not counted: teacher.name = local-dir:runs/demo/data/teacher")
+    assert lines[6].startswith("| mapet | not counted yet: teacher.name = local-dir:runs/demo/data/teacher")
     assert "6 runs of training" in lines[8] and "GPU-hours of h100, predicted" in lines[8]
     assert not (tmp_path / "out").exists(), "a plan writes nothing"
 

@@ -32,11 +32,13 @@ if TYPE_CHECKING:
 SCRIPT = """#!/bin/bash
 # The runs of {document}, one task each. Submit it from the repository's root:
 #
-#   shared=$(sbatch --parsable --array=0 {path} shared)
-#   trained=$(sbatch --parsable --array=0-{last} --dependency=afterok:$shared {path} train)
-#   sbatch --array=0-{last} --dependency=aftercorr:$trained {path} measure
+{commands}
 #
-# Submitted again, it does only what is not done. `{again}` then writes the table.
+# Submitted again, it does only what is not done. This writes the table:
+#
+#   {again} --table
+#
+# Training alone is warned of the time limit (--signal), since it alone saves and queues itself again.
 #SBATCH --job-name=study
 #SBATCH --nodes={nodes}
 #SBATCH --ntasks-per-node=1
@@ -44,8 +46,8 @@ SCRIPT = """#!/bin/bash
 #SBATCH --exclusive
 #SBATCH --mem=0
 #SBATCH --time=24:00:00
-#SBATCH --signal=B:USR1@300
 #SBATCH --requeue
+#SBATCH --kill-on-invalid-dep=yes
 #SBATCH --open-mode=append
 #SBATCH --output={out}/slurm-%A_%a.out
 
@@ -54,10 +56,11 @@ export ENGINE={engine} DATA={data}
 case ${{SLURM_ARRAY_TASK_ID:?}} in
 {tasks}
 esac
-case ${{1:?shared, train or measure}} in
+case ${{1:?shared, train, measure or untrained}} in
     shared) exec {again} --only shared ;;
     train) [[ -f $RUN_DIR/DONE ]] || exec bash slurm/launch.sh "${{settings[@]}}" ;;
     measure) [[ ! -f $RUN_DIR/DONE ]] || exec {again} --only "${{RUN_DIR##*/}}" ;;
+    untrained) exec {again} --only "${{RUN_DIR##*/}}" ;;
 esac
 """
 
@@ -107,7 +110,7 @@ def plan(runs: Runs) -> str:
         amounts = {"runs": seeds, "flops": seeds * work.flops, "disk": seeds * work.disk}
         total = {name: total[name] + amounts.get(name, seeds * (hours or 0)) for name in total}
     lines += [
-        f"| {row.title} | not counted: {reason} | | | | | | |" for row, reason in runs.uncounted.items()
+        f"| {row.title} | not counted yet: {reason} | | | | | | |" for row, reason in runs.uncounted.items()
     ]
     kind = "hours of this host, at the speed of the runs that are done"
     if runs.study.cluster:
@@ -115,9 +118,12 @@ def plan(runs: Runs) -> str:
     lines += [
         "",
         f"{total['runs']} runs of training, {total['flops'] / 1e15:.4g} PFLOP, at most "
-        f"{total['disk'] / 2**30:.3g} GiB, {total['hours']:.3g} {kind}.",
-        "What is measured afterwards, codebooks and stored ids take time of their own, not counted here.",
+        f"{total['disk'] / 2**30:.3g} GiB of checkpoints and weights, {total['hours']:.3g} {kind}.",
+        "Time and disk of what is measured afterwards (features, fine-tuning), of codebooks and of stored "
+        "ids are not counted here.",
     ]
+    if len(rows) > total["runs"] / seeds or runs.uncounted:
+        lines.append("Rows without figures are in none of these sums.")
     if unknown:
         lines.append(f"No run is done of {', '.join(dict.fromkeys(unknown))}: their hours are not known yet.")
     return "\n".join(lines)
@@ -138,37 +144,84 @@ def write_tables(runs: Runs, document: Path, outcomes: list) -> str:
 
 
 def slurm(arguments: argparse.Namespace, runs: Runs) -> str:
-    """Writes the SLURM array of the runs that are not done; gives the commands that submit it.
+    """Writes the SLURM array of all runs; gives the commands that submit it, and what it lacks.
+
+    A task whose run is done ends at once.
 
     Raises:
         ConfigError: the document names no cluster.
     """
-    from mapet_ds.planning.study import fitted, stored
+    from mapet_ds.planning.study import load_row, stored
 
     study, place = runs.study, runs.study.cluster
     if place is None:
         raise ConfigError("--slurm needs the section cluster: cluster.gpu=h100 cluster.nodes=2.")
+    # Runs, then what is measured without a training.
+    lacking = [f"Not in the array, {row.title}: {reason}" for row, reason in runs.uncounted.items()]
     tasks = []
-    todo = [(row, seed) for row, seed in runs.trainings() if runs.steps(row)]
-    for i, (row, seed) in enumerate(todo):
+    for row, seed in runs.trainings():
+        if runs.steps(row) is None:
+            name = runs.folder(row.folder, seed).name
+            lacking.append(f"Not in the array, {name}: the speed of its run of equal steps is not known.")
+            continue
         recipe, _ = row_settings(study, row.name, {})
-        own = runs.overrides(row, seed)
-        codebook, ids = fitted(study, row, runs.out), stored(study, row, runs.out)
-        path = next((word.partition("=")[2] for word in own if word.startswith("tokenizer.path=")), codebook)
+        # launch.sh fits the codebook that CODEBOOK names; the settings come later, and have the last word.
+        path, ids = load_row(study, row, runs.out, seed).tokenizer.path, stored(study, row, runs.out)
+        own = [*runs.overrides(row, seed), f"tokenizer.path={path}"]
         names = {"RECIPE": recipe, "RUN_DIR": runs.folder(row.folder, seed), "CODEBOOK": path or "/dev/null"}
         names |= {"IDS": ids} if ids else {}
         exports = " ".join(f"{name}={shlex.quote(str(value))}" for name, value in names.items())
-        tasks.append(f"    {i}) export {exports} settings=({shlex.join(own)}) ;;")
+        tasks.append(f"{exports} settings=({shlex.join(own)})")
+    trained = len(tasks)
+    tasks += [f"RUN_DIR={shlex.quote(str(runs.folder(name, seed)))}" for name, seed, _ in runs.untrained()]
+
+    # The script, and the commands that submit it.
     path, words = runs.out / "study.sh", [sys.executable, __file__, arguments.document]
     again = shlex.join([*words, "--out", str(runs.out), *arguments.overrides])
+    commands = submission(shlex.quote(str(path)), trained, len(tasks))
     text = SCRIPT.format(
-        document=arguments.document, path=path, last=len(todo) - 1, again=again, out=runs.out,
-        nodes=place.nodes, gpus=place.gpus_per_node, tasks="\n".join(tasks),
+        document=arguments.document, commands="\n".join(f"#   {command}" for command in commands),
+        again=again, out=runs.out, nodes=place.nodes, gpus=place.gpus_per_node,
+        tasks="\n".join(f"    {i}) export {task} ;;" for i, task in enumerate(tasks)),
         engine=shlex.quote(study.engine), data=shlex.quote(str(runs.images["train"])),
     )  # fmt: skip
     runs.out.mkdir(parents=True, exist_ok=True)
     write_whole(path, text)
-    return "\n".join(line.removeprefix("#   ") for line in text.splitlines()[3:6])
+    return "\n".join([*commands, *lacking])
+
+
+def submission(script: str, trained: int, tasks: int) -> list[str]:
+    """The commands that submit an array, each stage after the one that it needs.
+
+    trained, tasks: the number of runs, with which the tasks begin, and of all tasks.
+    """
+    array = f"--array=0-{trained - 1} --dependency"
+    commands = [
+        f"shared=$(sbatch --parsable --array=0 {script} shared)",
+        f"trained=$(sbatch --parsable {array}=afterok:$shared --signal=B:USR1@300 {script} train)",
+        f"measured=$(sbatch --parsable {array}=aftercorr:$trained {script} measure)",
+    ]
+    if tasks > trained:  # fresh weights are built like the baseline's, which are exported there
+        rest = f"--array={trained}-{tasks - 1} --dependency=afterany:$measured"
+        commands.append(f"sbatch {rest} {script} untrained")
+    return commands
+
+
+def begin(runs: Runs, shared_alone: bool) -> None:
+    """Checks everything that can be checked, then does what all runs share, and checks what came of it.
+
+    Raises:
+        ConfigError: what the user can correct.
+    """
+    runs.link()
+    runs.count()
+    runs.check_rules()
+    runs.check_unchanged()
+    runs.prepare()
+    if runs.uncounted and not shared_alone:  # the teacher may be there now
+        runs.count()
+        runs.check_rules()
+        runs.check_unchanged()
 
 
 def work(arguments: argparse.Namespace, study: StudyConfig) -> int:
@@ -180,28 +233,35 @@ def work(arguments: argparse.Namespace, study: StudyConfig) -> int:
     from studies.runs import Runs
 
     runs, document = Runs(study, arguments.out), shipped_file(arguments.document, STUDIES)
-    looks = arguments.plan or arguments.slurm or arguments.table
-    if not looks:
-        runs.prepare()
-        if arguments.only == "shared":
-            return 0
-    runs.count()
+    only = arguments.only
+    if only and only not in (known := ["shared", *runs.named()]):
+        raise ConfigError(f"--only {only} is no run of this study; there are {', '.join(known)}.")
+    runs.check_options()
+    if arguments.plan or arguments.slurm or arguments.table:
+        runs.count()
+    else:
+        begin(runs, only == "shared")
+    if only == "shared":
+        return 0
     if arguments.plan:
         print(plan(runs))
         return 0
+    if reason := runs.uncounted.get(runs.base):
+        cure = " What `prepare` makes comes by --only shared." if study.prepare else ""
+        raise ConfigError(f"The baseline can't be counted: {reason}{cure}")
     if arguments.slurm:
         print(slurm(arguments, runs))
         return 0
-    runs.check_unchanged()
-    if not looks:
-        runs.check_rules()
-    outcomes = []
-    for outcome in runs.outcomes(arguments.only, go=not looks):
+    if arguments.table:
+        runs.check_unchanged()
+    failed = runs.alone(only) if only else ""
+    go, outcomes = not (only or arguments.table), []
+    for outcome in runs.outcomes(go):
         outcomes.append(outcome)
-        if not looks and not arguments.only:
+        if go:
             write_tables(runs, document, outcomes)
     print(write_tables(runs, document, outcomes))
-    return int(any(outcome.failed for outcome in outcomes))
+    return int(bool(failed) or (not only and any(outcome.failed for outcome in outcomes)))
 
 
 if __name__ == "__main__":

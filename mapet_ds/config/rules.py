@@ -115,7 +115,7 @@ def _tokenizer_rules(config: Config) -> Iterator[str]:
         )
 
 
-def _method_rules(config: Config) -> Iterator[str]:
+def _method_rules(config: Config, teacher: bool = True) -> Iterator[str]:
     if config.objective not in config.objectives:
         yield f"objective = {config.objective} is not known; there are: {', '.join(config.objectives)}."
         return
@@ -125,7 +125,7 @@ def _method_rules(config: Config) -> Iterator[str]:
             f"model.name = {config.model.name} has relative positions, which objective = {config.objective} "
             f"can't carry along: {reason}. Take a ViT, model.name=vit_base_patch16_224, or one of {fit}."
         )
-    if config.method.uses_teacher(config):
+    if teacher and config.method.uses_teacher(config):
         yield from _teacher_rules(config)
     yield from _tokenizer_rules(config)
     yield from config.method.rules(config)
@@ -191,18 +191,19 @@ def check_method(config: Config) -> None:
     refuse_broken(_method_rules(config))
 
 
-def check(config: Config, world_size: int) -> None:
+def check(config: Config, world_size: int, teacher: bool = True) -> None:
     """Refuses settings of pre-training that contradict each other or the launch.
 
     Every rank may call it; no GPU is touched.
+
+    teacher: False where its folder is yet to be made; what only that folder tells is then not checked.
 
     Raises:
         ConfigError: with one sentence per contradiction.
     """
     inputs, outside = _input_rules(config), _outside_rules(config, "data.train", config.data.train)
-    refuse_broken(
-        chain(inputs, _method_rules(config), _run_rules(config, world_size), outside, _evaluate_rules(config))
-    )
+    own, of_run = _method_rules(config, teacher), _run_rules(config, world_size)
+    refuse_broken(chain(inputs, own, of_run, outside, _evaluate_rules(config)))
 
 
 def check_finetune(config: FinetuneConfig, world_size: int) -> None:

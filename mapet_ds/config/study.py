@@ -136,6 +136,11 @@ class StudyConfig:
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
                 yield f"{name} = {values} must name each value once, and one at least."
+        if "time" in self.equal and "steps" not in self.equal:
+            yield (
+                f"equal = {self.equal} has time without steps, whose runs give the speeds that time needs: "
+                "add steps."
+            )
         finetune = self.measure.finetune
         if finetune and not finetune.recipe:
             yield "measure.finetune.recipe is empty: name a recipe of fine-tuning, finetune_mapet_vitb16."

@@ -65,6 +65,20 @@ def base_row(study: StudyConfig) -> Row:
     return next(row for row in rows(study) if row.name == study.base)
 
 
+def check_folders(study: StudyConfig) -> None:
+    """Refuses rows whose runs would share a folder.
+
+    Raises:
+        ConfigError: naming both.
+    """
+    taken: dict[str, Row] = {}
+    for row in (row for equal in dict.fromkeys(["steps", *study.equal]) for row in rows(study, equal)):
+        other = taken.setdefault(row.folder, row)
+        if other != row:
+            both = " and ".join(f"'{each.title}', equal {each.equal}," for each in (other, row))
+            raise ConfigError(f"The rows {both} would share the folder {row.folder}: rename one of them.")
+
+
 def folders(study: StudyConfig, out: Path) -> dict[str, Any]:
     """What {out}, {train} and {val} stand for. Subsets of images lie in the study's own folder."""
     places: dict[str, Any] = {"out": os.path.abspath(out)}
@@ -74,14 +88,24 @@ def folders(study: StudyConfig, out: Path) -> dict[str, Any]:
     return places
 
 
-def _key(values: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
+def _key(values: dict[str, Any], out: Path) -> str:
+    """A short name for what decides about a shared file, the same where the study's folder is moved."""
+    text = json.dumps(values, sort_keys=True, ensure_ascii=False, default=str)
+    text = text.replace(f"{os.path.abspath(out)}/", "{out}/")
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def _images(config: Config, study: StudyConfig, row: Row, out: Path) -> str:
+    """data.train of a row's runs: its own, the study's, or else the recipe's."""
+    _, own = row_settings(study, row.name, study.tokenizers.get(row.tokenizer, {}))
+    shared = folders(study, out)["train"]
+    return config.data.train if "data.train" in own or not shared else str(shared)
 
 
 def fitted(study: StudyConfig, row: Row, out: Path) -> Path | None:
     """The codebook that the study fits for a row; None where it needs none, or its document names one.
 
-    Rows whose teacher, tokenizer and crops are the same share it.
+    Rows whose images, teacher, tokenizer and crops are the same share it.
     """
     config = row_config(study, row.name, study.tokenizers.get(row.tokenizer, {}), **folders(study, out))
     _, settings = row_settings(study, row.name, study.tokenizers.get(row.tokenizer, {}))
@@ -89,9 +113,10 @@ def fitted(study: StudyConfig, row: Row, out: Path) -> Path | None:
     if not needed or "tokenizer.path" in settings:
         return None
     tokenizer = dataclasses.replace(config.tokenizer, path="", ids="")
-    crop = [getattr(config.data, name) for name in ("train", "crop", "crop_scale", "crop_ratio", "flip")]
+    seen = ("crop", "crop_scale", "crop_ratio", "flip", "exif_orientation")
     parts = [dataclasses.asdict(config.teacher), dataclasses.asdict(tokenizer)]
-    key = _key({"parts": parts, "data": crop, "exif": config.data.exif_orientation, "grid": config.grid})
+    data = [_images(config, study, row, out), *(getattr(config.data, name) for name in seen)]
+    key = _key({"parts": parts, "data": data, "grid": config.grid}, out)
     return Path(os.path.abspath(out), "shared", f"codebook_{key}.safetensors")
 
 
@@ -103,7 +128,8 @@ def stored(study: StudyConfig, row: Row, out: Path) -> Path | None:
         return None
     tokenizer = [config.tokenizer.name, config.tokenizer.path, str(fitted(study, row, out))]
     teacher = dataclasses.asdict(config.teacher) if config.tokenizer.name == "kclip" else {}
-    key = _key({"teacher": teacher, "tokenizer": tokenizer, "train": config.data.train, "grid": config.grid})
+    data = [_images(config, study, row, out), config.data.exif_orientation, config.grid]
+    key = _key({"teacher": teacher, "tokenizer": tokenizer, "data": data}, out)
     return Path(os.path.abspath(out), "shared", f"ids_{key}")
 
 

@@ -1,14 +1,17 @@
-"""The commands of a study: what each is, whether it is done, whether it has changed, what it has cost."""
+"""The commands of a study: what each is, whether it is done or has changed, what it has cost and found."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import os
 import resource
 import shlex
+import statistics
 import subprocess
 import sys
 import time
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +20,7 @@ from trials.runner import reason_in
 from mapet_ds.__main__ import programs
 from mapet_ds.config.recipe import load_config
 from mapet_ds.config.study import compared, differences
+from mapet_ds.data.kinds import by_name, hidden, looked_at
 from mapet_ds.errors import ConfigError
 from mapet_ds.files import whole_folder, write_whole
 
@@ -70,19 +74,26 @@ def records(folder: Path) -> dict[str, Any]:
     return {}
 
 
+def movable(settings: dict[str, Any], out: Path) -> dict[str, Any]:
+    """The settings as JSON gives them back, with {out} for the study's folder, which may be moved."""
+    return json.loads(json.dumps(settings, ensure_ascii=False).replace(f"{out}/", "{out}/"))
+
+
 def change(job: Job, free: tuple[str, ...]) -> list[str]:
     """A line for each setting in which a job that has begun differs from what is asked for now.
 
     free: the settings of a training that may differ.
     """
-    written = job.done.parent / "config.yaml"
+    written, out = job.done.parent / "config.yaml", job.folder.parent
     if job.read and written.exists():
-        then = compared(load_config(written, cls=job.read), free)
+        config = load_config(written, cls=job.read)
+        above = len(written.parent.relative_to(out).parts)
+        then = movable(compared(config, free), Path(config.run_dir).parents[above - 1])
     elif job.done.exists() and job.name in records(job.folder):
         then = records(job.folder)[job.name]["settings"]
     else:
         return []
-    lines = differences(json.loads(json.dumps(then)), json.loads(json.dumps(job.settings)))
+    lines = differences(then, movable(job.settings, out))
     return [f"{job.folder}, {job.name}:", *lines] if lines else []
 
 
@@ -109,43 +120,87 @@ def run(job: Job) -> None:
             process.wait()
             raise
         finally:
-            _record(job, time.monotonic() - start, before)
+            record(job, time.monotonic() - start, before)
     if job.marked and code == 0:
         job.done.touch()
     if not job.done.exists():
         raise Failed(f"{reason_in(job.log)} ({job.log})")
 
 
-def _record(job: Job, seconds: float, before: Any) -> None:
+def record(job: Job, seconds: float, before: Any) -> None:
+    """Adds what a command has taken to its record, with its settings. before: getrusage of that time."""
     after, known = resource.getrusage(resource.RUSAGE_CHILDREN), records(job.folder)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     old = known.get(job.name, {"seconds": 0.0, "cpu_seconds": 0.0})
     cost = {"seconds": old["seconds"] + seconds, "cpu_seconds": old["cpu_seconds"] + cpu}
-    known[job.name] = {"settings": job.settings, **cost}
+    known[job.name] = {"settings": movable(job.settings, job.folder.parent), **cost}
     write_whole(job.folder / "jobs.json", json.dumps(known, indent=1) + "\n")
+
+
+def trained(folder: Path, ranks: int) -> dict[str, float]:
+    """What a finished training has recorded: its steps, its speed, its hours, its online probes.
+
+    ranks: its number of them, where its settings don't name it.
+    """
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    figures = {"steps": lines[-1]["step"]}
+    figures["speed"] = statistics.median(line["images_per_second"] for line in lines)
+    if "gpu_memory_gib" in lines[-1]:
+        ranks = load_config(folder / "config.yaml").train.world_size or ranks
+        figures["gpu_hours"] = sum(line["seconds"] for line in lines) * ranks / 3600
+    elif "pretrain" in (known := records(folder)):
+        figures["cpu_hours"] = known["pretrain"]["cpu_seconds"] / 3600
+    for name in ("knn", "linear"):
+        if (key := f"{name}_accuracy_percent") in lines[-1]:
+            figures[f"online_{name}"] = lines[-1][key]
+    return figures
+
+
+def measured(folder: Path) -> dict[str, float]:
+    """The accuracies that the measurements of a run have written so far, in percent."""
+    figures = {}
+    for name in ("knn", "linear"):
+        if (path := folder / f"{name}.json").exists():
+            figures[name] = json.loads(path.read_text())[f"{name}_accuracy_percent"]
+    if (path := folder / "finetuned/results.json").exists():
+        figures["finetune"] = json.loads(path.read_text())["val_top1"]
+    return figures
 
 
 def subset(source: str, number: int, out: Path) -> None:
     """Fills a folder with links to so many images, equally many of each class, the first by name.
 
+    Classes and images are what an index takes for them.
+
     Raises:
-        ConfigError: the source has no class folders, or too few images; the folder holds another number.
+        ConfigError: the source has no class folders, or too few images; the folder holds other images.
     """
-    if out.is_dir():
-        if (there := sum(1 for _ in out.glob("*/*"))) != number:
-            raise ConfigError(f"{out} holds {there} images, not {number}: name a new --out.")
-        return
-    found = sorted(path for path in Path(source).iterdir() if path.is_dir()) if Path(source).is_dir() else []
+    names = sorted(Path(source).iterdir(), key=os.fsencode) if Path(source).is_dir() else []
+    found = [path for path in names if path.is_dir() and not hidden(os.fsencode(path.name))]
     if not found or number % len(found):
         raise ConfigError(
             f"{number} images of {source}: it has {len(found)} class folders, which must divide that number."
         )
-    each = number // len(found)
+    each, links = number // len(found), dict[Path, Path]()
+    for folder in found:
+        images = list(islice(filter(is_image, sorted(folder.iterdir(), key=os.fsencode)), each))
+        if len(images) < each:
+            raise ConfigError(f"{folder} has {len(images)} images; {each} of each class are asked for.")
+        links |= {path.relative_to(source): path.resolve() for path in images}
+    if out.is_dir():
+        if {path.relative_to(out): path.readlink() for path in out.glob("*/*")} != links:
+            raise ConfigError(
+                f"{out} holds other images than the first {number} of {source}: name a new --out, or "
+                "remove that folder and the runs that saw it."
+            )
+        return
     with whole_folder(out) as beside:
-        for folder in found:
-            images = sorted(path for path in folder.iterdir() if path.is_file())[:each]
-            if len(images) < each:
-                raise ConfigError(f"{folder} has {len(images)} images; {each} of each class are asked for.")
-            (beside / folder.name).mkdir()
-            for path in images:
-                (beside / folder.name / path.name).symlink_to(path.resolve())
+        for name, path in links.items():
+            (beside / name).parent.mkdir(exist_ok=True)
+            (beside / name).symlink_to(path)
+
+
+def is_image(path: Path) -> bool:
+    """Whether an index takes a file for an image."""
+    name = os.fsencode(path.name)
+    return path.is_file() and not hidden(name) and (by_name(name) or looked_at(os.fsencode(path))) == "image"

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import json
+import io
 import os
 import shlex
-import statistics
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from studies.jobs import Failed, Job, change, options, program, records, run, subset
+import evaluate
+from studies.jobs import Failed, Job, change, measured, options, program, run, subset, trained
 
 from mapet_ds.__main__ import programs
 from mapet_ds.config.finetune import FinetuneConfig
 from mapet_ds.config.recipe import load_config
 from mapet_ds.config.rules import check, check_finetune
-from mapet_ds.config.sections import Config
+from mapet_ds.config.sections import Config, flatten, total_steps
 from mapet_ds.config.study import StudyConfig, compared, row_settings, words
 from mapet_ds.data.index import open_index
 from mapet_ds.errors import ConfigError
@@ -25,12 +26,14 @@ from mapet_ds.planning.study import (
     Row,
     Work,
     base_row,
+    check_folders,
     counted,
     equal_flops,
     equal_time,
     fitted,
     folders,
     lasting,
+    load_row,
     rows,
     settings_of,
     stored,
@@ -38,42 +41,19 @@ from mapet_ds.planning.study import (
 from mapet_ds.results.report.study import Outcome
 from mapet_ds.training.checkpoint import FREE
 
-
-def trained(folder: Path, ranks: int) -> dict[str, float]:
-    """What a finished training has recorded: its steps, its speed, its hours, its online probes.
-
-    ranks: its number of them, where its settings don't name it.
-    """
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    figures = {"steps": lines[-1]["step"]}
-    figures["speed"] = statistics.median(line["images_per_second"] for line in lines)
-    if "gpu_memory_gib" in lines[-1]:
-        ranks = load_config(folder / "config.yaml").train.world_size or ranks
-        figures["gpu_hours"] = sum(line["seconds"] for line in lines) * ranks / 3600
-    elif "pretrain" in (known := records(folder)):
-        figures["cpu_hours"] = known["pretrain"]["cpu_seconds"] / 3600
-    for name in ("knn", "linear"):
-        if (key := f"{name}_accuracy_percent") in lines[-1]:
-            figures[f"online_{name}"] = lines[-1][key]
-    return figures
-
-
-def measured(folder: Path) -> dict[str, float]:
-    """The accuracies that the measurements of a run have written so far, in percent."""
-    figures = {}
-    for name in ("knn", "linear"):
-        if (path := folder / f"{name}.json").exists():
-            figures[name] = json.loads(path.read_text())[f"{name}_accuracy_percent"]
-    if (path := folder / "finetuned/results.json").exists():
-        figures["finetune"] = json.loads(path.read_text())["val_top1"]
-    return figures
+BY_NAME = (
+    "data.train", "data.val", "evaluate",
+    "teacher.name", "teacher.weights", "tokenizer.path", "tokenizer.ids",
+)  # fmt: skip
+"""What may differ at resume, where content is compared or nothing else is, but not within a table."""
+MAY_DIFFER = tuple(name for name in FREE if name not in BY_NAME)
 
 
 class Runs:
-    """A study in its folder. Building it counts every row.
+    """A study in its folder.
 
     Raises:
-        ConfigError: a row can't be counted, or the images are not there.
+        ConfigError: the images are not there, or two rows would share a folder.
     """
 
     def __init__(self, study: StudyConfig, out: Path) -> None:
@@ -83,34 +63,36 @@ class Runs:
             raise ConfigError("data.train is empty: name the images, or data.count=N to plan without them.")
         count = count or len(open_index(study.data.train, self.out / "shared/index"))
         self.study = study = dataclasses.replace(study, data=dataclasses.replace(study.data, count=count))
+        check_folders(study)
         self.rows, self.base = list(rows(study)), base_row(study)
+        self.own, self.uncounted = dict[Row, Work](), dict[Row, str]()
         place = study.cluster if "SLURM_JOB_ID" in os.environ else None
         self.ranks = place.gpus_per_node if place else study.ranks
 
     def count(self) -> None:
-        """Counts every row, which reads the teacher's sizes: after what `shared` prepares.
+        """Counts every row that is not counted yet.
 
-        A row that can't be counted, because its tokenizer is not there, is left out and says why.
-
-        Raises:
-            ConfigError: that row is the baseline.
+        A row can't be counted while its teacher or its tokenizer is not there, and says so in `uncounted`.
         """
-        self.own, self.uncounted = dict[Row, Work](), dict[Row, str]()
+        counted_now, self.uncounted = dict[Row, Work](), {}
         for row in self.rows:
             try:
-                self.own[row] = counted(self.study, row, self.out)
+                counted_now[row] = self.own.get(row) or counted(self.study, row, self.out)
             except ConfigError as error:
-                if row == self.base:
-                    raise
                 self.uncounted[row] = str(error)
-        self.works = {row: lasting(work, self.own[self.base].steps) for row, work in self.own.items()}
+        self.own = counted_now
+        assert self.study.data.count
+        steps = total_steps(load_row(self.study, self.base, self.out, 0), self.study.data.count)
+        self.works = {row: lasting(work, steps) for row, work in self.own.items()}
 
     def steps(self, row: Row) -> int | None:
-        """The steps of a row's runs; None where it takes a speed that is not measured yet."""
+        """The steps of a row's runs; None where the baseline is not counted, or a speed not measured, yet."""
         alike = row._replace(equal="steps")
-        work, base = self.works[alike], self.works[self.base]
+        work, base = self.works[alike], self.works.get(self.base)
         if row.equal == "steps" or alike == self.base:
             return work.steps
+        if base is None:
+            return None
         if row.equal == "flops":
             return equal_flops(work, base)
         speed, base_speed = self.speed(alike), self.speed(self.base)
@@ -147,11 +129,12 @@ class Runs:
         """What comes once before all runs: the document's own commands, codebooks, stored ids."""
         jobs, place = [], self.out / "shared"
         for i, line in enumerate(self.study.prepare):
-            name, *rest = (word.format(**self.images) for word in shlex.split(line))
+            name, *rest = command = [word.format(**self.images) for word in shlex.split(line)]
             if name not in programs():
                 raise ConfigError(f"prepare: there is no program {name}; there are {', '.join(programs())}.")
             done = place / f"prepared_{i}"
-            jobs.append(Job(done.name, program(name, *rest), place, done, {"command": line}, marked=True))
+            settings = {"command": shlex.join(command)}
+            jobs.append(Job(done.name, program(name, *rest), place, done, settings, marked=True))
         for row in self.rows:
             recipe, _ = row_settings(self.study, row.name, {})
             own = ["--config", recipe, *settings_of(self.study, row, self.out, self.study.seeds[0])]
@@ -174,7 +157,7 @@ class Runs:
         """The training of a run, its export, and what is measured of it."""
         recipe, _ = row_settings(self.study, row.name, {})
         folder, own = self.folder(row.folder, seed), self.overrides(row, seed)
-        settings = compared(load_config(recipe, own), FREE)
+        settings = compared(load_config(recipe, own), MAY_DIFFER)
         engine = ["--deepspeed_config", self.study.engine]
         train = program("pretrain", "--config", recipe, *engine, *own, ranks=self.ranks)
         model = folder / "timm"
@@ -186,15 +169,20 @@ class Runs:
             *self.finetuning(folder, model, seed, []),
         ]
 
-    def probes(self, folder: Path, model: Sequence[object]) -> Iterator[Job]:
-        """Yields k-NN and linear of the model that the words name; features are computed once."""
-        data = ["--train", self.images["train"], "--val", self.images["val"]]
-        data += ["--features", folder / "features.safetensors"]
+    def probes(
+        self, folder: Path, model: Sequence[object], settings: dict[str, object] | None = None
+    ) -> Iterator[Job]:
+        """Yields k-NN and linear of the model that the words name; features are computed once.
+
+        settings: what makes that model what it is, where no training has recorded it.
+        """
+        images = {split: str(self.images[split]) for split in ("train", "val")}
+        data = [*options(images), "--features", folder / "features.safetensors"]
         for name in ("knn", "linear"):
             asked, done = getattr(self.study.measure, name), folder / f"{name}.json"
             if asked is not None:
                 command = program("evaluate", name, *model, *data, "--out", done, *options(asked))
-                yield Job(name, command, folder, done, asked)
+                yield Job(name, command, folder, done, {**images, **(settings or {}), **asked})
 
     def finetuning(self, folder: Path, model: Path, seed: int, more: list[str]) -> Iterator[Job]:
         """Yields the fine-tuning of a folder of weights."""
@@ -202,7 +190,7 @@ class Runs:
         if finetune is None:
             return
         own = [*self.finetune_settings(), *more, f"model.path={model}", f"seed={seed}", f"run_dir={run_dir}"]
-        settings = compared(load_config(finetune.recipe, own, FinetuneConfig), FREE)
+        settings = compared(load_config(finetune.recipe, own, FinetuneConfig), MAY_DIFFER)
         rest = ["--config", finetune.recipe, "--deepspeed_config", self.study.engine, *own]
         command = program("finetune", *rest, ranks=self.ranks)
         yield Job("finetune", command, folder, run_dir / "results.json", settings, FinetuneConfig)
@@ -230,15 +218,19 @@ class Runs:
         if self.study.teacher:
             (recipe, _), seed = row_settings(self.study, self.base.name, {}), self.study.seeds[0]
             teacher = ["--teacher", recipe, *settings_of(self.study, self.base, self.out, seed)]
-            yield "teacher", seed, list(self.probes(self.folder("teacher", seed), teacher))
+            tower = flatten(
+                {"teacher": dataclasses.asdict(load_row(self.study, self.base, self.out, 0).teacher)}
+            )
+            del tower["teacher.shard"], tower["teacher.ahead"]  # they change no feature
+            yield "teacher", seed, list(self.probes(self.folder("teacher", seed), teacher, tower))
 
     # ---- Running.
 
-    def prepare(self) -> None:
-        """Links the images that are asked for, and does what all runs share.
+    def link(self) -> None:
+        """Links the images that are asked for.
 
         Raises:
-            ConfigError: a command of it has failed, without which there is nothing to compare.
+            ConfigError: there are too few, or those that are linked are others.
         """
         data, finetune = self.study.data, self.study.measure.finetune
         for split in ("train", "val"):
@@ -246,14 +238,37 @@ class Runs:
                 subset(getattr(data, split), number, Path(self.images[split]))
         if finetune and finetune.labels:
             subset(data.train, finetune.labels, self.labelled())
+
+    def prepare(self) -> None:
+        """Does what all runs share.
+
+        Raises:
+            ConfigError: a command of it has failed, without which there is nothing to compare.
+        """
         for job in self.shared():
             try:
                 run(job)
             except Failed as failed:
                 raise ConfigError(f"What all runs share, {job.name}, has failed: {failed}") from failed
 
+    def check_options(self) -> None:
+        """Refuses options of the measurements that tools/evaluate.py does not know.
+
+        Raises:
+            ConfigError: with its sentence.
+        """
+        for name in ("knn", "linear"):
+            asked, said = getattr(self.study.measure, name), io.StringIO()
+            words = [name, "--model", "-", "--train", "-", "--val", "-", *options(asked or {})]
+            try:
+                with contextlib.redirect_stderr(said):
+                    evaluate.parse(words)
+            except SystemExit:
+                reason = said.getvalue().strip().rpartition("error: ")[2]
+                raise ConfigError(f"measure.{name}: {reason}") from None
+
     def check_rules(self) -> None:
-        """Refuses settings that contradict each other.
+        """Refuses settings that contradict each other, of uncounted rows at their recipes' length.
 
         Raises:
             ConfigError: naming the row and each contradiction.
@@ -263,7 +278,8 @@ class Runs:
         for row, own in asked.items():
             recipe, _ = row_settings(self.study, row.name, {})
             try:
-                check(load_config(recipe, [*own, f"run_dir={self.out}"]), self.ranks)
+                config = load_config(recipe, [*map(self.made, own), f"run_dir={self.out}"])
+                check(config, self.ranks, teacher=not self.to_come(config.teacher.name))
             except ConfigError as error:
                 raise ConfigError(f"runs.{row.name}: {error}") from error
         if finetune := self.study.measure.finetune:
@@ -275,6 +291,18 @@ class Runs:
             except ConfigError as error:
                 raise ConfigError(f"measure.finetune: {error}") from error
 
+    def made(self, setting: str) -> str:
+        """The setting; one of images that `prepare` has yet to make is the study's own images instead."""
+        name, _, path = setting.partition("=")
+        images = name in ("data.train", "evaluate.train", "evaluate.val")
+        return f"{name}={self.images['train']}" if images and self.to_come(path) else setting
+
+    def to_come(self, named: str) -> bool:
+        """Whether a setting names something in the study's folder that `prepare` has yet to make."""
+        path = named.removeprefix("local-dir:")
+        inside = path.startswith(f"{self.out}/") and not Path(path).exists()
+        return inside and not all(job.done.exists() for job in self.shared() if job.marked)
+
     def check_unchanged(self) -> None:
         """Refuses a study in which a run or a measurement that has begun would change.
 
@@ -283,14 +311,42 @@ class Runs:
         """
         jobs = [self.of_training(row, seed) for row, seed in self.trainings() if self.steps(row)]
         jobs += [self.shared(), *(own for _, _, own in self.untrained())]
-        if lines := [line for own in jobs for job in own for line in change(job, FREE)]:
+        if lines := [line for own in jobs for job in own for line in change(job, MAY_DIFFER)]:
             cure = "Set them back to go on, remove those folders, or name a new --out."
             raise ConfigError("\n".join(["The study has changed since it began:", *lines, cure]))
 
-    def outcomes(self, only: str = "", go: bool = True) -> Iterator[Outcome]:
+    def named(self) -> dict[str, tuple[Row, int] | None]:
+        """Row and seed of each run by the name of its folder; None of what is not trained."""
+        every = [
+            (row._replace(equal=equal), seed)
+            for row in self.rows
+            for equal in self.study.equal
+            for seed in self.study.seeds
+        ]
+        runs = {self.folder(row.folder, seed).name: (row, seed) for row, seed in every}
+        return runs | {self.folder(name, seed).name: None for name, seed, _ in self.untrained()}
+
+    def alone(self, only: str) -> str:
+        """Does what is missing of one run; gives the reason where it fails.
+
+        Raises:
+            ConfigError: its row is not counted, or its length not known.
+        """
+        if found := self.named()[only]:
+            row, seed = found
+            if reason := self.uncounted.get(row._replace(equal="steps")):
+                raise ConfigError(f"{only}: {reason}")
+            row = self.same_as(row)
+            if self.steps(row) is None:
+                raise ConfigError(f"{only}: the speed of its run of equal steps is not known.")
+            return self.work_off(self.folder(row.folder, seed), self.of_training(row, seed))
+        jobs = {self.folder(name, seed).name: own for name, seed, own in self.untrained()}[only]
+        return self.work_off(self.out / only, jobs)
+
+    def outcomes(self, go: bool = True) -> Iterator[Outcome]:
         """Yields what each run has come to, for each group of columns that it belongs to.
 
-        go: what is missing of it is done first, of all runs or of the folder `only`.
+        go: what is missing of it is done first.
         """
         for row, seed in self.trainings():
             folder, steps = self.folder(row.folder, seed), self.steps(row)
@@ -298,8 +354,7 @@ class Runs:
                 reason = f"{folder.name}: the speed of its run of equal steps is not known"
                 yield Outcome(row.title, row.equal, {}, reason if go else "")
                 continue
-            chosen = go and only in ("", folder.name)
-            failed = self.work_off(folder, self.of_training(row, seed)) if chosen else ""
+            failed = self.work_off(folder, self.of_training(row, seed)) if go else ""
             figures = measured(folder)
             if (folder / "DONE").exists():
                 work = self.works[row._replace(equal="steps")]
@@ -311,7 +366,7 @@ class Runs:
             yield Outcome(row.title, self.study.equal[0], {}, reason)
         for name, seed, jobs in self.untrained():
             folder = self.folder(name, seed)
-            failed = self.work_off(folder, jobs) if go and only in ("", folder.name) else ""
+            failed = self.work_off(folder, jobs) if go else ""
             yield from (Outcome(name, equal, measured(folder), failed) for equal in self.study.equal)
 
     def work_off(self, folder: Path, jobs: list[Job]) -> str:
