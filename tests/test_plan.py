@@ -201,7 +201,7 @@ def test_what_a_plan_rests_on_is_printed(page):
         "- a micro-step takes at least 15 ms: the host launches its kernels",
         "- 1281167 images (--images), a file of 110 kB each (ImageNet-1k's mean)",
         "- a node reads 2 GB/s, and a GPU's loader prepares 2000 images/s, while the GPU computes",
-        "- memory: 1.5 GiB of contexts, 1 GiB for DALI, 83% of the GPU usable; activations as in eager mode "
+        "- memory: 1.5 GiB of contexts, 1 GiB for DALI, 79% of the GPU usable; activations as in eager mode "
         "(torch.compile keeps up to a sixth less, of ConMIM's half)",
     ]
 

@@ -19,8 +19,8 @@ from mapet_ds.planning.roofline import Gpu
 
 GIB = 2**30
 FP32 = 4
-USABLE = 0.83
-"""Share of the memory that tensors can use: the allocator reserves up to a fifth more than is in use."""
+USABLE = 0.79
+"""Share of the memory that tensors can use: the allocator reserves up to 1.26 times what is in use."""
 CONTEXT = 1.5 * GIB
 """CUDA context, NCCL's and cuBLAS's buffers."""
 DECODER = 1.0 * GIB
