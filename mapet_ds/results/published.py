@@ -61,14 +61,14 @@ METHODS = {
         VITS, "pos_embed", {"q": 1, "kv": 2}, ".attn.kv.",
         frozenset({"decoder", "mask_positional_token"}), 0.9,
     ),
-    "conmim": Method(
-        BEITS, f"blocks.0.attn.{TABLE}", {"qkv": 3}, "projectors.",
-        frozenset({"mask_token", "projectors", "lm_head", "rel_pos_bias2", "relative_position_index"}), 0.875,
-    ),
     "beitv2": Method(
         BEITV2S, f"blocks.0.attn.{TABLE}", {"qkv": 3}, "cls_pt_layers.",
         frozenset({"mask_token", "lm_head", "cls_pt_layers", "cls_pt_norm", "cls_pt_lm_head",
                    "relative_position_index"}), 0.875,
+    ),
+    "conmim": Method(
+        BEITS, f"blocks.0.attn.{TABLE}", {"qkv": 3}, ".attn.q_bias",
+        frozenset({"mask_token", "projectors", "lm_head", "rel_pos_bias2", "relative_position_index"}), 0.875,
     ),
     "saim": Method(
         VITS, "pos_embed", {"q": 1, "k": 1, "v": 1}, ".attn.k.",
