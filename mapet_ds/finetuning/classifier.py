@@ -110,10 +110,8 @@ def build_model(model: ClassifierConfig, num_classes: int) -> tuple[Any, list[st
     fresh = list(vit.state_dict()) if model.untrained else load_weights(vit, model)
     head = vit.get_classifier()
     if isinstance(head, nn.Linear) and any(vit.get_parameter(name) is head.weight for name in fresh):
-        with torch.no_grad():
-            head.weight.mul_(
-                model.head_scale / getattr(vit, "head_init_scale", 1.0)
-            )  # timm's BEiT has its own
+        with torch.no_grad():  # timm's BEiT has scaled its own already
+            head.weight.mul_(model.head_scale / getattr(vit, "head_init_scale", 1.0))
     return vit, fresh
 
 
