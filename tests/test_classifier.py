@@ -109,7 +109,8 @@ def test_too_many_unreadable_images_stop_the_run(config, tmp_path):
     for path in sorted((tmp_path / "spoilt").rglob("*.png"))[:2]:
         path.write_bytes(path.read_bytes()[:-30])
     index = open_index(tmp_path / "spoilt", tmp_path / "index")
-    loader = TrainLoader(config(), index, train_transform(config().data, DATA), RANKS, 0, (), nothing_drawn)
+    dataset = TrainBatches(config(), index, train_transform(config().data, DATA), 0, 1, ())
+    loader = TrainLoader(dataset, RANKS, 0, nothing_drawn)
     with pytest.raises(DataError, match="^Unreadable images: at least 2 of 6"):
         next(loader)
 
@@ -119,7 +120,8 @@ def test_an_unreadable_image_is_reported_once(config, folder, tmp_path):
     path = tmp_path / "spoilt/b/001.png"
     path.write_bytes(path.read_bytes()[:-30])
     index = open_index(tmp_path / "spoilt", tmp_path / "index")
-    loader = TrainLoader(config(), index, train_transform(config().data, DATA), RANKS, 0, (), nothing_drawn)
+    dataset = TrainBatches(config(), index, train_transform(config().data, DATA), 0, 1, ())
+    loader = TrainLoader(dataset, RANKS, 0, nothing_drawn)
     served_indices = [int(i) for _ in range(6) for i in next(loader).index]  # four epochs
     (bad,) = loader.new_bad()
     assert index.path(bad[0]) == str(path) and bad[1] == "cut off"

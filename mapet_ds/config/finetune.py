@@ -18,8 +18,8 @@ from mapet_ds.config.sources import Paths
 
 
 @knobs
-class ClassifierConfig:
-    """The model: any timm model whose whole state is its parameters, as a ViT's is."""
+class BackboneConfig:
+    """A timm model that learns from labels: any whose whole state is its parameters, as a ViT's is."""
 
     path: str = ""
     """Folder of config.json and model.safetensors, as tools/export_timm.py writes it; or a file of weights
@@ -30,15 +30,8 @@ class ClassifierConfig:
     """Begin from fresh weights, to compare, for the folder's architecture or `name`."""
     img_size: Positive | None = None
     """Side of the square images, pixels; null: the model's own. Positions are resampled."""
-    pool: Literal["avg", "token"] = "avg"
-    """Input of the head. avg: the mean of the patch tokens, after a fresh norm; token: the class token."""
     drop_path: Share = 0.1
     """Stochastic depth of the last block; grows linearly from 0 at the first."""
-    head_scale: Annotated[float, Field(gt=0)] = 0.001
-    """Factor on the initial weights of a fresh head."""
-    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Momentum, per step, of a moving average of the weights, which is evaluated and written in their place;
-    null: none."""
 
     @property
     def folder(self) -> Path:
@@ -49,6 +42,41 @@ class ClassifierConfig:
     def weights(self) -> Path:
         """The file of weights."""
         return self.folder / "model.safetensors" if Path(self.path).is_dir() else Path(self.path)
+
+    def rules(self) -> Iterator[str]:
+        """Yields a sentence where no model is named, or what is named isn't there."""
+        if not self.path:
+            if not (self.untrained and self.name):
+                yield (
+                    "model.path is empty: name the folder that tools/export_timm.py wrote. "
+                    "(model.untrained=true with model.name, timm's name, begins from nothing.)"
+                )
+        elif not Path(self.path).exists():
+            yield f"model.path = {self.path} is neither a folder nor a file that this host can see."
+        elif not self.name and not (self.folder / "config.json").is_file():
+            yield (
+                f"model.path = {self.path}: there is no config.json that tells the model; "
+                "tools/export_timm.py writes one. For a file of weights alone, add model.name=, timm's name "
+                "for it."
+            )
+        elif not self.untrained and not self.weights.is_file():
+            yield (
+                f"model.path = {self.path}: the weights are missing, {self.weights}; tools/export_timm.py "
+                "writes them."
+            )
+
+
+@knobs
+class ClassifierConfig(BackboneConfig):
+    """The model that learns classes."""
+
+    pool: Literal["avg", "token"] = "avg"
+    """Input of the head. avg: the mean of the patch tokens, after a fresh norm; token: the class token."""
+    head_scale: Annotated[float, Field(gt=0)] = 0.001
+    """Factor on the initial weights of a fresh head."""
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Momentum, per step, of a moving average of the weights, which is evaluated and written in their place;
+    null: none."""
 
 
 @knobs
@@ -117,26 +145,8 @@ class FinetuneConfig(RunConfig):
 
     def rules(self) -> Iterator[str]:
         """Yields a sentence for each mistake in the model and in what is done to images."""
-        model, data, micro = self.model, self.data, self.train.micro_batch_size
-        if not model.path:
-            if not (model.untrained and model.name):
-                yield (
-                    "model.path is empty: name the folder that tools/export_timm.py wrote. "
-                    "(model.untrained=true with model.name, timm's name, begins from nothing.)"
-                )
-        elif not Path(model.path).exists():
-            yield f"model.path = {model.path} is neither a folder nor a file that this host can see."
-        elif not model.name and not (model.folder / "config.json").is_file():
-            yield (
-                f"model.path = {model.path}: there is no config.json that tells the model; "
-                "tools/export_timm.py writes one. For a file of weights alone, add model.name=, timm's name "
-                "for it."
-            )
-        elif not model.untrained and not model.weights.is_file():
-            yield (
-                f"model.path = {model.path}: the weights are missing, {model.weights}; tools/export_timm.py "
-                "writes them."
-            )
+        data, micro = self.data, self.train.micro_batch_size
+        yield from self.model.rules()
         if not 0 < data.crop_scale[0] <= data.crop_scale[1] <= 1:
             yield f"data.crop_scale = {list(data.crop_scale)} must rise within (0, 1]."
         if (data.mixup > 0 or data.cutmix > 0) and micro % 2 != 0:

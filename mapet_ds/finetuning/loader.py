@@ -1,7 +1,7 @@
-"""Labelled images for fine-tuning, augmented by timm, in the exact order and by the exact draws of a run.
+"""Labelled images, augmented in the exact order and by the exact draws of a run; for fine-tuning by timm.
 
-timm's transforms draw from Python's, NumPy's and torch's generators. These are seeded anew from (seed, step,
-slot) before each image, so that ranks, micro-batches and workers change nothing.
+Transforms of timm's and torchvision's draw from Python's, NumPy's and torch's generators. These are seeded
+anew from (seed, step, slot) before each image, so that ranks, micro-batches and workers change nothing.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class LabelledBatch(NamedTuple):
     images: Tensor
     """float32 [B, 3, S, S], normalised, mixed."""
     target: Tensor
-    """float32 [B, classes], each row sums to 1."""
+    """Of classes float32 [B, classes], each row sums to 1; of masks int16 [B, S, S], -1 = void."""
     index: Tensor
     """long [B], the place of each image in the index."""
     bad: Bad
@@ -69,8 +69,66 @@ def _seed_generators(seed: int, purpose: Purpose, step: int, slot: int) -> None:
     torch.default_generator.manual_seed(own)
 
 
-class TrainBatches(Batches):
-    """A rank's micro-batches by their number, counted from the start of the run over all steps.
+class Augmented(NamedTuple):
+    """The samples of a micro-batch."""
+
+    samples: list[Any]
+    """What the transform made of each."""
+    index: Tensor
+    """long [B], the place of each in the index."""
+    bad: Bad
+    """The unreadable images that others replace."""
+    place: Place
+
+
+class AugmentedBatches(Batches):
+    """A rank's micro-batches by their number, counted from the start of the run over all steps."""
+
+    def __init__(
+        self, config: Any, index: Index, transform: Callable[..., Any], rank: int, world_size: int,
+        bad: Collection[int],
+    ) -> None:  # fmt: skip
+        self.config, self.index, self.transform, self.bad = config, index, transform, frozenset(bad)
+        self.rank, self.world_size = rank, world_size
+        self.order = SampleOrder(len(index), config.seed)
+
+    def read(self, index: int) -> tuple[Any, ...]:
+        """What the transform takes of the image at a place of the index.
+
+        Raises:
+            BadImage: it can't be read; another replaces it.
+        """
+        raise NotImplementedError
+
+    def augmented(self, number: int) -> Augmented:
+        """The samples of the micro-batch of this number, each by the draws of its own slot.
+
+        Raises:
+            DataError: the storage fails, or no image is left to replace an unreadable one.
+        """
+        place = step, first = self.config.place(number, self.rank, self.world_size)
+        bad: Bad = []
+        samples, indices = [], []
+        for slot in range(first, first + self.config.train.micro_batch_size):
+            sample, index = self._readable(step * self.config.train.global_batch_size + slot, bad)
+            _seed_generators(self.config.seed, Purpose.AUGMENT, step, slot)
+            samples.append(self.transform(*sample))
+            indices.append(index)
+        return Augmented(samples, torch.tensor(indices), bad, place)
+
+    def _readable(self, n: int, bad: Bad) -> tuple[tuple[Any, ...], int]:
+        """What is read of sample n of the run, or of the one that replaces it, and its place in the index."""
+        for index in candidates(self.config, self.index, self.order, n, self.order(n)):
+            if index not in self.bad:
+                try:
+                    return self.read(index), index
+                except BadImage as reason:
+                    bad.append((index, str(reason)))
+        raise AssertionError("candidates raises before it ends")
+
+
+class TrainBatches(AugmentedBatches):
+    """Micro-batches of images with the targets of their classes.
 
     Slots 2k and 2k + 1 are mixed with each other. Departure: each pair draws its own weight, as in timm's
     "pair" mode with the neighbour as partner. Released programs draw one weight a micro-batch, and so depend
@@ -81,39 +139,19 @@ class TrainBatches(Batches):
         self, config: FinetuneConfig, index: Index, transform: Callable[[Image.Image], Tensor], rank: int,
         world_size: int, bad: Collection[int],
     ) -> None:  # fmt: skip
-        self.config, self.index, self.transform, self.bad = config, index, transform, frozenset(bad)
-        self.rank, self.world_size = rank, world_size
-        self.order = SampleOrder(len(index), config.seed)
+        super().__init__(config, index, transform, rank, world_size, bad)
         data, classes = config.data, len(index.classes)
         self.mixup = Mixup(data.mixup, data.cutmix, label_smoothing=data.label_smoothing, num_classes=classes)
 
+    def read(self, index: int) -> tuple[Image.Image]:
+        return (decode(self.index.read(index), self.config.data.exif_orientation),)
+
     def batch(self, number: int) -> LabelledBatch:
-        """The micro-batch of this number, without its draw.
-
-        Raises:
-            DataError: the storage fails, or no image is left to replace an unreadable one.
-        """
-        place = step, first = self.config.place(number, self.rank, self.world_size)
-        bad: Bad = []
-        images, indices = [], []
-        for slot in range(first, first + self.config.train.micro_batch_size):
-            image, index = self._readable(step * self.config.train.global_batch_size + slot, bad)
-            _seed_generators(self.config.seed, Purpose.AUGMENT, step, slot)
-            images.append(self.transform(image))
-            indices.append(index)
-        images, labels = torch.stack(images), torch.tensor([self.index.label(i) for i in indices])
-        target = self._mix(step, first, images, labels)
-        return LabelledBatch(images, target, torch.tensor(indices), bad, place)
-
-    def _readable(self, n: int, bad: Bad) -> tuple[Image.Image, int]:
-        """The image of sample n of the run, or the one that replaces it, and its place in the index."""
-        for index in candidates(self.config, self.index, self.order, n, self.order(n)):
-            if index not in self.bad:
-                try:
-                    return decode(self.index.read(index), self.config.data.exif_orientation), index
-                except BadImage as reason:
-                    bad.append((index, str(reason)))
-        raise AssertionError("candidates raises before it ends")
+        """The micro-batch of this number, without its draw. See `augmented`."""
+        made = self.augmented(number)
+        images, labels = torch.stack(made.samples), torch.tensor([self.index.label(i) for i in made.index])
+        target = self._mix(*made.place, images, labels)
+        return LabelledBatch(images, target, made.index, made.bad, made.place)
 
     def _mix(self, step: int, first: int, images: Tensor, labels: Tensor) -> Tensor:
         """Mixes the images of the slots from `first` on in place; gives their target [B, classes]."""
@@ -131,11 +169,10 @@ class TrainLoader:
     """An endless iterator of micro-batches from a step on; another image replaces an unreadable one."""
 
     def __init__(
-        self, config: FinetuneConfig, index: Index, transform: Callable[[Image.Image], Tensor], ranks: Ranks,
-        first_step: int, bad: Collection[int], draw: Callable[[int, int, int], Draw],
-    ) -> None:  # fmt: skip
-        self._index, self._bad = index, Unreadable(config, index, bad)
-        dataset = TrainBatches(config, index, transform, ranks.rank, ranks.world_size, bad)
+        self, dataset: AugmentedBatches, ranks: Ranks, first_step: int, draw: Callable[[int, int, int], Draw]
+    ) -> None:
+        config = dataset.config
+        self._index, self._bad = dataset.index, Unreadable(config, dataset.index, dataset.bad)
         first = first_step * config.grad_accum_steps(ranks.world_size)
         self._batches: Any = served(dataset, itertools.count(first), config.data.workers, ranks)
         places = (config.place(number, ranks.rank, ranks.world_size) for number in itertools.count(first))

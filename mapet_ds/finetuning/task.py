@@ -26,14 +26,9 @@ from mapet_ds.data.labelled import (
 from mapet_ds.data.range_cache import RangeCache
 from mapet_ds.errors import ConfigError, RunError
 from mapet_ds.files import write_whole
-from mapet_ds.finetuning.classifier import (
-    AveragedLabels,
-    Classifier,
-    Labels,
-    export_classifier,
-    start_identity,
-)
-from mapet_ds.finetuning.loader import TrainLoader, train_transform
+from mapet_ds.finetuning.backbone import start_identity
+from mapet_ds.finetuning.classifier import AveragedLabels, Classifier, Labels, export_classifier
+from mapet_ds.finetuning.loader import TrainBatches, TrainLoader, train_transform
 from mapet_ds.launch import Ranks
 from mapet_ds.objectives.objective import Loss, Objective
 from mapet_ds.targets.target import Target
@@ -100,9 +95,9 @@ class Finetuning:
         """See Task. The classifier has its weights already, and the target's identity names them."""
 
     def loader(self, step: int, bad: Collection[int]) -> TrainLoader:
-        return TrainLoader(
-            self.config, self.index, self.transform, self.ranks, step, bad, self.objective.draw
-        )
+        place = self.ranks.rank, self.ranks.world_size
+        dataset = TrainBatches(self.config, self.index, self.transform, *place, bad)
+        return TrainLoader(dataset, self.ranks, step, self.objective.draw)
 
     @torch.no_grad()
     def evaluate(self, engine: Any, doing: Callable[[str], None]) -> dict[str, float]:
