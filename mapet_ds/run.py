@@ -276,7 +276,7 @@ class Run:
         else:
             self.target.after_step(student_weights(engine), step / self.total_steps)
             if (picture := self.task.picture(step + 1, *shown)) is not None:
-                self.metrics.show(step + 1, picture)
+                self.metrics.show(step + 1, *picture)
         self.step += 1
 
     def _skip(self) -> None:

@@ -1,4 +1,7 @@
-"""The Task protocol, what a run trains, and pre-training as a Task. Fine-tuning is in finetuning/task.py."""
+"""The Task protocol, what a run trains, and pre-training as a Task.
+
+Fine-tuning is in finetuning/task.py, segmentation in segmentation/task.py.
+"""
 
 from __future__ import annotations
 
@@ -72,8 +75,8 @@ class Task(Protocol):
         """
         ...
 
-    def picture(self, step: int, batch: Any, target: Tensor, loss: Loss) -> Tensor | None:
-        """A picture [3, H, W] in [0, 1] of the micro-batch after which the run is at `step`.
+    def picture(self, step: int, batch: Any, target: Tensor, loss: Loss) -> tuple[str, Tensor] | None:
+        """A name and a picture [3, H, W] in [0, 1] of the micro-batch after which the run is at `step`.
 
         None on other ranks than 0, and where no picture is due.
         """
@@ -133,13 +136,14 @@ class Pretraining:
         averaged = {name: tensor for name, tensor in state.items() if name.startswith("vit.")}
         return self.probe(averaged.items() or student_weights(engine), doing)
 
-    def picture(self, step: int, batch: Batch, target: Tensor, loss: Loss) -> Tensor | None:
+    def picture(self, step: int, batch: Batch, target: Tensor, loss: Loss) -> tuple[str, Tensor] | None:
         """See Task. Views stand beside their token maps and the predicted ones."""
         every = self.config.log.images_every_steps
         if self.ranks.rank != 0 or not every or step % every:
             return None
         assert batch.images is not None
-        return token_picture(self.config, batch.images, target, loss.prediction)
+        picture = token_picture(self.config, batch.images, target, loss.prediction)
+        return "view_tokens_predicted", picture
 
     def hand_over(self, last_step: int) -> str:
         return f"To timm: python tools/export_timm.py {self.folder} OUT"

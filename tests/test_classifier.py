@@ -17,7 +17,7 @@ from test_finetune import MODEL
 
 from mapet_ds.config.finetune import ClassifierConfig, FinetuneConfig
 from mapet_ds.config.recipe import load_config
-from mapet_ds.config.rules import check_finetune
+from mapet_ds.config.rules import check_labelled
 from mapet_ds.config.sections import REPOSITORY
 from mapet_ds.data.batch import Draw
 from mapet_ds.data.index import open_index
@@ -332,9 +332,9 @@ def test_classes_that_do_not_fit_are_refused(config, tmp_path, train, val, numbe
     ],
 )
 def test_settings_are_refused_before_anything_starts(config, folder, override, says):
-    check_finetune(config(), 2)
+    check_labelled(config(), 2)
     with pytest.raises(ConfigError, match=says):
-        check_finetune(config(override.format(folder)), 1)
+        check_labelled(config(override.format(folder)), 1)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -346,7 +346,7 @@ def test_shipped_recipes_are_complete(path, folder, tmp_path):
         f"model.path={folder}/timm",
     ]
     config = load_config(path, folders, FinetuneConfig)
-    check_finetune(config, 4 if config.data.num_classes else 1)
+    check_labelled(config, 4 if config.data.num_classes else 1)
     train_transform(config.data, DATA)
     head = path.read_text().split("model:\n")[0].replace("\\\n", "")
     assert f"tools/finetune.py --config mapet_ds/recipes/{path.name} " in head, (

@@ -18,12 +18,17 @@ from mapet_ds.config.knobs import known_keys
 from mapet_ds.config.recipe import RecipeLoader, load_config
 from mapet_ds.config.rules import check, check_inputs
 from mapet_ds.config.sections import REPOSITORY, Config, flatten, total_steps
+from mapet_ds.config.segment import SegmentationConfig
 from mapet_ds.config.towers import teacher_grid
 from mapet_ds.errors import ConfigError
 from mapet_ds.training.command_line import check_files
 
+SETTINGS = {"finetune": FinetuneConfig, "segment": SegmentationConfig}
+"""Of recipes by the first word of their names; all others are of pre-training."""
 RECIPES = [
-    p for p in sorted((REPOSITORY / "mapet_ds/recipes").glob("*.yaml")) if not p.stem.startswith("finetune_")
+    p
+    for p in sorted((REPOSITORY / "mapet_ds/recipes").glob("*.yaml"))
+    if p.stem.split("_")[0] not in SETTINGS
 ]
 
 
@@ -411,7 +416,7 @@ def test_whatever_bytes_a_recipe_or_engine_file_has_it_is_a_sentence(tmp_path, d
     "path", sorted((REPOSITORY / "mapet_ds/recipes").glob("*.yaml")), ids=lambda path: path.stem
 )
 def test_a_recipe_holds_what_differs_or_under_one_comment_what_is_published(path):
-    text, cls = path.read_text(), FinetuneConfig if path.stem.startswith("finetune") else Config
+    text, cls = path.read_text(), SETTINGS.get(path.stem.split("_")[0], Config)
     published = "# Published values follow" in text
     assert published != ("# What differs from the defaults follows." in text)
     values = flatten(load_config(path, [], cls).to_dict())

@@ -142,7 +142,7 @@ def test_tensorboard_keeps_each_step_once_though_the_clock_goes_back(tmp_path, r
         monkeypatch.setattr(time, "time", lambda ago=ago: now - ago)
         metrics = Metrics(config, ranks, total_steps=6, steps_per_epoch=2, first_step=first)
         train(metrics, first, last)
-        metrics.show(last, torch.full((3, 8, 8), last / 10))
+        metrics.show(last, "view_tokens_predicted", torch.full((3, 8, 8), last / 10))
         metrics.close()
     files = sorted((tmp_path / "tensorboard").iterdir())
     raw = [event for path in files for event in EventFileLoader(str(path)).Load()]
@@ -195,7 +195,9 @@ def test_tensorboard_images(tmp_path, ranks, predicted):
     target = torch.arange(4 * images).unflatten(0, (images, 4))
     prediction = target + 1000
     prediction[:, 2] = -1
-    metrics.show(5, token_picture(config, views, target, prediction if predicted else None))
+    metrics.show(
+        5, "view_tokens_predicted", token_picture(config, views, target, prediction if predicted else None)
+    )
     metrics.close()
     (event,) = read_tensorboard(tmp_path).Images("view_tokens_predicted")
     assert event.step == 5
@@ -257,7 +259,7 @@ SCRIPT = """
     for micro_step in range(2):
         metrics.add({"loss": torch.tensor(10.0 * rank + micro_step), "accuracy": float(rank)})
     metrics.data_wait(float(rank))
-    metrics.show(1, torch.zeros(3, 8, 8))
+    metrics.show(1, "view_tokens_predicted", torch.zeros(3, 8, 8))
     record = metrics.log(1, {"lr": 0.5})
     metrics.close()
     with open(f"{sys.argv[1]}/rank{rank}.json", "w") as file:

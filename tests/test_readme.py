@@ -12,10 +12,19 @@ from mapet_ds.config.finetune import FinetuneConfig
 from mapet_ds.config.knobs import known_keys
 from mapet_ds.config.recipe import load_config
 from mapet_ds.config.sections import REPOSITORY, Config
+from mapet_ds.config.segment import SegmentationConfig
 from mapet_ds.config.study import StudyConfig
 
 DOCUMENTS = [*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md")]
-SHOWN = ("README.md", "docs/results.md", "docs/data.md", "docs/cluster.md", "docs/faq.md", "docs/tutorial.md")
+SHOWN = (
+    "README.md",
+    "docs/results.md",
+    "docs/segmentation.md",
+    "docs/data.md",
+    "docs/cluster.md",
+    "docs/faq.md",
+    "docs/tutorial.md",
+)
 """Documents whose commands are tried."""
 
 
@@ -50,7 +59,8 @@ def test_there_are_commands():
     "words", [w for w in COMMANDS if "--config" in w], ids=lambda words: " ".join(words)[:60]
 )
 def test_recipe_commands_load(words):
-    settings = FinetuneConfig if "tools/finetune.py" in words else Config
+    settings = {"tools/finetune.py": FinetuneConfig, "tools/segment.py": SegmentationConfig}
+    settings = next((settings[word] for word in words if word in settings), Config)
     overrides = [w for w in words if re.match(r"[a-z_.]+=", w)]
     config = load_config(words[words.index("--config") + 1], overrides, settings)
     assert config.data.train or "tools/plan.py" in words  # a plan reads no image
@@ -95,7 +105,11 @@ def test_links_lead_somewhere(path):
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_settings_are_knobs(path):
-    known = {key for document in (Config, FinetuneConfig, StudyConfig) for key in known_keys(document)}
+    known = {
+        key
+        for document in (Config, FinetuneConfig, SegmentationConfig, StudyConfig)
+        for key in known_keys(document)
+    }
     groups = {key.rpartition(".")[0] for key in known} - {""}
     words = [word for span in re.findall(r"`([^`\n]+)`", path.read_text()) for word in span.split()]
     named = {found[1] for word in words if (found := re.fullmatch(r"([a-z_]+\.[a-z_.]+)(=.*)?", word))}

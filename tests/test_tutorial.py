@@ -15,7 +15,7 @@ from images import photos, write
 from mapet_ds.config.engine import load_deepspeed_config
 from mapet_ds.config.finetune import FinetuneConfig
 from mapet_ds.config.recipe import load_config
-from mapet_ds.config.rules import check, check_finetune
+from mapet_ds.config.rules import check, check_labelled
 from mapet_ds.config.sections import REPOSITORY, Config
 
 BLOCKS = re.findall(r"^```([^\n]+)\n(.*?)^```", (REPOSITORY / "docs/tutorial.md").read_text(), re.M | re.S)
@@ -134,7 +134,7 @@ def test_the_settings_for_a_gpu_are_accepted(gpu_commands, tmp_path, monkeypatch
         program = next(word for word in words if word.endswith(".py"))
         overrides = [word for word in words if re.match(r"[a-z_.]+=", word)]
         settings, rules = (
-            (FinetuneConfig, check_finetune) if program == "tools/finetune.py" else (Config, check)
+            (FinetuneConfig, check_labelled) if program == "tools/finetune.py" else (Config, check)
         )
         config = load_config(REPOSITORY / words[words.index("--config") + 1], overrides, settings)
         if "--deepspeed_config" in words:

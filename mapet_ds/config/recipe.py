@@ -141,7 +141,7 @@ def _sentence(error: Any, recipe: str, overridden: set[str], cls: type[Any]) -> 
         hint = (
             f"; did you mean {' or '.join(close)}?"
             if close
-            else ". pretrain.py --knobs and finetune.py --knobs list them."
+            else ". pretrain.py --knobs, finetune.py --knobs and segment.py --knobs list them."
         )
         return f"{key} = {value} {source} is not a knob{hint}"
     if error["type"] == "missing":
@@ -162,7 +162,7 @@ def load_config(
     """Reads a recipe with `a.b=value` overrides on top. The values are not yet checked against each other.
 
     recipe: a file, or the name of a shipped one of `folder`. cls: the settings that it gives: Config,
-        FinetuneConfig, or StudyConfig of a study.
+        FinetuneConfig, SegmentationConfig, or StudyConfig of a study.
 
     Raises:
         ConfigError: the file can't be read or is no YAML, a key is unknown, a value has a wrong type or

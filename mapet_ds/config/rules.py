@@ -13,6 +13,7 @@ from pathlib import Path
 
 from mapet_ds.config.finetune import FinetuneConfig
 from mapet_ds.config.sections import TIMM, Config, RunConfig
+from mapet_ds.config.segment import SegmentationConfig
 from mapet_ds.config.sources import sources
 from mapet_ds.config.towers import teacher_grid, teacher_layers, teacher_model_config, timm_patch
 from mapet_ds.errors import ConfigError, DataError
@@ -206,8 +207,8 @@ def check(config: Config, world_size: int, teacher: bool = True) -> None:
     refuse_broken(chain(inputs, own, of_run, outside, _evaluate_rules(config)))
 
 
-def check_finetune(config: FinetuneConfig, world_size: int) -> None:
-    """Refuses settings of fine-tuning that contradict each other or the launch.
+def check_labelled(config: FinetuneConfig | SegmentationConfig, world_size: int) -> None:
+    """Refuses settings of a run on labels or masks that contradict each other or the launch.
 
     Every rank may call it; no GPU is touched.
 

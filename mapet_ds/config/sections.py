@@ -206,6 +206,10 @@ class OptimConfig:
     """deepspeed: FusedAdam, compiled once per node; torch: torch's own (fused on a GPU), no compiler.
     auto: deepspeed on GPUs where it compiles, else torch."""
 
+    def falling(self, done: float) -> float:
+        """The share of lr - min_lr that is left when this share of the steps after the warm-up is done."""
+        return 0.5 * (1 + math.cos(math.pi * done))
+
 
 @knobs
 class TrainConfig:

@@ -13,8 +13,9 @@ from mapet_ds.config.engine import load_deepspeed_config
 from mapet_ds.config.finetune import FinetuneConfig
 from mapet_ds.config.knobs import describe, known_keys
 from mapet_ds.config.recipe import load_config
-from mapet_ds.config.rules import check, check_finetune, refuse_broken
+from mapet_ds.config.rules import check, check_labelled, refuse_broken
 from mapet_ds.config.sections import Config, RunConfig, TokenizerConfig
+from mapet_ds.config.segment import SegmentationConfig
 from mapet_ds.data.stored_ids import StoredIds, check_storable
 from mapet_ds.errors import ConfigError
 from mapet_ds.launchers import ancestors, check_hostfile
@@ -78,7 +79,8 @@ class Command(NamedTuple):
 
 
 PRETRAINING = Command(Config, check, check_files)
-FINETUNING = Command(FinetuneConfig, check_finetune, check_run_dir)
+FINETUNING = Command(FinetuneConfig, check_labelled, check_run_dir)
+SEGMENTATION = Command(SegmentationConfig, check_labelled, check_run_dir)
 
 
 class _ShowKnobs(argparse.Action):

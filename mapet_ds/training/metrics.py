@@ -245,10 +245,10 @@ class Metrics:
         self._reset()
         return record
 
-    def show(self, step: int, picture: Tensor) -> None:
+    def show(self, step: int, name: str, picture: Tensor) -> None:
         """Shows a picture [3, H, W] in [0, 1] in TensorBoard. On other ranks than 0 it does nothing."""
         if self._report:
-            self._report.draw(lambda board: board.add_image("view_tokens_predicted", picture, step))
+            self._report.draw(lambda board: board.add_image(name, picture, step))
 
     def close(self) -> None:
         """Finishes the files and the bar."""

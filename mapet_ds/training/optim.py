@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from timm.optim import param_groups_layer_decay
@@ -45,12 +44,12 @@ def layerwise_groups(vit: Any, weight_decay: float, layer_decay: float) -> list[
 
 
 def learning_rate(step: int, config: OptimConfig, steps_per_epoch: float, total_steps: int) -> float:
-    """The absolute rate of update `step` (0 first): linear from warmup_lr to lr, then a cosine to min_lr.
+    """The absolute rate of update `step` (0 first): linear from warmup_lr to lr, then falling to min_lr.
 
-    Source: Loshchilov and Hutter, SGDR, arXiv 1608.03983, equation 5, without restarts.
+    Source of the cosine: Loshchilov and Hutter, SGDR, arXiv 1608.03983, equation 5, without restarts.
     """
     warmup_steps = round(config.warmup_epochs * steps_per_epoch)
     if step < warmup_steps:
         return config.warmup_lr + (config.lr - config.warmup_lr) * step / warmup_steps
     done = (step - warmup_steps) / max(1, total_steps - 1 - warmup_steps)
-    return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+    return config.min_lr + (config.lr - config.min_lr) * config.falling(min(1.0, done))

@@ -1,0 +1,99 @@
+"""A timm ViT and a head that gives each pixel a class: the objective of segmentation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mapet_ds.config.segment import SegmentationConfig
+from mapet_ds.data.batch import Draw
+from mapet_ds.errors import ConfigError
+from mapet_ds.finetuning.backbone import OnTimm, create, load_weights, refuse_more_state
+from mapet_ds.objectives.objective import Loss, seed_weights
+from mapet_ds.segmentation.heads import Linear
+from mapet_ds.segmentation.masks import VOID
+from mapet_ds.segmentation.norm import group_norms
+
+
+class Segmenter(OnTimm):
+    """Cross-entropy of each pixel's class, on the logits of `head` brought to the size of the image.
+
+    A pixel that is void adds nothing to the sum over pixels, and counts in their number, as in released
+    programs. So the loss is a mean per image, and no split of a batch changes it.
+
+    Raises:
+        ConfigError: timm can't build the ViT, or the weights are of another architecture.
+    """
+
+    def __init__(self, config: SegmentationConfig, num_classes: int) -> None:
+        seed_weights(config.seed)
+        model = config.model
+        vit, fresh = _build_backbone(config)
+        self_levels = [len(vit.blocks) - 1]
+        vit.prune_intermediate_layers(self_levels)
+        super().__init__(config.seed, vit)
+        self.fresh, self.frozen, self.levels = fresh, model.frozen, self_levels
+        self.head = Linear(vit.embed_dim, num_classes)
+        group_norms(self.head, model.bn_group)
+        if model.frozen:
+            vit.requires_grad_(False)
+
+    @property
+    def size(self) -> int:
+        """Side of the square images that are learnt from, pixels."""
+        return self.vit.patch_embed.img_size[0]
+
+    @property
+    def multiple(self) -> int:
+        """What height and width of an image must be a multiple of, pixels."""
+        return self.vit.patch_embed.patch_size[0]
+
+    def train(self, mode: bool = True) -> Segmenter:
+        """Sets the mode; a frozen backbone stays in evaluation mode."""
+        super().train(mode)
+        if self.frozen:
+            self.vit.eval()
+        return self
+
+    def logits(self, images: Tensor, draw: Draw | None = None) -> Tensor:
+        """Logits [B, classes, h, w] of images [B, 3, H, W], at the head's own size.
+
+        Without a draw nothing is dropped.
+        """
+        images = self.prepare(images, None if self.frozen else draw)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            levels = self.vit.forward_intermediates(
+                images, self.levels, return_prefix_tokens=True, norm=True, intermediates_only=True
+            )
+        return self.head(levels)
+
+    def forward(self, images: Tensor, target: Tensor, draw: Draw | None = None) -> Loss:
+        """The loss of images [B, 3, S, S] at classes int16 [B, S, S], VOID where none counts.
+
+        The host waits for nothing.
+        """
+        logits = self.logits(images, draw)
+        losses = F.cross_entropy(
+            upsampled(logits, target.shape[1:]), target.long(), ignore_index=VOID, reduction="none"
+        )
+        return Loss(losses.mean(), {}, logits.detach())
+
+
+def upsampled(logits: Tensor, size: Any) -> Tensor:
+    """Logits [B, classes, h, w] at another size, (height, width), in fp32."""
+    return F.interpolate(logits.float(), size=tuple(size), mode="bilinear")
+
+
+def _build_backbone(config: SegmentationConfig) -> tuple[Any, list[str]]:
+    """The timm ViT with its weights loaded, and the names of the parameters that are fresh."""
+    model, arguments = config.model, {"drop_path_rate": config.model.drop_path}
+    if config.evaluate.mode == "whole":  # positions are resampled to each image's size
+        arguments["dynamic_img_size"] = True
+    vit = create(model, 0, "token", **arguments)
+    refuse_more_state(vit)
+    if not hasattr(vit, "forward_intermediates") or not hasattr(vit, "blocks"):
+        raise ConfigError(f"{type(vit).__name__} has no blocks whose output is a map of patches: take a ViT.")
+    return vit, list(vit.state_dict()) if model.untrained else load_weights(vit, model)

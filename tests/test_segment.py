@@ -1,0 +1,532 @@
+"""segment.py by the user's own commands: figures no split changes, exact resume, a program, bad masks."""
+
+import dataclasses
+import itertools
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+
+import numpy as np
+import psutil
+import pytest
+import torch
+import yaml
+from forked import ENVIRONMENT, start
+from images import png16
+from line import command, losses, steps
+from PIL import Image
+from safetensors.torch import load_file
+from test_export import write_checkpoint
+from test_finetune import MODEL
+from torch import nn
+
+from mapet_ds.config.recipe import load_config
+from mapet_ds.config.rules import check_labelled
+from mapet_ds.config.sections import REPOSITORY
+from mapet_ds.config.segment import MaskedDataConfig, SegmentationConfig, SegmentationEvaluateConfig
+from mapet_ds.data.formats import BadImage
+from mapet_ds.data.index import open_index
+from mapet_ds.errors import ConfigError, DataError
+from mapet_ds.results.export import export_timm
+from mapet_ds.segmentation.evaluation import Predictor, confusion, figures_of, window_starts
+from mapet_ds.segmentation.loader import Augmentation, MaskedBatches, WholeImages
+from mapet_ds.segmentation.masks import VOID, Masks, _paired, classes_of
+from mapet_ds.segmentation.norm import GroupedBatchNorm
+from mapet_ds.segmentation.segmenter import Segmenter
+
+COLOURS = np.array([[200, 60, 60], [60, 200, 60], [60, 60, 200]], np.uint8)
+"""Of the three classes; a fourth is named and occurs nowhere."""
+
+
+def write_scenes(folder, number, seed):
+    """Images of a few coloured areas, 52 x 40 and 36 x 44, their masks, and classes.txt."""
+    generator = np.random.default_rng(seed)
+    for kind in ("images", "masks"):
+        (folder / kind).mkdir(parents=True)
+    for i in range(number):
+        height, width = ((40, 52), (44, 36))[i % 2]
+        cells = generator.integers(0, 3, (-(-height // 16), -(-width // 16)))
+        ids = cells.repeat(16, axis=0).repeat(16, axis=1)[:height, :width].astype(np.uint8)
+        noise = generator.integers(0, 40, (height, width, 3), dtype=np.uint8)
+        Image.fromarray(COLOURS[ids] + noise).save(folder / f"images/{i:02}.png")
+        ids[:3] = 255
+        Image.fromarray(ids).save(folder / f"masks/{i:02}.png")
+    (folder / "classes.txt").write_text("red\ngreen\nblue\nnever\n")
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    """12 steps of 8 images, of 21, and 7 for evaluation, one of each bad; an export of random weights."""
+    folder = tmp_path_factory.mktemp("segment")
+    write_scenes(folder / "train", 21, 0)
+    write_scenes(folder / "val", 7, 1)
+    for split in ("train", "val"):
+        path = folder / split / "masks/05.png"
+        path.write_bytes(path.read_bytes()[:-30])
+    write_checkpoint(folder / "pretrained", MODEL)
+    export_timm(folder / "pretrained", folder / "timm")
+    values = {
+        "model": {"path": str(folder / "timm"), "bn_group": 4},
+        "data": {f"{split}{key}": f"{folder}/{split}/{kind}" for split in ("train", "val")
+                 for key, kind in (("", "images"), ("_masks", "masks"))} | {"max_bad_share": 0.05},
+        "optim": {"lr": 5e-3, "warmup_epochs": 0.5, "clip_grad": 1.0},
+        "train": {"epochs": 4.57, "global_batch_size": 8, "micro_batch_size": 4},
+        "checkpoint": {"every_steps": 4},
+        "log": {"every_steps": 1, "images_every_steps": 5, "progress": False},
+    }  # fmt: skip
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(values))
+    return folder / "recipe.yaml"
+
+
+def settings(recipe, *overrides):
+    return load_config(recipe, [f"run_dir={recipe.parent}/none", *overrides], SegmentationConfig)
+
+
+def segment(recipe, ranks, *overrides, **options):
+    return start(*command(recipe, ranks, *overrides, program="tools/segment.py", **options))
+
+
+def records(run_dir):
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def straight(recipe):
+    run_dir = recipe.parent / "straight"
+    done = segment(recipe, 1, f"run_dir={run_dir}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "its weights, which stays as it is; a fresh head, linear." in done.stdout
+    assert "left out of the evaluation: 1 of 7" in done.stderr
+    assert "In no mask of data.val: never." in done.stderr
+    return run_dir
+
+
+def test_a_frozen_backbone_learns_and_is_judged(recipe, straight):
+    evaluated = [line for line in records(straight) if "val_miou" in line]
+    assert [line["step"] for line in evaluated] == [3, 6, 8, 11, 12], "an epoch is 2.6 steps"
+    assert all(line["val_images"] == 6 for line in evaluated)
+    assert evaluated[-1]["val_miou"] > max(60, evaluated[0]["val_miou"])
+    results = json.loads((straight / "results.json").read_text())
+    assert results["val_miou"] == evaluated[-1]["val_miou"]
+    assert results["absent"] == ["never"] and results["classes"]["never"]["accuracy"] is None
+    listed = (straight / "quarantine.tsv").read_text().splitlines()[1:]
+    assert len(listed) == 1 and "its mask" in listed[0]
+
+    # The backbone's weights are those of the file.
+    last = load_file(max((straight / "checkpoints").iterdir()) / "model.safetensors")
+    source = load_file(recipe.parent / "timm/model.safetensors")
+    assert all(torch.equal(last[f"vit.{name}"], tensor) for name, tensor in source.items())
+    assert last.keys() == {f"vit.{name}" for name in source} | {
+        "head.norm.weight", "head.norm.bias", "head.classifier.weight", "head.classifier.bias",
+    }  # fmt: skip
+
+
+def snippet():
+    text = (REPOSITORY / "docs/segmentation.md").read_text()
+    return re.search(r"^```python\n(.*?segmenter\.pt2.*?)^```", text, re.M | re.S)[1]
+
+
+def test_the_program_runs_without_this_repository(recipe, straight):
+    """The documented lines, in a process of their own, give the run's figures."""
+    lines = snippet().replace("/runs/b16_ade20k", str(straight)).replace('"street.jpg"', "path")
+    once, loop = lines.split("\n\npixels", 1)
+    masks = f"{recipe.parent}/val/masks"
+    script = "import sys\nsys.modules.update(dict.fromkeys(['mapet_ds', 'timm', 'deepspeed']))\n"
+    script += f"import numpy, pathlib\n{once}\nright = total = 0\n"
+    script += f"for path in sorted(pathlib.Path('{recipe.parent}/val/images').iterdir()):\n"
+    script += "    if path.stem == '05': continue\n"
+    script += "".join(f"    {line}\n" for line in f"pixels{loop}".splitlines())
+    script += f"    truth = torch.from_numpy(numpy.asarray(Image.open('{masks}/' + path.name)))\n"
+    script += "    right += int((classes == truth).sum()); total += int((truth != 255).sum())\n"
+    script += "print(100 * right / total)\n"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd="/")
+    assert done.returncode == 0, done.stderr
+    results = json.loads((straight / "results.json").read_text())
+    assert float(done.stdout) == pytest.approx(results["val_pixel_accuracy"], abs=1e-9)
+
+
+@pytest.fixture(scope="module")
+def killed(recipe):
+    """A run that was killed after a checkpoint."""
+    run_dir = recipe.parent / "killed"
+    words = command(recipe, 1, f"run_dir={run_dir}", program="tools/segment.py")
+    process = psutil.Popen(
+        words, cwd=REPOSITORY, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 200
+    while steps(run_dir) < 6:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert not (run_dir / "DONE").exists()
+    return run_dir
+
+
+def test_killed_and_started_again_is_the_same_run(recipe, straight, killed):
+    run_dir = recipe.parent / "again"
+    shutil.copytree(killed, run_dir)
+    done = segment(recipe, 1, f"run_dir={run_dir}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Continuing" in done.stdout
+    assert losses(run_dir) == losses(straight)
+    ends = [max((folder / "checkpoints").iterdir()) for folder in (run_dir, straight)]
+    for file in ("model", "optimizer", "target"):
+        one, other = (load_file(end / f"{file}.safetensors") for end in ends)
+        assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one), file
+    found, expected = (json.loads((folder / "results.json").read_text()) for folder in (run_dir, straight))
+    assert found == expected
+
+
+def test_another_number_of_ranks_and_stage_goes_on_with_the_same_run(recipe, straight, killed):
+    run_dir = recipe.parent / "elastic"
+    shutil.copytree(killed, run_dir)
+    done = segment(
+        recipe, 2, f"run_dir={run_dir}", "train.stop_at_step=11", engine="ds_configs/zero3_cpu.json"
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Continuing" in done.stdout
+    expected = {step: loss for step, loss in losses(straight).items() if step <= 11}
+    assert losses(run_dir) == pytest.approx(expected, rel=1e-4)
+
+
+def test_two_ranks_find_the_figures_of_one_to_the_digit(recipe):
+    """Of the same weights: the rate is too small to change any."""
+    found = []
+    for ranks in (1, 2):
+        run_dir = recipe.parent / f"ranks_{ranks}"
+        same = ["optim.lr=1e-30", "optim.warmup_lr=0", "optim.min_lr=0", "optim.warmup_epochs=0"]
+        more = ["log.evaluate_every_epochs=0.3", "evaluate.flip=true", "evaluate.stride=11"]
+        done = segment(recipe, ranks, f"run_dir={run_dir}", *same, *more, "train.stop_at_step=1")
+        assert done.returncode == 0, done.stderr[-3000:]
+        (line,) = records(run_dir)
+        figures = {key: line[key] for key in line if key.startswith("val_") and key != "val_seconds"}
+        found.append([figures, json.loads((run_dir / "classes.json").read_text())])
+    assert found[0] == found[1]
+    assert 0 < found[0][0]["val_miou"] < 100 and found[0][0]["val_images"] == 6
+
+
+# Figures.
+
+
+def by_numpy(prediction, truth, num_classes):
+    """The mean IoU in percent, class by class."""
+    ious, counted = [], truth != VOID
+    for c in range(num_classes):
+        one, other = (prediction == c) & counted, truth == c
+        if (one | other).any():
+            ious.append((one & other).sum() / (one | other).sum())
+    return 100 * np.mean(ious)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_figures_are_those_of_torchmetrics_and_numpy(seed):
+    classification = pytest.importorskip("torchmetrics.classification", reason="pip install -e '.[dev]'")
+    generator = torch.Generator().manual_seed(seed)
+    prediction = torch.randint(0, 6 + seed, (5, 40, 30), generator=generator)
+    truth = torch.randint(-1, 4 + seed, (5, 40, 30), generator=generator)  # two classes are never true
+    classes = 7 + seed  # one is neither true nor predicted
+    found = figures_of(confusion(prediction, truth.short(), classes))
+    assert found.miou == pytest.approx(by_numpy(prediction.numpy(), truth.numpy(), classes), abs=1e-9)
+    options = {"num_classes": classes, "ignore_index": VOID}
+    jaccard = classification.MulticlassJaccardIndex(**options)
+    assert found.miou == pytest.approx(100 * jaccard(prediction, truth).item(), abs=1e-3)
+    accuracy = classification.MulticlassAccuracy(**options, average="micro")
+    assert found.pixel_accuracy == pytest.approx(100 * accuracy(prediction, truth).item(), abs=1e-3)
+    recalls = classification.MulticlassAccuracy(**options, average="none")(prediction, truth).tolist()
+    expected = [100 * r for r, own in zip(recalls, found.accuracy) if own is not None]
+    assert [a for a in found.accuracy if a is not None] == pytest.approx(expected, abs=1e-3)
+    assert found.iou[-1] is None and found.accuracy[-2] is None
+
+
+def test_windows_cover_an_image():
+    assert window_starts(32, 32, 21) == [0]
+    assert window_starts(20, 32, 21) == [0]
+    for length in range(33, 90):
+        starts = window_starts(length, 32, 21)
+        assert starts[-1] == length - 32 and starts == sorted({*starts})
+        assert all(b - a <= 21 for a, b in itertools.pairwise(starts))
+
+
+def segmenter(recipe, *overrides):
+    return Segmenter(settings(recipe, *overrides), 4).eval()
+
+
+def test_a_sliding_window_is_the_whole_image_where_one_covers_it(recipe):
+    image = torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(0))
+    model = segmenter(recipe, "evaluate.mode=whole")
+    by_mode = [
+        Predictor(model, SegmentationEvaluateConfig(mode=mode), 2).logits(image)
+        for mode in ("slide", "whole")
+    ]
+    assert torch.equal(*by_mode)
+    larger = torch.randn(3, 45, 50)
+    predict = Predictor(model, SegmentationEvaluateConfig(stride=9), 2)
+    one_by_one = Predictor(model, SegmentationEvaluateConfig(stride=9), 1)
+    assert torch.allclose(predict.logits(larger), one_by_one.logits(larger), atol=1e-6)
+    whole = Predictor(model, SegmentationEvaluateConfig(mode="whole"), 1)
+    assert whole(larger, (90, 100)).shape == (90, 100)
+
+
+def test_a_mirror_image_is_predicted_alike_with_flip(recipe):
+    model, image = segmenter(recipe), torch.randn(3, 40, 44)
+    predict = Predictor(model, SegmentationEvaluateConfig(flip=True), 4)
+    mirrored = predict(image.flip(2), (40, 44)).flip(1)
+    assert (predict(image, (40, 44)) == mirrored).float().mean() > 0.999  # but for rounding
+
+
+# Batches.
+
+
+def masks_of(config, split, tmp_path):
+    index = open_index(config.data.images_of(split), tmp_path / f"index_{split}")
+    paths, fingerprint = _paired(config.data, split, index)
+    return index, Masks(config.data.masks_of(split), paths, fingerprint, classes_of(config.data))
+
+
+def test_a_batch_is_the_same_however_it_is_split(recipe, tmp_path):
+    def by_slot(micro, world_size, step):
+        config, slots = settings(recipe, f"train.micro_batch_size={micro}"), {}
+        index, masks = masks_of(config, "train", tmp_path)
+        augment = Augmentation(config.data, 32, (0.5,) * 3, (0.5,) * 3)
+        for rank in range(world_size):
+            dataset = MaskedBatches(config, index, masks, augment, rank, world_size, ())
+            accum = config.grad_accum_steps(world_size)
+            for number in range(step * accum, (step + 1) * accum):
+                batch = dataset[number]
+                for i, sample in enumerate(zip(batch.images, batch.target, batch.index)):
+                    slots[batch.place.first_slot + i] = sample
+        return [torch.stack(column) for column in zip(*(slots[slot] for slot in range(8)))]
+
+    for step in (0, 2):
+        whole, split = by_slot(8, 1, step), by_slot(2, 2, step)
+        assert all(torch.equal(one, other) for one, other in zip(whole, split))
+    images, masks, _ = whole
+    assert images.shape == (8, 3, 32, 32) and masks.dtype == torch.int16
+    assert {*masks.unique().tolist()} == {VOID, 0, 1, 2}
+
+
+def test_image_and_mask_are_moved_together(recipe, tmp_path):
+    """Where nothing changes colours, the class of a pixel can be read off its image."""
+    config = settings(recipe, "data.distortion=false", "train.micro_batch_size=8")
+    index, masks = masks_of(config, "train", tmp_path)
+    augment = Augmentation(config.data, 32, (0.0,) * 3, (1.0,) * 3)
+    batch = MaskedBatches(config, index, masks, augment, 0, 1, ())[0]
+    counted = batch.target >= 0
+    likeliest = batch.images.argmax(dim=1)
+    assert (likeliest[counted] == batch.target[counted]).float().mean() > 0.9  # areas' edges are blurred
+
+
+def test_a_crop_avoids_what_one_class_fills():
+    mask = np.zeros((64, 64), np.int16)
+    mask[:, 40:] = 1
+    data = MaskedDataConfig(resize=(1.0, 1.0), flip=0.0, distortion=False)
+    augment = Augmentation(data, 32, (0.0,) * 3, (1.0,) * 3)
+    shares = []
+    for seed in range(30):
+        torch.manual_seed(seed)
+        _, cropped = augment(Image.new("RGB", (64, 64)), mask)
+        shares.append(max((cropped == c).float().mean().item() for c in (0, 1)))
+    assert sum(share > 0.75 for share in shares) <= 1
+
+
+def test_short_and_long_side():
+    def size(image, **given):
+        from mapet_ds.segmentation.loader import resized
+
+        return resized(image, MaskedDataConfig(**given))
+
+    assert size((300, 400)) == [300, 400]
+    assert size((300, 400), short_side=512) == [512, 683]
+    assert size((100, 1000), short_side=512, long_side=2048) == [205, 2048]
+
+
+# BatchNorm.
+
+
+def test_grouped_statistics_are_batchnorms_and_no_split_changes_them():
+    torch.manual_seed(0)
+    norm, plain = GroupedBatchNorm(5, 1e-5, 4), nn.BatchNorm2d(5)
+    x = torch.randn(4, 5, 3, 3, requires_grad=True)
+    assert torch.equal(norm(x), plain(x))
+    assert torch.allclose(0.1 * norm.seen[0][0], plain.running_mean)
+    assert torch.allclose(0.9 + 0.1 * norm.seen[0][1], plain.running_var)
+    norm.running_mean.copy_(plain.running_mean)
+    norm.running_var.copy_(plain.running_var)
+    assert torch.equal(norm.eval()(x), plain.eval()(x))
+    other = torch.randn(8, 5, 3, 3)
+    assert torch.equal(norm.train()(other), torch.cat([norm(part) for part in other.split(4)]))
+    assert norm.train()(other.bfloat16()).dtype == torch.bfloat16
+
+
+# Masks that users have.
+
+
+def paired(tmp_path, mask, size=(52, 40), **given):
+    """One image, and what is read of its mask."""
+    for kind in ("images", "masks"):
+        (tmp_path / kind).mkdir()
+    Image.new("RGB", size).save(tmp_path / "images/a.jpg")
+    if isinstance(mask, bytes):
+        (tmp_path / "masks/a.png").write_bytes(mask)
+    else:
+        mask.save(tmp_path / "masks/a.png")
+    data = MaskedDataConfig(
+        train=f"{tmp_path}/images", train_masks=f"{tmp_path}/masks", **{"num_classes": 4, **given}
+    )
+    index = open_index(data.train, tmp_path / "index")
+    paths, fingerprint = _paired(data, "train", index)
+    return Masks(data.train_masks, paths, fingerprint, classes_of(data)).read(0, size)
+
+
+IDS = np.random.default_rng(0).integers(0, 4, (40, 52)).astype(np.uint8)
+
+
+def palette():
+    image = Image.fromarray(IDS, "P")
+    image.putpalette([7, 7, 7, 9, 9, 9, 1, 2, 3, 200, 0, 0])
+    return image
+
+
+@pytest.mark.parametrize(
+    "mask", [Image.fromarray(IDS), palette(), png16(IDS.astype(np.uint16), 0)], ids=["8", "palette", "16"]
+)
+def test_ids_are_read_as_they_are(tmp_path, mask):
+    found = paired(tmp_path, mask)
+    assert found.dtype == np.int16 and np.array_equal(found, IDS)
+
+
+def test_void_and_zero_are_what_the_settings_say(tmp_path):
+    ids = IDS.copy()
+    ids[0] = 255
+    found = paired(tmp_path, Image.fromarray(ids), reduce_zero_label=True, num_classes=3)
+    assert (found[0] == VOID).all() and np.array_equal(found[1:], IDS[1:].astype(int) - 1)
+
+
+def test_large_ids_of_16_bits_are_told(tmp_path):
+    wide = np.full((40, 52), 3, np.uint16)
+    wide[5, 5] = 40_000
+    with pytest.raises(
+        DataError, match="has the id 40000 in 1 pixels, but the 4 classes have the ids 0 to 3"
+    ):
+        paired(tmp_path, png16(wide, 0))
+
+
+@pytest.mark.parametrize(
+    ("mask", "given", "says"),
+    [
+        (Image.fromarray(IDS[:20]), {}, "is 52 x 20 pixels, its image 52 x 40"),
+        (Image.fromarray(IDS), {"num_classes": 3}, "has the id 3 in .* the 3 classes have the ids 0 to 2"),
+        (Image.fromarray(IDS).convert("RGB"), {}, r"holds colours \(RGB\)"),
+        (Image.fromarray(IDS), {"num_classes": None}, "number of classes .* is not known"),
+    ],
+)
+def test_a_mask_that_fits_nothing_is_a_sentence(tmp_path, mask, given, says):
+    with pytest.raises(DataError, match=says):
+        paired(tmp_path, mask, **given)
+
+
+def test_a_damaged_mask_costs_its_image(tmp_path):
+    with pytest.raises(BadImage, match=r"its mask .*a.png: "):
+        paired(tmp_path, png16(IDS.astype(np.uint16), 0)[:-30])
+
+
+def test_an_image_without_a_mask_is_a_sentence(recipe, tmp_path):
+    shutil.copytree(recipe.parent / "val", tmp_path / "val")
+    (tmp_path / "val/masks/03.png").unlink()
+    config = settings(recipe, f"data.val={tmp_path}/val/images", f"data.val_masks={tmp_path}/val/masks")
+    with pytest.raises(DataError, match="1 of 7 images have no mask, e.g. 03.png is not in"):
+        masks_of(config, "val", tmp_path)
+
+
+def test_an_image_that_is_all_void_adds_nothing(recipe):
+    model = segmenter(recipe).train()
+    images = torch.randn(4, 3, 32, 32)
+    truth = torch.randint(0, 4, (4, 32, 32)).short()
+    truth[2] = VOID
+    loss = model(images, truth).loss
+    others = [model.eval()(images[i : i + 1], truth[i : i + 1]).loss for i in range(4)]
+    assert others[2] == 0 and loss.isfinite()
+    assert not confusion(torch.zeros(32, 32).long(), truth[2], 4).any()
+
+
+def test_masks_that_are_all_void_are_a_sentence(recipe, tmp_path):
+    shutil.copytree(recipe.parent / "val", tmp_path / "val")
+    for path in (tmp_path / "val/masks").iterdir():
+        Image.new("L", Image.open(tmp_path / "val/images" / path.name).size, 255).save(path)
+    folders = [f"data.val={tmp_path}/val/images", f"data.val_masks={tmp_path}/val/masks"]
+    done = segment(
+        recipe, 1, f"run_dir={tmp_path}/run", *folders, "train.epochs=0.3", "optim.warmup_epochs=0"
+    )
+    assert done.returncode == 2
+    assert "every pixel is void, so nothing can be judged" in done.stderr
+
+
+def test_releases_are_known_by_name(tmp_path):
+    ade, cities = tmp_path / "ADEChallengeData2016", tmp_path / "cityscapes"
+    for split, folder in (("train", "training"), ("val", "validation")):
+        for kind, ending in (("images", "jpg"), ("annotations", "png")):
+            path = ade / kind / folder / f"ADE_{split}_1.{ending}"
+            path.parent.mkdir(parents=True)
+            Image.fromarray((150 * (IDS > 2)).astype(np.uint8)).save(path)
+        names = f"aachen/aachen_000000_{split}"
+        for kind, ending in (("leftImg8bit", "leftImg8bit"), ("gtFine", "gtFine_labelIds")):
+            path = cities / kind / split / f"{names}_{ending}.png"
+            path.parent.mkdir(parents=True)
+            Image.fromarray((IDS * 11).astype(np.uint8)).save(path)
+        Image.new("L", (52, 40)).save(cities / "gtFine" / split / f"{names}_gtFine_instanceIds.png")
+    table = "Idx\tRatio\tTrain\tVal\tStuff\tName\n" + "".join(
+        f"{i}\t0\t0\t0\t0\tname {i}\n" for i in range(150)
+    )
+    (ade / "objectInfo150.txt").write_text(table)
+
+    found = {}
+    for release, root in (("ade20k", ade), ("cityscapes", cities)):
+        config = SegmentationConfig(data=MaskedDataConfig(release=release, train=str(root), val=str(root)))
+        assert [rule for rule in config.rules() if "data." in rule] == []
+        _, masks = masks_of(config, "val", tmp_path / release)
+        found[release] = masks.read(0, (52, 40)), masks.classes.names
+    ids, names = found["ade20k"]
+    assert len(names) == 150 and names[7] == "name 7"
+    assert np.array_equal(ids, np.where(IDS > 2, 149, VOID))
+    ids, names = found["cityscapes"]
+    assert len(names) == 19 and names[13] == "car"
+    assert np.array_equal(ids, np.array([VOID, 2, 9, 18])[IDS])
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("data.train_masks=", "data.train_masks is empty"),
+        ("data.val_masks=/nowhere", "data.val_masks = /nowhere: /nowhere is no folder"),
+        ("data.val_masks={}/val/images", "lies inside data.val"),
+        ("data.release=ade20k", "data.release = ade20k says where its masks lie"),
+        ("data.classes=/nowhere", "data.classes = /nowhere is no file"),
+        ("data.long_side=9", "data.long_side = 9 bounds"),
+        ("data.resize=[2, 1]", "data.resize"),
+        ("train.micro_batch_size=2", "is not a multiple of model.bn_group = 4"),
+        ("model.path=/nowhere", "model.path = /nowhere is neither"),
+        ("model.pool=avg", "is not a knob"),
+    ],
+)
+def test_settings_are_refused_before_anything_starts(recipe, override, says):
+    check_labelled(settings(recipe), 1)
+    with pytest.raises(ConfigError, match=says):
+        check_labelled(settings(recipe, override.format(recipe.parent)), 1)
+
+
+def test_another_number_of_classes_than_names_is_a_sentence(recipe):
+    data = dataclasses.replace(settings(recipe).data, num_classes=9)
+    with pytest.raises(DataError, match="num_classes = 9, but 4 classes are named"):
+        classes_of(data)
+
+
+def test_whole_images_are_shared_out(recipe, tmp_path):
+    config = settings(recipe)
+    index, masks = masks_of(config, "val", tmp_path)
+    shares = [WholeImages(config.data, index, masks, (0,) * 3, (1,) * 3, rank, 3) for rank in range(3)]
+    assert [len(share) for share in shares] == [3, 2, 2]
