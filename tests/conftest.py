@@ -32,7 +32,17 @@ SLOW += [
     "published",
     "readme",
 ]
-SLOW += ["report", "slurm", "teacher", "timm_teacher", "tokenize_images", "tokens", "vqkd", "wheel"]
+SLOW += [
+    "report",
+    "segment",
+    "slurm",
+    "teacher",
+    "timm_teacher",
+    "tokenize_images",
+    "tokens",
+    "vqkd",
+    "wheel",
+]
 """Files that start whole programs or count large models: `make quick` leaves them out."""
 
 

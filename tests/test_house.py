@@ -31,13 +31,13 @@ FLOORS = [
 ]
 """Rooms from the ground up: one imports from its own floor and those below."""
 LINES = {
-    "config": 2120,  # every knob with its meaning, contradictions as sentences, DeepSpeed's keys, studies, masks
+    "config": 2120,  # every knob with its meaning, contradictions as sentences, DeepSpeed, studies, masks
     "data": 3540,  # six formats, one rule of pixels; folders, shards, Parquet, a cache; order, DALI, labels
     "objectives": 870,  # seven methods, and what they share
     "targets": 1600,  # a frozen tower spread over ranks, VQ-KD, DALL-E, the codebook, stored ids, momentum
     "training": 1460,  # DeepSpeed, its workarounds, what it gathers checked; checkpoints, metrics, jumps
     "finetuning": 600,
-    "segmentation": 1000,  # masks read and refused, augmentation, heads, BatchNorm, windows, a program
+    "segmentation": 1160,  # masks read and refused, augmentation, heads, BatchNorm, windows, a program
     "results": 2350,  # export and its proof, cards, foreign weights, probes, features, pages of runs, studies
     "planning": 1780,  # counts on real modules, a cluster's arithmetic, the bound by FLOPs, equal work
     "story": 2310,  # the files beside the rooms: pretrain, run, task, draws, vit, launch, weights, ...
@@ -51,6 +51,7 @@ HOMES = {
     "faiss": {"nearest"},
     "tensorboard": {"training.metrics"},
     "pyarrow": {"data.parquet"},
+    "torchmetrics": set(),  # of the tests alone
 }
 
 
@@ -82,7 +83,7 @@ def test_budgets():
     shared = [key for key in known_keys(Config) if key.partition(".")[0] not in Config().objectives]
     assert len(shared) <= 79, "an objective of one's own brings its knobs along"
     assert len(set(known_keys(FinetuneConfig)) - set(known_keys(Config))) <= 15
-    assert len(set(known_keys(SegmentationConfig)) - {*known_keys(Config), *known_keys(FinetuneConfig)}) <= 20
+    assert len(set(known_keys(SegmentationConfig)) - {*known_keys(Config), *known_keys(FinetuneConfig)}) <= 24
 
 
 @pytest.mark.parametrize("path", PACKAGE + PROGRAMS, ids=lambda path: str(path.relative_to(REPOSITORY)))

@@ -5,16 +5,17 @@ import itertools
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
-import time
+from types import SimpleNamespace
 
 import numpy as np
-import psutil
 import pytest
+import timm
 import torch
 import yaml
-from forked import ENVIRONMENT, start
+from forked import start
 from images import png16
 from line import command, losses, steps
 from PIL import Image
@@ -25,18 +26,23 @@ from torch import nn
 
 from mapet_ds.config.recipe import load_config
 from mapet_ds.config.rules import check_labelled
-from mapet_ds.config.sections import REPOSITORY
+from mapet_ds.config.sections import REPOSITORY, total_steps
 from mapet_ds.config.segment import MaskedDataConfig, SegmentationConfig, SegmentationEvaluateConfig
 from mapet_ds.data.formats import BadImage
 from mapet_ds.data.index import open_index
 from mapet_ds.errors import ConfigError, DataError
 from mapet_ds.results.export import export_timm
 from mapet_ds.segmentation.evaluation import Predictor, confusion, figures_of, window_starts
-from mapet_ds.segmentation.loader import Augmentation, MaskedBatches, WholeImages
+from mapet_ds.segmentation.export import export_segmenter
+from mapet_ds.segmentation.heads import DPT, four_blocks
+from mapet_ds.segmentation.loader import Augmentation, MaskedBatches, WholeImages, resized
 from mapet_ds.segmentation.masks import VOID, Masks, _paired, classes_of
 from mapet_ds.segmentation.norm import GroupedBatchNorm
 from mapet_ds.segmentation.segmenter import Segmenter
+from mapet_ds.segmentation.task import FIGURES
+from mapet_ds.training.optim import learning_rate
 
+RECIPES = sorted((REPOSITORY / "mapet_ds/recipes").glob("segment_*.yaml"))
 COLOURS = np.array([[200, 60, 60], [60, 200, 60], [60, 60, 200]], np.uint8)
 """Of the three classes; a fourth is named and occurs nowhere."""
 
@@ -66,7 +72,8 @@ def recipe(tmp_path_factory):
     for split in ("train", "val"):
         path = folder / split / "masks/05.png"
         path.write_bytes(path.read_bytes()[:-30])
-    write_checkpoint(folder / "pretrained", MODEL)
+    model = dataclasses.replace(MODEL, args={**MODEL.args, "depth": 4})
+    write_checkpoint(folder / "pretrained", model)
     export_timm(folder / "pretrained", folder / "timm")
     values = {
         "model": {"path": str(folder / "timm"), "bn_group": 4},
@@ -98,7 +105,7 @@ def straight(recipe):
     run_dir = recipe.parent / "straight"
     done = segment(recipe, 1, f"run_dir={run_dir}")
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "its weights, which stays as it is; a fresh head, linear." in done.stdout
+    assert "its weights, which stay as they are; a fresh head, linear." in done.stdout
     assert "left out of the evaluation: 1 of 7" in done.stderr
     assert "In no mask of data.val: never." in done.stderr
     return run_dir
@@ -152,45 +159,39 @@ def test_the_program_runs_without_this_repository(recipe, straight):
 def killed(recipe):
     """A run that was killed after a checkpoint."""
     run_dir = recipe.parent / "killed"
-    words = command(recipe, 1, f"run_dir={run_dir}", program="tools/segment.py")
-    process = psutil.Popen(
-        words, cwd=REPOSITORY, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + 200
-    while steps(run_dir) < 6:
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
-    assert not (run_dir / "DONE").exists()
+    done = start(*command(recipe, 1, f"run_dir={run_dir}", program="tests/killed_segment.py"))
+    assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
+    assert steps(run_dir) == 6 and not (run_dir / "DONE").exists()
     return run_dir
 
 
 def test_killed_and_started_again_is_the_same_run(recipe, straight, killed):
     run_dir = recipe.parent / "again"
     shutil.copytree(killed, run_dir)
-    done = segment(recipe, 1, f"run_dir={run_dir}")
+    done = segment(recipe, 1, f"run_dir={run_dir}", "train.stop_at_step=8")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Continuing" in done.stdout
-    assert losses(run_dir) == losses(straight)
-    ends = [max((folder / "checkpoints").iterdir()) for folder in (run_dir, straight)]
+    whole = records(straight)[:8]
+    figures = [[{k: v for k, v in line.items() if k in (*FIGURES, "grad_norm")} for line in lines]
+               for lines in (records(run_dir), whole)]  # fmt: skip
+    assert figures[0] == figures[1] and "val_miou" in whole[-1]
     for file in ("model", "optimizer", "target"):
-        one, other = (load_file(end / f"{file}.safetensors") for end in ends)
+        one, other = (
+            load_file(folder / f"checkpoints/step_00000008/{file}.safetensors")
+            for folder in (run_dir, straight)
+        )
         assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one), file
-    found, expected = (json.loads((folder / "results.json").read_text()) for folder in (run_dir, straight))
-    assert found == expected
 
 
 def test_another_number_of_ranks_and_stage_goes_on_with_the_same_run(recipe, straight, killed):
     run_dir = recipe.parent / "elastic"
     shutil.copytree(killed, run_dir)
     done = segment(
-        recipe, 2, f"run_dir={run_dir}", "train.stop_at_step=11", engine="ds_configs/zero3_cpu.json"
+        recipe, 2, f"run_dir={run_dir}", "train.stop_at_step=8", engine="ds_configs/zero3_cpu.json"
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Continuing" in done.stdout
-    expected = {step: loss for step, loss in losses(straight).items() if step <= 11}
+    expected = {step: loss for step, loss in losses(straight).items() if step <= 8}
     assert losses(run_dir) == pytest.approx(expected, rel=1e-4)
 
 
@@ -279,6 +280,85 @@ def test_a_mirror_image_is_predicted_alike_with_flip(recipe):
     assert (predict(image, (40, 44)) == mirrored).float().mean() > 0.999  # but for rounding
 
 
+# Heads.
+
+
+@pytest.mark.parametrize("head", ["linear", "dpt", "upernet"])
+def test_a_head_gets_our_features_and_no_split_changes_its_loss(recipe, tmp_path, head):
+    if head == "dpt":
+        pytest.importorskip("segmentation_models_pytorch", reason="pip install -e '.[segment]'")
+    if head == "upernet":
+        pytest.importorskip("transformers", reason="pip install -e '.[segment]'")
+    model = segmenter(recipe, f"model.head={head}", "model.frozen=false", "model.width=16").train()
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(8, 3, 32, 32, generator=generator)
+    truth = torch.randint(-1, 4, (8, 32, 32), generator=generator).short()
+
+    # Its backbone is the export, and all that learns has a gradient.
+    source = timm.create_model(f"local-dir:{recipe.parent}/timm", pretrained=True).state_dict()
+    assert all(torch.equal(tensor, source[name]) for name, tensor in model.vit.state_dict().items())
+    whole = model(images, truth, model.draw(0, 0, 8)).loss
+    whole.backward()
+    assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
+    assert [n for n, p in model.named_parameters() if not p.requires_grad] in (
+        [],
+        ["vit.norm.weight", "vit.norm.bias"],
+    )
+    halves = [model(images[i : i + 4], truth[i : i + 4], model.draw(0, i, 4)).loss for i in (0, 4)]
+    assert sum(halves).item() / 2 == pytest.approx(whole.item(), rel=1e-6)
+
+    # Its program gives what it gives, for any number of images. (A run has shown it of the linear one.)
+    if head == "linear":
+        return
+    export_segmenter(model.eval(), {"classes": []}, tmp_path / "out")
+    program = torch.export.load(tmp_path / "out/segmenter.pt2").module()
+    with torch.no_grad():
+        assert torch.allclose(program(images[:5]), model.predict(images[:5]), atol=1e-4)
+
+
+def test_all_blocks_learn_with_upernet_and_go_on_elsewhere(recipe):
+    """Two ranks to the end, and to half of it, then one under ZeRO-3."""
+    pytest.importorskip("transformers", reason="pip install -e '.[segment]'")
+    more = ["model.head=upernet", "model.frozen=false", "model.width=16", "model.drop_path=0.3"]
+    more += ["optim.layer_decay=0.7", "train.epochs=1.5", "checkpoint.every_steps=2"]
+    whole, parts = recipe.parent / "upernet", recipe.parent / "upernet_parts"
+    runs = [
+        (2, whole, "train.stop_at_step=3", "zero2"),
+        (2, parts, "train.stop_at_step=2", "zero2"),
+        (1, parts, "train.stop_at_step=3", "zero3"),
+    ]
+    for ranks, run_dir, stop, stage in runs:
+        done = segment(
+            recipe, ranks, f"run_dir={run_dir}", *more, stop, engine=f"ds_configs/{stage}_cpu.json"
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert [*losses(whole)] == [1, 2, 3]
+    assert losses(parts) == pytest.approx(losses(whole), rel=1e-4)
+    ends = [
+        load_file(max((each / "checkpoints").iterdir()) / "target.safetensors") for each in (whole, parts)
+    ]
+    assert (
+        ends[0].keys() == ends[1].keys() and "head.decoder.fpn_bottleneck.batch_norm.running_var" in ends[0]
+    )
+    assert all(torch.allclose(ends[0][name], ends[1][name], rtol=1e-3, atol=1e-5) for name in ends[0])
+
+
+def test_patches_that_a_head_can_not_take_are_a_sentence():
+    pytest.importorskip("segmentation_models_pytorch", reason="pip install -e '.[segment]'")
+    vit = SimpleNamespace(patch_embed=SimpleNamespace(patch_size=(14, 14)), embed_dim=8, blocks=range(12))
+    with pytest.raises(ConfigError, match="patches of 14 pixels"):
+        DPT(vit, 4, 8)
+
+
+def test_four_blocks_are_those_of_the_papers():
+    assert four_blocks(12) == [3, 5, 7, 11] and four_blocks(24) == [7, 11, 15, 23]
+    assert all(
+        len({*four_blocks(depth)}) == 4 and four_blocks(depth)[-1] == depth - 1 for depth in range(4, 60)
+    )
+    with pytest.raises(ConfigError, match="has 3 blocks, and this head takes four"):
+        four_blocks(3)
+
+
 # Batches.
 
 
@@ -336,8 +416,6 @@ def test_a_crop_avoids_what_one_class_fills():
 
 def test_short_and_long_side():
     def size(image, **given):
-        from mapet_ds.segmentation.loader import resized
-
         return resized(image, MaskedDataConfig(**given))
 
     assert size((300, 400)) == [300, 400]
@@ -496,6 +574,43 @@ def test_releases_are_known_by_name(tmp_path):
     ids, names = found["cityscapes"]
     assert len(names) == 19 and names[13] == "car"
     assert np.array_equal(ids, np.array([VOID, 2, 9, 18])[IDS])
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_shipped_recipes_are_complete(recipe, tmp_path, path):
+    words = [f"model.path={recipe.parent}/timm", f"run_dir={tmp_path}/run"]
+    if "ade20k" in path.stem:
+        for folder in ("images", "annotations"):
+            for split in ("training", "validation"):
+                (tmp_path / "ade" / folder / split).mkdir(parents=True)
+        words += [f"data.train={tmp_path}/ade", f"data.val={tmp_path}/ade"]
+    else:
+        words += [f"data.{key}={value}" for key, value in vars(settings(recipe).data).items()
+                  if key in ("train", "val", "train_masks", "val_masks")]  # fmt: skip
+    check_labelled(load_config(path, words, SegmentationConfig), 1)
+    head = path.read_text().split("model:\n")[0].replace("\\\n#", "")
+    command = rf"tools/segment.py +--config mapet_ds/recipes/{path.name} "
+    assert re.search(command, head), "its command stands at its head"
+
+
+def test_published_settings():
+    def published(name):
+        config = load_config(
+            REPOSITORY / f"mapet_ds/recipes/segment_{name}_ade20k.yaml", (), SegmentationConfig
+        )
+        assert (
+            config.data.release == "ade20k" and config.evaluate.stride == 341 and config.model.img_size == 512
+        )
+        warmup = round(config.optim.warmup_epochs * 20_210 / 16)
+        rate = config.optim.lr, config.optim.weight_decay, config.optim.layer_decay
+        return total_steps(config, 20_210), warmup, *rate, config.model.frozen
+
+    assert published("upernet_vitb16") == (160_000, 1500, 7e-4, 0.05, 0.65, False)
+    assert published("linear_vitb16")[:4] == (40_000, 1500, 1e-3, 1e-4)
+    config = load_config(RECIPES[-1], (), SegmentationConfig)
+    assert learning_rate(0, config.optim, 1263.1, 160_000) == 7e-10
+    assert learning_rate(159_999, config.optim, 1263.1, 160_000) == 0
+    assert learning_rate(1500 + 79_250, config.optim, 1263.1, 160_001) == pytest.approx(3.5e-4)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from typing import Annotated, Literal, NamedTuple
 from pydantic import Field
 
 from mapet_ds.config.finetune import BackboneConfig, EvaluationLogConfig, LayerwiseOptimConfig
-from mapet_ds.config.knobs import Natural, Positive, Share, knobs
+from mapet_ds.config.knobs import Natural, NonNegative, Positive, Share, knobs
 from mapet_ds.config.sections import RunConfig
 
 
@@ -38,8 +38,13 @@ RELEASES = {
 class SegmenterConfig(BackboneConfig):
     """The backbone, a ViT, and the head that gives each pixel a class."""
 
-    head: Literal["linear"] = "linear"
-    """linear: BatchNorm and a 1 x 1 convolution on the last block's patches, through the final norm."""
+    head: Literal["linear", "dpt", "upernet"] = "linear"
+    """linear: BatchNorm and a 1 x 1 convolution on the last block's patches, through the final norm; dpt,
+    upernet: decoders of four blocks (pip install -e '.[segment]')."""
+    width: Positive = 512
+    """Channels of the decoders dpt and upernet."""
+    auxiliary_weight: NonNegative = 0.4
+    """Weight of the loss of upernet's auxiliary head; that of the head is 1."""
     frozen: bool = True
     """Leave the backbone as it is, in evaluation mode; only the head learns."""
     bn_group: Annotated[int, Field(ge=2)] = 2

@@ -47,7 +47,7 @@ class Predictor:
         if self.settings.mode == "whole":
             multiple = self.model.multiple
             whole = _padded(image, *(-(-side // multiple) * multiple for side in (height, width)))
-            return self._upsampled(whole[None])[0, :, :height, :width]
+            return self.model.predict(whole[None])[0, :, :height, :width]
 
         # Windows, row by row.
         size = self.model.size
@@ -56,7 +56,7 @@ class Predictor:
         starts = [window_starts(side, size, stride) for side in image.shape[1:]]
         places = [(top, left) for top in starts[0] for left in starts[1]]
         windows = torch.stack([image[:, top : top + size, left : left + size] for top, left in places])
-        logits = torch.cat([self._upsampled(part) for part in windows.split(self.batch)])
+        logits = torch.cat([self.model.predict(part) for part in windows.split(self.batch)])
 
         # Their mean.
         total, count = logits.new_zeros(logits.shape[1], *image.shape[1:]), image.new_zeros(image.shape[1:])
@@ -64,9 +64,6 @@ class Predictor:
             total[:, top : top + size, left : left + size] += part
             count[top : top + size, left : left + size] += 1
         return (total / count)[:, :height, :width]
-
-    def _upsampled(self, images: Tensor) -> Tensor:
-        return upsampled(self.model.logits(images), images.shape[2:])
 
 
 def confusion(prediction: Tensor, truth: Tensor, num_classes: int) -> Tensor:

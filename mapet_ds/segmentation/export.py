@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mapet_ds.errors import ExportError
 from mapet_ds.files import staged
-from mapet_ds.segmentation.segmenter import Segmenter, upsampled
+from mapet_ds.segmentation.segmenter import Segmenter
 
 TOLERANCE = 1e-4
 """The largest absolute difference of logits at which an export counts as equal."""
@@ -26,7 +26,7 @@ class Program(nn.Module):
         self.model = model
 
     def forward(self, images: Tensor) -> Tensor:
-        return upsampled(self.model.logits(images), images.shape[2:])
+        return self.model.predict(images)
 
 
 def export_segmenter(model: Segmenter, description: dict[str, Any], out: Path) -> None:

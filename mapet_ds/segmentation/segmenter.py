@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from mapet_ds.data.batch import Draw
 from mapet_ds.errors import ConfigError
 from mapet_ds.finetuning.backbone import OnTimm, create, load_weights, refuse_more_state
 from mapet_ds.objectives.objective import Loss, seed_weights
-from mapet_ds.segmentation.heads import Linear
+from mapet_ds.segmentation.heads import build_head
 from mapet_ds.segmentation.masks import VOID
 from mapet_ds.segmentation.norm import group_norms
 
@@ -32,14 +33,14 @@ class Segmenter(OnTimm):
         seed_weights(config.seed)
         model = config.model
         vit, fresh = _build_backbone(config)
-        self_levels = [len(vit.blocks) - 1]
-        vit.prune_intermediate_layers(self_levels)
         super().__init__(config.seed, vit)
-        self.fresh, self.frozen, self.levels = fresh, model.frozen, self_levels
-        self.head = Linear(vit.embed_dim, num_classes)
+        self.fresh, self.frozen, self.auxiliary_weight = fresh, model.frozen, model.auxiliary_weight
+        self.head = build_head(model, vit, num_classes)
         group_norms(self.head, model.bn_group)
         if model.frozen:
             vit.requires_grad_(False)
+        if not self.head.normed:
+            vit.norm.requires_grad_(False)  # no loss reads it
 
     @property
     def size(self) -> int:
@@ -49,7 +50,7 @@ class Segmenter(OnTimm):
     @property
     def multiple(self) -> int:
         """What height and width of an image must be a multiple of, pixels."""
-        return self.vit.patch_embed.patch_size[0]
+        return math.lcm(self.vit.patch_embed.patch_size[0], self.head.multiple)
 
     def train(self, mode: bool = True) -> Segmenter:
         """Sets the mode; a frozen backbone stays in evaluation mode."""
@@ -58,28 +59,39 @@ class Segmenter(OnTimm):
             self.vit.eval()
         return self
 
-    def logits(self, images: Tensor, draw: Draw | None = None) -> Tensor:
-        """Logits [B, classes, h, w] of images [B, 3, H, W], at the head's own size.
+    def logits(self, images: Tensor, draw: Draw | None = None) -> list[Tensor]:
+        """Logits [B, classes, h, w] of images [B, 3, H, W], at the head's own sizes; see Head.
 
         Without a draw nothing is dropped.
         """
         images = self.prepare(images, None if self.frozen else draw)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             levels = self.vit.forward_intermediates(
-                images, self.levels, return_prefix_tokens=True, norm=True, intermediates_only=True
-            )
+                images, self.head.blocks, return_prefix_tokens=True, norm=self.head.normed,
+                intermediates_only=True,
+            )  # fmt: skip
         return self.head(levels)
+
+    def predict(self, images: Tensor) -> Tensor:
+        """fp32 logits [B, classes, H, W] of images [B, 3, H, W], in evaluation mode."""
+        return upsampled(self.logits(images)[0], images.shape[2:])
 
     def forward(self, images: Tensor, target: Tensor, draw: Draw | None = None) -> Loss:
         """The loss of images [B, 3, S, S] at classes int16 [B, S, S], VOID where none counts.
 
         The host waits for nothing.
         """
-        logits = self.logits(images, draw)
-        losses = F.cross_entropy(
-            upsampled(logits, target.shape[1:]), target.long(), ignore_index=VOID, reduction="none"
-        )
-        return Loss(losses.mean(), {}, logits.detach())
+        logits, truth = self.logits(images, draw), target.long()
+        losses = [
+            F.cross_entropy(
+                upsampled(each, truth.shape[1:]), truth, ignore_index=VOID, reduction="none"
+            ).mean()
+            for each in logits
+        ]
+        main, *auxiliary = losses
+        loss = main + self.auxiliary_weight * sum(auxiliary)
+        metrics = {"loss_auxiliary": auxiliary[0].detach()} if auxiliary else {}
+        return Loss(loss, metrics, logits[0].detach())
 
 
 def upsampled(logits: Tensor, size: Any) -> Tensor:

@@ -69,7 +69,7 @@ class Segmentation:
         if ranks.rank == 0:
             source = config.model.path or config.model.name
             begun = "fresh weights" if config.model.untrained else "its weights"
-            held = ", which stays as it is" if config.model.frozen else ""
+            held = ", which stay as they are" if config.model.frozen else ""
             print(f"{source}: {begun}{held}; a fresh head, {config.model.head}.", flush=True)
 
         # The target.
