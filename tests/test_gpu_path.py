@@ -19,6 +19,7 @@ from forked import free_port
 from images import photos, write
 from line import write_classes
 from nullcuda import CannotBuild, NullDevice
+from PIL import Image
 from towers import write_tower
 
 from mapet_ds.config.engine import load_deepspeed_config
@@ -261,3 +262,23 @@ def test_every_program_from_images_to_a_fine_tuned_model(device, small, tmp_path
         "train.compile=false",
     )  # fmt: skip
     assert (small / "finetuned/DONE").exists()
+
+
+def test_segmentation(device, small, tmp_path):
+    pytest.importorskip("transformers", reason="pip install -e '.[segment]'")
+    for split in ("train", "val"):
+        for path in sorted((small / split).rglob("*.png")):
+            mask = tmp_path / split / path.relative_to(small / split)
+            mask.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("L", Image.open(path).size).save(mask)
+    (facts,) = device.run(
+        tmp_path / "segment", "tools/segment.py", "--config", "segment_upernet_vitb16_ade20k",
+        "--deepspeed_config", "zero2", "model.name=vit_tiny_patch16_224", "model.untrained=true",
+        "model.img_size=64", "model.width=16", f"data.train={small}/train", f"data.val={small}/val",
+        f"data.train_masks={tmp_path}/train", f"data.val_masks={tmp_path}/val", "data.release=null",
+        "data.num_classes=3", "data.short_side=64", "data.workers=0", "evaluate.stride=48",
+        f"run_dir={tmp_path}/run", "optim.adamw=torch", "optim.warmup_epochs=0", "train.epochs=1",
+        "train.global_batch_size=8", "log.evaluate_every_epochs=1",
+    )  # fmt: skip
+    assert (tmp_path / "run/DONE").exists()
+    assert unlisted(facts["waits"], "zero2") == {}

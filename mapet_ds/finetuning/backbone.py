@@ -91,10 +91,12 @@ def refuse_more_state(model: nn.Module) -> None:
         )
 
 
-def load_weights(vit: Any, model: BackboneConfig) -> list[str]:
+def load_weights(vit: Any, model: BackboneConfig, unread: tuple[str, ...] = ()) -> list[str]:
     """Loads a file of weights strictly, but for a head of other classes and the norm before it.
 
     Gives the names of the parameters that stay fresh.
+
+    unread: beginnings of names of parameters that nothing reads, which may be missing.
 
     Raises:
         ConfigError: there is no such file, or it is of another architecture.
@@ -109,7 +111,7 @@ def load_weights(vit: Any, model: BackboneConfig) -> list[str]:
         name: tensor for name, tensor in timm_weights(path, vit, f"model.path = {path}").items()
         if not name.startswith(optional) or wanted.get(name) == tuple(tensor.shape)
     }  # fmt: skip
-    fresh = [name for name in wanted if name not in state and name.startswith((*heads, "fc_norm."))]
+    fresh = [name for name in wanted if name not in state and name.startswith((*heads, "fc_norm.", *unread))]
     needed = {name: shape for name, shape in wanted.items() if name not in fresh}
     if wrong := mismatches(needed, shapes(state)):
         architecture, examples = vit.pretrained_cfg["architecture"], "; ".join(wrong[:3])

@@ -149,7 +149,10 @@ class TrainBatches(AugmentedBatches):
     def batch(self, number: int) -> LabelledBatch:
         """The micro-batch of this number, without its draw. See `augmented`."""
         made = self.augmented(number)
-        images, labels = torch.stack(made.samples), torch.tensor([self.index.label(i) for i in made.index])
+        images, labels = (
+            torch.stack(made.samples),
+            torch.tensor([*map(self.index.label, made.index.tolist())]),
+        )
         target = self._mix(*made.place, images, labels)
         return LabelledBatch(images, target, made.index, made.bad, made.place)
 

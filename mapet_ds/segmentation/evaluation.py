@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -32,7 +33,7 @@ class Predictor:
     def __init__(self, model: Segmenter, settings: SegmentationEvaluateConfig, batch: int) -> None:
         self.model, self.settings, self.batch = model, settings, batch
 
-    def __call__(self, image: Tensor, size: tuple[int, int]) -> Tensor:
+    def __call__(self, image: Tensor, size: Sequence[int]) -> Tensor:
         """The likeliest class of each pixel, long [H, W] of `size`, of a normalised image [3, h, w]."""
         logits = upsampled(self.logits(image)[None], size)[0]
         if not self.settings.flip:

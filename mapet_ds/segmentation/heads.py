@@ -12,7 +12,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mapet_ds.config.segment import SegmenterConfig
 from mapet_ds.errors import ConfigError
 
 Level = tuple[Tensor, Tensor]
@@ -20,7 +19,13 @@ Level = tuple[Tensor, Tensor]
 
 
 class Head(nn.Module):
-    """Logits of feature maps, whatever the sizes of both."""
+    """Logits of the feature maps of a timm ViT, made with fresh weights.
+
+    width: channels, where it has a choice.
+
+    Raises:
+        ConfigError: its library is not installed, or the ViT doesn't suit it.
+    """
 
     blocks: Sequence[int]
     """The blocks whose output it takes, in order."""
@@ -28,6 +33,9 @@ class Head(nn.Module):
     """Whether that output goes through the ViT's final norm."""
     multiple = 1
     """What the sides of images must be a multiple of, pixels, beside the patch."""
+
+    def __init__(self, vit: Any, num_classes: int, width: int) -> None:
+        super().__init__()
 
     def forward(self, levels: Sequence[Level]) -> list[Tensor]:
         """Logits [B, classes, h, w]; behind them, in training, those of an auxiliary head, if it has one."""
@@ -42,8 +50,8 @@ class Linear(Head):
 
     normed = True
 
-    def __init__(self, vit: Any, num_classes: int) -> None:
-        super().__init__()
+    def __init__(self, vit: Any, num_classes: int, width: int) -> None:
+        super().__init__(vit, num_classes, width)
         self.blocks = [len(vit.blocks) - 1]
         self.norm, self.classifier = nn.BatchNorm2d(vit.embed_dim), nn.Conv2d(vit.embed_dim, num_classes, 1)
         _begin(self.classifier)
@@ -63,7 +71,7 @@ class DPT(Head):
     multiple = 32
 
     def __init__(self, vit: Any, num_classes: int, width: int) -> None:
-        super().__init__()
+        super().__init__(vit, num_classes, width)
         decoder = _library("segmentation_models_pytorch.decoders.dpt.decoder", "dpt")
         initialization = _library("segmentation_models_pytorch.base.initialization", "dpt")
         patch, dim = vit.patch_embed.patch_size[0], vit.embed_dim
@@ -97,7 +105,7 @@ class UPerNet(Head):
     """
 
     def __init__(self, vit: Any, num_classes: int, width: int) -> None:
-        super().__init__()
+        super().__init__(vit, num_classes, width)
         upernet = _library("transformers.models.upernet.modeling_upernet", "upernet")
         dim = vit.embed_dim
         settings = _library("transformers", "upernet").UperNetConfig(
@@ -164,12 +172,5 @@ def _library(name: str, head: str) -> Any:
         ) from error
 
 
-def build_head(model: SegmenterConfig, vit: Any, num_classes: int) -> Head:
-    """The head that model.head names, fresh, for the feature maps of a timm ViT.
-
-    Raises:
-        ConfigError: its library is not installed, or the ViT doesn't suit it.
-    """
-    if model.head == "linear":
-        return Linear(vit, num_classes)
-    return (DPT if model.head == "dpt" else UPerNet)(vit, num_classes, model.width)
+HEADS: dict[str, type[Head]] = {"linear": Linear, "dpt": DPT, "upernet": UPerNet}
+"""By model.head."""

@@ -47,7 +47,9 @@ class GroupedBatchNorm(nn.Module):
         parts = []
         for part in x.split(self.group):
             moments = torch.zeros(2, x.shape[1], device=x.device)  # with a momentum of 1 they are the group's
-            parts.append(F.batch_norm(part, *moments, *scale, training=True, momentum=1.0, eps=self.eps))
+            mean, var = moments
+            normed = F.batch_norm(part, mean, var, *scale, training=True, momentum=1.0, eps=self.eps)
+            parts.append(normed)
             self.seen.append(moments)
         return torch.cat(parts)
 

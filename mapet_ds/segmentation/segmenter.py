@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from mapet_ds.data.batch import Draw
 from mapet_ds.errors import ConfigError
 from mapet_ds.finetuning.backbone import OnTimm, create, load_weights, refuse_more_state
 from mapet_ds.objectives.objective import Loss, seed_weights
-from mapet_ds.segmentation.heads import build_head
+from mapet_ds.segmentation.heads import HEADS
 from mapet_ds.segmentation.masks import VOID
 from mapet_ds.segmentation.norm import group_norms
 
@@ -32,10 +33,10 @@ class Segmenter(OnTimm):
     def __init__(self, config: SegmentationConfig, num_classes: int) -> None:
         seed_weights(config.seed)
         model = config.model
-        vit, fresh = _build_backbone(config)
+        vit = _build_backbone(config)
         super().__init__(config.seed, vit)
-        self.fresh, self.frozen, self.auxiliary_weight = fresh, model.frozen, model.auxiliary_weight
-        self.head = build_head(model, vit, num_classes)
+        self.frozen, self.auxiliary_weight = model.frozen, model.auxiliary_weight
+        self.head = HEADS[model.head](vit, num_classes, model.width)
         group_norms(self.head, model.bn_group)
         if model.frozen:
             vit.requires_grad_(False)
@@ -94,13 +95,13 @@ class Segmenter(OnTimm):
         return Loss(loss, metrics, logits[0].detach())
 
 
-def upsampled(logits: Tensor, size: Any) -> Tensor:
+def upsampled(logits: Tensor, size: Sequence[int]) -> Tensor:
     """Logits [B, classes, h, w] at another size, (height, width), in fp32."""
-    return F.interpolate(logits.float(), size=tuple(size), mode="bilinear")
+    return F.interpolate(logits.float(), size=[*size], mode="bilinear")
 
 
-def _build_backbone(config: SegmentationConfig) -> tuple[Any, list[str]]:
-    """The timm ViT with its weights loaded, and the names of the parameters that are fresh."""
+def _build_backbone(config: SegmentationConfig) -> Any:
+    """The timm ViT with its weights loaded."""
     model, arguments = config.model, {"drop_path_rate": config.model.drop_path}
     if config.evaluate.mode == "whole":  # positions are resampled to each image's size
         arguments["dynamic_img_size"] = True
@@ -108,4 +109,6 @@ def _build_backbone(config: SegmentationConfig) -> tuple[Any, list[str]]:
     refuse_more_state(vit)
     if not hasattr(vit, "forward_intermediates") or not hasattr(vit, "blocks"):
         raise ConfigError(f"{type(vit).__name__} has no blocks whose output is a map of patches: take a ViT.")
-    return vit, list(vit.state_dict()) if model.untrained else load_weights(vit, model)
+    if not model.untrained:
+        load_weights(vit, model, () if HEADS[model.head].normed else ("norm.",))
+    return vit

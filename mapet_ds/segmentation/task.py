@@ -23,13 +23,14 @@ from mapet_ds.files import write_whole
 from mapet_ds.finetuning.backbone import start_identity
 from mapet_ds.finetuning.loader import TrainLoader
 from mapet_ds.launch import Ranks
-from mapet_ds.objectives.objective import Loss
+from mapet_ds.objectives.objective import Loss, Objective
 from mapet_ds.segmentation.evaluation import Figures, Predictor, confusion, figures_of
 from mapet_ds.segmentation.export import export_segmenter
 from mapet_ds.segmentation.loader import Augmentation, MaskedBatches, WholeImage, WholeImages
 from mapet_ds.segmentation.masks import Split, classes_of, open_masks
 from mapet_ds.segmentation.norm import MaskLabels
 from mapet_ds.segmentation.segmenter import Segmenter, upsampled
+from mapet_ds.targets.target import Target
 from mapet_ds.training.checkpoint import newest
 from mapet_ds.training.engine import student_weights
 from mapet_ds.training.metrics import IMAGES_SHOWN, token_colours
@@ -62,9 +63,10 @@ class Segmentation:
         check_apart(self.index, self.val, "data.", ranks)
 
         # The model, and the images that it takes.
-        self.objective: Segmenter = Segmenter(config, len(self.classes.names))
-        self.judge = copy.deepcopy(self.objective).eval()
-        normal = timm.data.resolve_model_data_config(self.objective.vit)
+        self.segmenter = Segmenter(config, len(self.classes.names))
+        self.objective: Objective = self.segmenter
+        self.judge = copy.deepcopy(self.segmenter).eval()
+        normal = timm.data.resolve_model_data_config(self.segmenter.vit)
         self.mean, self.std = normal["mean"], normal["std"]
         if ranks.rank == 0:
             source = config.model.path or config.model.name
@@ -74,21 +76,21 @@ class Segmentation:
 
         # The target.
         identity = {"masks": self.masks.fingerprint, **start_identity(config.model)}
-        self.target = MaskLabels(self.objective, len(self.classes.names), identity)
+        self.target: Target = MaskLabels(self.segmenter, len(self.classes.names), identity)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        optim, objective = self.config.optim, self.objective
-        layers = layerwise_groups(objective.vit, optim.weight_decay, optim.layer_decay)
-        return layers + parameter_groups(objective.head, optim.weight_decay)
+        optim, model = self.config.optim, self.segmenter
+        layers = layerwise_groups(model.vit, optim.weight_decay, optim.layer_decay)
+        return layers + parameter_groups(model.head, optim.weight_decay)
 
     def begin(self) -> None:
         """See Task. The segmenter has its weights already, and the target's identity names them."""
 
     def loader(self, step: int, bad: Collection[int]) -> TrainLoader:
-        transform = Augmentation(self.config.data, self.objective.size, self.mean, self.std)
+        transform = Augmentation(self.config.data, self.segmenter.size, self.mean, self.std)
         place = self.ranks.rank, self.ranks.world_size
         dataset = MaskedBatches(self.config, self.index, self.masks, transform, *place, bad)
-        return TrainLoader(dataset, self.ranks, step, self.objective.draw)
+        return TrainLoader(dataset, self.ranks, step, self.segmenter.draw)
 
     @torch.no_grad()
     def evaluate(self, engine: Any, doing: Callable[[str], None]) -> dict[str, float]:
@@ -115,7 +117,7 @@ class Segmentation:
             if not isinstance(item, WholeImage):
                 bad += item
                 continue
-            prediction = predict(item.image.to(ranks.device), tuple(item.mask.shape))
+            prediction = predict(item.image.to(ranks.device), item.mask.shape)
             matrix += confusion(prediction.cpu(), item.mask, classes)
             counted += 1
         self.judge.cpu()

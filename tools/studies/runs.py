@@ -17,7 +17,7 @@ from studies.jobs import Failed, Job, change, measured, options, program, run, s
 from mapet_ds.__main__ import programs
 from mapet_ds.config.finetune import FinetuneConfig
 from mapet_ds.config.recipe import load_config
-from mapet_ds.config.rules import check, check_finetune
+from mapet_ds.config.rules import check, check_labelled
 from mapet_ds.config.sections import Config, flatten, total_steps
 from mapet_ds.config.study import StudyConfig, compared, row_settings, words
 from mapet_ds.data.index import open_index
@@ -287,7 +287,7 @@ class Runs:
             fresh = ["model.untrained=true", f"model.name={name}", f"run_dir={self.out}"]
             settings = [*self.finetune_settings(), *fresh]
             try:
-                check_finetune(load_config(finetune.recipe, settings, FinetuneConfig), self.ranks)
+                check_labelled(load_config(finetune.recipe, settings, FinetuneConfig), self.ranks)
             except ConfigError as error:
                 raise ConfigError(f"measure.finetune: {error}") from error
 
