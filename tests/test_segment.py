@@ -317,14 +317,14 @@ def test_a_head_gets_our_features_and_no_split_changes_its_loss(recipe, tmp_path
 
 
 def test_all_blocks_learn_with_upernet_and_go_on_elsewhere(recipe):
-    """One rank to the end; from the checkpoint of its second step two ranks under ZeRO-3."""
+    """From the checkpoint of its second step under ZeRO-3."""
     pytest.importorskip("transformers", reason="pip install -e '.[segment]'")
     more = ["model.head=upernet", "model.frozen=false", "model.width=16", "model.drop_path=0.3"]
     more += ["optim.layer_decay=0.7", "checkpoint.every_steps=2", "log.evaluate_every_epochs=9"]
     whole, part = recipe.parent / "upernet", recipe.parent / "upernet_part"
-    for ranks, run_dir, stage in ((1, whole, "zero2"), (2, part, "zero3")):
+    for run_dir, stage in ((whole, "zero2"), (part, "zero3")):
         engine = f"ds_configs/{stage}_cpu.json"
-        done = segment(recipe, ranks, f"run_dir={run_dir}", *more, "train.stop_at_step=3", engine=engine)
+        done = segment(recipe, 1, f"run_dir={run_dir}", *more, "train.stop_at_step=3", engine=engine)
         assert done.returncode == 0, done.stderr[-3000:]
         if run_dir == whole:
             shutil.copytree(whole, part)
