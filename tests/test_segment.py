@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import pickle
 import re
 import shutil
 import signal
@@ -22,11 +23,12 @@ from PIL import Image
 from safetensors.torch import load_file
 from test_export import write_checkpoint
 from test_finetune import MODEL
+from test_metrics import read_tensorboard
 from torch import nn
 
 from mapet_ds.config.recipe import load_config
 from mapet_ds.config.rules import check_labelled
-from mapet_ds.config.sections import REPOSITORY, total_steps
+from mapet_ds.config.sections import REPOSITORY, ModelConfig, total_steps
 from mapet_ds.config.segment import MaskedDataConfig, SegmentationConfig, SegmentationEvaluateConfig
 from mapet_ds.data.formats import BadImage
 from mapet_ds.data.index import open_index
@@ -121,6 +123,9 @@ def test_a_frozen_backbone_learns_and_is_judged(recipe, straight):
     assert results["absent"] == ["never"] and results["classes"]["never"]["accuracy"] is None
     listed = (straight / "quarantine.tsv").read_text().splitlines()[1:]
     assert len(listed) == 1 and "its mask" in listed[0]
+
+    events = read_tensorboard(straight).Images("crop_classes_predicted")
+    assert [event.step for event in events] == [5, 10]
 
     # The backbone's weights are those of the file.
     last = load_file(max((straight / "checkpoints").iterdir()) / "model.safetensors")
@@ -391,7 +396,9 @@ def test_image_and_mask_are_moved_together(recipe, tmp_path):
     config = settings(recipe, "data.distortion=false", "train.micro_batch_size=8")
     index, masks = masks_of(config, "train", tmp_path)
     augment = Augmentation(config.data, 32, (0.0,) * 3, (1.0,) * 3)
-    batch = MaskedBatches(config, index, masks, augment, 0, 1, ())[0]
+    dataset = MaskedBatches(config, index, masks, augment, 0, 1, ())
+    batch, by_worker = dataset[0], pickle.loads(pickle.dumps(dataset))[0]
+    assert torch.equal(batch.images, by_worker.images) and torch.equal(batch.target, by_worker.target)
     counted = batch.target >= 0
     likeliest = batch.images.argmax(dim=1)
     assert (likeliest[counted] == batch.target[counted]).float().mean() > 0.9  # areas' edges are blurred
@@ -497,6 +504,7 @@ def test_large_ids_of_16_bits_are_told(tmp_path):
         (Image.fromarray(IDS), {"num_classes": 3}, "has the id 3 in .* the 3 classes have the ids 0 to 2"),
         (Image.fromarray(IDS).convert("RGB"), {}, r"holds colours \(RGB\)"),
         (Image.fromarray(IDS), {"num_classes": None}, "number of classes .* is not known"),
+        (Image.fromarray(IDS), {"void_id": 3}, "void_id = 3 is the id of a class too, since 4 have"),
     ],
 )
 def test_a_mask_that_fits_nothing_is_a_sentence(tmp_path, mask, given, says):
@@ -634,6 +642,17 @@ def test_another_number_of_classes_than_names_is_a_sentence(recipe):
     data = dataclasses.replace(settings(recipe).data, num_classes=9)
     with pytest.raises(DataError, match="num_classes = 9, but 4 classes are named"):
         classes_of(data)
+
+
+def test_relative_positions_want_windows(recipe, tmp_path):
+    beit = ModelConfig(**{**vars(MODEL), "name": "beit_base_patch16_224"})
+    write_checkpoint(tmp_path / "beit", beit)
+    export_timm(tmp_path / "beit", tmp_path / "timm")
+    model = segmenter(recipe, f"model.path={tmp_path}/timm", "model.img_size=64")
+    predicted = Predictor(model, SegmentationEvaluateConfig(), 2)(torch.randn(3, 70, 90), (35, 45))
+    assert predicted.shape == (35, 45)
+    with pytest.raises(ConfigError, match="timm's Beit can't: take evaluate.mode=slide"):
+        segmenter(recipe, f"model.path={tmp_path}/timm", "evaluate.mode=whole")
 
 
 def test_whole_images_are_shared_out(recipe, tmp_path):

@@ -66,12 +66,12 @@ class MaskedDataConfig:
     """Folder of the masks of data.val; empty with a release."""
     release: Literal["ade20k", "cityscapes"] | None = None
     """A published data set in its own folders; null: folders of images and of masks."""
-    num_classes: Positive | None = None
+    num_classes: Annotated[int, Field(ge=2, lt=2**15)] | None = None
     """Number of classes; null: the lines of the file of names, or what the release has."""
     classes: str = ""
     """File of the classes' names, a line each in the order of ids; empty: classes.txt among the masks or in
     the folder above, if there is one."""
-    void_id: Natural | None = 255
+    void_id: Annotated[int, Field(ge=0, lt=2**16)] | None = 255
     """Id of pixels that count nowhere; null: none."""
     reduce_zero_label: bool = False
     """Id 0 is void too, and all others are lowered by one."""

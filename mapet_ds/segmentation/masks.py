@@ -80,6 +80,11 @@ def classes_of(data: MaskedDataConfig) -> Classes:
         table[:low] = VOID
         table[low : low + len(names)] = np.arange(len(names))
         if data.void_id is not None:
+            if table[data.void_id] >= 0:
+                raise DataError(
+                    f"data.void_id = {data.void_id} is the id of a class too, since {len(names)} have the "
+                    f"ids {low} to {low + len(names) - 1}: set another, or data.void_id=null."
+                )
             table[data.void_id] = VOID
     if data.num_classes not in (None, len(names)):
         raise DataError(

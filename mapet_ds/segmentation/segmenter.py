@@ -102,10 +102,15 @@ def upsampled(logits: Tensor, size: Sequence[int]) -> Tensor:
 
 def _build_backbone(config: SegmentationConfig) -> Any:
     """The timm ViT with its weights loaded."""
-    model, arguments = config.model, {"drop_path_rate": config.model.drop_path}
-    if config.evaluate.mode == "whole":  # positions are resampled to each image's size
-        arguments["dynamic_img_size"] = True
-    vit = create(model, 0, "token", **arguments)
+    model, depth = config.model, config.model.drop_path
+    vit = create(model, 0, "token", drop_path_rate=depth)
+    if config.evaluate.mode == "whole":
+        if not hasattr(vit, "dynamic_img_size"):
+            raise ConfigError(
+                f"evaluate.mode = whole resamples positions to each image, and timm's {type(vit).__name__} "
+                "can't: take evaluate.mode=slide."
+            )
+        vit = create(model, 0, "token", drop_path_rate=depth, dynamic_img_size=True)
     refuse_more_state(vit)
     if not hasattr(vit, "forward_intermediates") or not hasattr(vit, "blocks"):
         raise ConfigError(f"{type(vit).__name__} has no blocks whose output is a map of patches: take a ViT.")
