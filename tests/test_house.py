@@ -83,7 +83,7 @@ def test_budgets():
     shared = [key for key in known_keys(Config) if key.partition(".")[0] not in Config().objectives]
     assert len(shared) <= 79, "an objective of one's own brings its knobs along"
     assert len(set(known_keys(FinetuneConfig)) - set(known_keys(Config))) <= 15
-    assert len(set(known_keys(SegmentationConfig)) - {*known_keys(Config), *known_keys(FinetuneConfig)}) <= 24
+    assert len(set(known_keys(SegmentationConfig)) - {*known_keys(Config), *known_keys(FinetuneConfig)}) <= 20
 
 
 @pytest.mark.parametrize("path", PACKAGE + PROGRAMS, ids=lambda path: str(path.relative_to(REPOSITORY)))
