@@ -20,11 +20,14 @@ from safetensors.numpy import load_file
 from timm.models import save_for_hf
 from towers import write_tower
 
-from mapet_ds.config.sections import REPOSITORY
+from mapet_ds.config.sections import REPOSITORY, MAEConfig
 from mapet_ds.data.index import Index
-from mapet_ds.errors import DataError
+from mapet_ds.errors import ConfigError, DataError
+from mapet_ds.results import features as forward
 from mapet_ds.results import probe
-from mapet_ds.results.probe import features, fit_heads, knn, linear, linear_sgd, load_timm, unit_length
+from mapet_ds.results.features import chosen, features, judged_feature, unit_length
+from mapet_ds.results.probe import fit_heads, knn, linear, linear_sgd, load_timm
+from mapet_ds.results.stored_features import Judged, is_stored, load, save
 
 EVALUATE = REPOSITORY / "tools" / "evaluate.py"
 
@@ -186,7 +189,8 @@ def test_features_are_means_of_the_patch_tokens_or_class_tokens():
     )
     images, labels = torch.randn(5, 3, 32, 32), torch.tensor([3, 1, 2, 0, 4])
     loader = [(images[:2], labels[:2]), (images[2:], labels[2:])]
-    found, found_labels = features(model, loader, torch.device("cpu"))
+    vectors, found_labels = features(model, loader, torch.device("cpu"), kinds=("token", "mean"))
+    found = chosen(vectors, "mean", [0])
     with torch.no_grad():
         tokens = model.eval().forward_features(images).double().numpy()
     for i in range(5):
@@ -194,9 +198,9 @@ def test_features_are_means_of_the_patch_tokens_or_class_tokens():
         np.testing.assert_allclose(found[i], mean, atol=1e-6)
         np.testing.assert_allclose(unit_length(found)[i], mean / math.sqrt(sum(mean**2)), atol=1e-6)
     assert found_labels.tolist() == labels.tolist()
-    np.testing.assert_allclose(
-        features(model, loader, torch.device("cpu"), "token")[0], tokens[:, 0], atol=1e-6
-    )
+    token, both = (chosen(vectors, feature, [0]) for feature in ("token", "both"))
+    np.testing.assert_allclose(token, tokens[:, 0], atol=1e-6)
+    np.testing.assert_array_equal(both, np.concatenate([token, found], axis=1))
 
 
 @pytest.fixture(scope="module")
@@ -280,6 +284,7 @@ def run_tool_with(monkeypatch, capsys):
     def run(command, *arguments):
         words = (EVALUATE, command, "--device", "cpu", "--workers", "0", *arguments)
         monkeypatch.setattr(sys, "argv", [str(word) for word in words])
+        monkeypatch.syspath_prepend(EVALUATE.parent)  # as Python does for a script
         with pytest.raises(SystemExit) as exit:
             runpy.run_path(str(EVALUATE), run_name="__main__")
         return exit.value.code, capsys.readouterr()
@@ -455,22 +460,30 @@ def test_features_are_computed_once_into_a_file(
     code, printed = run_tool_with("features", *words, "--out", file)
     assert code == 0 and json.loads(printed.out)["features"] == str(file)
     stored = load_file(file)
+    shapes = {"labels": (), "mean": (32,), "token": (32,)}
     assert {name: array.shape for name, array in stored.items()} == {
-        "train": (36, 32), "train_labels": (36,), "val": (18, 32), "val_labels": (18,)
-    }  # fmt: skip
-    assert np.bincount(stored["val_labels"]).tolist() == [6, 6, 6] and stored["val"].std() > 0.01
+        f"{split}_{kind}": (number, *width)
+        for split, number in (("train", 36), ("val", 18))
+        for kind, width in shapes.items()
+    }
+    assert np.bincount(stored["val_labels"]).tolist() == [6, 6, 6] and stored["val_mean"].std() > 0.01
 
-    # The probes find the same from it, and compute none.
-    fresh = json.loads(run_tool_with("all", *words, "--epochs", "2")[1].out)
+    # The probes find the same from it, of either feature, and compute none.
+    every = ("--feature", "mean", "token", "both", "--epochs", "2")
+    fresh = json.loads(run_tool_with("all", *words, *every)[1].out)
+    alone = [
+        json.loads(run_tool_with("knn", *words, "--k", "10", "--feature", name)[1].out) for name in every[1:4]
+    ]
+    assert [each["knn"][0]["knn_accuracy_percent"] for each in fresh["judged"]] == [
+        each["knn_accuracy_percent"] for each in alone
+    ]
     last = run_tool_with("knn", *words, "--k", "5", "--layer", "-1")[1].out
-    assert json.loads(last) == json.loads(run_tool_with("knn", *words, "--k", "5")[1].out) | {"layer": -1}
-    monkeypatch.setattr(probe, "labelled_features", None)
-    assert json.loads(run_tool_with("all", *words, "--epochs", "2", "--features", file)[1].out) == fresh
+    assert json.loads(last) == json.loads(run_tool_with("knn", *words, "--k", "5")[1].out)
+    monkeypatch.setattr(forward, "labelled_features", None)
+    assert json.loads(run_tool_with("all", *words, *every, "--features", file)[1].out) == fresh
 
     # Those of anything else are refused.
     for differing, *other in (
-        ("--pool", "--pool", "token"),
-        ("--layer", "--layer", "0"),
         ("--exif_orientation", "--exif_orientation"),
         ("the model's weights", "--untrained", "--seed", "1"),
     ):
@@ -491,6 +504,8 @@ def test_mistakes_in_layers_are_sentences(run_tool, run_tool_with, model_folder,
     sets = image_folders / "train", image_folders / "val"
     code, printed = run_tool(model_folder, *sets, "--layer", "1")
     assert code == 2 and "--layer 1: this model has layers 0 to 0, or -1" in printed.err
+    code, printed = run_tool(model_folder, *sets, "--last", "2")
+    assert code == 2 and "--last 2: this model has layers 0 to 0" in printed.err
     words = ["--model", model_folder, "--train", sets[0], "--val", sets[1]]
     code, printed = run_tool_with("features", *words)
     assert code == 2 and "features needs --out FILE.safetensors" in printed.err
@@ -508,11 +523,41 @@ def test_a_layer_is_what_hooks_see(image_folders):
     with torch.no_grad():
         model.forward_features(images)
         tokens = [model.norm(output) for output in outputs]
-    for layer, expected in ((0, tokens[0]), (1, tokens[1]), (-1, tokens[2]), (None, tokens[2])):
-        for pool, vectors in (("avg", expected[:, 1:].mean(1)), ("token", expected[:, 0])):
-            found, _ = features(model, [(images, torch.zeros(2))], torch.device("cpu"), pool, layer)
-            np.testing.assert_allclose(found, vectors.numpy(), atol=1e-5)
+    kinds = ("token", "mean")
+    for layers, expected in (([0, 1, 2], tokens), ([1], tokens[1:2]), ([2], tokens[2:]), (None, tokens[2:])):
+        found, _ = features(model, [(images, torch.zeros(2))], torch.device("cpu"), layers, kinds)
+        for place, output in enumerate(expected):
+            np.testing.assert_allclose(chosen(found, "mean", [place]), output[:, 1:].mean(1), atol=1e-5)
+            np.testing.assert_allclose(chosen(found, "token", [place]), output[:, 0], atol=1e-5)
+    assert chosen(
+        features(model, [(images, torch.zeros(2))], torch.device("cpu"), [1, 2], kinds)[0], "both", [0, 1]
+    ).shape == (2, 128)
     assert not torch.allclose(tokens[0], tokens[1], atol=0.1)
+
+
+def test_a_file_of_several_blocks_gives_any_of_them(tmp_path):
+    rng, file, key = np.random.default_rng(0), tmp_path / "f.safetensors", {"weights": "these"}
+    train, val = ({kind: rng.normal(size=(n, 3, 4)) for kind in ("token", "mean")} for n in (5, 2))
+    save(file, Judged(train, np.arange(5), val, np.arange(2)), [1, 4, 7], key, {"classes": 5})
+    assert is_stored(file, key, [4, 7])
+    judged, counts = load(file, [4, 7], ("mean",))
+    np.testing.assert_array_equal(judged.val["mean"], val["mean"][:, 1:])
+    np.testing.assert_array_equal(load(file, [1], ("token",))[0].train["token"], train["token"][:, :1])
+    assert (judged.train_labels.tolist(), counts, list(judged.train)) == (
+        [0, 1, 2, 3, 4],
+        {"classes": 5},
+        ["mean"],
+    )
+    with pytest.raises(ConfigError, match="holds features of layer 1, 4, 7, not of 3, 11"):
+        is_stored(file, key, [3, 4, 11])
+
+
+def test_an_export_is_judged_by_its_objectives_feature(monkeypatch):
+    model = timm.create_model("vit_tiny_patch16_224", pretrained_cfg_overlay={"tag": "mae"}, depth=1)
+    assert judged_feature(model) == "mean"
+    monkeypatch.setattr(MAEConfig, "feature", "both")
+    assert judged_feature(model) == "both"
+    assert judged_feature(timm.create_model("vit_tiny_patch16_224", depth=1)) == "mean"
 
 
 def test_the_teacher_itself_is_evaluated_by_the_same_tool(run_tool_with, image_folders, tmp_path):
@@ -530,7 +575,7 @@ def test_the_teacher_itself_is_evaluated_by_the_same_tool(run_tool_with, image_f
     code, printed = run_tool_with("linear", *words)
     assert code == 0, printed.err
     assert 0 <= json.loads(printed.out)["linear_accuracy_percent"] <= 100
-    code, printed = run_tool_with("knn", *words, "--pool", "token")
+    code, printed = run_tool_with("knn", *words, "--feature", "token")
     assert code == 2 and "this model has no class token" in printed.err
     code, printed = run_tool_with("knn", *words, "--k", "5", "teacher.layer=9")
     assert code == 2 and "teacher.layer = 9" in printed.err
@@ -551,7 +596,7 @@ def test_everything_from_one_pass(run_tool_with, model_folder, image_folders, tm
         code, printed = run_tool_with(*command, *words, "--json")
         assert json.loads(printed.out) == results[command[0]][0] | basis
     code, printed = run_tool_with(
-        "all", *words, "--epochs", "1", "--pool", "token", "--learning_rates", "0.01", "0.1"
+        "all", *words, "--epochs", "1", "--feature", "token", "--learning_rates", "0.01", "0.1"
     )
     assert len(printed.out.splitlines()) == 5
     assert "chosen on a tenth of the training images (0.01: " in printed.out and ", 0.1: " in printed.out
@@ -581,7 +626,9 @@ def test_mistakes_in_what_is_fitted_are_sentences(run_tool_with, model_folder, i
         (["--learning_rates", "0.1", "0"], "0 must be above 0"),
         (["--learning_rates"], "expected at least one argument"),
         (["--epochs", "0"], "0 must be at least 1"), (["--solver", "adam"], "invalid choice"),
-        (["--pool", "max"], "invalid choice"),
+        (["--feature", "max"], "invalid choice"),
+        (["--layer", "0", "--last", "1"], "not allowed with argument"),
+        (["--layer", "first"], "first is neither a whole number nor all"),
         (["--out", tmp_path / "no" / "file"], "can't be written: name a file in a folder that is there"),
         (["--out", tmp_path], "can't be written"),
     ):  # fmt: skip

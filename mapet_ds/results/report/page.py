@@ -106,7 +106,7 @@ def curve_charts(records: list[Record]) -> list[dict[str, Any]]:
                 colour = SERIES[(i if len(records) > 1 else k) % COLOURS]
                 style = {"linestyle": DASHES[k % 4], "marker": "o" if len(steps) <= 12 else None}
                 (line,) = chart.axes.plot(steps, values, color=colour, markersize=2.5, **style)
-                labels.setdefault(key[len(name) :].strip("_"), line)
+                labels.setdefault(key[len(name) :].strip("_") or "as judged", line)
                 ends = f"{number(values[0])} at step {steps[0]}, {number(values[-1])} at step {steps[-1]}"
                 descriptions.append(f"run {i + 1}, {key.replace('_', ' ')}: {ends}")
         if len(labels) > 1:
