@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from mapet_ds.config.sections import Config
     from mapet_ds.data.index import Images
     from mapet_ds.launch import Ranks
-    from mapet_ds.results.features import Kind, Vectors
+    from mapet_ds.results.features import Vectors
     from mapet_ds.results.stored_features import Judged
 
 # torch and what needs it are imported once the words are parsed: --help and a mistake answer at once.
@@ -41,7 +41,7 @@ class Asked(NamedTuple):
     """Ascending numbers of the blocks; None: the last, where a model is none of blocks."""
     joined: bool
     """The blocks are one feature; otherwise each is judged."""
-    kinds: tuple[Kind, ...]
+    kinds: tuple[str, ...]
     """The vectors that are computed of each block."""
 
     def one_by_one(self) -> Iterator[tuple[str, list[int], str, dict[str, Any]]]:
@@ -115,7 +115,7 @@ def extract(
     arguments: argparse.Namespace,
     model: Any,
     layers: Sequence[int] | None,
-    kinds: Sequence[Kind],
+    kinds: Sequence[str],
     ranks: Ranks,
 ) -> tuple[Judged | None, dict[str, Any]]:
     """The vectors and labels of --train and of --val, and the numbers of images; both on rank 0.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,17 +22,15 @@ Features = NDArray[np.float32]
 """[n, D], a row for each image."""
 Labels = NDArray[np.int64]
 """[n], the class of each image."""
-Kind = Literal["token", "mean"]
-"""The class token, or the mean of the patch tokens, both after the final norm."""
-Vectors = dict[Kind, NDArray[np.float32]]
-"""By kind: [n, blocks, D]."""
-FEATURES: dict[str, tuple[Kind, ...]] = {"mean": ("mean",), "token": ("token",), "both": ("token", "mean")}
+Vectors = dict[str, NDArray[np.float32]]
+"""By kind, [n, blocks, D]: "token", the class token, and "mean", that of the patch tokens; after the norm."""
+FEATURES: dict[str, tuple[str, ...]] = {"mean": ("mean",), "token": ("token",), "both": ("token", "mean")}
 """What can be judged, and the vectors that are joined for it in this order."""
 WORDS = {"mean": "mean of the patches", "token": "class token", "both": "class token and mean of the patches"}
 """The same for a reader."""
 
 
-def kinds_of(model: Any) -> tuple[Kind, ...]:
+def kinds_of(model: Any) -> tuple[str, ...]:
     """The vectors that a model gives. A teacher, a tokenizer and a ViT without class token give the mean."""
     has_token = model.num_prefix_tokens and getattr(model, "cls_token", None) is not None
     return FEATURES["both" if has_token else "mean"]
@@ -67,7 +65,7 @@ def _tokens(model: Any, images: Tensor, layers: Sequence[int] | None) -> list[Te
 @torch.inference_mode()
 def features(
     model: Any, loader: Iterable[tuple[Tensor, Tensor]], device: torch.device,
-    layers: Sequence[int] | None = None, kinds: Sequence[Kind] = ("mean",),
+    layers: Sequence[int] | None = None, kinds: Sequence[str] = ("mean",),
 ) -> tuple[Vectors, Labels]:  # fmt: skip
     """The vectors of these kinds and the labels [n], in the loader's order.
 
@@ -76,7 +74,7 @@ def features(
     The host waits for the GPU.
     """
     model = model.to(device).eval()
-    collected: dict[Kind, list[Tensor]] = {kind: [] for kind in kinds}
+    collected: dict[str, list[Tensor]] = {kind: [] for kind in kinds}
     labels = []
     for images, label in loader:
         outputs = _tokens(model, images.to(device, non_blocking=True), layers)
@@ -90,7 +88,7 @@ def features(
 
 def labelled_features(
     config: Any, model: Any, images: Images, transform: Callable[[Image.Image], Tensor], ranks: Ranks,
-    doing: Callable[[str], Any], layers: Sequence[int] | None = None, kinds: Sequence[Kind] = ("mean",),
+    doing: Callable[[str], Any], layers: Sequence[int] | None = None, kinds: Sequence[str] = ("mean",),
     start_method: str = "spawn", section: str = "data.",
 ) -> tuple[Vectors, Labels]:  # fmt: skip
     """The vectors and labels of the readable images in their order, on rank 0; empty elsewhere.

@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 from mapet_ds.data.index import Index
 from mapet_ds.errors import ConfigError
 from mapet_ds.files import whole_file
-from mapet_ds.results.features import Kind, Labels, Vectors
+from mapet_ds.results.features import Labels, Vectors
 
 
 class Judged(NamedTuple):
@@ -79,7 +79,7 @@ def is_stored(file: Path, now: dict[str, str], layers: Sequence[int] | None) -> 
     return True
 
 
-def load(file: Path, layers: Sequence[int] | None, kinds: Sequence[Kind]) -> tuple[Judged, dict[str, Any]]:
+def load(file: Path, layers: Sequence[int] | None, kinds: Sequence[str]) -> tuple[Judged, dict[str, Any]]:
     """The vectors of a file that `is_stored`, and the counts of images."""
     with safetensors.safe_open(file, "np") as stored:
         blocks, counts = (json.loads(stored.metadata()[name]) for name in ("layers", "counts"))
@@ -103,7 +103,7 @@ def save(
     Raises:
         OSError: the storage fails.
     """
-    arrays = {"train_labels": judged.train_labels, "val_labels": judged.val_labels}
+    arrays: dict[str, Any] = {"train_labels": judged.train_labels, "val_labels": judged.val_labels}
     for name, vectors in (("train", judged.train), ("val", judged.val)):
         for kind, each in vectors.items():
             arrays[f"{name}_{kind}"] = each[:, 0] if each.shape[1] == 1 else each
