@@ -591,14 +591,16 @@ def test_everything_from_one_pass(run_tool_with, model_folder, image_folders, tm
     assert [each["k"] for each in results["knn"]] == [10, 20], "36 training images"
     fitted = [(each["solver"], each.get("batch_norm")) for each in results["linear"]]
     assert fitted == [("sgd", False), ("sgd", True), ("lbfgs", None)]
-    basis = {key: value for key, value in results.items() if key not in ("knn", "linear")}
+    own = ("knn", "linear", "effective_rank", "feature_cosine")
+    basis = {key: value for key, value in results.items() if key not in own}
+    assert 1 < results["effective_rank"] < 18 and results["feature_cosine"] < 1
     for command in (["knn", "--k", "10"], ["linear", "--solver", "sgd", "--epochs", "5"]):
         code, printed = run_tool_with(*command, *words, "--json")
         assert json.loads(printed.out) == results[command[0]][0] | basis
     code, printed = run_tool_with(
         "all", *words, "--epochs", "1", "--feature", "token", "--learning_rates", "0.01", "0.1"
     )
-    assert len(printed.out.splitlines()) == 5
+    assert len(printed.out.splitlines()) == 6 and "Effective rank " in printed.out
     assert "chosen on a tenth of the training images (0.01: " in printed.out and ", 0.1: " in printed.out
 
 

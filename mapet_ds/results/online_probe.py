@@ -17,6 +17,7 @@ from mapet_ds.data.labelled import check_apart, check_classes
 from mapet_ds.data.range_cache import RangeCache
 from mapet_ds.errors import DataError
 from mapet_ds.launch import Ranks
+from mapet_ds.results.collapse import collapse_figures
 from mapet_ds.results.export import evaluation_data
 from mapet_ds.results.features import FEATURES, Labels, Vectors, chosen, labelled_features, unit_length
 from mapet_ds.results.probe import K, knn, linear_sgd
@@ -63,8 +64,8 @@ class OnlineProbe:
     ) -> dict[str, float]:
         """Figures of the objective's feature on rank 0; nothing on the others, which wait.
 
-        knn_accuracy_percent and linear_accuracy_percent; and knn_accuracy_percent_NAME of the other features,
-        mean, token and both, from the same forward.
+        knn_accuracy_percent and linear_accuracy_percent; effective_rank and feature_cosine of evaluate.val;
+        and knn_accuracy_percent_NAME of the other features, mean, token and both, from the same forward.
 
         weights: an objective's by name. All are taken, and those of its `vit` are used.
         doing: called with a phrase for what goes on.
@@ -94,6 +95,7 @@ class OnlineProbe:
                 figures[name] = knn(
                     directions, train_labels, val_directions, val_labels, on_gpus=False  # training fills them
                 )  # fmt: skip
+            figures |= collapse_figures(chosen(val, own, [0]))
             probe = linear_sgd(
                 chosen(train, own, [0]), train_labels, chosen(val, own, [0]), val_labels, LEARNING_RATES,
                 batch_norm=True, seed=self.config.seed, device=self.ranks.device,

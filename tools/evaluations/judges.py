@@ -61,8 +61,10 @@ def evaluate_linear(arguments: argparse.Namespace, arrays: list[Any]) -> Result:
 
 
 def evaluate_all(arguments: argparse.Namespace, arrays: list[Any]) -> Result:
-    """k-NN for several k, and linear classifiers: SGD without and with BatchNorm; lbfgs for small sets."""
-    train, train_labels = arrays[:2]
+    """k-NN for several k, linear classifiers (SGD without and with BatchNorm; lbfgs for small sets), collapse."""
+    from mapet_ds.results.collapse import collapse_figures
+
+    train, train_labels, val, _ = arrays
     ks = [k for k in NEIGHBOURS if k <= len(train)] or [len(train)]
     runs: list[tuple[Any, dict[str, Any]]] = [(evaluate_knn, {"k": k}) for k in ks]
     runs += [(evaluate_linear, {"solver": "sgd", "batch_norm": norm}) for norm in (False, True)]
@@ -71,4 +73,7 @@ def evaluate_all(arguments: argparse.Namespace, arrays: list[Any]) -> Result:
     results = [run(argparse.Namespace(**vars(arguments) | own), arrays) for run, own in runs]
     sentences = [sentence for lines, _ in results for sentence in lines]
     figures = [each for _, each in results]
-    return sentences, {"knn": figures[: len(ks)], "linear": figures[len(ks) :]}
+    collapse = collapse_figures(val)
+    rank, cosine = collapse.values()
+    sentences.append(f"Effective rank {rank:.1f} of {min(val.shape)}, mean cosine {cosine:.3f} of --val")
+    return sentences, {"knn": figures[: len(ks)], "linear": figures[len(ks) :], **collapse}
