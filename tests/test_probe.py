@@ -8,6 +8,7 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import faiss
 import numpy as np
@@ -20,11 +21,13 @@ from safetensors.numpy import load_file
 from timm.models import save_for_hf
 from towers import write_tower
 
-from mapet_ds.config.sections import REPOSITORY, MAEConfig
+from mapet_ds.config.finetune import FinetuneConfig
+from mapet_ds.config.sections import REPOSITORY, MAEConfig, TrainConfig
 from mapet_ds.data.index import Index
 from mapet_ds.errors import ConfigError, DataError
 from mapet_ds.results import features as forward
 from mapet_ds.results import probe
+from mapet_ds.results.attentive import Tokens, attentive
 from mapet_ds.results.features import chosen, features, judged_feature, unit_length
 from mapet_ds.results.probe import fit_heads, knn, linear, linear_sgd, load_timm
 from mapet_ds.results.stored_features import Judged, is_stored, load, save
@@ -604,6 +607,75 @@ def test_everything_from_one_pass(run_tool_with, model_folder, image_folders, tm
     assert "chosen on a tenth of the training images (0.01: " in printed.out and ", 0.1: " in printed.out
 
 
+class Kept(Tokens):
+    """Tokens that are there, in batches of 32."""
+
+    def __init__(self, tokens, labels, alone):
+        config = FinetuneConfig(train=TrainConfig(micro_batch_size=32))
+        images = SimpleNamespace(classes=["a", "b", "c"])
+        super().__init__(config, None, images, None, alone)
+        self._kept = torch.from_numpy(tokens), torch.from_numpy(labels)
+
+    def __len__(self):
+        return len(self._kept[1])
+
+
+def test_attention_finds_the_patch_that_tells_the_class(alone):
+    """One patch of 16 has the class, in a few of its numbers; the others are noise that a mean drowns in."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, 600)
+    tokens = rng.normal(size=(600, 16, 8)).astype(np.float32)
+    place = rng.integers(0, 16, 600)
+    tokens[np.arange(600), place, :3] = 0
+    tokens[np.arange(600), place, 3] = 6  # "look here"
+    tokens[np.arange(600), place, labels] = 3
+    sets = [Kept(tokens[part], labels[part], alone) for part in (slice(400), slice(400, 600))]
+    state = torch.get_rng_state()
+    found = attentive(*sets, 8, (1e-5, 1e-2), epochs=8)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert found.learning_rate == 1e-2 and found.accuracy > 90
+    mean = tokens.mean(1)
+    assert linear(mean[:400], labels[:400], mean[400:], labels[400:]) < found.accuracy - 15
+    assert attentive(*sets, 8, (1e-2,), epochs=1) == attentive(*sets, 8, (1e-2,), epochs=1)
+    sets[0]._kept[1][:] = torch.from_numpy(rng.permutation(labels[:400]))
+    assert attentive(*sets, 8, (1e-2,), epochs=5).accuracy < 55
+    with pytest.raises(DataError, match="19 training images are too few"):
+        attentive(Kept(tokens[:19], labels[:19], alone), sets[1], 8)
+
+
+def test_the_attentive_probe_finds_the_same_from_memory_and_computed_anew(
+    run_tool_with, model_folder, image_folders, tmp_path
+):
+    copy_tree(image_folders, tmp_path)
+    bad = tmp_path / "train" / "coral" / "3.jpg"
+    bad.write_bytes(bad.read_bytes()[:300])
+    words = ["--model", model_folder, "--train", tmp_path / "train", "--val", tmp_path / "val", "--json"]
+    settings = ["--epochs", "3", "--learning_rates", "0.001", "0.01", "--batch_size", "8"]
+    out = tmp_path / "a.json"
+    code, printed = run_tool_with("attentive", *words, *settings, "--out", out)
+    assert code == 0 and f"1 of 36, e.g. {bad}" in printed.err
+    kept = json.loads(out.read_text())
+    counts = {"train_images": 35, "train_unreadable": 1, "val_images": 18, "val_unreadable": 0, "kept": True}
+    assert {name: kept[name] for name in counts} == counts
+    assert len(kept["held_out_accuracy_percent"]) == 2 and kept["layer"] == 0
+    anew = json.loads(run_tool_with("attentive", *words, *settings, "--memory_gb", "0")[1].out)
+    assert anew == kept | {"kept": False}
+    for options, says in (
+        (["--layer", "1"], "--layer 1: this model has layers 0 to 0"),
+        (["--feature", "mean"], "unrecognized arguments: --feature"),
+        (["--max_bad_share", "0"], "more than the 0 that --max_bad_share"),
+    ):
+        code, printed = run_tool_with("attentive", *words, *options)
+        assert code == 2 and says in printed.err
+
+
+def test_the_attentive_probe_is_one_process(model_folder, image_folders):
+    words = ["--model", model_folder, "--train", image_folders / "train", "--val", image_folders / "val"]
+    done = start(sys.executable, *TORCHRUN, "--nproc_per_node=2", EVALUATE, "attentive", *words)
+    assert done.returncode != 0
+    assert "attentive runs in one process, not in 2: leave torchrun out." in done.stderr
+
+
 @pytest.mark.parametrize(
     ("held_out", "end"),
     [((70, 60, 50), "lowest"), ((50, 60, 70), "highest"), ((60, 70, 60), None), ((70, 70, 60), None)],
@@ -613,7 +685,7 @@ def test_a_rate_at_an_end_of_those_tried_is_said(
 ):
     tried = dict(zip((0.01, 0.1, 1.0), held_out))
     monkeypatch.setattr(
-        probe, "linear_sgd", lambda *found, **settings: probe.SGDProbe(50.0, max(tried, key=tried.get), tried)
+        probe, "linear_sgd", lambda *found, **settings: probe.Fitted(50.0, max(tried, key=tried.get), tried)
     )
     words = ["--model", model_folder, "--train", image_folders / "train", "--val", image_folders / "val"]
     code, printed = run_tool_with("linear", "--solver", "sgd", *words)

@@ -1,6 +1,6 @@
 """Evaluate a timm ViT, or tokenizers, on labelled images.
 
-python tools/evaluate.py knn|linear|all|features --model OUT --train DIR --val DIR
+python tools/evaluate.py knn|linear|attentive|all|features --model OUT --train DIR --val DIR
 python tools/evaluate.py tokenizer --tokenizer RECIPE [a.b=value ...] [--tokenizer ...] --train DIR --val DIR
 """
 
@@ -11,10 +11,11 @@ import json
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from evaluations.judges import evaluate_knn, evaluate_linear, unit
+from evaluations.judges import evaluate_knn, evaluate_linear, tried, unit
 from evaluations.options import parse
 
 from mapet_ds.errors import ConfigError, DataError
@@ -24,7 +25,7 @@ from mapet_ds.terminal import answer
 if TYPE_CHECKING:
     from mapet_ds.config.finetune import FinetuneConfig
     from mapet_ds.config.sections import Config
-    from mapet_ds.data.index import Images
+    from mapet_ds.data.index import Images, Index
     from mapet_ds.launch import Ranks
     from mapet_ds.results.features import Vectors
     from mapet_ds.results.stored_features import Judged
@@ -111,6 +112,33 @@ def asked_of(arguments: argparse.Namespace, model: Any) -> Asked:
     return Asked(features, sorted({layer % blocks for layer in layers}), bool(arguments.last), kinds)
 
 
+@contextmanager
+def labelled_sets(
+    arguments: argparse.Namespace, ranks: Ranks
+) -> Iterator[tuple[FinetuneConfig, dict[str, Index]]]:
+    """The settings by which images are read, and those of --train and --val by name. For every rank.
+
+    Raises:
+        DataError: labels or images that can't be judged by.
+    """
+    from mapet_ds.config.finetune import FinetuneConfig, LabelledDataConfig
+    from mapet_ds.config.sections import TrainConfig
+    from mapet_ds.data.index import open_index
+    from mapet_ds.data.labelled import check_apart, check_classes
+
+    names = ("train", "val", "workers", "max_bad_share", "exif_orientation")
+    data = LabelledDataConfig(**{name: getattr(arguments, name) for name in names})
+    config = FinetuneConfig(data=data, train=TrainConfig(micro_batch_size=arguments.batch_size))
+    with tempfile.TemporaryDirectory() as cache:
+        sets = {
+            name: ranks.first_then_all(lambda name=name: open_index(getattr(data, name), Path(cache, name)))
+            for name in ("train", "val")
+        }
+        check_classes(sets["train"], sets["val"], section="--")
+        check_apart(sets["train"], sets["val"], "--", ranks, refuse=True)
+        yield config, sets
+
+
 def extract(
     arguments: argparse.Namespace,
     model: Any,
@@ -128,22 +156,11 @@ def extract(
     """
     from timm.data import resolve_model_data_config
 
-    from mapet_ds.config.finetune import FinetuneConfig, LabelledDataConfig
-    from mapet_ds.config.sections import TrainConfig
-    from mapet_ds.data.index import Selection, open_index
-    from mapet_ds.data.labelled import check_apart, check_classes
+    from mapet_ds.data.index import Selection
     from mapet_ds.results.stored_features import Judged, identity, is_stored, load, save
 
-    names = ("train", "val", "workers", "max_bad_share", "exif_orientation")
-    data = LabelledDataConfig(**{name: getattr(arguments, name) for name in names})
-    config = FinetuneConfig(data=data, train=TrainConfig(micro_batch_size=arguments.batch_size))
-    with tempfile.TemporaryDirectory() as cache:
-        train, val = (
-            ranks.first_then_all(lambda name=name: open_index(getattr(data, name), Path(cache, name)))
-            for name in ("train", "val")
-        )
-        check_classes(train, val, section="--")
-        check_apart(train, val, "--", ranks, refuse=True)
+    with labelled_sets(arguments, ranks) as (config, sets):
+        train, val = sets["train"], sets["val"]
         settings = {"--exif_orientation": arguments.exif_orientation}
         settings["the evaluation transform"] = resolve_model_data_config(model)
         file = arguments.features
@@ -221,6 +238,71 @@ def evaluate_tokenizers(arguments: argparse.Namespace) -> None:
     write_figures(arguments.out, rows)
 
 
+def evaluate_attentive(arguments: argparse.Namespace) -> None:
+    """Prints the accuracy of an attentive probe, and writes it to --out. It runs in one process.
+
+    Raises:
+        ConfigError: it was started as several ranks.
+    """
+    import torch.distributed as dist
+    from timm.data import create_transform, resolve_model_data_config
+
+    from mapet_ds.launch import init_distributed
+    from mapet_ds.results.attentive import EPOCHS, LEARNING_RATES, Tokens, attentive, token_shape
+    from mapet_ds.results.probe import device_of
+
+    device = device_of(arguments.device)
+    model = build_model(arguments)
+    arguments.features, arguments.feature, arguments.last = None, ["mean"], None
+    arguments.layer = None if arguments.layer is None else [arguments.layer]
+    layers = asked_of(arguments, model).layers
+    layer = layers[0] if layers else None
+    ranks = init_distributed()._replace(device=device)
+    try:
+        if ranks.world_size > 1:
+            raise ConfigError(
+                f"attentive runs in one process, not in {ranks.world_size}: leave torchrun out."
+            )
+        shape = token_shape(model.to(device), layer)
+        transform: Any = create_transform(**resolve_model_data_config(model))
+        with labelled_sets(arguments, ranks) as (config, sets):
+            train, val = (
+                Tokens(config, model, sets[name], transform, ranks, layer) for name in ("train", "val")
+            )
+            gigabytes = (len(train) + len(val)) * shape.numel() * 4 / 1e9
+            if kept := gigabytes <= arguments.memory_gb:
+                val.keep()
+                train.keep()
+            rates, epochs = arguments.learning_rates or LEARNING_RATES, arguments.epochs or EPOCHS
+            probe = attentive(train, val, shape[-1], rates, epochs, arguments.seed)
+            val.report()
+            train.report()
+    finally:
+        dist.destroy_process_group()
+    counts = {"train_images": len(train) - len(train.bad), "val_images": len(val) - len(val.bad)}
+    sentence, figures = tried("Attentive", probe)
+    figures = {"attentive_accuracy_percent": probe.accuracy} | figures | counts
+    figures |= {"train_unreadable": len(train.bad), "val_unreadable": len(val.bad), "epochs": epochs}
+    figures |= {"seed": arguments.seed, "batch_size": arguments.batch_size, "layer": layer, "kept": kept}
+    figures |= {"classes": len(train.images.classes), **whose(arguments)}
+    about = described(arguments, figures)
+    print(json.dumps(figures) if arguments.json else f"{sentence} ({about})")
+    write_figures(arguments.out, figures)
+
+
+def whose(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The model that figures are of."""
+    model = str(arguments.model or f"teacher of {arguments.teacher}")
+    return {"model": model, "untrained": arguments.untrained}
+
+
+def described(arguments: argparse.Namespace, basis: dict[str, Any]) -> str:
+    """What stands in brackets behind each figure."""
+    weights = "untrained" if arguments.untrained else "trained"
+    images = f"{basis['train_images']} training, {basis['val_images']} validation images"
+    return f"{weights} weights; {images}, {basis['classes']} classes"
+
+
 def write_figures(out: Path | None, figures: Any) -> None:
     """Writes a JSON object to --out.
 
@@ -240,11 +322,7 @@ def figures_of(
     """A sentence for each figure, and the figures: those of the first feature asked for, then of each."""
     from mapet_ds.results.features import chosen
 
-    weights = "untrained" if arguments.untrained else "trained"
-    images = f"{basis['train_images']} training, {basis['val_images']} validation images"
-    about = f"{weights} weights; {images}, {basis['classes']} classes"
-    basis = basis | {"model": str(arguments.model or f"teacher of {arguments.teacher}")}
-    basis |= {"untrained": arguments.untrained}
+    about, basis = described(arguments, basis), basis | whose(arguments)
     if arguments.command == "features":
         kinds = " and ".join(asked.kinds)
         width = judged.train[asked.kinds[0]].shape[-1]
@@ -291,5 +369,5 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     words = parse(sys.argv[1:])
-    work = evaluate_tokenizers if words.command == "tokenizer" else evaluate
-    sys.exit(answer(lambda: work(words)))
+    others = {"tokenizer": evaluate_tokenizers, "attentive": evaluate_attentive}
+    sys.exit(answer(lambda: others.get(words.command, evaluate)(words)))

@@ -62,6 +62,13 @@ def _tokens(model: Any, images: Tensor, layers: Sequence[int] | None) -> list[Te
     return [torch.cat([prefix, patches], dim=1) for patches, prefix in outputs]
 
 
+@torch.no_grad()
+def patch_tokens(model: Any, images: Tensor, layer: int | None = None) -> Tensor:
+    """The patch tokens [B, L, D] after the final norm, in fp32, of this block or the last."""
+    (tokens,) = _tokens(model, images, None if layer is None else [layer])
+    return tokens[:, model.num_prefix_tokens :].float()
+
+
 @torch.inference_mode()
 def features(
     model: Any, loader: Iterable[tuple[Tensor, Tensor]], device: torch.device,

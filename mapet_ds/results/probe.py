@@ -190,8 +190,8 @@ def fit_heads(
     return heads.eval()
 
 
-class SGDProbe(NamedTuple):
-    """The result of the linear probe by SGD."""
+class Fitted(NamedTuple):
+    """The result of a probe that has tried several learning rates."""
 
     accuracy: float
     """In percent, on the validation images."""
@@ -205,7 +205,7 @@ def linear_sgd(
     train_features: Features, train_labels: Labels, val_features: Features,
     val_labels: Labels, learning_rates: Sequence[float] = LEARNING_RATES, epochs: int = EPOCHS,
     batch_norm: bool = False, seed: int = 0, device: torch.device | str = "cpu",
-) -> SGDProbe:  # fmt: skip
+) -> Fitted:  # fmt: skip
     """Trains and judges a linear classifier of features [n, D] as papers do, in fp32; the same each time.
 
     All learning rates are tried at once without a tenth of the training images, drawn from the seed. The best
@@ -236,4 +236,4 @@ def linear_sgd(
     head = fit_heads(x, y, order, [chosen], epochs, batch_norm, generator)
     x, y = (torch.from_numpy(each).to(device) for each in (val_features, val_labels))
     (accuracy,) = head.accuracies(x, y)
-    return SGDProbe(accuracy, chosen, held_out)
+    return Fitted(accuracy, chosen, held_out)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mapet_ds.results.probe import Fitted
 
 # torch and what needs it are imported once the words are parsed: --help and a mistake answer at once.
 
@@ -33,6 +36,21 @@ def evaluate_knn(arguments: argparse.Namespace, arrays: list[Any]) -> Result:
     return [f"k-NN (k = {k}) accuracy {accuracy:.2f} %"], figures
 
 
+def tried(name: str, probe: Fitted) -> tuple[str, dict[str, Any]]:
+    """A sentence with a probe's accuracy, its rate and where a better one may lie; the rates as figures."""
+    held_out, rate = probe.held_out, probe.learning_rate
+    rates = ", ".join(f"{lr:g}: {accuracy:.2f} %" for lr, accuracy in held_out.items())
+    sentence = (
+        f"{name} accuracy {probe.accuracy:.2f} % with learning rate {rate:g}, chosen on a tenth of the "
+        f"training images ({rates})"
+    )
+    best = [lr for lr, accuracy in sorted(held_out.items()) if accuracy == max(held_out.values())]
+    for end, place in ((min(held_out), "lowest"), (max(held_out), "highest")):
+        if len(held_out) > 1 and best == [end]:
+            sentence += f"; a better one may lie beyond the {place} of them: --learning_rates takes others"
+    return sentence, {"learning_rate": rate, "held_out_accuracy_percent": held_out}
+
+
 def evaluate_linear(arguments: argparse.Namespace, arrays: list[Any]) -> Result:
     """A linear classifier, by --solver."""
     from mapet_ds.results.probe import EPOCHS, LEARNING_RATES, linear, linear_sgd
@@ -45,23 +63,13 @@ def evaluate_linear(arguments: argparse.Namespace, arrays: list[Any]) -> Result:
     settings = {"epochs": arguments.epochs or EPOCHS, "batch_norm": norm, "seed": arguments.seed}
     probe = linear_sgd(*arrays, learning_rates=rates, **settings, device=arguments.device)
 
-    # The sentence says which rate was chosen, and where a better one may lie.
-    held_out, rate = probe.held_out, probe.learning_rate
-    tried = ", ".join(f"{lr:g}: {accuracy:.2f} %" for lr, accuracy in held_out.items())
-    sentence = (
-        f"Linear (SGD{', batch norm' if norm else ''}) accuracy {probe.accuracy:.2f} % with learning rate "
-        f"{rate:g}, chosen on a tenth of the training images ({tried})"
-    )
-    best = [lr for lr, accuracy in sorted(held_out.items()) if accuracy == max(held_out.values())]
-    for end, name in ((min(held_out), "lowest"), (max(held_out), "highest")):
-        if len(held_out) > 1 and best == [end]:
-            sentence += f"; a better one may lie beyond the {name} of them: --learning_rates takes others"
-    figures = {"linear_accuracy_percent": probe.accuracy, "solver": "sgd", "learning_rate": rate}
-    return [sentence], figures | {"held_out_accuracy_percent": held_out} | settings
+    sentence, chosen = tried(f"Linear (SGD{', batch norm' if norm else ''})", probe)
+    figures = {"linear_accuracy_percent": probe.accuracy, "solver": "sgd"} | chosen | settings
+    return [sentence], figures
 
 
 def evaluate_all(arguments: argparse.Namespace, arrays: list[Any]) -> Result:
-    """k-NN for several k, linear classifiers (SGD without and with BatchNorm; lbfgs for small sets), collapse."""
+    """k-NN for several k; linear by SGD without and with BatchNorm, by lbfgs for small sets; collapse."""
     from mapet_ds.results.collapse import collapse_figures
 
     train, train_labels, val, _ = arrays

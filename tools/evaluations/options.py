@@ -45,22 +45,25 @@ def model_options() -> argparse.ArgumentParser:
     option("overrides", nargs="*", metavar="a.b=value", help="with --teacher: replace the recipe's settings")
     option("--arch", help="timm model name, for a file of weights")
     option("--untrained", action="store_true", help="the same architecture with fresh weights, to compare")
-    feature = (
-        "mean of the patch tokens, class token, or both joined; of several each is judged (default: mean, "
-    )
-    feature += "or what suits the objective of an export)"
+    model.set_defaults(max_images=None)
+    return model
+
+
+def feature_options() -> argparse.ArgumentParser:
+    """The features by which a model is judged."""
+    model = argparse.ArgumentParser(add_help=False)
+    option = model.add_argument
+    feature = "mean of the patch tokens, class token, or both joined; of several each is judged (default: "
+    feature += "mean, or what suits the objective of an export)"
     option("--feature", choices=("mean", "token", "both"), nargs="+", help=feature)
     blocks = model.add_mutually_exclusive_group()
-    layer = (
-        "the block to judge, from 0, or -1 for the last, or all; of several each is judged; the final norm "
-    )
-    layer += "follows (default: the last)"
+    layer = "the block to judge, from 0, or -1 for the last, or all; of several each is judged; the final "
+    layer += "norm follows (default: the last)"
     blocks.add_argument("--layer", type=layer_number, nargs="+", metavar="N", help=layer)
     last = "instead: the features of the last N blocks, joined"
     blocks.add_argument("--last", type=number(int, 1), metavar="N", help=last)
     stored = "take features from this safetensors file; compute them into it where it isn't there yet"
     option("--features", type=output_file, metavar="FILE", help=stored)
-    model.set_defaults(max_images=None)
     return model
 
 
@@ -68,7 +71,7 @@ def shared_options() -> argparse.ArgumentParser:
     """The images, and where the figures go."""
     shared = argparse.ArgumentParser(add_help=False)
     option = shared.add_argument
-    option("--seed", type=number(int, 0), default=0, help="of fresh weights, and of the linear probe by SGD")
+    option("--seed", type=number(int, 0), default=0, help="of fresh weights, and of probes by SGD")
     option("--train", required=True, help="folder with a sub-folder of images per class, or tar shards")
     option("--val", required=True, help="the same classes, other images")
     option("--batch_size", type=number(int, 1), default=128)
@@ -86,7 +89,8 @@ def shared_options() -> argparse.ArgumentParser:
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Evaluate a timm ViT, or tokenizers, on labelled images.")
     commands = parser.add_subparsers(dest="command", required=True)
-    model, shared, positive = model_options(), shared_options(), number(float, 0, above=True)
+    model, features, shared = model_options(), feature_options(), shared_options()
+    positive = number(float, 0, above=True)
     voting, fitting = argparse.ArgumentParser(add_help=False), argparse.ArgumentParser(add_help=False)
     voting.add_argument("--temperature", type=positive, default=0.07)
     neighbours = {"type": number(int, 1), "help": "neighbours that vote"}
@@ -98,24 +102,33 @@ def parse(argv: list[str]) -> argparse.Namespace:
     solver = {"choices": ("lbfgs", "sgd"), "help": solvers}
 
     vote = "weighted vote of the k nearest training images"
-    command = commands.add_parser("knn", parents=[model, shared, voting], help=vote)
+    command = commands.add_parser("knn", parents=[model, features, shared, voting], help=vote)
     command.add_argument("--k", **neighbours)
     command.set_defaults(evaluate=evaluate_knn)
 
     command = commands.add_parser(
-        "linear", parents=[model, shared, fitting], help="linear classifier on the frozen features"
+        "linear", parents=[model, features, shared, fitting], help="linear classifier on the frozen features"
     )
     command.add_argument("--solver", default="lbfgs", **solver)
     norm = "sgd: BatchNorm without weights before the head"
     command.add_argument("--batch_norm", action="store_true", help=norm)
     command.set_defaults(evaluate=evaluate_linear)
 
+    pooled = "attention pools the frozen patch tokens, a linear layer classifies; in one process"
+    command = commands.add_parser("attentive", parents=[model, shared], help=pooled)
+    one = "the block whose tokens are pooled, from 0, or -1 for the last; the final norm follows"
+    command.add_argument("--layer", type=int, metavar="N", help=one)
+    command.add_argument("--learning_rates", type=positive, nargs="+", help="all tried at once")
+    command.add_argument("--epochs", type=number(int, 1), help="passes over the images")
+    memory = "keep patch tokens in memory up to so many GB; beyond that each pass computes them again"
+    command.add_argument("--memory_gb", type=number(float, 0), default=8.0, metavar="GB", help=memory)
+
     everything = "all of these, from one pass over the images"
-    command = commands.add_parser("all", parents=[model, shared, voting, fitting], help=everything)
+    command = commands.add_parser("all", parents=[model, features, shared, voting, fitting], help=everything)
     command.set_defaults(evaluate=evaluate_all)
 
     command = commands.add_parser(
-        "features", parents=[model, shared], help="the features, into --out FILE.safetensors"
+        "features", parents=[model, features, shared], help="the features, into --out FILE.safetensors"
     )
 
     ids = "tokenizers side by side: the use of their ids, and how well these alone classify"
