@@ -86,18 +86,36 @@ def shared_options() -> argparse.ArgumentParser:
     return shared
 
 
+def probe_options() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
+    """How neighbours vote, and how a linear layer is fitted."""
+    voting, fitting = argparse.ArgumentParser(add_help=False), argparse.ArgumentParser(add_help=False)
+    positive, option = number(float, 0, above=True), fitting.add_argument
+    voting.add_argument("--temperature", type=positive, default=0.07)
+    option("--penalty", type=number(float, 0), default=1e-4, help="lbfgs: on the squared weights")
+    option("--learning_rates", type=positive, nargs="+", help="sgd: all tried at once")
+    option("--epochs", type=number(int, 1), help="sgd: passes over the features")
+    return voting, fitting
+
+
+def attentive_options() -> argparse.ArgumentParser:
+    """The block whose patch tokens are pooled, and how the attentive probe is trained."""
+    attentive = argparse.ArgumentParser(add_help=False)
+    option = attentive.add_argument
+    one = "the block whose tokens are pooled, from 0, or -1 for the last; the final norm follows"
+    option("--layer", type=int, metavar="N", help=one)
+    option("--learning_rates", type=number(float, 0, above=True), nargs="+", help="all tried at once")
+    option("--epochs", type=number(int, 1), help="passes over the images")
+    memory = "keep patch tokens in memory up to so many GB; beyond that each pass computes them again"
+    option("--memory_gb", type=number(float, 0), default=8.0, metavar="GB", help=memory)
+    return attentive
+
+
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Evaluate a timm ViT, or tokenizers, on labelled images.")
     commands = parser.add_subparsers(dest="command", required=True)
     model, features, shared = model_options(), feature_options(), shared_options()
-    positive = number(float, 0, above=True)
-    voting, fitting = argparse.ArgumentParser(add_help=False), argparse.ArgumentParser(add_help=False)
-    voting.add_argument("--temperature", type=positive, default=0.07)
+    voting, fitting = probe_options()
     neighbours = {"type": number(int, 1), "help": "neighbours that vote"}
-    option = fitting.add_argument
-    option("--penalty", type=number(float, 0), default=1e-4, help="lbfgs: on the squared weights")
-    option("--learning_rates", type=positive, nargs="+", help="sgd: all tried at once")
-    option("--epochs", type=number(int, 1), help="sgd: passes over the features")
     solvers = "lbfgs: logistic regression, solved whole on the CPU; sgd: as papers train it, on --device"
     solver = {"choices": ("lbfgs", "sgd"), "help": solvers}
 
@@ -115,13 +133,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     command.set_defaults(evaluate=evaluate_linear)
 
     pooled = "attention pools the frozen patch tokens, a linear layer classifies; in one process"
-    command = commands.add_parser("attentive", parents=[model, shared], help=pooled)
-    one = "the block whose tokens are pooled, from 0, or -1 for the last; the final norm follows"
-    command.add_argument("--layer", type=int, metavar="N", help=one)
-    command.add_argument("--learning_rates", type=positive, nargs="+", help="all tried at once")
-    command.add_argument("--epochs", type=number(int, 1), help="passes over the images")
-    memory = "keep patch tokens in memory up to so many GB; beyond that each pass computes them again"
-    command.add_argument("--memory_gb", type=number(float, 0), default=8.0, metavar="GB", help=memory)
+    commands.add_parser("attentive", parents=[model, shared, attentive_options()], help=pooled)
 
     everything = "all of these, from one pass over the images"
     command = commands.add_parser("all", parents=[model, features, shared, voting, fitting], help=everything)
