@@ -76,7 +76,9 @@ def assert_same_features(vit, loaded, img_size: int) -> None:
     images = torch.randn(3, 3, img_size, img_size)
     expected = vit.forward_features(images)
     assert expected.std() > 0.1
-    torch.testing.assert_close(loaded.eval().forward_features(images), expected, atol=1e-5, rtol=0)
+    found = loaded.eval().forward_features(images)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(loaded(images), found[:, 0])  # as cards and the printed lines say
 
 
 @pytest.mark.parametrize("layer_scale", ["fold", "keep"])
@@ -201,9 +203,11 @@ def test_the_command(tmp_path):
     printed = done.stdout.splitlines()
     assert str(tmp_path / "out" / "model.safetensors") in printed[0]
     assert float(printed[1].rsplit(" ", 1)[1]) <= 1e-5
-    code = "\n".join(line.strip() for line in printed[3:])
-    scope = {}
-    exec(code, scope)  # the three lines that it tells the user
+    code = "\n".join(line.strip() for line in printed if line.startswith("  "))
+    scope = {"images": torch.randn(1, 3, 32, 32)}
+    exec(code, scope)  # the lines that it tells the user
+    assert scope["token"].shape == scope["mean"].shape and not torch.equal(scope["token"], scope["mean"])
+    assert printed[-1].startswith("tools/evaluate.py judges the mean of the patches unless")
     assert_same_features(vit, scope["model"], 32)
     assert "Normalize" in repr(scope["transform"])
 

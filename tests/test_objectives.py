@@ -794,3 +794,32 @@ def test_cae_is_the_published_size_and_its_ids_start_at_ln_k():
     with torch.no_grad():
         found = model(images, ids, draw)
     assert abs(found.loss - 2 * found.metrics["alignment"] - math.log(8192)) < 0.15
+
+
+TOKEN_AT_THE_END = {
+    "mapet": "missing", "beit": "missing", "mvp": "missing", "cae": "unread", "saim": "read", "mae": "read",
+    "conmim": "read",
+}  # fmt: skip
+"""Whether the last block has a row of the class token, and whether a loss reads it there (docs/faq.md)."""
+
+
+def test_how_far_a_loss_reaches_the_class_token(any_model):
+    """Patches attend to it, so its parameter always learns; its own last row is another matter."""
+    images, target, draw = tiny_batch(any_model)
+    outputs = []
+
+    def keep(module, inputs, output):
+        if output.requires_grad:
+            output.retain_grad()
+            outputs.append(output)
+
+    any_model.vit.blocks[-1].register_forward_hook(keep)
+    any_model(images, target, draw).loss.backward()
+    assert any_model.vit.cls_token.grad.abs().max() > 1e-6
+    (output,) = outputs
+    expected = TOKEN_AT_THE_END[type(any_model).__name__.lower()]
+    if expected == "missing":
+        assert output.shape[1] == draw.mask.sum(1).max(), "rows of predicted patches alone"
+    else:
+        assert (output.grad[:, 0].abs().max() > 0) == (expected == "read")
+        assert output.grad[:, 1:].abs().max() > 0

@@ -16,12 +16,18 @@ from mapet_ds.config.recipe import load_config
 from mapet_ds.config.rules import check
 from mapet_ds.data.index import Selection, open_index
 from mapet_ds.errors import ConfigError, DataError
+from mapet_ds.results.collapse import collapse_figures
 from mapet_ds.results.export import export_timm
+from mapet_ds.results.features import FEATURES, chosen, features, unit_length
 from mapet_ds.results.online_probe import LEARNING_RATES, OnlineProbe
-from mapet_ds.results.probe import features, knn, linear_sgd, load_timm, unit_length
+from mapet_ds.results.probe import knn, linear_sgd, load_timm
 from mapet_ds.training.checkpoint import newest
 
 BAD = "val/b/004.png"
+FIGURES = (
+    "knn_accuracy_percent", "knn_accuracy_percent_token", "knn_accuracy_percent_both", "effective_rank",
+    "feature_cosine", "linear_accuracy_percent",
+)  # fmt: skip
 FAINT = {"noise": 200, "tint": 20}
 """Classes that are told apart mostly."""
 
@@ -64,9 +70,7 @@ def pretrain(recipe, ranks, name, *overrides, stage=3):
 def evaluations(run_dir):
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     found = {line["step"]: line for line in lines if "knn_accuracy_percent" in line}
-    return {
-        step: (line["knn_accuracy_percent"], line["linear_accuracy_percent"]) for step, line in found.items()
-    }
+    return {step: tuple(line[name] for name in FIGURES) for step, line in found.items()}
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +107,7 @@ def test_one_rank_finds_again_what_one_or_two_found_and_no_generator_moves(
     before, said = torch.get_rng_state(), []
     probe = OnlineProbe(config, open_index(config.data.train, tmp_path / "index"), tmp_path, alone)
     found = probe(newest(run_dir).load("model").items(), said.append)
-    assert tuple(found.values()) == evaluations(run_dir)[12]
+    assert tuple(found.values()) == pytest.approx(evaluations(run_dir)[12], rel=1e-5)
     assert torch.equal(torch.get_rng_state(), before)
     assert "evaluating batch 11 of 12" in said and "evaluating batch 8 of 9" in said
 
@@ -124,9 +128,21 @@ def figures_of(exported, recipe, tmp_path):
     transform = create_transform(**resolve_model_data_config(model))
     for split in ("train", "val"):
         folder = ImageFolder(tmp_path / split, transform)
-        sets += features(model, DataLoader(folder, 7), torch.device("cpu"))
-    neighbours = knn(unit_length(sets[0]), sets[1], unit_length(sets[2]), sets[3])
-    return neighbours, linear_sgd(*sets, LEARNING_RATES, batch_norm=True).accuracy
+        sets.append(features(model, DataLoader(folder, 7), torch.device("cpu"), kinds=("token", "mean")))
+
+    def judged(feature):
+        return [each for vectors, labels in sets for each in (chosen(vectors, feature, [0]), labels)]
+
+    neighbours = []
+    for feature in FEATURES:
+        train, train_labels, val, val_labels = judged(feature)
+        neighbours.append(knn(unit_length(train), train_labels, unit_length(val), val_labels))
+    collapse = collapse_figures(judged("mean")[2])
+    return (
+        *neighbours,
+        *collapse.values(),
+        linear_sgd(*judged("mean"), LEARNING_RATES, batch_norm=True).accuracy,
+    )
 
 
 def test_it_is_the_exported_momentum_teacher_that_is_evaluated(recipe, tmp_path):

@@ -8,6 +8,7 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import faiss
 import numpy as np
@@ -20,11 +21,16 @@ from safetensors.numpy import load_file
 from timm.models import save_for_hf
 from towers import write_tower
 
-from mapet_ds.config.sections import REPOSITORY
+from mapet_ds.config.finetune import FinetuneConfig
+from mapet_ds.config.sections import REPOSITORY, MAEConfig, TrainConfig
 from mapet_ds.data.index import Index
-from mapet_ds.errors import DataError
+from mapet_ds.errors import ConfigError, DataError
+from mapet_ds.results import features as forward
 from mapet_ds.results import probe
-from mapet_ds.results.probe import features, fit_heads, knn, linear, linear_sgd, load_timm, unit_length
+from mapet_ds.results.attentive import Tokens, attentive
+from mapet_ds.results.features import chosen, features, judged_feature, unit_length
+from mapet_ds.results.probe import fit_heads, knn, linear, linear_sgd, load_timm
+from mapet_ds.results.stored_features import Judged, is_stored, load, save
 
 EVALUATE = REPOSITORY / "tools" / "evaluate.py"
 
@@ -186,7 +192,8 @@ def test_features_are_means_of_the_patch_tokens_or_class_tokens():
     )
     images, labels = torch.randn(5, 3, 32, 32), torch.tensor([3, 1, 2, 0, 4])
     loader = [(images[:2], labels[:2]), (images[2:], labels[2:])]
-    found, found_labels = features(model, loader, torch.device("cpu"))
+    vectors, found_labels = features(model, loader, torch.device("cpu"), kinds=("token", "mean"))
+    found = chosen(vectors, "mean", [0])
     with torch.no_grad():
         tokens = model.eval().forward_features(images).double().numpy()
     for i in range(5):
@@ -194,9 +201,9 @@ def test_features_are_means_of_the_patch_tokens_or_class_tokens():
         np.testing.assert_allclose(found[i], mean, atol=1e-6)
         np.testing.assert_allclose(unit_length(found)[i], mean / math.sqrt(sum(mean**2)), atol=1e-6)
     assert found_labels.tolist() == labels.tolist()
-    np.testing.assert_allclose(
-        features(model, loader, torch.device("cpu"), "token")[0], tokens[:, 0], atol=1e-6
-    )
+    token, both = (chosen(vectors, feature, [0]) for feature in ("token", "both"))
+    np.testing.assert_allclose(token, tokens[:, 0], atol=1e-6)
+    np.testing.assert_array_equal(both, np.concatenate([token, found], axis=1))
 
 
 @pytest.fixture(scope="module")
@@ -280,6 +287,7 @@ def run_tool_with(monkeypatch, capsys):
     def run(command, *arguments):
         words = (EVALUATE, command, "--device", "cpu", "--workers", "0", *arguments)
         monkeypatch.setattr(sys, "argv", [str(word) for word in words])
+        monkeypatch.syspath_prepend(EVALUATE.parent)  # as Python does for a script
         with pytest.raises(SystemExit) as exit:
             runpy.run_path(str(EVALUATE), run_name="__main__")
         return exit.value.code, capsys.readouterr()
@@ -455,22 +463,30 @@ def test_features_are_computed_once_into_a_file(
     code, printed = run_tool_with("features", *words, "--out", file)
     assert code == 0 and json.loads(printed.out)["features"] == str(file)
     stored = load_file(file)
+    shapes = {"labels": (), "mean": (32,), "token": (32,)}
     assert {name: array.shape for name, array in stored.items()} == {
-        "train": (36, 32), "train_labels": (36,), "val": (18, 32), "val_labels": (18,)
-    }  # fmt: skip
-    assert np.bincount(stored["val_labels"]).tolist() == [6, 6, 6] and stored["val"].std() > 0.01
+        f"{split}_{kind}": (number, *width)
+        for split, number in (("train", 36), ("val", 18))
+        for kind, width in shapes.items()
+    }
+    assert np.bincount(stored["val_labels"]).tolist() == [6, 6, 6] and stored["val_mean"].std() > 0.01
 
-    # The probes find the same from it, and compute none.
-    fresh = json.loads(run_tool_with("all", *words, "--epochs", "2")[1].out)
+    # The probes find the same from it, of either feature, and compute none.
+    every = ("--feature", "mean", "token", "both", "--epochs", "2")
+    fresh = json.loads(run_tool_with("all", *words, *every)[1].out)
+    alone = [
+        json.loads(run_tool_with("knn", *words, "--k", "10", "--feature", name)[1].out) for name in every[1:4]
+    ]
+    assert [each["knn"][0]["knn_accuracy_percent"] for each in fresh["judged"]] == [
+        each["knn_accuracy_percent"] for each in alone
+    ]
     last = run_tool_with("knn", *words, "--k", "5", "--layer", "-1")[1].out
-    assert json.loads(last) == json.loads(run_tool_with("knn", *words, "--k", "5")[1].out) | {"layer": -1}
-    monkeypatch.setattr(probe, "labelled_features", None)
-    assert json.loads(run_tool_with("all", *words, "--epochs", "2", "--features", file)[1].out) == fresh
+    assert json.loads(last) == json.loads(run_tool_with("knn", *words, "--k", "5")[1].out)
+    monkeypatch.setattr(forward, "labelled_features", None)
+    assert json.loads(run_tool_with("all", *words, *every, "--features", file)[1].out) == fresh
 
     # Those of anything else are refused.
     for differing, *other in (
-        ("--pool", "--pool", "token"),
-        ("--layer", "--layer", "0"),
         ("--exif_orientation", "--exif_orientation"),
         ("the model's weights", "--untrained", "--seed", "1"),
     ):
@@ -491,6 +507,8 @@ def test_mistakes_in_layers_are_sentences(run_tool, run_tool_with, model_folder,
     sets = image_folders / "train", image_folders / "val"
     code, printed = run_tool(model_folder, *sets, "--layer", "1")
     assert code == 2 and "--layer 1: this model has layers 0 to 0, or -1" in printed.err
+    code, printed = run_tool(model_folder, *sets, "--last", "2")
+    assert code == 2 and "--last 2: this model has layers 0 to 0" in printed.err
     words = ["--model", model_folder, "--train", sets[0], "--val", sets[1]]
     code, printed = run_tool_with("features", *words)
     assert code == 2 and "features needs --out FILE.safetensors" in printed.err
@@ -508,11 +526,41 @@ def test_a_layer_is_what_hooks_see(image_folders):
     with torch.no_grad():
         model.forward_features(images)
         tokens = [model.norm(output) for output in outputs]
-    for layer, expected in ((0, tokens[0]), (1, tokens[1]), (-1, tokens[2]), (None, tokens[2])):
-        for pool, vectors in (("avg", expected[:, 1:].mean(1)), ("token", expected[:, 0])):
-            found, _ = features(model, [(images, torch.zeros(2))], torch.device("cpu"), pool, layer)
-            np.testing.assert_allclose(found, vectors.numpy(), atol=1e-5)
+    kinds = ("token", "mean")
+    for layers, expected in (([0, 1, 2], tokens), ([1], tokens[1:2]), ([2], tokens[2:]), (None, tokens[2:])):
+        found, _ = features(model, [(images, torch.zeros(2))], torch.device("cpu"), layers, kinds)
+        for place, output in enumerate(expected):
+            np.testing.assert_allclose(chosen(found, "mean", [place]), output[:, 1:].mean(1), atol=1e-5)
+            np.testing.assert_allclose(chosen(found, "token", [place]), output[:, 0], atol=1e-5)
+    assert chosen(
+        features(model, [(images, torch.zeros(2))], torch.device("cpu"), [1, 2], kinds)[0], "both", [0, 1]
+    ).shape == (2, 128)
     assert not torch.allclose(tokens[0], tokens[1], atol=0.1)
+
+
+def test_a_file_of_several_blocks_gives_any_of_them(tmp_path):
+    rng, file, key = np.random.default_rng(0), tmp_path / "f.safetensors", {"weights": "these"}
+    train, val = ({kind: rng.normal(size=(n, 3, 4)) for kind in ("token", "mean")} for n in (5, 2))
+    save(file, Judged(train, np.arange(5), val, np.arange(2)), [1, 4, 7], key, {"classes": 5})
+    assert is_stored(file, key, [4, 7])
+    judged, counts = load(file, [4, 7], ("mean",))
+    np.testing.assert_array_equal(judged.val["mean"], val["mean"][:, 1:])
+    np.testing.assert_array_equal(load(file, [1], ("token",))[0].train["token"], train["token"][:, :1])
+    assert (judged.train_labels.tolist(), counts, list(judged.train)) == (
+        [0, 1, 2, 3, 4],
+        {"classes": 5},
+        ["mean"],
+    )
+    with pytest.raises(ConfigError, match="holds features of layer 1, 4, 7, not of 3, 11"):
+        is_stored(file, key, [3, 4, 11])
+
+
+def test_an_export_is_judged_by_its_objectives_feature(monkeypatch):
+    model = timm.create_model("vit_tiny_patch16_224", pretrained_cfg_overlay={"tag": "mae"}, depth=1)
+    assert judged_feature(model) == "mean"
+    monkeypatch.setattr(MAEConfig, "feature", "both")
+    assert judged_feature(model) == "both"
+    assert judged_feature(timm.create_model("vit_tiny_patch16_224", depth=1)) == "mean"
 
 
 def test_the_teacher_itself_is_evaluated_by_the_same_tool(run_tool_with, image_folders, tmp_path):
@@ -530,7 +578,7 @@ def test_the_teacher_itself_is_evaluated_by_the_same_tool(run_tool_with, image_f
     code, printed = run_tool_with("linear", *words)
     assert code == 0, printed.err
     assert 0 <= json.loads(printed.out)["linear_accuracy_percent"] <= 100
-    code, printed = run_tool_with("knn", *words, "--pool", "token")
+    code, printed = run_tool_with("knn", *words, "--feature", "token")
     assert code == 2 and "this model has no class token" in printed.err
     code, printed = run_tool_with("knn", *words, "--k", "5", "teacher.layer=9")
     assert code == 2 and "teacher.layer = 9" in printed.err
@@ -546,15 +594,86 @@ def test_everything_from_one_pass(run_tool_with, model_folder, image_folders, tm
     assert [each["k"] for each in results["knn"]] == [10, 20], "36 training images"
     fitted = [(each["solver"], each.get("batch_norm")) for each in results["linear"]]
     assert fitted == [("sgd", False), ("sgd", True), ("lbfgs", None)]
-    basis = {key: value for key, value in results.items() if key not in ("knn", "linear")}
+    own = ("knn", "linear", "effective_rank", "feature_cosine")
+    basis = {key: value for key, value in results.items() if key not in own}
+    assert 1 < results["effective_rank"] < 18 and results["feature_cosine"] < 1
     for command in (["knn", "--k", "10"], ["linear", "--solver", "sgd", "--epochs", "5"]):
         code, printed = run_tool_with(*command, *words, "--json")
         assert json.loads(printed.out) == results[command[0]][0] | basis
     code, printed = run_tool_with(
-        "all", *words, "--epochs", "1", "--pool", "token", "--learning_rates", "0.01", "0.1"
+        "all", *words, "--epochs", "1", "--feature", "token", "--learning_rates", "0.01", "0.1"
     )
-    assert len(printed.out.splitlines()) == 5
+    assert len(printed.out.splitlines()) == 6 and "Effective rank " in printed.out
     assert "chosen on a tenth of the training images (0.01: " in printed.out and ", 0.1: " in printed.out
+
+
+class Kept(Tokens):
+    """Tokens that are there, in batches of 32."""
+
+    def __init__(self, tokens, labels, alone):
+        config = FinetuneConfig(train=TrainConfig(micro_batch_size=32))
+        images = SimpleNamespace(classes=["a", "b", "c"])
+        super().__init__(config, None, images, None, alone)
+        self._kept = torch.from_numpy(tokens), torch.from_numpy(labels)
+
+    def __len__(self):
+        return len(self._kept[1])
+
+
+def test_attention_finds_the_patch_that_tells_the_class(alone):
+    """One patch of 16 has the class, in a few of its numbers; the others are noise that a mean drowns in."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, 600)
+    tokens = rng.normal(size=(600, 16, 8)).astype(np.float32)
+    place = rng.integers(0, 16, 600)
+    tokens[np.arange(600), place, :3] = 0
+    tokens[np.arange(600), place, 3] = 6  # "look here"
+    tokens[np.arange(600), place, labels] = 3
+    sets = [Kept(tokens[part], labels[part], alone) for part in (slice(400), slice(400, 600))]
+    state = torch.get_rng_state()
+    found = attentive(*sets, 8, (1e-5, 1e-2), epochs=8)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert found.learning_rate == 1e-2 and found.accuracy > 90
+    mean = tokens.mean(1)
+    assert linear(mean[:400], labels[:400], mean[400:], labels[400:]) < found.accuracy - 15
+    assert attentive(*sets, 8, (1e-2,), epochs=1) == attentive(*sets, 8, (1e-2,), epochs=1)
+    sets[0]._kept[1][:] = torch.from_numpy(rng.permutation(labels[:400]))
+    assert attentive(*sets, 8, (1e-2,), epochs=5).accuracy < 55
+    with pytest.raises(DataError, match="19 training images are too few"):
+        attentive(Kept(tokens[:19], labels[:19], alone), sets[1], 8)
+
+
+def test_the_attentive_probe_finds_the_same_from_memory_and_computed_anew(
+    run_tool_with, model_folder, image_folders, tmp_path
+):
+    copy_tree(image_folders, tmp_path)
+    bad = tmp_path / "train" / "coral" / "3.jpg"
+    bad.write_bytes(bad.read_bytes()[:300])
+    words = ["--model", model_folder, "--train", tmp_path / "train", "--val", tmp_path / "val", "--json"]
+    settings = ["--epochs", "3", "--learning_rates", "0.001", "0.01", "--batch_size", "8"]
+    out = tmp_path / "a.json"
+    code, printed = run_tool_with("attentive", *words, *settings, "--out", out)
+    assert code == 0 and f"1 of 36, e.g. {bad}" in printed.err
+    kept = json.loads(out.read_text())
+    counts = {"train_images": 35, "train_unreadable": 1, "val_images": 18, "val_unreadable": 0, "kept": True}
+    assert {name: kept[name] for name in counts} == counts
+    assert len(kept["held_out_accuracy_percent"]) == 2 and kept["layer"] == 0
+    anew = json.loads(run_tool_with("attentive", *words, *settings, "--memory_gb", "0")[1].out)
+    assert anew == kept | {"kept": False}
+    for options, says in (
+        (["--layer", "1"], "--layer 1: this model has layers 0 to 0"),
+        (["--feature", "mean"], "unrecognized arguments: --feature"),
+        (["--max_bad_share", "0"], "more than the 0 that --max_bad_share"),
+    ):
+        code, printed = run_tool_with("attentive", *words, *options)
+        assert code == 2 and says in printed.err
+
+
+def test_the_attentive_probe_is_one_process(model_folder, image_folders):
+    words = ["--model", model_folder, "--train", image_folders / "train", "--val", image_folders / "val"]
+    done = start(sys.executable, *TORCHRUN, "--nproc_per_node=2", EVALUATE, "attentive", *words)
+    assert done.returncode != 0
+    assert "attentive runs in one process, not in 2: leave torchrun out." in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -566,7 +685,7 @@ def test_a_rate_at_an_end_of_those_tried_is_said(
 ):
     tried = dict(zip((0.01, 0.1, 1.0), held_out))
     monkeypatch.setattr(
-        probe, "linear_sgd", lambda *found, **settings: probe.SGDProbe(50.0, max(tried, key=tried.get), tried)
+        probe, "linear_sgd", lambda *found, **settings: probe.Fitted(50.0, max(tried, key=tried.get), tried)
     )
     words = ["--model", model_folder, "--train", image_folders / "train", "--val", image_folders / "val"]
     code, printed = run_tool_with("linear", "--solver", "sgd", *words)
@@ -581,7 +700,9 @@ def test_mistakes_in_what_is_fitted_are_sentences(run_tool_with, model_folder, i
         (["--learning_rates", "0.1", "0"], "0 must be above 0"),
         (["--learning_rates"], "expected at least one argument"),
         (["--epochs", "0"], "0 must be at least 1"), (["--solver", "adam"], "invalid choice"),
-        (["--pool", "max"], "invalid choice"),
+        (["--feature", "max"], "invalid choice"),
+        (["--layer", "0", "--last", "1"], "not allowed with argument"),
+        (["--layer", "first"], "first is neither a whole number nor all"),
         (["--out", tmp_path / "no" / "file"], "can't be written: name a file in a folder that is there"),
         (["--out", tmp_path], "can't be written"),
     ):  # fmt: skip

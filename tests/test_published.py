@@ -17,7 +17,8 @@ from mapet_ds.config.finetune import ClassifierConfig
 from mapet_ds.config.sections import REPOSITORY
 from mapet_ds.errors import ConfigError
 from mapet_ds.finetuning.classifier import build_model
-from mapet_ds.results.probe import features, load_timm
+from mapet_ds.results.features import features
+from mapet_ds.results.probe import load_timm
 from mapet_ds.results.published import import_weights
 
 TOOL = REPOSITORY / "tools" / "import_weights.py"
@@ -372,7 +373,7 @@ def test_fine_tuning_and_evaluation_take_it(tmp_path, write, method, finetuned):
     found, _ = features(
         load_timm(tmp_path / "out"), [(torch.randn(2, 3, 24, 24), torch.zeros(2))], torch.device("cpu")
     )
-    assert found.shape == (2, WIDTH[method])
+    assert found["mean"].shape == (2, 1, WIDTH[method])
 
 
 def test_what_is_left_out_is_named(tmp_path, write):

@@ -241,7 +241,7 @@ def test_attention_is_that_of_the_last_block(recipe):
         objective.vit.blocks[-1].attn.qkv.weight.data.mul_(20)
 
     folder, config, target, objective = untrained(recipe, "mapet", sharpen)
-    views, maps = report.attention(report.open_trained(folder), 3)
+    views, maps, tokens = report.look(report.open_trained(folder), 3)
     images, vit = replay(config, target, objective)[0].images[:3], objective.vit
     with torch.no_grad():
         rows = vit._pos_embed(vit.patch_embed(images))
@@ -251,10 +251,29 @@ def test_attention_is_that_of_the_last_block(recipe):
         parts = last.attn.qkv(last.norm1(rows)).chunk(3, dim=2)
         q, k, _ = (part.unflatten(2, (2, 16)).transpose(1, 2) for part in parts)
         weights = (q @ k.transpose(2, 3) / 4).softmax(dim=-1)
+        assert torch.allclose(tokens, vit.forward_features(images)[:, 1:], atol=1e-5)
     assert torch.allclose(maps, weights[:, :, 1:, 1:].mean(dim=2), atol=1e-5)
     assert not torch.allclose(maps, weights[:, :, 0, 1:], atol=1e-2)  # those of the class token's query
     mean, std = (torch.tensor(values) for values in (config.data.mean, config.data.std))
     assert torch.allclose(views / 255, (images.movedim(1, 3) * std + mean).clamp(0, 1), atol=0.51 / 255)
+
+
+def test_colours_of_features_are_principal_components_of_fixed_sign():
+    rng = np.random.default_rng(0)
+    scores = rng.normal(size=(2 * 50, 3)) * (9, 3, 1)
+    scores -= scores.mean(0)
+    scores = np.linalg.qr(scores)[0] * (90, 30, 10)  # uncorrelated, so that they are the components
+    axes = np.linalg.qr(rng.normal(size=(6, 3)))[0].T
+    axes *= np.sign(axes[np.arange(3), np.abs(axes).argmax(1)])[:, None]
+    patches = torch.from_numpy(scores @ axes + 5).view(2, 50, 6)
+    colours = report.principal_colours(patches)
+    for each in range(3):
+        low, high = np.quantile(scores[:, each], (0.02, 0.98))
+        expected = 255 * ((scores[:, each] - low) / (high - low)).clip(0, 1)
+        assert np.abs(colours[..., each].flatten().numpy() - expected).max() < 0.6
+    flat = torch.from_numpy(scores[:, :1] @ axes[:1]).view(2, 50, 6)
+    assert (report.principal_colours(flat)[..., 1:] == 128).all(), "components without spread are grey"
+    assert (report.principal_colours(torch.ones(1, 4, 8)) == 128).all()
 
 
 def test_hostile_names_are_inert(run, make_page, tmp_path):
@@ -280,6 +299,7 @@ def test_what_is_gone_is_said_in_its_section(recipe, run, make_page, tmp_path):
     assert "/nowhere/codebook.safetensors' is not a file" in page.sections["predictions"]
     assert "/nowhere/codebook.safetensors' is not a file" in page.sections["codebook"]
     assert "times the average patch's" in page.sections["attention"]
+    assert "patch features" in page.sections["attention"]
     codebook = Codebook.load(recipe.parent / "codebook.safetensors")
     Codebook(codebook.centroids + 1, codebook.provenance).save(tmp_path / "other.safetensors")
     edit(record, lambda run: run["config"]["tokenizer"].update(path=str(tmp_path / "other.safetensors")))

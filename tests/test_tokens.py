@@ -14,7 +14,8 @@ from towers import write_tower
 from mapet_ds.config.sections import REPOSITORY, Config, TeacherConfig, TokenizerConfig
 from mapet_ds.data.batch import View
 from mapet_ds.errors import ConfigError
-from mapet_ds.results.probe import knn, linear, unit_length
+from mapet_ds.results.features import unit_length
+from mapet_ds.results.probe import knn, linear
 from mapet_ds.results.tokens import Histograms, described, usage
 from mapet_ds.targets.codebook import Codebook, source_of
 from mapet_ds.targets.teacher import build_teacher
@@ -112,6 +113,7 @@ class Grey:
 def run(line, monkeypatch, capsys):
     def evaluate(*words):
         monkeypatch.syspath_prepend(line[0])
+        monkeypatch.syspath_prepend(REPOSITORY / "tools")  # as Python does for a script
         folders = ["--train", line[0] / "train", "--val", line[0] / "val", "--workers", "0"]
         monkeypatch.setattr(sys, "argv", ["evaluate.py", "tokenizer", *map(str, [*words, *folders])])
         with pytest.raises(SystemExit) as ended:

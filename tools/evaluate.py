@@ -1,6 +1,6 @@
 """Evaluate a timm ViT, or tokenizers, on labelled images.
 
-python tools/evaluate.py knn|linear|all|features --model OUT --train DIR --val DIR
+python tools/evaluate.py knn|linear|attentive|all|features --model OUT --train DIR --val DIR
 python tools/evaluate.py tokenizer --tokenizer RECIPE [a.b=value ...] [--tokenizer ...] --train DIR --val DIR
 """
 
@@ -8,37 +8,63 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from evaluations.judges import evaluate_knn, evaluate_linear, tried, unit
+from evaluations.options import parse
 
 from mapet_ds.errors import ConfigError, DataError
 from mapet_ds.files import write_whole
-from mapet_ds.terminal import answer, number, refuse
+from mapet_ds.terminal import answer
 
 if TYPE_CHECKING:
     from mapet_ds.config.finetune import FinetuneConfig
     from mapet_ds.config.sections import Config
-    from mapet_ds.data.index import Images
+    from mapet_ds.data.index import Images, Index
     from mapet_ds.launch import Ranks
+    from mapet_ds.results.features import Vectors
+    from mapet_ds.results.stored_features import Judged
 
 # torch and what needs it are imported once the words are parsed: --help and a mistake answer at once.
 
-NEIGHBOURS = (10, 20, 100)
-"""What `all` takes for k, where there are as many training images."""
-SMALL = 10**9
-"""Training images x width x classes up to which `all` solves the logistic regression: minutes on a CPU."""
-Result = tuple[list[str], dict[str, Any]]
-"""A sentence for each figure, and the figures."""
+
+class Asked(NamedTuple):
+    """The features that are asked for, of one forward."""
+
+    features: list[str]
+    """Each is judged: mean, token, both."""
+    layers: list[int] | None
+    """Ascending numbers of the blocks; None: the last, where a model is none of blocks."""
+    joined: bool
+    """The blocks are one feature; otherwise each is judged."""
+    kinds: tuple[str, ...]
+    """The vectors that are computed of each block."""
+
+    def one_by_one(self) -> Iterator[tuple[str, list[int], str, dict[str, Any]]]:
+        """Yields feature and places of its blocks, and both in words and as figures."""
+        from mapet_ds.results.features import WORDS
+
+        places = list(range(len(self.layers or [0])))
+        for feature in self.features:
+            for each in [places] if self.joined else [[place] for place in places]:
+                layers = [self.layers[place] for place in each] if self.layers else [None]
+                layer = layers if self.joined else layers[0]
+                words = WORDS[feature]
+                if self.joined or len(places) > 1:
+                    words += f" of block {', '.join(map(str, layers))}"
+                yield feature, each, words, {"feature": feature, "layer": layer}
 
 
 def build_model(arguments: argparse.Namespace) -> Any:
     """The model that is judged, on the CPU.
 
     Raises:
-        ConfigError: there is nothing to load, or it lacks what --pool or --layer asks for.
+        ConfigError: there is nothing to load.
     """
     from mapet_ds.results.probe import load_timm
 
@@ -46,25 +72,81 @@ def build_model(arguments: argparse.Namespace) -> Any:
         from mapet_ds.config.recipe import load_config
         from mapet_ds.results.tokens import teacher_as_vit
 
-        model = teacher_as_vit(load_config(arguments.teacher, arguments.overrides).teacher)
-    else:
-        model = load_timm(arguments.model, arguments.arch, arguments.untrained, arguments.seed)
-    if arguments.pool == "token" and not model.num_prefix_tokens:
+        return teacher_as_vit(load_config(arguments.teacher, arguments.overrides).teacher)
+    return load_timm(arguments.model, arguments.arch, arguments.untrained, arguments.seed)
+
+
+def asked_of(arguments: argparse.Namespace, model: Any) -> Asked:
+    """The features that the words ask of a model. A file of features gets every kind.
+
+    Raises:
+        ConfigError: the model lacks what --feature, --layer or --last asks for.
+    """
+    from mapet_ds.results.features import FEATURES, judged_feature, kinds_of
+
+    there = kinds_of(model)
+    features = list(dict.fromkeys(arguments.feature or [judged_feature(model)]))
+    needed = {kind for feature in features for kind in FEATURES[feature]}
+    if needed - {*there}:
         raise ConfigError(
-            "--pool token: this model has no class token; leave it out, for the mean of the patch tokens."
+            f"--feature {' '.join(features)}: this model has no class token; leave it out, for the mean of "
+            "the patch tokens."
         )
-    if arguments.layer is not None:
-        if arguments.teacher:
-            raise ConfigError("--layer is for --model; a teacher's is teacher.layer=, as in training.")
-        if arguments.layer not in range(-(blocks := len(model.blocks)), blocks):
+    kinds = there if arguments.features else tuple(kind for kind in there if kind in needed)
+    if arguments.teacher:
+        if arguments.layer or arguments.last:
             raise ConfigError(
-                f"--layer {arguments.layer}: this model has layers 0 to {blocks - 1}, or -1, ..."
+                "--layer and --last are for --model; a teacher's is teacher.layer=, as in training."
             )
-    return model
+        return Asked(features, None, False, kinds)
+
+    blocks, layers = len(model.blocks), arguments.layer or [-1]
+    if arguments.last:
+        layers = range(-arguments.last, 0)
+    elif "all" in layers:
+        layers = range(blocks)
+    for layer in layers:
+        if layer not in range(-blocks, blocks):
+            option = f"--last {arguments.last}" if arguments.last else f"--layer {layer}"
+            raise ConfigError(f"{option}: this model has layers 0 to {blocks - 1}, or -1, ...")
+    return Asked(features, sorted({layer % blocks for layer in layers}), bool(arguments.last), kinds)
 
 
-def extract(arguments: argparse.Namespace, model: Any, ranks: Ranks) -> tuple[list[Any], dict[str, Any]]:
-    """Features and labels of --train and of --val, four arrays, and the numbers of images; both on rank 0.
+@contextmanager
+def labelled_sets(
+    arguments: argparse.Namespace, ranks: Ranks
+) -> Iterator[tuple[FinetuneConfig, dict[str, Index]]]:
+    """The settings by which images are read, and those of --train and --val by name. For every rank.
+
+    Raises:
+        DataError: labels or images that can't be judged by.
+    """
+    from mapet_ds.config.finetune import FinetuneConfig, LabelledDataConfig
+    from mapet_ds.config.sections import TrainConfig
+    from mapet_ds.data.index import open_index
+    from mapet_ds.data.labelled import check_apart, check_classes
+
+    names = ("train", "val", "workers", "max_bad_share", "exif_orientation")
+    data = LabelledDataConfig(**{name: getattr(arguments, name) for name in names})
+    config = FinetuneConfig(data=data, train=TrainConfig(micro_batch_size=arguments.batch_size))
+    with tempfile.TemporaryDirectory() as cache:
+        sets = {
+            name: ranks.first_then_all(lambda name=name: open_index(getattr(data, name), Path(cache, name)))
+            for name in ("train", "val")
+        }
+        check_classes(sets["train"], sets["val"], section="--")
+        check_apart(sets["train"], sets["val"], "--", ranks, refuse=True)
+        yield config, sets
+
+
+def extract(
+    arguments: argparse.Namespace,
+    model: Any,
+    layers: Sequence[int] | None,
+    kinds: Sequence[str],
+    ranks: Ranks,
+) -> tuple[Judged | None, dict[str, Any]]:
+    """The vectors and labels of --train and of --val, and the numbers of images; both on rank 0.
 
     Images are read as fine-tuning reads them. Every rank must call it.
 
@@ -74,136 +156,64 @@ def extract(arguments: argparse.Namespace, model: Any, ranks: Ranks) -> tuple[li
     """
     from timm.data import resolve_model_data_config
 
-    from mapet_ds.config.finetune import FinetuneConfig, LabelledDataConfig
-    from mapet_ds.config.sections import TrainConfig
-    from mapet_ds.data.index import Selection, open_index
-    from mapet_ds.data.labelled import check_apart, check_classes
-    from mapet_ds.results.stored_features import identity, is_stored, load, save
+    from mapet_ds.data.index import Selection
+    from mapet_ds.results.stored_features import Judged, identity, is_stored, load, save
 
-    names = ("train", "val", "workers", "max_bad_share", "exif_orientation")
-    data = LabelledDataConfig(**{name: getattr(arguments, name) for name in names})
-    config = FinetuneConfig(data=data, train=TrainConfig(micro_batch_size=arguments.batch_size))
-    with tempfile.TemporaryDirectory() as cache:
-        train, val = (
-            ranks.first_then_all(lambda name=name: open_index(getattr(data, name), Path(cache, name)))
-            for name in ("train", "val")
-        )
-        check_classes(train, val, section="--")
-        check_apart(train, val, "--", ranks, refuse=True)
-        settings = {f"--{name}": getattr(arguments, name) for name in ("pool", "layer", "exif_orientation")}
+    with labelled_sets(arguments, ranks) as (config, sets):
+        train, val = sets["train"], sets["val"]
+        settings = {"--exif_orientation": arguments.exif_orientation}
         settings["the evaluation transform"] = resolve_model_data_config(model)
         file = arguments.features
         key = identity(model, train, val, settings) if file else {}
-        if file and ranks.from_first(lambda: is_stored(file, key)):
-            arrays, counts = load(file) if ranks.rank == 0 else ([], {})
-            return arrays, counts
+        if file and ranks.from_first(lambda: is_stored(file, key, layers)):
+            return load(file, layers, kinds) if ranks.rank == 0 else (None, {})
 
         # What is wrong with the validation images is found before the training images are computed.
         arrays, counts = [], {"classes": len(train.classes)}
         limit = arguments.max_images
         for name, whole in (("val", val), ("train", train)):
             images = Selection(whole, limit) if limit else whole
-            arrays = [*computed(arguments, config, model, name, images, ranks), *arrays]
+            arrays = [*computed(arguments, config, model, (layers, kinds), name, images, ranks), *arrays]
             counts |= {f"{name}_images": len(arrays[1]), f"{name}_unreadable": len(images) - len(arrays[1])}
+    judged = Judged(*arrays)
     if file and ranks.rank == 0:
-        save(file, arrays, key, counts)
-    return arrays, counts
+        save(file, judged, layers, key, counts)
+    return judged, counts
 
 
 def computed(
-    arguments: argparse.Namespace, config: FinetuneConfig, model: Any, name: str, images: Images, ranks: Ranks
-) -> tuple[Any, Any]:
-    """Features and labels of the images of --train or --val, on rank 0."""
+    arguments: argparse.Namespace, config: FinetuneConfig, model: Any, what: tuple[Any, Any], name: str,
+    images: Images, ranks: Ranks,
+) -> tuple[Vectors, Any]:  # fmt: skip
+    """The vectors, of these layers and kinds, and labels of the images of --train or --val, on rank 0."""
     from timm.data import create_transform, resolve_model_data_config
     from tqdm import tqdm
 
-    from mapet_ds.results.probe import labelled_features
+    from mapet_ds.results.features import labelled_features
 
     transform: Any = create_transform(**resolve_model_data_config(model))
     batches = -(-len(images) // (arguments.batch_size * ranks.world_size))
     quiet = ranks.rank != 0 or not sys.stderr.isatty()
     with tqdm(desc=name, total=batches, unit="batch", disable=quiet) as bar:
         return labelled_features(
-            config, model, images, transform, ranks, lambda _: bar.update(), arguments.pool, arguments.layer,
-            start_method="fork", section="--",
+            config, model, images, transform, ranks, lambda _: bar.update(), *what, start_method="fork",
+            section="--",
         )  # fmt: skip
-
-
-def unit(arrays: list[Any]) -> list[Any]:
-    """The four arrays with features of length 1."""
-    from mapet_ds.results.probe import unit_length
-
-    train, train_labels, val, val_labels = arrays
-    return [unit_length(train), train_labels, unit_length(val), val_labels]
-
-
-def evaluate_knn(arguments: argparse.Namespace, arrays: list[Any]) -> Result:
-    """The k-NN vote."""
-    from mapet_ds.results.probe import K, knn
-
-    k, temperature = arguments.k or K, arguments.temperature
-    accuracy = knn(*unit(arrays), k=k, temperature=temperature)
-    figures = {"knn_accuracy_percent": accuracy, "k": k, "temperature": temperature}
-    return [f"k-NN (k = {k}) accuracy {accuracy:.2f} %"], figures
-
-
-def evaluate_linear(arguments: argparse.Namespace, arrays: list[Any]) -> Result:
-    """A linear classifier, by --solver."""
-    from mapet_ds.results.probe import EPOCHS, LEARNING_RATES, linear, linear_sgd
-
-    if arguments.solver == "lbfgs":
-        accuracy = linear(*unit(arrays), penalty=arguments.penalty)
-        figures = {"linear_accuracy_percent": accuracy, "solver": "lbfgs", "penalty": arguments.penalty}
-        return [f"Linear accuracy {accuracy:.2f} %"], figures
-    rates, norm = arguments.learning_rates or LEARNING_RATES, arguments.batch_norm
-    settings = {"epochs": arguments.epochs or EPOCHS, "batch_norm": norm, "seed": arguments.seed}
-    probe = linear_sgd(*arrays, learning_rates=rates, **settings, device=arguments.device)
-
-    # The sentence says which rate was chosen, and where a better one may lie.
-    held_out, rate = probe.held_out, probe.learning_rate
-    tried = ", ".join(f"{lr:g}: {accuracy:.2f} %" for lr, accuracy in held_out.items())
-    sentence = (
-        f"Linear (SGD{', batch norm' if norm else ''}) accuracy {probe.accuracy:.2f} % with learning rate "
-        f"{rate:g}, chosen on a tenth of the training images ({tried})"
-    )
-    best = [lr for lr, accuracy in sorted(held_out.items()) if accuracy == max(held_out.values())]
-    for end, name in ((min(held_out), "lowest"), (max(held_out), "highest")):
-        if len(held_out) > 1 and best == [end]:
-            sentence += f"; a better one may lie beyond the {name} of them: --learning_rates takes others"
-    figures = {"linear_accuracy_percent": probe.accuracy, "solver": "sgd", "learning_rate": rate}
-    return [sentence], figures | {"held_out_accuracy_percent": held_out} | settings
-
-
-def evaluate_features(arguments: argparse.Namespace, arrays: list[Any]) -> Result:
-    """The features themselves, which are in --features by now."""
-    rows = " and ".join(f"{len(each)} rows of {each.shape[1]}" for each in (arrays[0], arrays[2]))
-    return [f"{arguments.features}: {rows} of --train and --val"], {"features": str(arguments.features)}
-
-
-def evaluate_all(arguments: argparse.Namespace, arrays: list[Any]) -> Result:
-    """k-NN for several k, and linear classifiers: SGD without and with BatchNorm; lbfgs for small sets."""
-    train, train_labels = arrays[:2]
-    ks = [k for k in NEIGHBOURS if k <= len(train)] or [len(train)]
-    runs: list[tuple[Any, dict[str, Any]]] = [(evaluate_knn, {"k": k}) for k in ks]
-    runs += [(evaluate_linear, {"solver": "sgd", "batch_norm": norm}) for norm in (False, True)]
-    if train.size * (train_labels.max() + 1) <= SMALL:
-        runs.append((evaluate_linear, {"solver": "lbfgs"}))
-    results = [run(argparse.Namespace(**vars(arguments) | own), arrays) for run, own in runs]
-    sentences = [sentence for lines, _ in results for sentence in lines]
-    figures = [each for _, each in results]
-    return sentences, {"knn": figures[: len(ks)], "linear": figures[len(ks) :]}
 
 
 def evaluate_tokenizer(arguments: argparse.Namespace, config: Config, ranks: Ranks) -> dict[str, Any]:
     """A row of the table, on rank 0: a tokenizer's use of its ids, and how well these alone classify."""
+    from mapet_ds.results.features import chosen
     from mapet_ds.results.tokens import described, tokenizer_as_vit, usage
 
-    arrays, counts = extract(arguments, tokenizer_as_vit(config, ranks.device), ranks)
+    judged, counts = extract(arguments, tokenizer_as_vit(config, ranks.device), None, ("mean",), ranks)
     if ranks.rank != 0:
         return {}
-    row = {"tokenizer": described(config), **usage(arrays[0], arrays[2])}
+    assert judged
+    train, val = (chosen(vectors, "mean", [0]) for vectors in (judged.train, judged.val))
+    row = {"tokenizer": described(config), **usage(train, val)}
     for probe in (evaluate_knn, evaluate_linear):
-        row |= probe(arguments, unit(arrays))[1]
+        row |= probe(arguments, unit([train, judged.train_labels, val, judged.val_labels]))[1]
     return row | counts
 
 
@@ -228,6 +238,71 @@ def evaluate_tokenizers(arguments: argparse.Namespace) -> None:
     write_figures(arguments.out, rows)
 
 
+def evaluate_attentive(arguments: argparse.Namespace) -> None:
+    """Prints the accuracy of an attentive probe, and writes it to --out. It runs in one process.
+
+    Raises:
+        ConfigError: it was started as several ranks.
+    """
+    import torch.distributed as dist
+    from timm.data import create_transform, resolve_model_data_config
+
+    from mapet_ds.launch import init_distributed
+    from mapet_ds.results.attentive import EPOCHS, LEARNING_RATES, Tokens, attentive, token_shape
+    from mapet_ds.results.probe import device_of
+
+    device = device_of(arguments.device)
+    model = build_model(arguments)
+    arguments.features, arguments.feature, arguments.last = None, ["mean"], None
+    arguments.layer = None if arguments.layer is None else [arguments.layer]
+    layers = asked_of(arguments, model).layers
+    layer = layers[0] if layers else None
+    ranks = init_distributed()._replace(device=device)
+    try:
+        if ranks.world_size > 1:
+            raise ConfigError(
+                f"attentive runs in one process, not in {ranks.world_size}: leave torchrun out."
+            )
+        shape = token_shape(model.to(device), layer)
+        transform: Any = create_transform(**resolve_model_data_config(model))
+        with labelled_sets(arguments, ranks) as (config, sets):
+            train, val = (
+                Tokens(config, model, sets[name], transform, ranks, layer) for name in ("train", "val")
+            )
+            gigabytes = (len(train) + len(val)) * shape.numel() * 4 / 1e9
+            if kept := gigabytes <= arguments.memory_gb:
+                val.keep()
+                train.keep()
+            rates, epochs = arguments.learning_rates or LEARNING_RATES, arguments.epochs or EPOCHS
+            probe = attentive(train, val, shape[-1], rates, epochs, arguments.seed)
+            val.report()
+            train.report()
+    finally:
+        dist.destroy_process_group()
+    counts = {"train_images": len(train) - len(train.bad), "val_images": len(val) - len(val.bad)}
+    sentence, figures = tried("Attentive", probe)
+    figures = {"attentive_accuracy_percent": probe.accuracy} | figures | counts
+    figures |= {"train_unreadable": len(train.bad), "val_unreadable": len(val.bad), "epochs": epochs}
+    figures |= {"seed": arguments.seed, "batch_size": arguments.batch_size, "layer": layer, "kept": kept}
+    figures |= {"classes": len(train.images.classes), **whose(arguments)}
+    about = described(arguments, figures)
+    print(json.dumps(figures) if arguments.json else f"{sentence} ({about})")
+    write_figures(arguments.out, figures)
+
+
+def whose(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The model that figures are of."""
+    model = str(arguments.model or f"teacher of {arguments.teacher}")
+    return {"model": model, "untrained": arguments.untrained}
+
+
+def described(arguments: argparse.Namespace, basis: dict[str, Any]) -> str:
+    """What stands in brackets behind each figure."""
+    weights = "untrained" if arguments.untrained else "trained"
+    images = f"{basis['train_images']} training, {basis['val_images']} validation images"
+    return f"{weights} weights; {images}, {basis['classes']} classes"
+
+
 def write_figures(out: Path | None, figures: Any) -> None:
     """Writes a JSON object to --out.
 
@@ -241,129 +316,32 @@ def write_figures(out: Path | None, figures: Any) -> None:
             raise DataError(f"--out {out} can't be written: {error}.") from error
 
 
-def output_file(text: str) -> Path:
-    """A type for argparse: a file that can be written, as far as a look at the path tells."""
-    path = Path(text)
-    place = path if path.exists() and not path.is_file() else path.parent
-    if path.is_dir() or not os.access(place, os.W_OK):
-        raise argparse.ArgumentTypeError(f"{text} can't be written: name a file in a folder that is there")
-    return path
+def figures_of(
+    arguments: argparse.Namespace, asked: Asked, judged: Judged, basis: dict[str, Any]
+) -> tuple[list[str], dict[str, Any]]:
+    """A sentence for each figure, and the figures: those of the first feature asked for, then of each."""
+    from mapet_ds.results.features import chosen
 
-
-def model_options() -> argparse.ArgumentParser:
-    """What is judged by all commands but `tokenizer`."""
-    model = argparse.ArgumentParser(add_help=False)
-    which = model.add_mutually_exclusive_group(required=True)
-    which.add_argument("--model", type=Path, help="folder of tools/export_timm.py, or a file of weights")
-    which.add_argument(
-        "--teacher", metavar="YAML", help="instead: the dense features of this recipe's teacher"
-    )
-    option = model.add_argument
-    option("overrides", nargs="*", metavar="a.b=value", help="with --teacher: replace the recipe's settings")
-    option("--arch", help="timm model name, for a file of weights")
-    option("--untrained", action="store_true", help="the same architecture with fresh weights, to compare")
-    option("--pool", choices=("avg", "token"), default="avg", help="mean patch token, or class token")
-    layer = "the block to judge, from 0, or -1 for the last; the final norm follows (default: the last)"
-    option("--layer", type=int, metavar="N", help=layer)
-    stored = "take features from this safetensors file; compute them into it where it isn't there yet"
-    option("--features", type=output_file, metavar="FILE", help=stored)
-    model.set_defaults(max_images=None)
-    return model
-
-
-def shared_options() -> argparse.ArgumentParser:
-    """The images, and where the figures go."""
-    shared = argparse.ArgumentParser(add_help=False)
-    option = shared.add_argument
-    option("--seed", type=number(int, 0), default=0, help="of fresh weights, and of the linear probe by SGD")
-    option("--train", required=True, help="folder with a sub-folder of images per class, or tar shards")
-    option("--val", required=True, help="the same classes, other images")
-    option("--batch_size", type=number(int, 1), default=128)
-    option("--workers", type=number(int, 0), default=2, help="processes that read and decode")
-    few = "of each set at most this share, rounded up, may be unreadable; they are left out"
-    option("--max_bad_share", type=number(float, 0), default=0.01, help=few)
-    turned = "turn images as EXIF says, for a model that was trained so"
-    option("--exif_orientation", action="store_true", help=turned)
-    option("--device", help="cuda, cuda:1, cpu; default: a GPU where there is one")
-    option("--json", action="store_true", help="print one JSON object instead of sentences")
-    option("--out", type=output_file, metavar="FILE", help="write that JSON object to a file, too")
-    return shared
-
-
-def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Evaluate a timm ViT, or tokenizers, on labelled images.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    model, shared, positive = model_options(), shared_options(), number(float, 0, above=True)
-    voting, fitting = argparse.ArgumentParser(add_help=False), argparse.ArgumentParser(add_help=False)
-    voting.add_argument("--temperature", type=positive, default=0.07)
-    neighbours = {"type": number(int, 1), "help": "neighbours that vote"}
-    option = fitting.add_argument
-    option("--penalty", type=number(float, 0), default=1e-4, help="lbfgs: on the squared weights")
-    option("--learning_rates", type=positive, nargs="+", help="sgd: all tried at once")
-    option("--epochs", type=number(int, 1), help="sgd: passes over the features")
-    solvers = "lbfgs: logistic regression, solved whole on the CPU; sgd: as papers train it, on --device"
-    solver = {"choices": ("lbfgs", "sgd"), "help": solvers}
-
-    vote = "weighted vote of the k nearest training images"
-    command = commands.add_parser("knn", parents=[model, shared, voting], help=vote)
-    command.add_argument("--k", **neighbours)
-    command.set_defaults(evaluate=evaluate_knn)
-
-    command = commands.add_parser(
-        "linear", parents=[model, shared, fitting], help="linear classifier on the frozen features"
-    )
-    command.add_argument("--solver", default="lbfgs", **solver)
-    norm = "sgd: BatchNorm without weights before the head"
-    command.add_argument("--batch_norm", action="store_true", help=norm)
-    command.set_defaults(evaluate=evaluate_linear)
-
-    everything = "all of these, from one pass over the images"
-    command = commands.add_parser("all", parents=[model, shared, voting, fitting], help=everything)
-    command.set_defaults(evaluate=evaluate_all)
-
-    command = commands.add_parser(
-        "features", parents=[model, shared], help="the features, into --out FILE.safetensors"
-    )
-    command.set_defaults(evaluate=evaluate_features)
-
-    ids = "tokenizers side by side: the use of their ids, and how well these alone classify"
-    command = commands.add_parser("tokenizer", parents=[shared, voting, fitting], help=ids)
-    given = "a recipe and settings that replace its own; once for each tokenizer"
-    many = {"action": "append", "nargs": "+", "required": True, "metavar": ("RECIPE", "a.b=value")}
-    command.add_argument("--tokenizer", **many, help=given)
-    command.add_argument("--k", **neighbours)
-    command.add_argument("--solver", default="sgd", **solver)
-    few = "of each folder at most so many, evenly spaced over its sorted names"
-    command.add_argument("--max_images", type=number(int, 1), default=10_000, metavar="N", help=few)
-    command.set_defaults(pool="avg", layer=None, features=None, batch_norm=False)
-
-    arguments = parser.parse_args(argv)
+    about, basis = described(arguments, basis), basis | whose(arguments)
     if arguments.command == "features":
-        arguments.features, arguments.out = arguments.out or arguments.features, None
-        if arguments.features is None:
-            parser.error("features needs --out FILE.safetensors")
-    if arguments.command == "tokenizer":
-        try:
-            arguments.configs = [tokenizer_settings(*words) for words in arguments.tokenizer]
-        except ConfigError as error:
-            refuse(parser, error)
-    return arguments
+        kinds = " and ".join(asked.kinds)
+        width = judged.train[asked.kinds[0]].shape[-1]
+        rows = " and ".join(f"{len(each)}" for each in (judged.train_labels, judged.val_labels))
+        sentence = f"{arguments.features}: {kinds}, {width} wide, of {rows} images of --train and --val"
+        return [f"{sentence} ({about})"], basis | {
+            "features": str(arguments.features),
+            "layers": asked.layers,
+        }
 
-
-def tokenizer_settings(recipe: str, *overrides: str) -> Config:
-    """The settings of one --tokenizer.
-
-    Raises:
-        ConfigError: a mistake in them, or no file at tokenizer.path.
-    """
-    from mapet_ds.config.recipe import load_config
-    from mapet_ds.config.rules import check_method
-    from mapet_ds.training.command_line import check_tokenizer_file
-
-    config = load_config(recipe, list(overrides))
-    check_method(config)
-    check_tokenizer_file(config.tokenizer)
-    return config
+    sentences, results = [], []
+    for feature, places, words, own in asked.one_by_one():
+        train, val = (chosen(vectors, feature, places) for vectors in (judged.train, judged.val))
+        arrays = [train, judged.train_labels, val, judged.val_labels]
+        lines, figures = arguments.evaluate(arguments, arrays)
+        sentences += [f"{line} ({words}; {about})" for line in lines]
+        results.append(figures | own)
+    several = {"judged": results} if len(results) > 1 else {}
+    return sentences, results[0] | basis | several
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
@@ -375,24 +353,21 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
     arguments.device = device_of(arguments.device)
     model = build_model(arguments)
+    asked = asked_of(arguments, model)
     ranks = init_distributed()._replace(device=arguments.device)
     try:
-        arrays, basis = extract(arguments, model, ranks)
+        judged, basis = extract(arguments, model, asked.layers, asked.kinds, ranks)
     finally:
         dist.destroy_process_group()
     if ranks.rank != 0:
         return
-    sentences, figures = arguments.evaluate(arguments, arrays)
-    figures |= basis | {"model": str(arguments.model or f"teacher of {arguments.teacher}")}
-    figures |= {name: getattr(arguments, name) for name in ("untrained", "pool", "layer")}
-    weights = "untrained" if arguments.untrained else "trained"
-    images = f"{basis['train_images']} training, {basis['val_images']} validation images"
-    about = f"({weights} weights; {images}, {basis['classes']} classes)"
-    print(json.dumps(figures) if arguments.json else "\n".join(f"{line} {about}" for line in sentences))
+    assert judged
+    sentences, figures = figures_of(arguments, asked, judged, basis)
+    print(json.dumps(figures) if arguments.json else "\n".join(sentences))
     write_figures(arguments.out, figures)
 
 
 if __name__ == "__main__":
     words = parse(sys.argv[1:])
-    work = evaluate_tokenizers if words.command == "tokenizer" else evaluate
-    sys.exit(answer(lambda: work(words)))
+    others = {"tokenizer": evaluate_tokenizers, "attentive": evaluate_attentive}
+    sys.exit(answer(lambda: others.get(words.command, evaluate)(words)))

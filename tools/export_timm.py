@@ -11,6 +11,11 @@ from pathlib import Path
 
 from mapet_ds.terminal import answer, loading
 
+FEATURES = """Take a feature of images with:
+  tokens = model.forward_features(images)
+  token, mean = tokens[:, 0], tokens[:, model.num_prefix_tokens :].mean(1)  # model(images) is the token
+tools/evaluate.py judges the {feature} unless --feature names another."""
+
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Export a run's newest checkpoint, or a named one, to timm.")
@@ -32,6 +37,7 @@ def export(arguments: argparse.Namespace) -> None:
     """Writes the model, says how to load it, and pushes it where that is asked for."""
     from mapet_ds.results.card import check_hub, push_to_hub
     from mapet_ds.results.export import export_timm
+    from mapet_ds.results.features import WORDS
 
     run, out, repository = arguments.checkpoint_or_run, arguments.out, arguments.push_to_hub
     if repository:
@@ -40,6 +46,7 @@ def export(arguments: argparse.Namespace) -> None:
     print(f"{model.folder / 'model.safetensors'}: {model.architecture} of {model.checkpoint}")
     print(f"largest difference between timm's features and the run's own: {model.difference:.3g}")
     print(loading(model.folder))
+    print(FEATURES.format(feature=WORDS[model.feature]))
     if repository:
         print(f"Pushed to {push_to_hub(model.folder, repository, arguments.private)}")
 

@@ -22,6 +22,8 @@ class ObjectiveConfig:
 
     predicts_ids: ClassVar[bool] = True
     """Whether a tokenizer takes part."""
+    feature: ClassVar[str] = "mean"
+    """What its ViT is judged by where nothing is named: mean of the patches, class token, or both."""
     needs_table: ClassVar[str] = ""
     """The reason why a student must have an absolute position table; empty: relative positions will do."""
     hidden_share: float

@@ -12,6 +12,7 @@ import sys
 import time
 import unicodedata
 from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -246,6 +247,17 @@ class Selection:
 
     def has_changed(self, i: int) -> bool:
         return self._index.has_changed(self._place(i))
+
+
+class Ordered(Selection):
+    """A view of images in another order."""
+
+    def __init__(self, images: Index | Selection, order: Sequence[int]) -> None:
+        self._index, self._order, self._length = images, order, len(order)
+        self.classes = images.classes
+
+    def _place(self, i: int) -> int:
+        return self._order[i]
 
 
 Images = Index | Selection

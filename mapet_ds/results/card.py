@@ -16,6 +16,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from mapet_ds.config.sections import TIMM, Config, total_steps
 from mapet_ds.errors import ConfigError
+from mapet_ds.results.features import WORDS
 
 FILES = ("README.md", "config.json", "model.safetensors")
 """The files of an export."""
@@ -32,6 +33,16 @@ import timm
 model = timm.create_model("hf-hub:{repository}", pretrained=True)
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
 ```
+
+Its features come after the final norm:
+
+```python
+tokens = model.forward_features(images)  # [B, class token and patches, width]
+token = tokens[:, 0]  # the class token, which model(images) gives, too
+mean = tokens[:, model.num_prefix_tokens :].mean(1)  # of the patches
+```
+
+Figures of mapet_ds for this objective are of the {feature}, where they name no other.
 
 A folder of these files loads as `local-dir:FOLDER`, and by transformers' `AutoModel.from_pretrained`.
 
@@ -111,6 +122,7 @@ def model_card(
         architecture=config.model.name,
         objective=config.objective,
         size=config.model.img_size,
+        feature=WORDS[config.method.feature],
         repository=repository or "USER/NAME",
         rows="\n".join(f"| {name} | {value} |" for name, value in rows.items()),
         settings=yaml.safe_dump(settings, sort_keys=False, default_flow_style=None),

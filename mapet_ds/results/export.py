@@ -37,6 +37,8 @@ class Export(NamedTuple):
     architecture: str
     difference: float
     """Largest absolute difference between timm's features and the run's own, on random images."""
+    feature: str
+    """The feature by which the objective is judged, as in results/features.py."""
 
 
 def read_vit(checkpoint: Checkpoint, student: bool = False) -> tuple[Config, dict[str, Tensor]]:
@@ -174,4 +176,4 @@ def export_timm(
         which = "momentum teacher" if averaged else "student"
         card = model_card(checkpoint.run, config, which, difference, license, repository)
         (folder / "README.md").write_text(card)
-    return Export(out, checkpoint.path, config.model.name, difference)
+    return Export(out, checkpoint.path, config.model.name, difference, config.method.feature)

@@ -17,8 +17,10 @@ from mapet_ds.data.labelled import check_apart, check_classes
 from mapet_ds.data.range_cache import RangeCache
 from mapet_ds.errors import DataError
 from mapet_ds.launch import Ranks
+from mapet_ds.results.collapse import collapse_figures
 from mapet_ds.results.export import evaluation_data
-from mapet_ds.results.probe import Features, K, Labels, knn, labelled_features, linear_sgd, unit_length
+from mapet_ds.results.features import FEATURES, Labels, Vectors, chosen, labelled_features, unit_length
+from mapet_ds.results.probe import K, knn, linear_sgd
 from mapet_ds.training.watchdog import PROBING
 from mapet_ds.vit import build_vit
 
@@ -60,7 +62,10 @@ class OnlineProbe:
     def __call__(
         self, weights: Iterable[tuple[str, Tensor]], doing: Callable[[str], None]
     ) -> dict[str, float]:
-        """knn_accuracy_percent and linear_accuracy_percent on rank 0; nothing on the others, which wait.
+        """Figures of the objective's feature on rank 0; nothing on the others, which wait.
+
+        knn_accuracy_percent and linear_accuracy_percent; effective_rank and feature_cosine of evaluate.val;
+        and knn_accuracy_percent_NAME of the other features, mean, token and both, from the same forward.
 
         weights: an objective's by name. All are taken, and those of its `vit` are used.
         doing: called with a phrase for what goes on.
@@ -81,13 +86,19 @@ class OnlineProbe:
         doing(PROBING if self.ranks.rank == 0 else "waiting for rank 0 to judge features")
         figures = {}
         if self.ranks.rank == 0:
-            directions, val_directions = unit_length(train), unit_length(val)
-            figures["knn_accuracy_percent"] = knn(
-                directions, train_labels, val_directions, val_labels, on_gpus=False  # training fills them
-            )  # fmt: skip
+            own = self.config.method.feature
+            for feature in FEATURES:
+                name = "knn_accuracy_percent" if feature == own else f"knn_accuracy_percent_{feature}"
+                directions, val_directions = (
+                    unit_length(chosen(each, feature, [0])) for each in (train, val)
+                )
+                figures[name] = knn(
+                    directions, train_labels, val_directions, val_labels, on_gpus=False  # training fills them
+                )  # fmt: skip
+            figures |= collapse_figures(chosen(val, own, [0]))
             probe = linear_sgd(
-                train, train_labels, val, val_labels, LEARNING_RATES, batch_norm=True, seed=self.config.seed,
-                device=self.ranks.device,
+                chosen(train, own, [0]), train_labels, chosen(val, own, [0]), val_labels, LEARNING_RATES,
+                batch_norm=True, seed=self.config.seed, device=self.ranks.device,
             )  # fmt: skip
             figures["linear_accuracy_percent"] = probe.accuracy
         dist.barrier(self.ranks.control)
@@ -96,6 +107,7 @@ class OnlineProbe:
 
     def _features(
         self, vit: torch.nn.Module, images: Selection, doing: Callable[[str], None]
-    ) -> tuple[Features, Labels]:
+    ) -> tuple[Vectors, Labels]:
         transform: Any = timm.data.create_transform(**evaluation_data(self.config))
-        return labelled_features(self.config, vit, images, transform, self.ranks, doing)
+        kinds = FEATURES["both"]
+        return labelled_features(self.config, vit, images, transform, self.ranks, doing, kinds=kinds)

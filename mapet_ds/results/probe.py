@@ -1,31 +1,22 @@
-"""Probes of frozen features: nearest neighbours and linear classifiers on a timm ViT's mean patch token."""
+"""Probes of frozen features: nearest neighbours and linear classifiers; and the timm ViT that is judged."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import timm
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor, nn
 
-from mapet_ds.data.index import Images
-from mapet_ds.data.labelled import Bad, EvaluationBatches, report_unreadable, served
 from mapet_ds.errors import ConfigError, DataError
-from mapet_ds.launch import Ranks
 from mapet_ds.nearest import most_similar
+from mapet_ds.results.features import Features, Labels
 from mapet_ds.weights import UNREADABLE, timm_weights
 
-Features = NDArray[np.float32]
-"""[n, D], a row for each image."""
-Labels = NDArray[np.int64]
-"""[n], the class of each image."""
 K = 20
 """The number of neighbours that vote."""
 EPOCHS = 90
@@ -82,79 +73,6 @@ def load_timm(path: Path, architecture: str | None = None, untrained: bool = Fal
         return model
     except UNREADABLE as error:
         raise ConfigError(f"timm can't load --model {path}: {' '.join(str(error).split())[:500]}") from error
-
-
-@torch.inference_mode()
-def features(
-    model: Any, loader: Iterable[tuple[Tensor, Tensor]], device: torch.device,
-    pool: Literal["avg", "token"] = "avg", layer: int | None = None,
-) -> tuple[Features, Labels]:  # fmt: skip
-    """Mean patch tokens [n, D] after the final norm, or class tokens, and labels [n], in the loader's order.
-
-    layer: the block whose output goes through that norm, negative ones from the last; None: the last.
-    model: a timm ViT. Its class and register tokens are no part of the mean, because MaPeT's loss never
-    reaches the class token. The host waits for the GPU.
-    """
-    model = model.to(device).eval()
-    collected, labels = [], []
-    for images, label in loader:
-        images = images.to(device, non_blocking=True)
-        if layer is None:
-            tokens = model.forward_features(images)
-        else:
-            ((patches, prefix),) = model.forward_intermediates(
-                images, [layer], return_prefix_tokens=True, norm=True, output_fmt="NLC",
-                intermediates_only=True,
-            )  # fmt: skip
-            tokens = torch.cat([prefix, patches], dim=1)
-        pooled = tokens[:, model.num_prefix_tokens :].mean(1) if pool == "avg" else tokens[:, 0]
-        collected.append(pooled.float().cpu())
-        labels.append(label)
-    return torch.cat(collected).numpy(), torch.cat(labels).numpy()
-
-
-def labelled_features(
-    config: Any, model: Any, images: Images, transform: Callable[[Image.Image], Tensor], ranks: Ranks,
-    doing: Callable[[str], Any], pool: Literal["avg", "token"] = "avg", layer: int | None = None,
-    start_method: str = "spawn", section: str = "data.",
-) -> tuple[Features, Labels]:  # fmt: skip
-    """The features and labels of the readable images in their order, on rank 0; empty elsewhere.
-
-    Every rank must call it, and computes those of its share.
-
-    config: gives train.micro_batch_size, data.workers, data.max_bad_share and data.exif_orientation.
-    doing: called with a phrase before each batch.
-    pool, layer: as for `features`. start_method: as for `served`. section: as for `check_bad`.
-
-    Raises:
-        DataError: more than data.max_bad_share of the images are unreadable.
-    """
-    bad, dataset = Bad(), EvaluationBatches(config, images, transform, ranks.rank, ranks.world_size)
-
-    def batches() -> Iterator[tuple[Tensor, Tensor]]:
-        numbers = range(len(dataset))
-        made = served(dataset, numbers, config.data.workers, ranks, start_method)
-        for number, batch in enumerate(made):
-            doing(f"evaluating batch {number} of {len(dataset)}")
-            bad.extend(batch.bad)
-            yield batch.images, batch.label
-
-    shares = [torch.from_numpy(each) for each in features(model, batches(), ranks.device, pool, layer)]
-    report_unreadable(config, images, bad, ranks, section)
-
-    # Image i is in the share of rank i % world_size.
-    whole = []
-    for share in shares:
-        parts = [torch.empty_like(share) for _ in range(ranks.world_size)] if ranks.rank == 0 else None
-        dist.gather(share, parts, group=ranks.control)
-        whole.append(torch.stack(parts, dim=1).flatten(0, 1) if parts else share[:0])
-    rows, labels = whole
-    return rows[labels >= 0].numpy(), labels[labels >= 0].numpy()
-
-
-def unit_length(features: Features) -> Features:
-    """Rows [n, D] divided by their lengths."""
-    return F.normalize(torch.from_numpy(features), dim=1).numpy()
 
 
 def knn(
@@ -272,8 +190,8 @@ def fit_heads(
     return heads.eval()
 
 
-class SGDProbe(NamedTuple):
-    """The result of the linear probe by SGD."""
+class Fitted(NamedTuple):
+    """The result of a probe that has tried several learning rates."""
 
     accuracy: float
     """In percent, on the validation images."""
@@ -287,7 +205,7 @@ def linear_sgd(
     train_features: Features, train_labels: Labels, val_features: Features,
     val_labels: Labels, learning_rates: Sequence[float] = LEARNING_RATES, epochs: int = EPOCHS,
     batch_norm: bool = False, seed: int = 0, device: torch.device | str = "cpu",
-) -> SGDProbe:  # fmt: skip
+) -> Fitted:  # fmt: skip
     """Trains and judges a linear classifier of features [n, D] as papers do, in fp32; the same each time.
 
     All learning rates are tried at once without a tenth of the training images, drawn from the seed. The best
@@ -318,4 +236,4 @@ def linear_sgd(
     head = fit_heads(x, y, order, [chosen], epochs, batch_norm, generator)
     x, y = (torch.from_numpy(each).to(device) for each in (val_features, val_labels))
     (accuracy,) = head.accuracies(x, y)
-    return SGDProbe(accuracy, chosen, held_out)
+    return Fitted(accuracy, chosen, held_out)

@@ -1,15 +1,17 @@
 """Features on disk, so that every probe takes them from one pass over the images.
 
-A safetensors file holds train, train_labels, val and val_labels. Rows are in the order of the index, without
-unreadable images. Its metadata holds the identity of model, images and settings, and the counts of images.
+A safetensors file holds train_mean, train_token where there are class tokens, train_labels, and the same of
+val. Rows [n, D], or [n, blocks, D] of several blocks, are in the order of the index, without unreadable
+images. Its metadata holds the identity of model, images and settings, the blocks, and the counts of images.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import safetensors
@@ -18,11 +20,16 @@ from safetensors.numpy import save_file
 from mapet_ds.data.index import Index
 from mapet_ds.errors import ConfigError
 from mapet_ds.files import whole_file
-from mapet_ds.results.probe import Features, Labels
+from mapet_ds.results.features import Labels, Vectors
 
-NAMES = ("train", "train_labels", "val", "val_labels")
-Arrays = list[Features | Labels]
-"""Four arrays, as NAMES lists them."""
+
+class Judged(NamedTuple):
+    """The vectors and labels of both sets of images."""
+
+    train: Vectors
+    train_labels: Labels
+    val: Vectors
+    val_labels: Labels
 
 
 def identity(model: Any, train: Index, val: Index, settings: dict[str, Any]) -> dict[str, str]:
@@ -46,8 +53,8 @@ def identity(model: Any, train: Index, val: Index, settings: dict[str, Any]) -> 
     }
 
 
-def is_stored(file: Path, now: dict[str, str]) -> bool:
-    """Whether a file holds the features of this identity; False where there is no file.
+def is_stored(file: Path, now: dict[str, str], layers: Sequence[int] | None) -> bool:
+    """Whether a file holds the features of this identity and these blocks; False where there is no file.
 
     Raises:
         ConfigError: it holds others, or isn't one of features.
@@ -56,7 +63,7 @@ def is_stored(file: Path, now: dict[str, str]) -> bool:
         return False
     try:
         with safetensors.safe_open(file, "np") as stored:
-            then = json.loads(stored.metadata()["identity"])
+            then, blocks = (json.loads(stored.metadata()[name]) for name in ("identity", "layers"))
     except (safetensors.SafetensorError, OSError, TypeError, KeyError, ValueError) as error:
         raise ConfigError(f"{file} is no file of features ({error}): name another.") from error
     if differing := [name for name in now if then.get(name) != now[name]]:
@@ -64,21 +71,45 @@ def is_stored(file: Path, now: dict[str, str]) -> bool:
             f"{file} holds features of other things: {', '.join(differing)} differ. Name another file, or "
             "delete this one."
         )
+    if layers and (missing := sorted({*layers} - {*(blocks or [])})):
+        raise ConfigError(
+            f"{file} holds features of layer {', '.join(map(str, blocks))}, not of "
+            f"{', '.join(map(str, missing))}. Name another file, or delete this one."
+        )
     return True
 
 
-def load(file: Path) -> tuple[Arrays, dict[str, Any]]:
-    """The arrays of a file that `is_stored`, and the counts of images."""
+def load(file: Path, layers: Sequence[int] | None, kinds: Sequence[str]) -> tuple[Judged, dict[str, Any]]:
+    """The vectors of a file that `is_stored`, and the counts of images."""
     with safetensors.safe_open(file, "np") as stored:
-        return [stored.get_tensor(name) for name in NAMES], json.loads(stored.metadata()["counts"])
+        blocks, counts = (json.loads(stored.metadata()[name]) for name in ("layers", "counts"))
+        places = [blocks.index(layer) for layer in layers] if layers else [0]
+
+        def vectors(name: str) -> Vectors:
+            whole = {kind: stored.get_tensor(f"{name}_{kind}") for kind in kinds}
+            return {
+                kind: each.reshape(len(each), -1, each.shape[-1])[:, places] for kind, each in whole.items()
+            }
+
+        labels = {name: stored.get_tensor(f"{name}_labels") for name in ("train", "val")}
+        return Judged(vectors("train"), labels["train"], vectors("val"), labels["val"]), counts
 
 
-def save(file: Path, arrays: Arrays, identity: dict[str, str], counts: dict[str, Any]) -> None:
+def save(
+    file: Path, judged: Judged, layers: Sequence[int] | None, identity: dict[str, str], counts: dict[str, Any]
+) -> None:
     """Writes a file whole or not at all.
 
     Raises:
         OSError: the storage fails.
     """
-    metadata = {"identity": json.dumps(identity), "counts": json.dumps(counts)}
+    arrays: dict[str, Any] = {"train_labels": judged.train_labels, "val_labels": judged.val_labels}
+    for name, vectors in (("train", judged.train), ("val", judged.val)):
+        for kind, each in vectors.items():
+            arrays[f"{name}_{kind}"] = each[:, 0] if each.shape[1] == 1 else each
+    metadata = {"identity": identity, "layers": layers, "counts": counts}
     with whole_file(file) as beside:
-        save_file({k: np.ascontiguousarray(v) for k, v in zip(NAMES, arrays, strict=True)}, beside, metadata)
+        save_file(
+            {name: np.ascontiguousarray(array) for name, array in arrays.items()}, beside,
+            {name: json.dumps(value) for name, value in metadata.items()},
+        )  # fmt: skip

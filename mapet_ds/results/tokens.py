@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mapet_ds.config.sections import Config, TeacherConfig
 from mapet_ds.data.batch import View
 from mapet_ds.errors import ConfigError
-from mapet_ds.results.probe import Features
+from mapet_ds.results.features import Features
 from mapet_ds.targets.teacher import build_teacher
 from mapet_ds.targets.tokenizer import Tokenizer, build_tokenizer
 from mapet_ds.targets.towers import teacher_mean_std

@@ -66,15 +66,15 @@ def read_record(folder: Path) -> Record:
 def curves(lines: list[dict[str, Any]]) -> dict[str, dict[str, tuple[list[int], list[float]]]]:
     """The steps and values of each scalar of a run, by group and name.
 
-    Scalars whose names differ in a last number only (quarters, top 1 and 5) are one group. A value that isn't
-    finite becomes NaN.
+    Scalars whose names differ in a last number only (quarters, top 1 and 5), or in the feature that they
+    judge, are one group. A value that isn't finite becomes NaN.
     """
     groups: dict[str, dict[str, tuple[list[int], list[float]]]] = defaultdict(dict)
     for line in lines:
         for name, value in line.items():
             if name in NO_CURVE:
                 continue
-            steps, values = groups[re.sub(r"_?\d+$", "", name)].setdefault(name, ([], []))
+            steps, values = groups[re.sub(r"_?\d+$|_(mean|token|both)$", "", name)].setdefault(name, ([], []))
             steps.append(line["step"])
             values.append(value if math.isfinite(value) else math.nan)
     return dict(groups)

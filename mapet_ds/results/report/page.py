@@ -36,7 +36,9 @@ TITLES = {
     "loss": "Loss", "loss_rank_quarter": "Loss by quarter of the ranks (1: least context)",
     "token_accuracy": "Token accuracy", "match_accuracy": "Patches that find their place",
     "cosine": "Cosine of prediction and target", "knn_accuracy_percent": "k-NN accuracy, %",
-    "linear_accuracy_percent": "Linear accuracy, %", "val_top": "Validation accuracy, top 1 and top 5, %",
+    "linear_accuracy_percent": "Linear accuracy, %", "effective_rank": "Effective rank of features",
+    "feature_cosine": "Mean cosine of two images' features",
+    "val_top": "Validation accuracy, top 1 and top 5, %",
     "val_loss": "Validation loss", "lr": "Learning rate", "grad_norm": "Gradient norm",
     "images_per_second": "Images per second", "data_wait_percent": "Waiting for data, % of the time",
     "gpu_memory_gib": "GPU memory, GiB", "codebook_perplexity": "Perplexity of the ids",
@@ -106,7 +108,7 @@ def curve_charts(records: list[Record]) -> list[dict[str, Any]]:
                 colour = SERIES[(i if len(records) > 1 else k) % COLOURS]
                 style = {"linestyle": DASHES[k % 4], "marker": "o" if len(steps) <= 12 else None}
                 (line,) = chart.axes.plot(steps, values, color=colour, markersize=2.5, **style)
-                labels.setdefault(key[len(name) :].strip("_"), line)
+                labels.setdefault(key[len(name) :].strip("_") or "as judged", line)
                 ends = f"{number(values[0])} at step {steps[0]}, {number(values[-1])} at step {steps[-1]}"
                 descriptions.append(f"run {i + 1}, {key.replace('_', ' ')}: {ends}")
         if len(labels) > 1:
@@ -214,14 +216,17 @@ def codebook(sample: Sample, trained: Trained, patches: int, colour: str) -> dic
 
 
 def attention_maps(trained: Trained, shown: int) -> list[dict[str, Any]]:
-    """The first images, each with the attention of the last block's heads and with their mean."""
+    """The first images, each with its patch features and the attention of the last block's heads."""
     rows = []
-    for view, heads in zip(*samples.attention(trained, shown)):
+    views, attention, patches = samples.look(trained, shown)
+    for view, heads, colours in zip(views, attention, samples.principal_colours(patches)):
         maps = [heads.mean(dim=0), *heads]
         mean, *each = [picture(heat(values, values.min().item(), values.max().item())) for values in maps]
         share = heads.mean(dim=0) / heads.mean()
         note = f"mean of heads: {share.min():.2f} to {share.max():.2f} times the average patch's"
-        rows.append({"view": picture(view.numpy()), "mean": mean, "heads": each, "note": note})
+        side = math.isqrt(len(colours))
+        tiles = {"view": picture(view.numpy()), "features": picture(colours.numpy().reshape(side, side, 3))}
+        rows.append(tiles | {"mean": mean, "heads": each, "note": note})
     return rows
 
 
@@ -263,6 +268,8 @@ def facts(record: Record) -> list[tuple[str, str]]:
     for name in names + sorted(n for n in newest if n.endswith("accuracy_percent")):
         unit = " %" if name.endswith("_percent") else ""
         rows.append((name.removesuffix("_percent").replace("_", " "), number(newest[name]) + unit))
+    names = [name for name in ("effective_rank", "feature_cosine") if name in newest]
+    rows += [(name.replace("_", " "), number(newest[name])) for name in names]
     if speeds := [line["images_per_second"] for line in lines if "images_per_second" in line]:
         rows.append(("images per second", f"{number(statistics.median(speeds))} (median)"))
     return [*rows, ("unreadable images", str(len(record.quarantined)))]

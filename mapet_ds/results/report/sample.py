@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from timm.utils import AttentionExtract
 from torch import Tensor
@@ -102,12 +103,11 @@ def _pixels(images: Tensor, config: Config) -> Tensor:
 
 
 @torch.no_grad()
-def attention(trained: Trained, images: int) -> tuple[Tensor, Tensor]:
-    """The student's views of the run's first images, and the attention of the exported ViT's last block.
+def look(trained: Trained, images: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The student's views of the run's first images, and what the exported ViT makes of them.
 
-    Gives uint8 [n, S, S, 3] and float [n, heads, L]: each head's weights of the patches as keys, mean over
-    all patches as queries. The class token is no query here, since no loss of pre-training reaches its query
-    in the last block.
+    Gives uint8 [n, S, S, 3]; the attention in the last block, float [n, heads, L]: each head's weights of the
+    patches as keys, mean over all patches as queries; and the patch tokens after the final norm [n, L, D].
     """
     vit = build_vit(trained.config.model)
     vit.load_state_dict(trained.vit)
@@ -115,13 +115,34 @@ def attention(trained: Trained, images: int) -> tuple[Tensor, Tensor]:
     last.fused_attn = False  # so that the weights pass through attn_drop, where timm picks them up
     name = f"blocks.{len(vit.blocks) - 1}.attn.attn_drop"
     extract = AttentionExtract(vit.to(trained.device), [name], method="hook")
-    views, maps = [], []
+    views, maps, tokens = [], [], []
+    vit.norm.register_forward_hook(lambda _, __, rows: tokens.append(rows[:, vit.num_prefix_tokens :].cpu()))
     for batch in _batches(trained, images, None):
         assert batch.images is not None
         (weights,) = extract(batch.images).values()
         maps.append(weights[:, :, vit.num_prefix_tokens :, vit.num_prefix_tokens :].mean(dim=2).cpu())
         views.append(_pixels(batch.images, trained.config))
-    return torch.cat(views)[:images], torch.cat(maps)[:images]
+    return torch.cat(views)[:images], torch.cat(maps)[:images], torch.cat(tokens)[:images]
+
+
+def principal_colours(patches: Tensor) -> Tensor:
+    """The three principal components of patch tokens [n, L, D], over all images: uint8 [n, L, 3].
+
+    A component's sign is such that its largest loading is positive. Its values between the 2nd and the 98th
+    percentile span the colours; one without spread is grey.
+    """
+    rows = patches.flatten(0, 1).double()
+    rows = rows - rows.mean(0)
+    _, spread, components = torch.linalg.svd(rows, full_matrices=False)
+    loadings = components[:3]
+    largest = loadings.gather(1, loadings.abs().argmax(dim=1, keepdim=True))
+    values = rows @ (loadings * largest.sign()).T
+    low, high = values.quantile(torch.tensor([0.02, 0.98], dtype=values.dtype), dim=0)
+    share = ((values - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
+    share = F.pad(
+        share.where(spread[:3] > 1e-9 * spread[0].clamp(min=1e-9), 0.5), (0, 3 - share.shape[1]), value=0.5
+    )
+    return (255 * share).round().to(torch.uint8).view(*patches.shape[:2], 3)
 
 
 class Sample(NamedTuple):
