@@ -17,7 +17,7 @@ from typing import IO, Any, TypeVar
 import torch
 from torch import Tensor
 
-from mapet_ds.config.sections import RunConfig, flatten, total_steps
+from mapet_ds.config.running import RunConfig, total_steps
 from mapet_ds.data.quarantine import Quarantine
 from mapet_ds.data.samples import doubts
 from mapet_ds.errors import ConfigError, RunError, UserError
@@ -157,8 +157,7 @@ class Run:
         """Continues from a checkpoint, if there is one. Every rank must call it, and loads it."""
         if newest is None:
             return
-        defaults = flatten(type(self.config)().to_dict())
-        checkpoint.check_identity(newest, self.identity, defaults, len(self.index))
+        checkpoint.check_identity(newest, self.identity, self.config.defaults(), len(self.index))
         self.step, self.skipped = newest.run["step"], newest.run["skipped"]
         self.begun = self.saved = self.writer.saved = self.step
         updates = self.step - len(self.skipped)

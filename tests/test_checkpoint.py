@@ -6,7 +6,8 @@ import pickle
 import pytest
 import torch
 
-from mapet_ds.config.sections import Config, DataConfig, flatten
+from mapet_ds.config.running import flatten
+from mapet_ds.config.sections import Config, DataConfig
 from mapet_ds.errors import ResumeError
 from mapet_ds.training import checkpoint
 

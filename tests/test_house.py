@@ -30,7 +30,7 @@ FLOORS = [
 ]
 """Rooms from the ground up: one imports from its own floor and those below."""
 LINES = {
-    "config": 1880,  # every knob with its meaning, contradictions as sentences, DeepSpeed's keys, studies
+    "config": 2040,  # every knob with its meaning, contradictions as sentences, DeepSpeed's keys, studies
     "data": 3540,  # six formats, one rule of pixels; folders, shards, Parquet, a cache; order, DALI, labels
     "objectives": 870,  # seven methods, and what they share
     "targets": 1600,  # a frozen tower spread over ranks, VQ-KD, DALL-E, the codebook, stored ids, momentum
@@ -78,7 +78,7 @@ def test_budgets():
         lines[place if place in LINES else "story"] += count
     assert {name: count for name, count in lines.items() if count > LINES[name]} == {}
     shared = [key for key in known_keys(Config) if key.partition(".")[0] not in Config().objectives]
-    assert len(shared) <= 79, "an objective of one's own brings its knobs along"
+    assert len(shared) <= 80, "an objective of one's own brings its knobs along"
     assert len(set(known_keys(FinetuneConfig)) - set(known_keys(Config))) <= 15
 
 

@@ -75,7 +75,7 @@ def extract(arguments: argparse.Namespace, model: Any, ranks: Ranks) -> tuple[li
     from timm.data import resolve_model_data_config
 
     from mapet_ds.config.finetune import FinetuneConfig, LabelledDataConfig
-    from mapet_ds.config.sections import TrainConfig
+    from mapet_ds.config.running import TrainConfig
     from mapet_ds.data.index import Selection, open_index
     from mapet_ds.data.labelled import check_apart, check_classes
     from mapet_ds.results.stored_features import identity, is_stored, load, save

@@ -12,7 +12,8 @@ from itertools import chain
 from pathlib import Path
 
 from mapet_ds.config.finetune import FinetuneConfig
-from mapet_ds.config.sections import TIMM, Config, RunConfig
+from mapet_ds.config.running import RunConfig
+from mapet_ds.config.sections import TIMM, Config
 from mapet_ds.config.sources import sources
 from mapet_ds.config.towers import teacher_grid, teacher_layers, teacher_model_config, timm_patch
 from mapet_ds.errors import ConfigError, DataError
@@ -116,19 +117,21 @@ def _tokenizer_rules(config: Config) -> Iterator[str]:
 
 
 def _method_rules(config: Config, teacher: bool = True) -> Iterator[str]:
-    if config.objective not in config.objectives:
-        yield f"objective = {config.objective} is not known; there are: {', '.join(config.objectives)}."
+    try:
+        method = config.method
+    except ConfigError as error:
+        yield str(error)
         return
-    if config.model.relative and (reason := config.method.needs_table):
+    if config.model.relative and (reason := method.needs_table):
         fit = ", ".join(name for name in config.objectives if not getattr(config, name).needs_table)
         yield (
             f"model.name = {config.model.name} has relative positions, which objective = {config.objective} "
             f"can't carry along: {reason}. Take a ViT, model.name=vit_base_patch16_224, or one of {fit}."
         )
-    if teacher and config.method.uses_teacher(config):
+    if teacher and method.uses_teacher(config):
         yield from _teacher_rules(config)
     yield from _tokenizer_rules(config)
-    yield from config.method.rules(config)
+    yield from method.rules(config)
 
 
 def _run_rules(config: RunConfig, world_size: int) -> Iterator[str]:

@@ -14,7 +14,8 @@ from huggingface_hub import HfApi, ModelCardData, get_token
 from huggingface_hub.errors import HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 
-from mapet_ds.config.sections import TIMM, Config, total_steps
+from mapet_ds.config.running import total_steps
+from mapet_ds.config.sections import TIMM, Config
 from mapet_ds.errors import ConfigError
 
 FILES = ("README.md", "config.json", "model.safetensors")
@@ -22,7 +23,7 @@ FILES = ("README.md", "config.json", "model.safetensors")
 CARD = """---
 {metadata}
 ---
-# {architecture}.{objective}
+# {architecture}.{name}
 
 A Vision Transformer, {architecture} at {size} px, pre-trained without labels by the objective `{objective}`
 of mapet_ds. It has no classifier: it gives features, or is fine-tuned.
@@ -103,12 +104,13 @@ def model_card(
     began, task = config.model.init_from or "", "image-feature-extraction"
     metadata = ModelCardData(
         library_name="timm", license=license, pipeline_tag=task,
-        tags=["timm", task, "self-supervised", config.objective],
+        tags=["timm", task, "self-supervised", config.objective_name],
         base_model=f"timm/{began.removeprefix(TIMM)}" if began.startswith(TIMM) else None,
     )  # fmt: skip
     return CARD.format(
         metadata=metadata.to_yaml(),
         architecture=config.model.name,
+        name=config.objective_name,
         objective=config.objective,
         size=config.model.img_size,
         repository=repository or "USER/NAME",

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mapet_ds.config.sections import RunConfig, flatten
+from mapet_ds.config.running import RunConfig, flatten
 from mapet_ds.errors import ResumeError
 from mapet_ds.files import checksum, flush_folder, whole_folder
 

@@ -20,7 +20,8 @@ from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from mapet_ds.config.sections import Config, RunConfig
+from mapet_ds.config.running import RunConfig
+from mapet_ds.config.sections import Config
 from mapet_ds.files import whole_file, write_whole
 
 if TYPE_CHECKING:
