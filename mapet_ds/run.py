@@ -71,7 +71,7 @@ class Run:
     """
 
     lock: IO[bytes]
-    """The lock on the run's folder, held by rank 0."""
+    """The lock on the run's folder, held by rank 0 until the run has trained to its end."""
 
     def __init__(
         self, build_task: Callable[[Any, Ranks], Task], config: RunConfig, engine_config: dict[str, Any],
@@ -202,6 +202,8 @@ class Run:
         if self.metrics.logged_step != self.step:
             self.log(self.evaluate())
         self._finish()
+        if self.ranks.rank == 0:
+            self.lock.close()
 
     def _finish(self) -> None:
         """Saves the last step if it isn't yet, closes everything, and prints how the run ended."""

@@ -63,6 +63,10 @@ class Classifier(Objective):
         keep = uniforms(self.seed, Purpose.DEPTH, step, first_slot, slots, len(self.drop_paths))
         return Draw(mask=None, order=None, keep=torch.from_numpy(keep).float())
 
+    def __call__(self, images: Tensor, target: Tensor, draw: Draw | None = None) -> Loss:
+        """See forward."""
+        return nn.Module.__call__(self, images, target, draw)
+
     def forward(self, images: Tensor, target: Tensor, draw: Draw | None = None) -> Loss:
         """The loss of images [B, 3, S, S] and a target [B, classes] whose rows sum to 1.
 

@@ -15,6 +15,7 @@ from mapet_ds.config.objectives import ObjectiveConfig
 from mapet_ds.config.sections import LOGITS, Config
 from mapet_ds.data.batch import Draw
 from mapet_ds.draws import Purpose, uniforms
+from mapet_ds.errors import ShapeError
 from mapet_ds.vit import Graph, ViT
 
 
@@ -53,6 +54,31 @@ class Objective(nn.Module, ABC):
         target: [B, L] or [B, L, C] in raster order. draw: the draw of these images.
         """
         ...
+
+    def __call__(self, images: Tensor, target: Tensor, draw: Draw) -> Loss:
+        """See forward.
+
+        Raises:
+            ShapeError: images, target and draw don't fit the student or each other.
+        """
+        embed: Any = self.vit.patch_embed
+        side, patches = embed.img_size[0], embed.num_patches
+        if images.ndim != 4 or images.shape[1:] != (3, side, side):
+            raise ShapeError(
+                f"images have the shape {list(images.shape)}; the student takes [B, 3, {side}, {side}]."
+            )
+        batch = len(images)
+        if target.shape[:2] != (batch, patches):
+            raise ShapeError(
+                f"target has the shape {list(target.shape)}; {batch} images of {patches} patches want "
+                f"[{batch}, {patches}] ids, or [{batch}, {patches}, C] vectors."
+            )
+        for name, drawn in zip(Draw._fields, draw):
+            if drawn is not None and len(drawn) != batch:
+                raise ShapeError(
+                    f"draw.{name} is of {len(drawn)} images, not {batch}: draw(0, 0, {batch}) fits."
+                )
+        return super().__call__(images, target, draw)
 
     @torch.no_grad()
     def patch_predictions(self, images: Tensor, target: Tensor, draw: Draw) -> dict[str, Tensor]:
