@@ -40,6 +40,7 @@ from mapet_ds.training.metrics import Metrics
 from mapet_ds.training.optim import learning_rate
 from mapet_ds.training.record import check_versions, other_versions, versions, write_record
 from mapet_ds.training.spikes import Rollback, SpikeGuard
+from mapet_ds.training.trackers import Trackers
 from mapet_ds.training.watchdog import GOING_BACK, SAVING, Watchdog
 from mapet_ds.vit import compile_blocks
 
@@ -116,6 +117,7 @@ class Run:
                 print(f"WARNING: {doubt}", file=sys.stderr, flush=True)
             (self.folder / "DONE").unlink(missing_ok=True)
             write_record(config, engine_config, self.folder, self.index.record(), self.step)
+        self.trackers = Trackers(config) if ranks.rank == 0 else None
         self.quarantine = Quarantine(config, self.index)
         self._open_at_step()
         self.watchdog = Watchdog(config.train.hang_seconds, ranks)
@@ -174,7 +176,8 @@ class Run:
         """Opens the loader, the targets, the metrics and the usual loss at the present step."""
         self.loader = self.task.loader(self.step, self.quarantine.known)
         self.taught = self._teach()
-        self.metrics = Metrics(self.config, self.ranks, self.total_steps, self.steps_per_epoch, self.step)
+        place = (self.total_steps, self.steps_per_epoch, self.step)
+        self.metrics = Metrics(self.config, self.ranks, *place, self.trackers)
         self.spikes.recall(self.step)
 
     def train(self) -> None:
@@ -202,7 +205,8 @@ class Run:
         if self.metrics.logged_step != self.step:
             self.log(self.evaluate())
         self._finish()
-        if self.ranks.rank == 0:
+        if self.trackers:
+            self.trackers.close(done=self.step == self.total_steps)
             self.lock.close()
 
     def _finish(self) -> None:

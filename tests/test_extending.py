@@ -91,7 +91,9 @@ def test_an_objective_of_ones_own_lives_outside(recipe, tmp_path):
     assert done.returncode == 0, done.stderr
     card = (tmp_path / "out/README.md").read_text()
     assert "# vit_tiny_patch16_224.Pixels" in card and "`pixels:Pixels`" in card
-    assert "distance" in (tmp_path / "page.html").read_text()
+    page = (tmp_path / "page.html").read_text()
+    assert "distance" in page and "2 starts, each with what differs from the one before" in page
+    assert "from step 3; train.stop_at_step: 3, now 6" in page
 
     found, learnt = json.loads(done.stdout.splitlines()[-1])["predicted"], end.load("model").values()
     rows, patches, hidden, width, pixels = 17, 16, 6, 32, 3 * 8**2

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
+from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 
@@ -134,6 +135,17 @@ def _method_rules(config: Config, teacher: bool = True) -> Iterator[str]:
     yield from method.rules(config)
 
 
+def _tracker_rules(trackers: Iterable[str]) -> Iterator[str]:
+    known = ("wandb", "trackio", "mlflow")
+    for name in trackers:
+        if ":" in name:
+            continue
+        if name not in known:
+            yield f"log.trackers names {name}; there are {', '.join(known)} and package.module:factory."
+        elif not find_spec(name):
+            yield f"log.trackers names {name}, which is not installed: pip install 'mapet_ds[{name}]'."
+
+
 def _run_rules(config: RunConfig, world_size: int) -> Iterator[str]:
     train, optim, checkpoint, log = config.train, config.optim, config.checkpoint, config.log
     per_step = train.micro_batch_size * world_size
@@ -163,6 +175,7 @@ def _run_rules(config: RunConfig, world_size: int) -> Iterator[str]:
             "checkpoint.keep = 1 may leave no checkpoint from before a jump of the loss: keep 2, or set "
             "train.spike_factor=null."
         )
+    yield from _tracker_rules(log.trackers)
     if optim.min_lr > optim.lr:
         yield f"optim.min_lr = {optim.min_lr} is above optim.lr = {optim.lr}."
 

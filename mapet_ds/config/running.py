@@ -87,6 +87,9 @@ class MetricsConfig:
     """Steps from one line of metrics to the next. The mean loss between two lines is judged for a jump."""
     progress: bool = True
     """Show a progress bar."""
+    trackers: tuple[str, ...] = ()
+    """Experiment trackers beside metrics.jsonl and TensorBoard: wandb, trackio, mlflow, or your own as
+    package.module:factory (docs/cluster.md)."""
 
 
 @knobs

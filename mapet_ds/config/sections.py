@@ -189,7 +189,8 @@ class LogConfig(MetricsConfig):
     """The metrics of a pre-training run."""
 
     images_every_steps: Natural = 1000
-    """Steps between TensorBoard's images (views, token map, predicted token map); 0: never."""
+    """Steps between TensorBoard's images (views, token map, predicted token map), beside those of the first
+    and the last step; 0: never."""
 
 
 @knobs
