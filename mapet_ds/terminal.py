@@ -57,7 +57,12 @@ def answer(work: Callable[[], int | None], writes: Path | None = None) -> int:
     writes: what the work writes. Where it can't, the storage's error becomes a sentence, too.
     """
     try:
-        return work() or 0
+        code = work() or 0
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:  # `| head` has seen enough; at its exit Python would flush once more
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return code
     except UserError as error:
         message = str(error)
         if error.printed_elsewhere:

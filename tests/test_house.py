@@ -35,7 +35,7 @@ LINES = {
     "data": 3540,  # six formats, one rule of pixels; folders, shards, Parquet, a cache; order, DALI, labels
     "objectives": 920,  # seven methods, and what they share
     "targets": 1600,  # a frozen tower spread over ranks, VQ-KD, DALL-E, the codebook, stored ids, momentum
-    "training": 1460,  # DeepSpeed, its workarounds, what it gathers checked; checkpoints, metrics, jumps
+    "training": 1760,  # DeepSpeed, its workarounds, what it gathers checked; checkpoints, metrics, jumps
     "finetuning": 540,
     "results": 2350,  # export and its proof, cards, foreign weights, probes, features, pages of runs, studies
     "planning": 1780,  # counts on real modules, a cluster's arithmetic, the bound by FLOPs, equal work
@@ -50,6 +50,9 @@ HOMES = {
     "faiss": {"nearest"},
     "tensorboard": {"training.metrics"},
     "pyarrow": {"data.parquet"},
+    "wandb": {"training.trackers"},
+    "mlflow": {"training.trackers"},
+    "trackio": {"training.trackers"},
 }
 
 
@@ -79,7 +82,7 @@ def test_budgets():
         lines[place if place in LINES else "story"] += count
     assert {name: count for name, count in lines.items() if count > LINES[name]} == {}
     shared = [key for key in known_keys(Config) if key.partition(".")[0] not in Config().objectives]
-    assert len(shared) <= 80, "an objective of one's own brings its knobs along"
+    assert len(shared) <= 81, "an objective of one's own brings its knobs along"
     assert len(set(known_keys(FinetuneConfig)) - set(known_keys(Config))) <= 15
 
 

@@ -25,8 +25,8 @@ CARD = """---
 ---
 # {architecture}.{name}
 
-A Vision Transformer, {architecture} at {size} px, pre-trained without labels by the objective `{objective}`
-of mapet_ds. It has no classifier: it gives features, or is fine-tuned.
+A Vision Transformer, {architecture} at {size} px, pre-trained by the objective `{objective}` of mapet_ds.
+{labels} It has no classifier: it gives features, or is fine-tuned.
 
 ```python
 import timm
@@ -87,6 +87,18 @@ def _provenance(run: dict[str, Any], config: Config) -> dict[str, Any]:
     return {name: value for name, value in rows.items() if value not in (None, "")}
 
 
+def _labels(rows: dict[str, Any], config: Config) -> str:
+    """A sentence about labels, as far as the run knows."""
+    sources = ["its teacher"] if "teacher" in rows else ["its tokenizer"] if "tokenizer" in rows else []
+    sources += ["the weights that it began from"] if config.model.init_from else []
+    if not sources:
+        return "No labels took part."
+    return (
+        f"Its images' labels took no part; what {' and '.join(sources)} had seen, labels or captions, is not "
+        "known here beyond the table below."
+    )
+
+
 def model_card(
     run: dict[str, Any], config: Config, which: str, difference: float, license: str | None = None,
     repository: str | None = None,
@@ -111,6 +123,7 @@ def model_card(
         metadata=metadata.to_yaml(),
         architecture=config.model.name,
         name=config.objective_name,
+        labels=_labels(rows, config),
         objective=config.objective,
         size=config.model.img_size,
         repository=repository or "USER/NAME",
