@@ -103,7 +103,7 @@ class Trackio:
     """Trackio, on this machine or in a Space (TRACKIO_SPACE_ID). TRACKIO_PROJECT names the project."""
 
     def __init__(self, run: TrackedRun) -> None:
-        import trackio
+        import trackio  # pyright: ignore[reportMissingImports]
 
         self._trackio, self.id = trackio, run.id or f"{run.name}-{uuid.uuid4().hex[:6]}"
         self._run = trackio.init(
@@ -170,7 +170,7 @@ def own_errors(name: str) -> tuple[type[Exception], ...]:
     elif name == "mlflow":
         from mlflow.exceptions import MlflowException as Error
     elif name == "trackio":
-        from trackio.exceptions import TrackioAPIError as Error
+        from trackio.exceptions import TrackioAPIError as Error  # pyright: ignore[reportMissingImports]
     else:
         return ()
     return (Error,)
@@ -183,11 +183,11 @@ class _Sender(threading.Thread):
         super().__init__(name=f"tracker {name}", daemon=True)
         self.tracker, self.tracked, self.path = name, run, run.folder / f"{name.replace(':', '.')}.json"
         self.state: dict[str, Any] = {"id": None, "record": 0, "picture": 0, "page": 0}
-        self.work: queue.Queue[Callable[[Tracker], None] | None] = queue.Queue(BACKLOG)
+        self.work: queue.Queue[Callable[[Tracker], Any] | None] = queue.Queue(BACKLOG)
         self.dropped = 0
         self.start()
 
-    def put(self, work: Callable[[Tracker], None] | None) -> None:
+    def put(self, work: Callable[[Tracker], Any] | None) -> None:
         """Has the tracker do this after all before it; None ends it. It waits for nothing."""
         if self.is_alive():
             try:
