@@ -17,6 +17,10 @@ class ConfigError(UserError):
     """A setting, a file or the launch must be corrected."""
 
 
+class ShapeError(UserError):
+    """Tensors that a program of one's own hands over don't fit together."""
+
+
 class DataError(UserError):
     """The data set can't be used, or its storage fails."""
 

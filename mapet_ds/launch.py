@@ -56,7 +56,8 @@ class Ranks(NamedTuple):
                 outcome = [work()]
             except UserError as error:
                 outcome = [error]
-        dist.broadcast_object_list(outcome, src=0, group=self.control)
+        if self.world_size > 1:
+            dist.broadcast_object_list(outcome, src=0, group=self.control)
         if isinstance(outcome[0], UserError):
             outcome[0].printed_elsewhere = self.rank != 0
             raise outcome[0]
@@ -74,12 +75,16 @@ class Ranks(NamedTuple):
 
     def gather_on_first(self, value: T) -> list[T]:
         """The value of each rank, in their order, on rank 0; empty elsewhere. Every rank must call it."""
+        if self.world_size == 1:
+            return [value]
         values: list[Any] | None = [None] * self.world_size if self.rank == 0 else None
         dist.gather_object(value, values, group=self.control)
         return values or []
 
     def gather(self, value: T) -> list[T]:
         """Gives the value of each rank, in their order. Every rank must call it; no GPU waits."""
+        if self.world_size == 1:
+            return [value]
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value, group=self.control)
         return values
@@ -220,9 +225,10 @@ def claim(run_dir: Path, seconds: float = 60) -> IO[bytes]:
     a file system without locks it takes none.
 
     Raises:
-        ConfigError: another process still holds the lock.
+        ConfigError: another process still holds the lock, or this one does.
     """
     file = (run_dir / ".lock").open("ab+", buffering=0)
+    this_process = f"process {os.getpid()} on {socket.gethostname()}"
     deadline, printed = time.monotonic() + seconds, False
     while True:
         try:
@@ -231,6 +237,11 @@ def claim(run_dir: Path, seconds: float = 60) -> IO[bytes]:
             file.seek(0)
             holder = file.read().decode(errors="replace") or "another run"
             message = f"run_dir = {run_dir} is in use by {holder}"
+            if holder == this_process:
+                cure = (
+                    "delete the Run that holds it (del run), let it train to its end, or name a new run_dir."
+                )
+                raise ConfigError(f"{message}, which is this one: {cure}") from None
             if time.monotonic() >= deadline:
                 advice = f"end that run (touch {run_dir}/STOP), or name another run_dir."
                 raise ConfigError(f"{message}: {advice}") from None
@@ -244,7 +255,7 @@ def claim(run_dir: Path, seconds: float = 60) -> IO[bytes]:
         else:
             with contextlib.suppress(OSError):  # a full disk: the lock holds without a name
                 file.truncate(0)
-                file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+                file.write(this_process.encode())
             return file
 
 

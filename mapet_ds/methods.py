@@ -1,14 +1,17 @@
-"""Each pre-training method by name: the objective that predicts, and the target that is predicted.
+"""Each pre-training method: the objective that predicts, and the target that is predicted.
 
-docs/extending.md adds a method: a file in objectives/, a line here, a section in config/ and a recipe.
+Methods are known by name, or lie outside the package (docs/extending.md).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 
+from mapet_ds.config.own import own_objective
 from mapet_ds.config.sections import Config
 from mapet_ds.objectives.beit import BEiT
 from mapet_ds.objectives.cae import CAE
@@ -23,7 +26,7 @@ from mapet_ds.targets.momentum import MomentumTeacher
 from mapet_ds.targets.target import Target
 from mapet_ds.targets.token_ids import token_ids
 
-METHODS = {
+METHODS: dict[str, tuple[type[Objective], Callable[[Config, torch.device], Target]]] = {
     # name: (objective, target)
     "mapet": (MaPeT, token_ids),
     "beit": (BEiT, token_ids),
@@ -35,15 +38,24 @@ METHODS = {
 }
 
 
+def _method(config: Config) -> tuple[Any, Any]:
+    """The objective and the target of a run."""
+    config.check_objective()
+    if config.section == "own":
+        objective = own_objective(config.objective)
+        return objective, objective.build_target
+    return METHODS[config.objective]
+
+
 def build_objective(config: Config, target_dim: int) -> Objective:
     """The configured objective on the CPU, initialised from the run's seed: equal on every rank.
 
     target_dim: the number of token ids, or the width of the vector that the target gives for each patch.
     """
     seed_weights(config.seed)
-    return METHODS[config.objective][0](config, target_dim)
+    return _method(config)[0](config, target_dim)
 
 
 def build_target(config: Config, device: torch.device) -> Target:
     """The target of the configured objective, on `device`. Every rank must call it."""
-    return METHODS[config.objective][1](config, device)
+    return _method(config)[1](config, device)

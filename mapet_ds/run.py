@@ -17,7 +17,7 @@ from typing import IO, Any, TypeVar
 import torch
 from torch import Tensor
 
-from mapet_ds.config.sections import RunConfig, flatten, total_steps
+from mapet_ds.config.running import RunConfig, total_steps
 from mapet_ds.data.quarantine import Quarantine
 from mapet_ds.data.samples import doubts
 from mapet_ds.errors import ConfigError, RunError, UserError
@@ -40,6 +40,7 @@ from mapet_ds.training.metrics import Metrics
 from mapet_ds.training.optim import learning_rate
 from mapet_ds.training.record import check_versions, other_versions, versions, write_record
 from mapet_ds.training.spikes import Rollback, SpikeGuard
+from mapet_ds.training.trackers import Trackers
 from mapet_ds.training.watchdog import GOING_BACK, SAVING, Watchdog
 from mapet_ds.vit import compile_blocks
 
@@ -71,7 +72,7 @@ class Run:
     """
 
     lock: IO[bytes]
-    """The lock on the run's folder, held by rank 0."""
+    """The lock on the run's folder, held by rank 0 until the run has trained to its end."""
 
     def __init__(
         self, build_task: Callable[[Any, Ranks], Task], config: RunConfig, engine_config: dict[str, Any],
@@ -116,6 +117,7 @@ class Run:
                 print(f"WARNING: {doubt}", file=sys.stderr, flush=True)
             (self.folder / "DONE").unlink(missing_ok=True)
             write_record(config, engine_config, self.folder, self.index.record(), self.step)
+        self.trackers = Trackers(config) if ranks.rank == 0 else None
         self.quarantine = Quarantine(config, self.index)
         self._open_at_step()
         self.watchdog = Watchdog(config.train.hang_seconds, ranks)
@@ -157,8 +159,7 @@ class Run:
         """Continues from a checkpoint, if there is one. Every rank must call it, and loads it."""
         if newest is None:
             return
-        defaults = flatten(type(self.config)().to_dict())
-        checkpoint.check_identity(newest, self.identity, defaults, len(self.index))
+        checkpoint.check_identity(newest, self.identity, self.config.defaults(), len(self.index))
         self.step, self.skipped = newest.run["step"], newest.run["skipped"]
         self.begun = self.saved = self.writer.saved = self.step
         updates = self.step - len(self.skipped)
@@ -175,7 +176,8 @@ class Run:
         """Opens the loader, the targets, the metrics and the usual loss at the present step."""
         self.loader = self.task.loader(self.step, self.quarantine.known)
         self.taught = self._teach()
-        self.metrics = Metrics(self.config, self.ranks, self.total_steps, self.steps_per_epoch, self.step)
+        place = (self.total_steps, self.steps_per_epoch, self.step)
+        self.metrics = Metrics(self.config, self.ranks, *place, self.trackers)
         self.spikes.recall(self.step)
 
     def train(self) -> None:
@@ -203,6 +205,9 @@ class Run:
         if self.metrics.logged_step != self.step:
             self.log(self.evaluate())
         self._finish()
+        if self.trackers:
+            self.trackers.close(done=self.step == self.total_steps)
+            self.lock.close()
 
     def _finish(self) -> None:
         """Saves the last step if it isn't yet, closes everything, and prints how the run ended."""

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from mapet_ds.config.running import total_steps
 from mapet_ds.config.sections import Config
 from mapet_ds.data.batch import Batch
 from mapet_ds.data.index import Index, open_index
@@ -138,8 +139,9 @@ class Pretraining:
 
     def picture(self, step: int, batch: Batch, target: Tensor, loss: Loss) -> tuple[str, Tensor] | None:
         """See Task. Views stand beside their token maps and the predicted ones."""
-        every = self.config.log.images_every_steps
-        if self.ranks.rank != 0 or not every or step % every:
+        every, total = self.config.log.images_every_steps, total_steps(self.config, len(self.index))
+        last = min(total, self.config.train.stop_at_step or total)
+        if self.ranks.rank != 0 or not every or (step % every and step not in (1, last)):
             return None
         assert batch.images is not None
         picture = token_picture(self.config, batch.images, target, loss.prediction)

@@ -54,10 +54,17 @@ def number(kind: Callable[[str], Any], least: float, above: bool = False) -> Cal
 def answer(work: Callable[[], int | None], writes: Path | None = None) -> int:
     """Does a program's work; gives its exit code, which is 2 where the user can correct what stderr says.
 
+    It is 1 where standard output was closed before the program had said all.
+
     writes: what the work writes. Where it can't, the storage's error becomes a sentence, too.
     """
     try:
-        return work() or 0
+        code = work() or 0
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # `| head` has seen enough; at its exit Python would flush once more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except UserError as error:
         message = str(error)
         if error.printed_elsewhere:

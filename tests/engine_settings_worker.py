@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from test_objectives import TINY, VOCAB, tiny_config
 
-from mapet_ds.config.sections import ModelConfig, OptimConfig, TrainConfig
+from mapet_ds.config.running import OptimConfig, TrainConfig
+from mapet_ds.config.sections import ModelConfig
 from mapet_ds.draws import first_slot
 from mapet_ds.errors import RunError
 from mapet_ds.launch import init_distributed

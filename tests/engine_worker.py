@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from test_objectives import VOCAB, tiny_config
 
 from mapet_ds import objectives
-from mapet_ds.config.sections import OptimConfig, TrainConfig
+from mapet_ds.config.running import OptimConfig, TrainConfig
 from mapet_ds.draws import first_slot
 from mapet_ds.methods import build_objective
 from mapet_ds.training.engine import build_engine, gather_state, scatter_state, set_learning_rate

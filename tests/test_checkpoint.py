@@ -6,7 +6,8 @@ import pickle
 import pytest
 import torch
 
-from mapet_ds.config.sections import Config, DataConfig, flatten
+from mapet_ds.config.running import flatten
+from mapet_ds.config.sections import Config, DataConfig
 from mapet_ds.errors import ResumeError
 from mapet_ds.training import checkpoint
 
@@ -188,5 +189,8 @@ def test_another_run_is_refused_naming_both_values(tmp_path, change, key):
     checkpoint.save(tmp_path, state, {"model": {"w": torch.ones(1)}})
     found = checkpoint.newest(tmp_path)
     checkpoint.check_identity(found, identity(run_dir="elsewhere"), DEFAULTS)
-    with pytest.raises(ResumeError, match=rf"{key}.*: .* in the checkpoint, .* now"):
+    says = (
+        rf"{key}.*: .* in the checkpoint, .* now\n(.|\n)*tools/export_timm.py .* OUT, and model.init_from=OUT"
+    )
+    with pytest.raises(ResumeError, match=says):
         checkpoint.check_identity(found, identity(**change), DEFAULTS)

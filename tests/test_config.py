@@ -17,7 +17,8 @@ from mapet_ds.config.finetune import FinetuneConfig
 from mapet_ds.config.knobs import known_keys
 from mapet_ds.config.recipe import RecipeLoader, load_config
 from mapet_ds.config.rules import check, check_inputs
-from mapet_ds.config.sections import REPOSITORY, Config, flatten, total_steps
+from mapet_ds.config.running import flatten, total_steps
+from mapet_ds.config.sections import REPOSITORY, Config
 from mapet_ds.config.segment import SegmentationConfig
 from mapet_ds.config.towers import teacher_grid
 from mapet_ds.errors import ConfigError

@@ -19,7 +19,8 @@ from torchvision.transforms import RandomResizedCrop
 
 from mapet_ds.config.finetune import FinetuneConfig, LabelledDataConfig
 from mapet_ds.config.objectives import StrongViewConfig
-from mapet_ds.config.sections import REPOSITORY, Config, DataConfig, ModelConfig, TrainConfig
+from mapet_ds.config.running import TrainConfig
+from mapet_ds.config.sections import REPOSITORY, Config, DataConfig, ModelConfig
 from mapet_ds.data.batch import Batch, Draw, View
 from mapet_ds.data.index import Index, open_index
 from mapet_ds.data.labelled import EvaluationBatches

@@ -13,7 +13,8 @@ from forked import ENVIRONMENT, TORCHRUN, start
 from safetensors.torch import load_file
 from test_objectives import tiny_config
 
-from mapet_ds.config.sections import REPOSITORY, OptimConfig
+from mapet_ds.config.running import OptimConfig
+from mapet_ds.config.sections import REPOSITORY
 from mapet_ds.errors import ConfigError
 from mapet_ds.training.engine import build_adamw, check_engine_config
 

@@ -27,20 +27,21 @@ FLOORS = [
     {"results", "planning"},
     {"task"},
     {"run", "finetuning", "segmentation"},
-    {"pretrain", "__main__"},
+    {"pretrain", "__main__", "library"},
+    {"__init__"},
 ]
 """Rooms from the ground up: one imports from its own floor and those below."""
 LINES = {
-    "config": 2120,  # every knob with its meaning, contradictions as sentences, DeepSpeed, studies, masks
+    "config": 2300,  # every knob with its meaning, contradictions as sentences, DeepSpeed, studies, masks
     "data": 3555,  # six formats, one rule of pixels; folders, shards, Parquet, a cache; order, DALI, labels
-    "objectives": 870,  # seven methods, and what they share
+    "objectives": 920,  # seven methods, and what they share
     "targets": 1600,  # a frozen tower spread over ranks, VQ-KD, DALL-E, the codebook, stored ids, momentum
-    "training": 1460,  # DeepSpeed, its workarounds, what it gathers checked; checkpoints, metrics, jumps
-    "finetuning": 600,
+    "training": 1780,  # DeepSpeed, its workarounds, what it gathers checked; checkpoints, metrics, jumps
+    "finetuning": 610,
     "segmentation": 1160,  # masks read and refused, augmentation, heads, BatchNorm, windows, a program
     "results": 2690,  # export and its proof, cards, foreign weights, probes, features, pages of runs, studies
     "planning": 1780,  # counts on real modules, a cluster's arithmetic, the bound by FLOPs, equal work
-    "story": 2310,  # the files beside the rooms: pretrain, run, task, draws, vit, launch, weights, ...
+    "story": 2580,  # the files beside the rooms: pretrain, run, task, draws, vit, launch, weights, ...
     "tools": 5510,  # sixteen programs, the benchmarks, the trial of a new machine, a study's runs
 }
 """Lines that each room may have, docstrings and all. More of them need a line in CHANGELOG."""
@@ -52,6 +53,9 @@ HOMES = {
     "tensorboard": {"training.metrics"},
     "pyarrow": {"data.parquet"},
     "torchmetrics": set(),  # of the tests alone
+    "wandb": {"training.trackers"},
+    "mlflow": {"training.trackers"},
+    "trackio": {"training.trackers"},
 }
 
 
@@ -81,7 +85,7 @@ def test_budgets():
         lines[place if place in LINES else "story"] += count
     assert {name: count for name, count in lines.items() if count > LINES[name]} == {}
     shared = [key for key in known_keys(Config) if key.partition(".")[0] not in Config().objectives]
-    assert len(shared) <= 79, "an objective of one's own brings its knobs along"
+    assert len(shared) <= 81, "an objective of one's own brings its knobs along"
     assert len(set(known_keys(FinetuneConfig)) - set(known_keys(Config))) <= 15
     assert len(set(known_keys(SegmentationConfig)) - {*known_keys(Config), *known_keys(FinetuneConfig)}) <= 20
 

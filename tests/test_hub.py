@@ -86,7 +86,10 @@ def test_a_tag_is_the_base_model_and_a_public_teacher_is_named():
     run = {"step": 1, "files": {"model.safetensors": "a"}, "identity": {"target.teacher.sha256": "c"}}
     text = model_card(run, config, "student", 0.0)
     assert ModelCard(text).data.base_model == "timm/vit_base_patch16_224.augreg_in21k"
-    assert "| teacher | RN50x64, openai |" in text
+    assert "| teacher | RN50x64, openai |" in text and "No labels" not in text
+    assert "what its teacher and the weights that it began from had seen, labels or captions, is not" in text
+    own = model_card(run | {"identity": {}}, Config(objective="mae"), "student", 0.0)
+    assert "No labels took part." in own and "teacher" not in own.partition("## License")[0]
 
 
 def push(run, out, monkeypatch, capsys, *words):
@@ -145,3 +148,10 @@ def test_without_a_network_the_export_stays_and_a_sentence_says_so(run, tmp_path
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
     assert f"{tmp_path / 'out'} was exported, but not pushed to me/vit: " in done.stderr
     assert (tmp_path / "out" / "README.md").is_file()
+
+
+def test_an_export_into_a_closed_pipe_is_no_traceback(run, tmp_path):
+    words = f"{sys.executable} {TOOL} {run} {tmp_path / 'out'} | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", words], capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == 1 and "Traceback" not in done.stderr and "roken pipe" not in done.stderr
+    assert (tmp_path / "out/model.safetensors").is_file()

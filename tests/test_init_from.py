@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from timm.models import save_for_hf
 
 from mapet_ds import weights
-from mapet_ds.config.sections import Config, DataConfig, ModelConfig, flatten
+from mapet_ds.config.running import flatten
+from mapet_ds.config.sections import Config, DataConfig, ModelConfig
 from mapet_ds.errors import ConfigError, ResumeError
 from mapet_ds.files import checksum
 from mapet_ds.methods import build_objective

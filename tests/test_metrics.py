@@ -16,7 +16,8 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
-from mapet_ds.config.sections import REPOSITORY, Config, DataConfig, LogConfig, ModelConfig, TrainConfig
+from mapet_ds.config.running import TrainConfig
+from mapet_ds.config.sections import REPOSITORY, Config, DataConfig, LogConfig, ModelConfig
 from mapet_ds.launch import Ranks
 from mapet_ds.training.metrics import IMAGES_SHOWN, Metrics, token_colours, token_picture
 
@@ -245,7 +246,8 @@ def test_progress_bar(tmp_path, ranks, capsys):
 SCRIPT = """
     import json, os, sys
     import torch, torch.distributed as dist
-    from mapet_ds.config.sections import Config, ModelConfig, TrainConfig, LogConfig
+    from mapet_ds.config.running import TrainConfig
+    from mapet_ds.config.sections import Config, ModelConfig, LogConfig
     from mapet_ds.launch import Ranks
     from mapet_ds.training.metrics import Metrics
 

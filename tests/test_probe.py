@@ -22,7 +22,8 @@ from timm.models import save_for_hf
 from towers import write_tower
 
 from mapet_ds.config.finetune import FinetuneConfig
-from mapet_ds.config.sections import REPOSITORY, MAEConfig, TrainConfig
+from mapet_ds.config.running import TrainConfig
+from mapet_ds.config.sections import REPOSITORY, MAEConfig
 from mapet_ds.data.index import Index
 from mapet_ds.errors import ConfigError, DataError
 from mapet_ds.results import features as forward

@@ -28,7 +28,8 @@ from torch import nn
 
 from mapet_ds.config.recipe import load_config
 from mapet_ds.config.rules import check_labelled
-from mapet_ds.config.sections import REPOSITORY, ModelConfig, total_steps
+from mapet_ds.config.running import total_steps
+from mapet_ds.config.sections import REPOSITORY, ModelConfig
 from mapet_ds.config.segment import MaskedDataConfig, SegmentationConfig, SegmentationEvaluateConfig
 from mapet_ds.data.formats import BadImage
 from mapet_ds.data.index import open_index

@@ -11,14 +11,8 @@ import torch
 from safetensors.torch import save_file
 from towers import write_tower
 
-from mapet_ds.config.sections import (
-    Config,
-    DataConfig,
-    ModelConfig,
-    TeacherConfig,
-    TokenizerConfig,
-    TrainConfig,
-)
+from mapet_ds.config.running import TrainConfig
+from mapet_ds.config.sections import Config, DataConfig, ModelConfig, TeacherConfig, TokenizerConfig
 from mapet_ds.data.batch import View
 from mapet_ds.errors import ConfigError
 from mapet_ds.targets.codebook import Codebook, source_of, tf32_parts

@@ -122,7 +122,7 @@ def labelled_sets(
         DataError: labels or images that can't be judged by.
     """
     from mapet_ds.config.finetune import FinetuneConfig, LabelledDataConfig
-    from mapet_ds.config.sections import TrainConfig
+    from mapet_ds.config.running import TrainConfig
     from mapet_ds.data.index import open_index
     from mapet_ds.data.labelled import check_apart, check_classes
 

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from mapet_ds.config.knobs import Natural, NonNegative, Positive, Share, knobs
-from mapet_ds.config.sections import MetricsConfig, OptimConfig, RunConfig
+from mapet_ds.config.running import MetricsConfig, OptimConfig, RunConfig
 from mapet_ds.config.sources import Paths
 
 

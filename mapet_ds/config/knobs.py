@@ -116,6 +116,8 @@ def _kind(annotation: Any, metadata: Any = ()) -> str:
         words = " | ".join(map(str, get_args(annotation)))
     elif get_origin(annotation) in (Union, types.UnionType):
         words = " or ".join(_kind(each) for each in get_args(annotation))
+    elif get_origin(annotation) is tuple and ... in get_args(annotation):
+        words = f"list, each: {_kind(get_args(annotation)[0])}"
     elif get_origin(annotation) is tuple:
         each = get_args(annotation)
         words = f"{len(each)} values, each: {_kind(each[0])}"

@@ -18,7 +18,7 @@ Init = Literal["timm", "beit"]
 
 
 class ObjectiveConfig:
-    """The section of one objective. Its name in Config is the objective's name."""
+    """The section of one objective. Its name in Config is the objective's, or `own`."""
 
     predicts_ids: ClassVar[bool] = True
     """Whether a tokenizer takes part."""
@@ -43,7 +43,7 @@ class ObjectiveConfig:
         hidden, patches = self.num_hidden(config), config.num_patches
         if not 1 <= hidden < patches:
             yield (
-                f"{config.objective}.hidden_share = {self.hidden_share} hides {hidden} of {patches} patches; "
+                f"{config.section}.hidden_share = {self.hidden_share} hides {hidden} of {patches} patches; "
                 "at least one must be hidden and one visible."
             )
 

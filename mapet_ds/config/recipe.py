@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import json
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pydantic
 import yaml
 
-from mapet_ds.config.knobs import Knob, knobs_of, known_keys
+from mapet_ds.config.knobs import Knob, knobs_of
+from mapet_ds.config.own import own_objective
 from mapet_ds.config.sections import Config
 from mapet_ds.config.shipped import RECIPES, STUDIES, shipped_file, shipped_names
 from mapet_ds.errors import ConfigError
@@ -128,14 +131,13 @@ def _at_home(value: Any) -> Any:
     return path
 
 
-def _sentence(error: Any, recipe: str, overridden: set[str], cls: type[Any]) -> str:
+def _sentence(error: Any, recipe: str, overridden: set[str], known: list[str], prefix: str) -> str:
     """The sentence for pydantic's record of an error: the knob, the value, its source and what to do."""
-    key = ".".join(str(part) for part in error["loc"])
+    key = prefix + ".".join(str(part) for part in error["loc"])
     of_command = any(f"{key}.".startswith(f"{k}.") or k.startswith(f"{key}.") for k in overridden)
     value = json.dumps(error["input"], default=str)
     source = f"(from {'the command line' if of_command else recipe})"
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        known = known_keys(cls)
         close = [name for name in known if name.endswith(f".{key}")]
         close = close or difflib.get_close_matches(key, known, n=1)
         hint = (
@@ -153,11 +155,15 @@ def _sentence(error: Any, recipe: str, overridden: set[str], cls: type[Any]) -> 
     return f"{key} = {value} {source}: {message[0].lower()}{message[1:]}."
 
 
+def _own_settings(values: dict[str, Any], overrides: Sequence[str]) -> Any:
+    """The class of the settings of an objective of one's own; None where the package has the objective."""
+    named = [override.partition("=")[2] for override in overrides if override.startswith("objective=")]
+    objective = named[-1] if named else values.get("objective")
+    return own_objective(objective).settings if isinstance(objective, str) and ":" in objective else None
+
+
 def load_config(
-    recipe: str | Path,
-    overrides: list[str] | tuple[str, ...] = (),
-    cls: type[Settings] = Config,
-    folder: Path = RECIPES,
+    recipe: str | Path, overrides: Sequence[str] = (), cls: type[Settings] = Config, folder: Path = RECIPES
 ) -> Settings:
     """Reads a recipe with `a.b=value` overrides on top. The values are not yet checked against each other.
 
@@ -169,16 +175,29 @@ def load_config(
             range.
     """
     recipe = shipped_file(recipe, folder)
-    values = _read_recipe(recipe, folder)
-    knobs = knobs_of(cls)
+    values, knobs = _read_recipe(recipe, folder), knobs_of(cls)
+    own = _own_settings(values, overrides) if cls is Config else None
+    if own:
+        knobs |= knobs_of(own, "own.")
     overridden = {_apply_override(values, override, knobs) for override in overrides}
     try:
-        text = json.dumps(_at_home(values))
+        values = json.loads(json.dumps(_at_home(values)))
     except (TypeError, ValueError) as error:
         message = f"The {KINDS[folder]} {recipe} holds a value that is no number, string or list: {error}."
         raise ConfigError(message) from error
-    try:
-        return pydantic.TypeAdapter(cls).validate_json(text)
-    except pydantic.ValidationError as errors:
-        sentences = [_sentence(error, str(recipe), overridden, cls) for error in errors.errors()]
-        raise ConfigError("\n".join(sentences)) from errors
+
+    def checked(section: Any, values: Any, prefix: str = "") -> Any:
+        try:
+            return pydantic.TypeAdapter(section).validate_json(json.dumps(values))
+        except pydantic.ValidationError as errors:
+            known = [*knobs]
+            sentences = [
+                _sentence(error, str(recipe), overridden, known, prefix) for error in errors.errors()
+            ]
+            raise ConfigError("\n".join(sentences)) from errors
+
+    config = checked(cls, values)
+    if own:
+        section = dataclasses.asdict(checked(own, config.own, "own."))
+        config = dataclasses.replace(config, own=json.loads(json.dumps(section)))
+    return config

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
+from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 
 from mapet_ds.config.finetune import FinetuneConfig
-from mapet_ds.config.sections import TIMM, Config, RunConfig
+from mapet_ds.config.running import RunConfig
+from mapet_ds.config.sections import TIMM, Config
 from mapet_ds.config.segment import SegmentationConfig
 from mapet_ds.config.sources import sources
 from mapet_ds.config.towers import teacher_grid, teacher_layers, teacher_model_config, timm_patch
@@ -117,19 +119,32 @@ def _tokenizer_rules(config: Config) -> Iterator[str]:
 
 
 def _method_rules(config: Config, teacher: bool = True) -> Iterator[str]:
-    if config.objective not in config.objectives:
-        yield f"objective = {config.objective} is not known; there are: {', '.join(config.objectives)}."
+    try:
+        method = config.method
+    except ConfigError as error:
+        yield str(error)
         return
-    if config.model.relative and (reason := config.method.needs_table):
+    if config.model.relative and (reason := method.needs_table):
         fit = ", ".join(name for name in config.objectives if not getattr(config, name).needs_table)
         yield (
             f"model.name = {config.model.name} has relative positions, which objective = {config.objective} "
             f"can't carry along: {reason}. Take a ViT, model.name=vit_base_patch16_224, or one of {fit}."
         )
-    if teacher and config.method.uses_teacher(config):
+    if teacher and method.uses_teacher(config):
         yield from _teacher_rules(config)
     yield from _tokenizer_rules(config)
-    yield from config.method.rules(config)
+    yield from method.rules(config)
+
+
+def _tracker_rules(trackers: Iterable[str]) -> Iterator[str]:
+    known = ("wandb", "trackio", "mlflow")
+    for name in trackers:
+        if ":" in name:
+            continue
+        if name not in known:
+            yield f"log.trackers names {name}; there are {', '.join(known)} and package.module:factory."
+        elif not find_spec(name):
+            yield f"log.trackers names {name}, which is not installed: pip install 'mapet_ds[{name}]'."
 
 
 def _run_rules(config: RunConfig, world_size: int) -> Iterator[str]:
@@ -161,6 +176,7 @@ def _run_rules(config: RunConfig, world_size: int) -> Iterator[str]:
             "checkpoint.keep = 1 may leave no checkpoint from before a jump of the loss: keep 2, or set "
             "train.spike_factor=null."
         )
+    yield from _tracker_rules(log.trackers)
     if optim.min_lr > optim.lr:
         yield f"optim.min_lr = {optim.min_lr} is above optim.lr = {optim.lr}."
 

@@ -15,7 +15,7 @@ from pydantic import Field
 
 from mapet_ds.config.finetune import BackboneConfig, EvaluationLogConfig, LayerwiseOptimConfig
 from mapet_ds.config.knobs import Natural, NonNegative, Positive, Share, knobs
-from mapet_ds.config.sections import RunConfig
+from mapet_ds.config.running import RunConfig
 
 
 class Release(NamedTuple):

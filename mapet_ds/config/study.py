@@ -13,7 +13,8 @@ from pydantic import Field
 from mapet_ds.config.finetune import FinetuneConfig
 from mapet_ds.config.knobs import Natural, Positive, knobs
 from mapet_ds.config.recipe import load_config
-from mapet_ds.config.sections import Config, RunConfig, flatten
+from mapet_ds.config.running import RunConfig, flatten
+from mapet_ds.config.sections import Config
 from mapet_ds.config.shipped import STUDIES
 from mapet_ds.config.sources import Paths
 from mapet_ds.errors import ConfigError

@@ -15,7 +15,7 @@ from PIL import ExifTags, Image, ImageChops
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from mapet_ds.config.sections import RunConfig
+from mapet_ds.config.running import RunConfig
 from mapet_ds.data.formats import BadImage, exif_orientation, inspect
 from mapet_ds.data.index import Images, Index
 from mapet_ds.data.kinds import EXAMPLES, summary

@@ -6,7 +6,7 @@ import json
 import sys
 from pathlib import Path
 
-from mapet_ds.config.sections import RunConfig
+from mapet_ds.config.running import RunConfig
 from mapet_ds.data.index import Index
 from mapet_ds.data.samples import check_bad
 from mapet_ds.files import write_whole

@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mapet_ds.config.sections import Config, flatten
+from mapet_ds.config.running import flatten
+from mapet_ds.config.sections import Config
 from mapet_ds.errors import ConfigError
 from mapet_ds.files import flush, write_whole
 

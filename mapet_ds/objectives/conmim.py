@@ -23,6 +23,7 @@ from mapet_ds.blocks import take_rows
 from mapet_ds.config.sections import Config
 from mapet_ds.data.batch import Draw
 from mapet_ds.draws import cell_masks
+from mapet_ds.errors import ShapeError
 from mapet_ds.objectives.masks import hidden_rows
 from mapet_ds.objectives.objective import Loss, Objective, depth_uniforms, mean_of, widened
 from mapet_ds.vit import Graph, beit_init, build_vit, embed, run_blocks
@@ -41,7 +42,16 @@ class GroupBatchNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(width)) if affine else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, N, D] -> [B, N, D]; B is a multiple of the group."""
+        """[B, N, D] -> [B, N, D].
+
+        Raises:
+            ShapeError: B is no multiple of the group.
+        """
+        if len(x) % self.group:
+            raise ShapeError(
+                f"{len(x)} images are no multiple of conmim.bn_group = {self.group}: BatchNorm is over whole "
+                "groups. Take more images, or set conmim.bn_group to a divisor of their number."
+            )
         rows = widened(x).unflatten(0, (-1, self.group))
         rows = (rows - rows.mean(dim=1, keepdim=True) if self.centre else rows).flatten(1, 2)
         variance, mean = torch.var_mean(rows, dim=1, keepdim=True, correction=0)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mapet_ds.config.sections import LOGITS
+from mapet_ds.config.objectives import ObjectiveConfig
+from mapet_ds.config.sections import LOGITS, Config
 from mapet_ds.data.batch import Draw
 from mapet_ds.draws import Purpose, uniforms
+from mapet_ds.errors import ShapeError
 from mapet_ds.vit import Graph, ViT
 
 
@@ -26,21 +30,55 @@ class Loss(NamedTuple):
     """Ids, long [B, L] in raster order, -1 where none is predicted; or logits, float [B, classes]."""
 
 
-class Objective(nn.Module):
-    """A module that owns the student, hides patches from it and returns the loss of its predictions."""
+class Objective(nn.Module, ABC):
+    """A module that owns the student, hides patches from it and returns the loss of its predictions.
 
+    It is built as Objective(config, target_dim), see methods.build_objective.
+    """
+
+    settings: ClassVar[type[ObjectiveConfig]]
+    """The section `own` of a recipe that names the class; those in the package have theirs in Config."""
+    build_target: ClassVar[Callable[[Config, torch.device], Any]]
+    """The target, where a recipe names the class; those in the package have theirs in methods.py."""
     vit: ViT
 
+    @abstractmethod
     def draw(self, step: int, first_slot: int, slots: int) -> Draw:
         """The draw of consecutive slots of a step, on the CPU. A thread calls it ahead of the step."""
-        raise NotImplementedError
+        ...
 
+    @abstractmethod
     def forward(self, images: Tensor, target: Tensor, draw: Draw) -> Loss:
         """The loss of images [B, 3, S, S]. Never makes the host wait.
 
         target: [B, L] or [B, L, C] in raster order. draw: the draw of these images.
         """
-        raise NotImplementedError
+        ...
+
+    def __call__(self, images: Tensor, target: Tensor, draw: Draw) -> Loss:
+        """See forward.
+
+        Raises:
+            ShapeError: images, target and draw don't fit the student or each other.
+        """
+        embed: Any = self.vit.patch_embed
+        side, patches = embed.img_size[0], embed.num_patches
+        if images.ndim != 4 or images.shape[1:] != (3, side, side):
+            raise ShapeError(
+                f"images have the shape {list(images.shape)}; the student takes [B, 3, {side}, {side}]."
+            )
+        batch = len(images)
+        if target.shape[:2] != (batch, patches):
+            raise ShapeError(
+                f"target has the shape {list(target.shape)}; {batch} images of {patches} patches want "
+                f"[{batch}, {patches}] ids, or [{batch}, {patches}, C] vectors."
+            )
+        for name, drawn in zip(Draw._fields, draw):
+            if drawn is not None and len(drawn) != batch:
+                raise ShapeError(
+                    f"draw.{name} is of {len(drawn)} images, not {batch}: draw(0, 0, {batch}) fits."
+                )
+        return super().__call__(images, target, draw)
 
     @torch.no_grad()
     def patch_predictions(self, images: Tensor, target: Tensor, draw: Draw) -> dict[str, Tensor]:

@@ -12,7 +12,8 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from mapet_ds.config.sections import Config, total_steps
+from mapet_ds.config.running import total_steps
+from mapet_ds.config.sections import Config
 from mapet_ds.errors import ConfigError
 from mapet_ds.planning.counting import Student, Target, student, target
 from mapet_ds.planning.roofline import Gpu

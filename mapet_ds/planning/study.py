@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 from mapet_ds.config.engine import load_deepspeed_config
 from mapet_ds.config.recipe import load_config
-from mapet_ds.config.sections import Config, total_steps
+from mapet_ds.config.running import total_steps
+from mapet_ds.config.sections import Config
 from mapet_ds.config.study import StudyConfig, row_config, row_settings, words
 from mapet_ds.errors import ConfigError
 from mapet_ds.planning.counting import student, target

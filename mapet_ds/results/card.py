@@ -14,7 +14,8 @@ from huggingface_hub import HfApi, ModelCardData, get_token
 from huggingface_hub.errors import HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 
-from mapet_ds.config.sections import TIMM, Config, total_steps
+from mapet_ds.config.running import total_steps
+from mapet_ds.config.sections import TIMM, Config
 from mapet_ds.errors import ConfigError
 from mapet_ds.results.features import WORDS
 
@@ -23,10 +24,10 @@ FILES = ("README.md", "config.json", "model.safetensors")
 CARD = """---
 {metadata}
 ---
-# {architecture}.{objective}
+# {architecture}.{name}
 
-A Vision Transformer, {architecture} at {size} px, pre-trained without labels by the objective `{objective}`
-of mapet_ds. It has no classifier: it gives features, or is fine-tuned.
+A Vision Transformer, {architecture} at {size} px, pre-trained by the objective `{objective}` of mapet_ds.
+{labels} It has no classifier: it gives features, or is fine-tuned.
 
 ```python
 import timm
@@ -97,6 +98,18 @@ def _provenance(run: dict[str, Any], config: Config) -> dict[str, Any]:
     return {name: value for name, value in rows.items() if value not in (None, "")}
 
 
+def _labels(rows: dict[str, Any], config: Config) -> str:
+    """A sentence about labels, as far as the run knows."""
+    sources = ["its teacher"] if "teacher" in rows else ["its tokenizer"] if "tokenizer" in rows else []
+    sources += ["the weights that it began from"] if config.model.init_from else []
+    if not sources:
+        return "No labels took part."
+    return (
+        f"Its images' labels took no part; what {' and '.join(sources)} had seen, labels or captions, is not "
+        "known here beyond the table below."
+    )
+
+
 def model_card(
     run: dict[str, Any], config: Config, which: str, difference: float, license: str | None = None,
     repository: str | None = None,
@@ -114,12 +127,14 @@ def model_card(
     began, task = config.model.init_from or "", "image-feature-extraction"
     metadata = ModelCardData(
         library_name="timm", license=license, pipeline_tag=task,
-        tags=["timm", task, "self-supervised", config.objective],
+        tags=["timm", task, "self-supervised", config.objective_name],
         base_model=f"timm/{began.removeprefix(TIMM)}" if began.startswith(TIMM) else None,
     )  # fmt: skip
     return CARD.format(
         metadata=metadata.to_yaml(),
         architecture=config.model.name,
+        name=config.objective_name,
+        labels=_labels(rows, config),
         objective=config.objective,
         size=config.model.img_size,
         feature=WORDS[config.method.feature],

@@ -98,7 +98,7 @@ def write_timm(vit: Any, folder: Path, data_config: dict[str, Any], classes: Seq
 
 
 def _save(config: Config, state: dict[str, Tensor], arguments: dict[str, Any], folder: Path) -> None:
-    overlay = NO_PROVENANCE | {"tag": config.objective}
+    overlay = NO_PROVENANCE | {"tag": config.objective_name}
     vit = timm.create_model(config.model.name, pretrained_cfg_overlay=overlay, **arguments)
     try:
         vit.load_state_dict(state)

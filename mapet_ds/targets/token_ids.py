@@ -13,7 +13,7 @@ from mapet_ds.config.sections import Config
 from mapet_ds.data.batch import Batch, to_device
 from mapet_ds.data.index import open_index
 from mapet_ds.data.stored_ids import StoredIds
-from mapet_ds.errors import ConfigError, DataError
+from mapet_ds.errors import ConfigError, DataError, ShapeError
 from mapet_ds.launch import ranks_per_host
 from mapet_ds.targets.target import Target
 from mapet_ds.targets.tokenizer import build_tokenizer
@@ -39,7 +39,8 @@ class TokenIds(Target):
 
     def ids(self, batch: Batch) -> Tensor:
         """The ids of a batch, long [B, L]."""
-        assert batch.teacher_images is not None
+        if batch.teacher_images is None:
+            raise ShapeError("The batch has no teacher_images, of which the tokenizer makes ids.")
         return self.tokenizer(batch.teacher_images)
 
     @torch.no_grad()
@@ -56,7 +57,8 @@ class TokenIds(Target):
     def metrics(self) -> dict[str, float]:
         """Perplexity of the ids that all ranks noted since the last call, and the share of codes in use."""
         counts = self.counts.clone()
-        torch.distributed.all_reduce(counts)
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(counts)
         self.counts.zero_()
         share = counts / counts.sum().clamp(min=1)
         entropy = -(share * share.clamp(min=1e-12).log()).sum()

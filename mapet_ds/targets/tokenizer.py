@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import pkgutil
 from collections.abc import Callable
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
+from mapet_ds.config.own import resolve
 from mapet_ds.config.sections import Config
 from mapet_ds.data.batch import View
 from mapet_ds.errors import ConfigError
@@ -48,13 +48,7 @@ def build_tokenizer(config: Config, device: torch.device) -> Tokenizer:
             f"tokenizer.name = {name} is not known; there are: {', '.join(TOKENIZERS)}, or name your own as "
             "package.module:factory."
         )
-    try:
-        factory = TOKENIZERS.get(name) or pkgutil.resolve_name(name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(
-            f"tokenizer.name = {name} can't be resolved: {error}. Its module must be installed or on "
-            "PYTHONPATH."
-        ) from error
+    factory = TOKENIZERS.get(name) or resolve("tokenizer.name", name)
     if not callable(factory):
         kind = type(factory).__name__
         raise ConfigError(f"tokenizer.name = {name} is a {kind}, not a factory(config, device).")

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mapet_ds.config.sections import RunConfig, flatten
+from mapet_ds.config.running import RunConfig, flatten
 from mapet_ds.errors import ResumeError
 from mapet_ds.files import checksum, flush_folder, whole_folder
 
@@ -102,9 +102,13 @@ def check_identity(
                 meaning = f" (names and lengths of what data.train holds; {counts})"
             lines.append(f"  {k}{meaning}: {old} in the checkpoint, {new} now")
     if lines:
+        branch = ""
+        if "objective" in now:
+            export = f"python tools/export_timm.py {checkpoint.path} OUT"
+            branch = f" To branch from its weights, {export}, and model.init_from=OUT in the new run."
         raise ResumeError(
             f"{checkpoint.path} belongs to another run:\n" + "\n".join(lines) + "\n"
-            "Set them back to continue it, or name a new run_dir to start afresh."
+            f"Set them back to continue it, or name a new run_dir to start afresh.{branch}"
         )
 
 

@@ -14,7 +14,8 @@ from mapet_ds.config.finetune import FinetuneConfig
 from mapet_ds.config.knobs import describe, known_keys
 from mapet_ds.config.recipe import load_config
 from mapet_ds.config.rules import check, check_labelled, refuse_broken
-from mapet_ds.config.sections import Config, RunConfig, TokenizerConfig
+from mapet_ds.config.running import RunConfig
+from mapet_ds.config.sections import Config, TokenizerConfig
 from mapet_ds.config.segment import SegmentationConfig
 from mapet_ds.data.stored_ids import StoredIds, check_storable
 from mapet_ds.errors import ConfigError

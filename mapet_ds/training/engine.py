@@ -46,7 +46,7 @@ from deepspeed.utils import (
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from mapet_ds.config.sections import RunConfig
+from mapet_ds.config.running import RunConfig
 from mapet_ds.errors import ConfigError, RunError
 from mapet_ds.launch import no_gpu, once_per_node
 

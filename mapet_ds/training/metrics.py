@@ -20,8 +20,10 @@ from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from mapet_ds.config.sections import Config, RunConfig
+from mapet_ds.config.running import RunConfig
+from mapet_ds.config.sections import Config
 from mapet_ds.files import whole_file, write_whole
+from mapet_ds.training.trackers import Trackers
 
 if TYPE_CHECKING:
     from mapet_ds.launch import Ranks
@@ -181,10 +183,13 @@ class Metrics:
     """
 
     def __init__(
-        self, config: RunConfig, ranks: Ranks, total_steps: int, steps_per_epoch: float, first_step: int = 0
-    ) -> None:
+        self, config: RunConfig, ranks: Ranks, total_steps: int, steps_per_epoch: float, first_step: int = 0,
+        trackers: Trackers | None = None,
+    ) -> None:  # fmt: skip
+        """trackers: those of rank 0, which outlive the meters; None: none."""
         self.config, self.ranks, self.steps_per_epoch = config, ranks, steps_per_epoch
         self._report = _Report(config, total_steps, first_step) if ranks.rank == 0 else None
+        self._trackers = trackers
         self._grad_accum_steps = config.grad_accum_steps(ranks.world_size)
         self._micro_steps = 0
         self.logged_step = first_step
@@ -241,14 +246,18 @@ class Metrics:
             record["gpu_memory_gib"] = torch.cuda.max_memory_allocated(self.ranks.device) / 2**30
         if self._report:
             self._report.write(record, self.config.train.epochs)
+        if self._trackers:
+            self._trackers.log(record)
         self.logged_step = step
         self._reset()
         return record
 
     def show(self, step: int, name: str, picture: Tensor) -> None:
-        """Shows a picture [3, H, W] in [0, 1] in TensorBoard. On other ranks than 0 it does nothing."""
+        """Shows a picture [3, H, W] in [0, 1] in TensorBoard and trackers. On other ranks it does nothing."""
         if self._report:
             self._report.draw(lambda board: board.add_image(name, picture, step))
+        if self._trackers:
+            self._trackers.show(step, name, picture)
 
     def close(self) -> None:
         """Finishes the files and the bar."""

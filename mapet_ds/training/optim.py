@@ -7,7 +7,7 @@ from typing import Any
 from timm.optim import param_groups_layer_decay
 from torch import nn
 
-from mapet_ds.config.sections import OptimConfig
+from mapet_ds.config.running import OptimConfig
 
 NO_DECAY = ("pos_embed", "cls_token", "reg_token")
 

@@ -17,7 +17,8 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from mapet_ds.config.sections import REPOSITORY, RunConfig, flatten
+from mapet_ds.config.running import RunConfig, flatten
+from mapet_ds.config.sections import REPOSITORY
 from mapet_ds.errors import ConfigError
 from mapet_ds.files import write_whole
 

@@ -13,7 +13,7 @@ import statistics
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mapet_ds.config.sections import RunConfig
+from mapet_ds.config.running import RunConfig
 from mapet_ds.errors import RunError
 from mapet_ds.files import write_whole
 from mapet_ds.launch import Ranks

@@ -18,7 +18,8 @@ from mapet_ds.__main__ import programs
 from mapet_ds.config.finetune import FinetuneConfig
 from mapet_ds.config.recipe import load_config
 from mapet_ds.config.rules import check, check_labelled
-from mapet_ds.config.sections import Config, flatten, total_steps
+from mapet_ds.config.running import flatten, total_steps
+from mapet_ds.config.sections import Config
 from mapet_ds.config.study import StudyConfig, compared, row_settings, words
 from mapet_ds.data.index import open_index
 from mapet_ds.errors import ConfigError

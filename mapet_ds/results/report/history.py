@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from mapet_ds.config.sections import flatten
+from mapet_ds.config.running import flatten
 from mapet_ds.errors import DataError
 
 NO_CURVE = ("step", "epoch", "seconds", "val_seconds", "val_images")

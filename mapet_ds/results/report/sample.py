@@ -23,7 +23,8 @@ from timm.utils import AttentionExtract
 from torch import Tensor
 from tqdm import tqdm
 
-from mapet_ds.config.sections import Config, flatten
+from mapet_ds.config.running import flatten
+from mapet_ds.config.sections import Config
 from mapet_ds.data.batch import Batch, View
 from mapet_ds.data.index import Index
 from mapet_ds.data.loader import Loader
