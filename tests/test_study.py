@@ -5,7 +5,6 @@ import dataclasses
 import json
 import math
 import os
-import resource
 import subprocess
 import sys
 
@@ -36,7 +35,8 @@ from mapet_ds.results.report.study import Outcome, comma_separated, markdown, pa
 
 sys.path.insert(0, str(REPOSITORY / "tools"))
 import study as program
-from studies.jobs import record, subset
+from studies.checks import check_unchanged
+from studies.jobs import Job, record, subset
 from studies.runs import Runs
 
 DOCUMENT = {
@@ -75,6 +75,7 @@ def study(tmp_path):
         ({"recipee": "demo_cpu"}, "recipee .* is not a knob; did you mean recipe?"),
         ({"recipe": "demo_cpa"}, "The recipe demo_cpa can't be read: .* Did you mean demo_cpu?"),
         ({"runs": {"a": {"recipe": "mae_vitb61"}}}, "runs.a: The recipe .* Did you mean mae_vitb16?"),
+        ({"equal": ["steps", "time"], "at_once": 2}, "at_once = 2 runs side by side have no speed"),
         ({"runs": {"a": {"mapet.permutee": True}}}, "runs.a: mapet.permutee .* did you mean mapet.permute?"),
         ({"runs": {}}, "runs is empty"),
         ({"runs": {"a/b": {}}}, "'a/b' can't be a row"),
@@ -246,14 +247,14 @@ def test_what_a_figure_comes_from_may_not_change(tmp_path):
             settings = load_config(config, overrides, job.read)
             (job.done.parent / "config.yaml").write_text(yaml.safe_dump(settings.to_dict()))
         job.done.touch()
-        record(job, 0.0, resource.getrusage(resource.RUSAGE_CHILDREN))
+        record(job, 0.0, 0.0)
 
     def changed(*overrides, place=out):
         with pytest.raises(ConfigError) as error:
-            runs_of(path, place, *overrides).check_unchanged()
+            check_unchanged(runs_of(path, place, *overrides))
         return {line.partition(":")[0].strip() for line in str(error.value).splitlines() if " then, " in line}
 
-    runs_of(path, out, "settings.log.every_steps=7", "settings.data.workers=1").check_unchanged()
+    check_unchanged(runs_of(path, out, "settings.log.every_steps=7", "settings.data.workers=1"))
     assert changed(f"data.train={tmp_path / 'others'}") == {"data.train", "train", "command"}
     assert changed(f"data.val={tmp_path / 'others'}") == {"data.val", "val"}
     assert changed("settings.teacher.name=other") == {"teacher.name"}
@@ -261,7 +262,7 @@ def test_what_a_figure_comes_from_may_not_change(tmp_path):
     assert changed("measure.finetune.labels=10") == {"data.train"}
     assert changed("measure.knn.k=4") == {"k"}
     out.rename(tmp_path / "moved")
-    runs_of(path, tmp_path / "moved").check_unchanged()
+    check_unchanged(runs_of(path, tmp_path / "moved"))
     assert changed("measure.knn.k=4", place=tmp_path / "moved") == {"k"}
 
 
@@ -294,6 +295,34 @@ def test_one_run_alone_answers_for_itself(tmp_path, monkeypatch):
         ConfigError, match="--only mea_seed0 is no run of this study; there are shared, mae_seed0"
     ):
         alone("mea_seed0")
+
+
+MEETING = """
+import pathlib, sys, time
+mine, other, met = map(pathlib.Path, sys.argv[1:])
+mine.touch()
+while not other.exists():
+    time.sleep(0.01)
+met.touch()
+"""
+
+
+def test_runs_side_by_side_meet_and_the_order_is_the_documents(tmp_path, monkeypatch):
+    """Each of two runs waits for the other, so one after another they would never end."""
+    names = ("first", "second")
+    path = small(tmp_path, runs={name: {"objective": "mae"} for name in names}, at_once=2)
+    runs = runs_of(path, tmp_path / "out")
+
+    def meeting(self, row, seed):
+        mine, other = (tmp_path / name for name in sorted(names, key=lambda name: name != row.name))
+        folder = self.folder(row.folder, seed)
+        command = [sys.executable, "-c", MEETING, *map(str, (mine, other, folder / "met"))]
+        return [Job("meet", command, folder, folder / "met", {})]
+
+    monkeypatch.setattr(Runs, "of_training", meeting)
+    assert [(outcome.row, outcome.failed) for outcome in runs.outcomes()] == [(name, "") for name in names]
+    costs = [json.loads((tmp_path / f"out/{name}_seed0/jobs.json").read_text())["meet"] for name in names]
+    assert all(0 < cost["cpu_seconds"] < 600 for cost in costs)
 
 
 def test_the_array_has_a_task_for_every_row(tmp_path):

@@ -213,15 +213,17 @@ def begin(runs: Runs, shared_alone: bool) -> None:
     Raises:
         ConfigError: what the user can correct.
     """
+    from studies.checks import check_rules, check_unchanged
+
     runs.link()
     runs.count()
-    runs.check_rules()
-    runs.check_unchanged()
+    check_rules(runs)
+    check_unchanged(runs)
     runs.prepare()
     if runs.uncounted and not shared_alone:  # the teacher may be there now
         runs.count()
-        runs.check_rules()
-        runs.check_unchanged()
+        check_rules(runs)
+        check_unchanged(runs)
 
 
 def work(arguments: argparse.Namespace, study: StudyConfig) -> int:
@@ -230,13 +232,14 @@ def work(arguments: argparse.Namespace, study: StudyConfig) -> int:
     Raises:
         ConfigError: what the user can correct.
     """
+    from studies.checks import check_options, check_unchanged
     from studies.runs import Runs
 
     runs, document = Runs(study, arguments.out), shipped_file(arguments.document, STUDIES)
     only = arguments.only
     if only and only not in (known := ["shared", *runs.named()]):
         raise ConfigError(f"--only {only} is no run of this study; there are {', '.join(known)}.")
-    runs.check_options()
+    check_options(study)
     if arguments.plan or arguments.slurm or arguments.table:
         runs.count()
     else:
@@ -253,7 +256,7 @@ def work(arguments: argparse.Namespace, study: StudyConfig) -> int:
         print(slurm(arguments, runs))
         return 0
     if arguments.table:
-        runs.check_unchanged()
+        check_unchanged(runs)
     failed = runs.alone(only) if only else ""
     go, outcomes = not (only or arguments.table), []
     for outcome in runs.outcomes(go):

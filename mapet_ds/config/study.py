@@ -84,7 +84,9 @@ class StudyConfig:
     engine: str = "zero2"
     """The DeepSpeed JSON of every run: a file, or the name of a shipped one."""
     ranks: Positive = 1
-    """Ranks of each run where it runs here, one after another."""
+    """Ranks of each run where it runs here."""
+    at_once: Positive = 1
+    """Runs that go side by side where they run here, on a host without GPUs."""
     settings: Settings = Field(default_factory=dict)
     """Settings that replace the recipes', in every run."""
     runs: dict[str, Settings] = Field(default_factory=dict)
@@ -141,6 +143,11 @@ class StudyConfig:
             yield (
                 f"equal = {self.equal} has time without steps, whose runs give the speeds that time needs: "
                 "add steps."
+            )
+        if "time" in self.equal and self.at_once > 1:
+            yield (
+                f"at_once = {self.at_once} runs side by side have no speed of their own, which equal = time "
+                "needs: at_once=1."
             )
         finetune = self.measure.finetune
         if finetune and not finetune.recipe:

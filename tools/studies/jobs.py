@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import resource
 import shlex
 import statistics
 import subprocess
@@ -109,28 +108,29 @@ def run(job: Job) -> None:
         return
     job.log.parent.mkdir(parents=True, exist_ok=True)
     print(f"{time.strftime('%H:%M:%S')} {job.folder.name}, {job.name}", flush=True)
-    start, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    start = time.monotonic()
     with job.log.open("a") as log:
         log.write(f"\n$ {shlex.join(job.words)}\n")
         log.flush()
         process = subprocess.Popen(job.words, stdout=log, stderr=subprocess.STDOUT)
+        interrupted = None
         try:
-            code = process.wait()
-        except KeyboardInterrupt:
-            process.wait()
-            raise
-        finally:
-            record(job, time.monotonic() - start, before)
+            _, status, usage = os.wait4(process.pid, 0)
+        except KeyboardInterrupt as interrupt:
+            interrupted, (_, status, usage) = interrupt, os.wait4(process.pid, 0)
+        process.returncode = code = os.waitstatus_to_exitcode(status)
+        record(job, time.monotonic() - start, usage.ru_utime + usage.ru_stime)
+        if interrupted:
+            raise interrupted
     if job.marked and code == 0:
         job.done.touch()
     if not job.done.exists():
         raise Failed(f"{reason_in(job.log)} ({job.log})")
 
 
-def record(job: Job, seconds: float, before: Any) -> None:
-    """Adds what a command has taken to its record, with its settings. before: getrusage of that time."""
-    after, known = resource.getrusage(resource.RUSAGE_CHILDREN), records(job.folder)
-    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+def record(job: Job, seconds: float, cpu: float) -> None:
+    """Adds what a command has taken to its record, with its settings: seconds of the clock, and of CPUs."""
+    known = records(job.folder)
     old = known.get(job.name, {"seconds": 0.0, "cpu_seconds": 0.0})
     cost = {"seconds": old["seconds"] + seconds, "cpu_seconds": old["cpu_seconds"] + cpu}
     known[job.name] = {"settings": movable(job.settings, job.folder.parent), **cost}

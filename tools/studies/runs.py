@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import io
 import os
 import shlex
 import sys
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-import evaluate
-from studies.jobs import Failed, Job, change, measured, options, program, run, subset, trained
+from studies.jobs import Failed, Job, measured, options, program, run, subset, trained
 
 from mapet_ds.__main__ import programs
 from mapet_ds.config.finetune import FinetuneConfig
 from mapet_ds.config.recipe import load_config
-from mapet_ds.config.rules import check, check_labelled
 from mapet_ds.config.running import flatten, total_steps
 from mapet_ds.config.sections import Config
 from mapet_ds.config.study import StudyConfig, compared, row_settings, words
@@ -69,6 +67,7 @@ class Runs:
         self.own, self.uncounted = dict[Row, Work](), dict[Row, str]()
         place = study.cluster if "SLURM_JOB_ID" in os.environ else None
         self.ranks = place.gpus_per_node if place else study.ranks
+        self.stopped = False  # by the terminal: no further job of a run is begun
 
     def count(self) -> None:
         """Counts every row that is not counted yet.
@@ -252,70 +251,6 @@ class Runs:
             except Failed as failed:
                 raise ConfigError(f"What all runs share, {job.name}, has failed: {failed}") from failed
 
-    def check_options(self) -> None:
-        """Refuses options of the measurements that tools/evaluate.py does not know.
-
-        Raises:
-            ConfigError: with its sentence.
-        """
-        for name in ("knn", "linear"):
-            asked, said = getattr(self.study.measure, name), io.StringIO()
-            words = [name, "--model", "-", "--train", "-", "--val", "-", *options(asked or {})]
-            try:
-                with contextlib.redirect_stderr(said):
-                    evaluate.parse(words)
-            except SystemExit:
-                reason = said.getvalue().strip().rpartition("error: ")[2]
-                raise ConfigError(f"measure.{name}: {reason}") from None
-
-    def check_rules(self) -> None:
-        """Refuses settings that contradict each other, of uncounted rows at their recipes' length.
-
-        Raises:
-            ConfigError: naming the row and each contradiction.
-        """
-        asked = {row: self.overrides(row, seed) for row, seed in self.trainings()}
-        asked |= {row: settings_of(self.study, row, self.out, self.study.seeds[0]) for row in self.uncounted}
-        for row, own in asked.items():
-            recipe, _ = row_settings(self.study, row.name, {})
-            try:
-                config = load_config(recipe, [*map(self.made, own), f"run_dir={self.out}"])
-                check(config, self.ranks, teacher=not self.to_come(config.teacher.name))
-            except ConfigError as error:
-                raise ConfigError(f"runs.{row.name}: {error}") from error
-        if finetune := self.study.measure.finetune:
-            name = load_config(self.study.recipe).model.name  # the weights aren't there yet
-            fresh = ["model.untrained=true", f"model.name={name}", f"run_dir={self.out}"]
-            settings = [*self.finetune_settings(), *fresh]
-            try:
-                check_labelled(load_config(finetune.recipe, settings, FinetuneConfig), self.ranks)
-            except ConfigError as error:
-                raise ConfigError(f"measure.finetune: {error}") from error
-
-    def made(self, setting: str) -> str:
-        """The setting; one of images that `prepare` has yet to make is the study's own images instead."""
-        name, _, path = setting.partition("=")
-        images = name in ("data.train", "evaluate.train", "evaluate.val")
-        return f"{name}={self.images['train']}" if images and self.to_come(path) else setting
-
-    def to_come(self, named: str) -> bool:
-        """Whether a setting names something in the study's folder that `prepare` has yet to make."""
-        path = named.removeprefix("local-dir:")
-        inside = path.startswith(f"{self.out}/") and not Path(path).exists()
-        return inside and not all(job.done.exists() for job in self.shared() if job.marked)
-
-    def check_unchanged(self) -> None:
-        """Refuses a study in which a run or a measurement that has begun would change.
-
-        Raises:
-            ConfigError: naming each setting that differs, with both values.
-        """
-        jobs = [self.of_training(row, seed) for row, seed in self.trainings() if self.steps(row)]
-        jobs += [self.shared(), *(own for _, _, own in self.untrained())]
-        if lines := [line for own in jobs for job in own for line in change(job, MAY_DIFFER)]:
-            cure = "Set them back to go on, remove those folders, or name a new --out."
-            raise ConfigError("\n".join(["The study has changed since it began:", *lines, cure]))
-
     def named(self) -> dict[str, tuple[Row, int] | None]:
         """Row and seed of each run by the name of its folder; None of what is not trained."""
         every = [
@@ -347,28 +282,54 @@ class Runs:
     def outcomes(self, go: bool = True) -> Iterator[Outcome]:
         """Yields what each run has come to, for each group of columns that it belongs to.
 
-        go: what is missing of it is done first.
+        go: what is missing of it is done first, `at_once` runs side by side.
         """
-        for row, seed in self.trainings():
+        with ThreadPoolExecutor(self.study.at_once) as pool:
+            try:
+                yield from self.of_trained(pool if go else None)
+                every = list(self.untrained())
+                done = [pool.submit(self.work_off, self.folder(*own), jobs) for *own, jobs in every if go]
+                for i, (name, seed, _) in enumerate(every):
+                    failed, figures = done[i].result() if go else "", measured(self.folder(name, seed))
+                    yield from (Outcome(name, equal, figures, failed) for equal in self.study.equal)
+            except KeyboardInterrupt:
+                self.stopped = True
+                pool.shutdown(cancel_futures=True)
+                raise
+
+    def of_trained(self, pool: ThreadPoolExecutor | None) -> Iterator[Outcome]:
+        """Yields the outcomes of the rows that are trained; pool: what does them first."""
+        for row, seed, work in self.ahead(pool):
             folder, steps = self.folder(row.folder, seed), self.steps(row)
             if steps is None:
                 reason = f"{folder.name}: the speed of its run of equal steps is not known"
-                yield Outcome(row.title, row.equal, {}, reason if go else "")
+                yield Outcome(row.title, row.equal, {}, reason if pool else "")
                 continue
-            failed = self.work_off(folder, self.of_training(row, seed)) if go else ""
+            failed = work.result() if work else ""
             figures = measured(folder)
             if (folder / "DONE").exists():
-                work = self.works[row._replace(equal="steps")]
-                figures = trained(folder, self.ranks) | {"flops": lasting(work, steps).flops} | figures
+                one = self.works[row._replace(equal="steps")]
+                figures = trained(folder, self.ranks) | {"flops": lasting(one, steps).flops} | figures
             for equal in self.study.equal:
                 if self.same_as(row._replace(equal=equal)) == row:
                     yield Outcome(row.title, equal, figures, failed)
         for row, reason in self.uncounted.items():
             yield Outcome(row.title, self.study.equal[0], {}, reason)
-        for name, seed, jobs in self.untrained():
-            folder = self.folder(name, seed)
-            failed = self.work_off(folder, jobs) if go else ""
-            yield from (Outcome(name, equal, measured(folder), failed) for equal in self.study.equal)
+
+    def ahead(self, pool: ThreadPoolExecutor | None) -> Iterator[tuple[Row, int, Future[str] | None]]:
+        """Yields row and seed of every training with its work, begun a few runs ahead of the one yielded.
+
+        One at a time is begun only when it is asked for, since its length may need those before it.
+        """
+        begun = deque[tuple[Row, int, Future[str] | None]]()
+        for row, seed in self.trainings():
+            work, folder = None, self.folder(row.folder, seed)
+            if pool and self.steps(row) is not None:
+                work = pool.submit(self.work_off, folder, self.of_training(row, seed))
+            begun.append((row, seed, work))
+            if len(begun) >= 2 * self.study.at_once - 1:
+                yield begun.popleft()
+        yield from begun
 
     def work_off(self, folder: Path, jobs: list[Job]) -> str:
         """Does the jobs of a run that are not done. Where one fails, none follows: gives the reason."""
@@ -378,4 +339,6 @@ class Runs:
             except Failed as failed:
                 print(reason := f"{folder.name}, {job.name}: {failed}", file=sys.stderr, flush=True)
                 return reason
+            if self.stopped:
+                break
         return ""
