@@ -18,7 +18,7 @@ from mapet_ds.config.sections import REPOSITORY
 ABSENT = ("nvidia.dali", "deepspeed", "open_clip")
 BLOCKED = (
     "import runpy, sys; sys.modules.update(dict.fromkeys({absent})); sys.argv = sys.argv[1:]; "
-    "runpy.run_path(sys.argv[0], run_name='__main__')"
+    "sys.path.insert(0, 'tools'); runpy.run_path(sys.argv[0], run_name='__main__')"
 )
 
 

@@ -14,7 +14,7 @@ from mapet_ds.data.batch import Draw
 from mapet_ds.draws import Purpose, uniforms
 from mapet_ds.errors import ConfigError
 from mapet_ds.files import checksum
-from mapet_ds.objectives.objective import Objective
+from mapet_ds.objectives.objective import Loss, Objective
 from mapet_ds.weights import mismatches, shapes, timm_weights
 
 REFUSALS = RuntimeError, TypeError, ValueError, AssertionError, AttributeError, LookupError, OSError
@@ -50,6 +50,10 @@ class OnTimm(Objective):
                 if isinstance(child, DropPath):
                     self.drop_paths.append(DrawnDropPath(child.drop_prob))
                     setattr(module, name, self.drop_paths[-1])
+
+    def __call__(self, images: Tensor, target: Tensor, draw: Draw | None = None) -> Loss:
+        """See forward. A target of classes, or of masks, has no patches whose number could be wrong."""
+        return nn.Module.__call__(self, images, target, draw)
 
     def draw(self, step: int, first_slot: int, slots: int) -> Draw:
         """See Objective. It holds one uniform for each image and residual branch."""

@@ -28,10 +28,6 @@ class Classifier(OnTimm):
         super().__init__(config.seed, vit)
         self.fresh, self.loss = fresh, SoftTargetCrossEntropy()
 
-    def __call__(self, images: Tensor, target: Tensor, draw: Draw | None = None) -> Loss:
-        """See forward."""
-        return nn.Module.__call__(self, images, target, draw)
-
     def forward(self, images: Tensor, target: Tensor, draw: Draw | None = None) -> Loss:
         """The loss of images [B, 3, S, S] and a target [B, classes] whose rows sum to 1.
 

@@ -59,6 +59,7 @@ def job(words: dict, rank: int) -> int:
     notes, code = Notes(), 0
     notes.watch(Run)
     sys.argv = words["command"]
+    sys.path.insert(0, str(Path(sys.argv[0]).resolve().parent))  # as Python does for a script
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")
     except SystemExit as end:

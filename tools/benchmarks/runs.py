@@ -103,8 +103,8 @@ def dense_step(run: Run) -> tuple[Callable[[], None], Iterator[Any]]:
         batch = next(run.loader).to(device)
         order, *masks = (x.to(device, non_blocking=True) for x in next(drawn))
         target = run.target(batch)
-        module.forward = lambda images, ids: twin(images.to(module.mask_token.dtype), ids, order, masks)
-        engine.backward(engine(batch.images, target))
+        module.forward = lambda images, ids, _: twin(images.to(module.mask_token.dtype), ids, order, masks)
+        engine.backward(engine(batch.images, target, batch.draw))
         engine.step()
         del module.forward
 
