@@ -62,12 +62,16 @@ def timed(device: torch.device, work: Callable[..., Any], *arguments: Any) -> tu
 def ceiling(device: torch.device, dtype: torch.dtype) -> float:
     """TFLOP/s of the fastest of five square matrix products: what this chip can do now.
 
-    They have 8192 rows on a GPU, 2048 on a CPU.
+    They have 8192 rows on a GPU. On a CPU they have 2048, or fewer where a product takes over 0.1 s: a CPU
+    without instructions for bf16 is hundreds of times slower at it.
     """
-    side = 8192 if device.type == "cuda" else 2048
-    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    torch.mm(a, b)
-    return 2 * side**3 / min(timed(device, torch.mm, a, b)[0] for _ in range(5)) / 1e12
+    for side in [8192] if device.type == "cuda" else [256, 512, 1024, 2048]:
+        a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+        torch.mm(a, b)
+        seconds = min(timed(device, torch.mm, a, b)[0] for _ in range(5))
+        if seconds > 0.1:
+            break
+    return 2 * side**3 / seconds / 1e12
 
 
 def bandwidth(device: torch.device) -> float:
