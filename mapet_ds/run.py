@@ -11,6 +11,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -186,27 +187,27 @@ class Run:
         Raises:
             RunError: the loss, the gradients or the disk don't let the run go on.
         """
-        last = min(self.total_steps, self.config.train.stop_at_step or self.total_steps)
-        while self.step < last and not self.stop.agreed():
-            self.train_step()
-            if self.step % self.config.log.every_steps == 0 or self.step == last:
-                first = self.metrics.logged_step
-                record = self.log(self.evaluate())
-                if jump := self.spikes.judge(first, record):
-                    self.roll_back(jump)
-                    continue
-            if self.step % self.config.checkpoint.every_steps == 0:
-                self.settle()
-                self.save()
+        with self.trackers or nullcontext():
+            last = min(self.total_steps, self.config.train.stop_at_step or self.total_steps)
+            while self.step < last and not self.stop.agreed():
+                self.train_step()
+                if self.step % self.config.log.every_steps == 0 or self.step == last:
+                    first = self.metrics.logged_step
+                    record = self.log(self.evaluate())
+                    if jump := self.spikes.judge(first, record):
+                        self.roll_back(jump)
+                        continue
+                if self.step % self.config.checkpoint.every_steps == 0:
+                    self.settle()
+                    self.save()
 
-        # Who has asked for a stop may wait for seconds only, so the step is saved before anything else.
-        if self.begun != self.step:
-            self.save()
-        if self.metrics.logged_step != self.step:
-            self.log(self.evaluate())
-        self._finish()
+            # Who has asked for a stop may wait for seconds only, so the step is saved before anything else.
+            if self.begun != self.step:
+                self.save()
+            if self.metrics.logged_step != self.step:
+                self.log(self.evaluate())
+            self._finish()
         if self.trackers:
-            self.trackers.close(done=self.step == self.total_steps)
             self.lock.close()
 
     def _finish(self) -> None:

@@ -539,6 +539,14 @@ def test_a_layer_is_what_hooks_see(image_folders):
     assert not torch.allclose(tokens[0], tokens[1], atol=0.1)
 
 
+def test_blocks_of_a_vit_without_a_class_token():
+    sizes = {"img_size": 32, "patch_size": 16, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 0}
+    model = timm.create_model("vit_tiny_patch16_224", class_token=False, global_pool="avg", **sizes).eval()
+    batch = (torch.rand(2, 3, 32, 32), torch.tensor([0, 1]))
+    vectors, _ = features(model, [batch], torch.device("cpu"), layers=[0, 1])
+    assert np.allclose(vectors["mean"][:, 1], model.forward_features(batch[0]).mean(1).detach(), atol=1e-6)
+
+
 def test_a_file_of_several_blocks_gives_any_of_them(tmp_path):
     rng, file, key = np.random.default_rng(0), tmp_path / "f.safetensors", {"weights": "these"}
     train, val = ({kind: rng.normal(size=(n, 3, 4)) for kind in ("token", "mean")} for n in (5, 2))

@@ -114,6 +114,16 @@ def straight(recipe):
     return run_dir
 
 
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [("red\ngreen\nred\n", "red stands there twice"), ("red\n\ngreen\n", "a line is empty")],
+)
+def test_a_name_of_each_class(tmp_path, text, sentence):
+    (tmp_path / "classes.txt").write_text(text)
+    with pytest.raises(DataError, match=sentence):
+        classes_of(MaskedDataConfig(train_masks=str(tmp_path)))
+
+
 def test_a_frozen_backbone_learns_and_is_judged(recipe, straight):
     evaluated = [line for line in records(straight) if "val_miou" in line]
     assert [line["step"] for line in evaluated] == [3, 6, 8, 11, 12], "an epoch is 2.6 steps"
@@ -287,6 +297,12 @@ def test_a_mirror_image_is_predicted_alike_with_flip(recipe):
 
 
 # Heads.
+
+
+def test_dpt_takes_whole_levels(recipe):
+    pytest.importorskip("segmentation_models_pytorch", reason="pip install -e '.[segment]'")
+    with pytest.raises(ConfigError, match="model.img_size = 48 is not a multiple of 32"):
+        segmenter(recipe, "model.head=dpt", "model.img_size=48")
 
 
 @pytest.mark.parametrize("head", ["linear", "dpt", "upernet"])

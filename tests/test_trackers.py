@@ -12,7 +12,7 @@ from line import command, losses
 
 from mapet_ds.config.rules import check
 from mapet_ds.config.sections import Config, LogConfig
-from mapet_ds.errors import ConfigError
+from mapet_ds.errors import ConfigError, RunError
 from mapet_ds.training import trackers
 from mapet_ds.training.checkpoint import newest
 
@@ -89,6 +89,14 @@ def go(run_dir, names, steps, done=False):
             following.show(step, "view", torch.rand(3, 4, 6))
         following.log({"step": step, "loss": 1 / step, "epoch": step / 2})
     following.close(done)
+
+
+def test_a_run_that_cannot_go_on_tells_what_it_knows(run_dir):
+    following = trackers.Trackers(Config(run_dir=str(run_dir), log=LogConfig(trackers=("tape:Tape",))))
+    with pytest.raises(RunError), following:
+        following.log({"step": 1, "loss": 2.0})
+        raise RunError("the disk is full")
+    assert [word[0] for word in told(run_dir)] == ["begins", "record", "closes"]
 
 
 def test_no_step_is_told_twice(run_dir):

@@ -11,6 +11,7 @@ docs/studies.md tells what a document may say.
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -215,6 +216,8 @@ def begin(runs: Runs, shared_alone: bool) -> None:
     """
     from studies.checks import check_rules, check_unchanged
 
+    if (together := runs.study.at_once) > 1:  # torch else takes every core for each
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // together)))
     runs.link()
     runs.count()
     check_rules(runs)

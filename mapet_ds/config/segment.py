@@ -40,7 +40,7 @@ class SegmenterConfig(BackboneConfig):
 
     head: Literal["linear", "dpt", "upernet"] = "linear"
     """linear: BatchNorm and a 1 x 1 convolution on the last block's patches, through the final norm; dpt,
-    upernet: decoders of four blocks (pip install -e '.[segment]')."""
+    upernet: decoders of four blocks (pip install 'mapet_ds[segment]')."""
     width: Positive = 512
     """Channels of the decoders dpt and upernet."""
     auxiliary_weight: NonNegative = 0.4

@@ -56,9 +56,11 @@ def _tokens(model: Any, images: Tensor, layers: Sequence[int] | None) -> list[Te
     if layers is None or list(layers) == [len(model.blocks) - 1]:
         return [model.forward_features(images)]
     outputs = model.forward_intermediates(
-        images, list(layers), return_prefix_tokens=True, norm=True, stop_early=True, output_fmt="NLC",
-        intermediates_only=True,
+        images, list(layers), return_prefix_tokens=bool(model.num_prefix_tokens), norm=True, stop_early=True,
+        output_fmt="NLC", intermediates_only=True,
     )  # fmt: skip
+    if not model.num_prefix_tokens:
+        return outputs
     return [torch.cat([prefix, patches], dim=1) for patches, prefix in outputs]
 
 

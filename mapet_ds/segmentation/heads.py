@@ -167,8 +167,7 @@ def _library(name: str, head: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise ConfigError(
-            f"model.head = {head} needs {name.partition('.')[0]} ({error}): python -m pip install -e "
-            "'.[segment]'."
+            f"model.head = {head} needs {name.partition('.')[0]} ({error}): pip install 'mapet_ds[segment]'."
         ) from error
 
 

@@ -69,7 +69,7 @@ class RandomCropOfClasses(v2.Transform):
             left = int(torch.randint(width - w + 1, ()))
             part = mask[top : top + h, left : left + w]
             counts = torch.bincount(part[part != VOID].long())
-            if len(counts) and counts.max() < self.max_share * counts.sum():
+            if len(counts) and counts.max() <= self.max_share * counts.sum():
                 break
         return {"top": top, "left": left, "height": h, "width": w}
 

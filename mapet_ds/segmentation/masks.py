@@ -54,7 +54,13 @@ def _names(data: MaskedDataConfig) -> list[str] | None:
     masks = Path(data.masks_of("train"))
     beside = [path for path in (masks / "classes.txt", masks.parent / "classes.txt") if path.is_file()]
     paths = [Path(data.classes)] if data.classes else beside
-    return [line.strip() for line in paths[0].read_text().splitlines() if line.strip()] if paths else None
+    if not paths:
+        return None
+    names = [line.strip() for line in paths[0].read_text().rstrip().splitlines()]
+    if wrong := [name for name in names if not name or names.count(name) > 1]:
+        what = f"{wrong[0]} stands there twice" if wrong[0] else "a line is empty"
+        raise DataError(f"{paths[0]}: {what}; a line is the name of one class, in the order of ids.")
+    return names
 
 
 def classes_of(data: MaskedDataConfig) -> Classes:

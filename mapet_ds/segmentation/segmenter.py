@@ -37,6 +37,11 @@ class Segmenter(OnTimm):
         super().__init__(config.seed, vit)
         self.frozen, self.auxiliary_weight = model.frozen, model.auxiliary_weight
         self.head = HEADS[model.head](vit, num_classes, model.width)
+        if self.size % self.multiple:
+            raise ConfigError(
+                f"model.img_size = {self.size} is not a multiple of {self.multiple}, which model.head = "
+                f"{model.head} needs."
+            )
         group_norms(self.head, model.bn_group)
         if model.frozen:
             vit.requires_grad_(False)

@@ -137,9 +137,11 @@ class Segmentation:
         return {**means, "val_pixel_accuracy": figures.pixel_accuracy, "val_images": images}
 
     def _load_judge(self, weights: Any, statistics: dict[str, Tensor]) -> None:
+        """Takes what has learnt over. A frozen backbone is there already, and in fp32."""
         own = dict(self.judge.named_parameters()) | dict(self.judge.named_buffers())
         for name, tensor in (*weights, *statistics.items()):
-            own[name].copy_(tensor)
+            if not (self.config.model.frozen and name.startswith("vit.")):
+                own[name].copy_(tensor)
 
     def _write_classes(self, figures: Figures, matrix: Tensor) -> None:
         names = self.classes.names

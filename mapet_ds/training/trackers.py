@@ -248,10 +248,18 @@ class Trackers:
                 lambda tracker, to=sender: to.new("picture", step) and tracker.image(name, image, step)
             )
 
+    def __enter__(self) -> Trackers:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Closes at the run's end, done or not, and where the run can't go on. A crash waits for nobody."""
+        if kind is None or issubclass(kind, UserError):
+            self.close(done=kind is None and (self._run / "DONE").exists())
+
     def close(self, done: bool) -> None:
         """Ends all trackers, with the report of a run that is done. Waits for them, at most PATIENCE_S."""
-        page = self._page() if done and self._senders else None
         deadline = time.monotonic() + PATIENCE_S
+        page = self._page() if done and self._senders else None
         for sender in self._senders:
             if page:
                 sender.put(lambda tracker, to=sender: to.new("page", 1) and tracker.page(page))
@@ -268,8 +276,16 @@ class Trackers:
         torch.cuda.empty_cache()  # it may need the room
         command = [sys.executable, str(SHIPPED / "tools/report.py"), str(self._run), "--out", str(page)]
         path = os.pathsep.join(each for each in sys.path if each)
-        made = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
-        if made.returncode == 0:
-            return page
-        _say(f"{page} is missing for the trackers: {(made.stderr.strip() or 'killed').splitlines()[-1]}")
+        try:
+            made = subprocess.run(
+                command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True,
+                timeout=PATIENCE_S / 2,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            reason = f"it takes more than {PATIENCE_S // 2} s. tools/report.py writes it"
+        else:
+            if made.returncode == 0:
+                return page
+            reason = (made.stderr.strip() or "killed").splitlines()[-1]
+        _say(f"{page} is missing for the trackers: {reason}.")
         return None

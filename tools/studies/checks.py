@@ -7,6 +7,7 @@ import io
 from pathlib import Path
 
 import evaluate
+import torch
 from studies.jobs import change, options
 from studies.runs import MAY_DIFFER, Runs
 
@@ -41,6 +42,11 @@ def check_rules(runs: Runs) -> None:
     Raises:
         ConfigError: naming the row and each contradiction.
     """
+    if runs.study.at_once > 1 and torch.cuda.is_available():
+        raise ConfigError(
+            f"at_once = {runs.study.at_once} is for hosts without GPUs; here all runs would take the first "
+            "GPU: at_once=1."
+        )
     asked = {row: runs.overrides(row, seed) for row, seed in runs.trainings()}
     asked |= {row: settings_of(runs.study, row, runs.out, runs.study.seeds[0]) for row in runs.uncounted}
     for row, own in asked.items():

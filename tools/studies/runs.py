@@ -287,10 +287,10 @@ class Runs:
         with ThreadPoolExecutor(self.study.at_once) as pool:
             try:
                 yield from self.of_trained(pool if go else None)
-                every = list(self.untrained())
-                done = [pool.submit(self.work_off, self.folder(*own), jobs) for *own, jobs in every if go]
-                for i, (name, seed, _) in enumerate(every):
-                    failed, figures = done[i].result() if go else "", measured(self.folder(name, seed))
+                every = [(name, self.folder(name, seed), jobs) for name, seed, jobs in self.untrained()]
+                done = [pool.submit(self.work_off, folder, jobs) for _, folder, jobs in every if go]
+                for i, (name, folder, _) in enumerate(every):
+                    failed, figures = done[i].result() if go else "", measured(folder)
                     yield from (Outcome(name, equal, figures, failed) for equal in self.study.equal)
             except KeyboardInterrupt:
                 self.stopped = True
