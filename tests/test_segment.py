@@ -1,6 +1,8 @@
 """segment.py by the user's own commands: figures no split changes, exact resume, a program, bad masks."""
 
+import base64
 import dataclasses
+import io
 import itertools
 import json
 import pickle
@@ -24,6 +26,7 @@ from safetensors.torch import load_file
 from test_export import write_checkpoint
 from test_finetune import MODEL
 from test_metrics import read_tensorboard
+from test_report import Page
 from torch import nn
 
 from mapet_ds.config.recipe import load_config
@@ -34,18 +37,23 @@ from mapet_ds.config.segment import MaskedDataConfig, SegmentationConfig, Segmen
 from mapet_ds.data.formats import BadImage
 from mapet_ds.data.index import open_index
 from mapet_ds.errors import ConfigError, DataError
+from mapet_ds.launch import Ranks
 from mapet_ds.results.export import export_timm
 from mapet_ds.segmentation.evaluation import Predictor, confusion, figures_of, window_starts
 from mapet_ds.segmentation.export import export_segmenter
 from mapet_ds.segmentation.heads import DPT, four_blocks
+from mapet_ds.segmentation.judging import Judging
 from mapet_ds.segmentation.loader import Augmentation, MaskedBatches, WholeImages, resized
 from mapet_ds.segmentation.masks import VOID, Masks, _paired, classes_of
 from mapet_ds.segmentation.norm import GroupedBatchNorm
 from mapet_ds.segmentation.segmenter import Segmenter
 from mapet_ds.segmentation.task import FIGURES
+from mapet_ds.training.metrics import token_colours
 from mapet_ds.training.optim import learning_rate
+from tools import report
 
 RECIPES = sorted((REPOSITORY / "mapet_ds/recipes").glob("segment_*.yaml"))
+RANKS = Ranks(0, 0, 1, torch.device("cpu"), None)
 COLOURS = np.array([[200, 60, 60], [60, 200, 60], [60, 60, 200]], np.uint8)
 """Of the three classes; a fourth is named and occurs nowhere."""
 
@@ -135,8 +143,9 @@ def test_a_frozen_backbone_learns_and_is_judged(recipe, straight):
     listed = (straight / "quarantine.tsv").read_text().splitlines()[1:]
     assert len(listed) == 1 and "its mask" in listed[0]
 
-    events = read_tensorboard(straight).Images("crop_classes_predicted")
-    assert [event.step for event in events] == [5, 10]
+    board = read_tensorboard(straight)
+    assert [event.step for event in board.Images("crop_classes_predicted")] == [5, 10]
+    assert [event.step for event in board.Images("image_classes_predicted")] == [3, 6, 8, 11, 12]
 
     # The backbone's weights are those of the file.
     last = load_file(max((straight / "checkpoints").iterdir()) / "model.safetensors")
@@ -145,6 +154,60 @@ def test_a_frozen_backbone_learns_and_is_judged(recipe, straight):
     assert last.keys() == {f"vit.{name}" for name in source} | {
         "head.norm.weight", "head.norm.bias", "head.classifier.weight", "head.classifier.bias",
     }  # fmt: skip
+
+
+def test_the_picture_is_of_the_first_images_true_and_predicted_classes(recipe, straight):
+    """The same as one made of the segmenter that the run leaves; and void is grey."""
+    config = settings(recipe)
+    model = Segmenter(config, 4).eval()
+    model.load_state_dict(load_file(straight / "segmenter/model.safetensors"))
+    index, masks = masks_of(config, "val", straight)
+    about = json.loads((straight / "segmenter/segmenter.json").read_text())
+    judging = Judging(config, index, masks, (about["mean"], about["std"]), RANKS)
+    predict = Predictor(model, config.evaluate, 4)
+    expected = judging.picture(predict)
+    event = read_tensorboard(straight).Images("image_classes_predicted")[-1]
+    drawn = np.asarray(Image.open(io.BytesIO(event.encoded_image_string)))
+    assert np.abs(drawn - 255 * expected.movedim(0, 2).numpy()).max() <= 1
+
+    # Two pixels apart and on white lie 4 x 3 pictures of at most 44 x 52.
+    assert drawn.shape == (4 * 46 + 2, 3 * 54 + 2, 3)
+    item, inside = WholeImages(config.data, index, masks, *judging.normal, 0, 1)[0], np.s_[2:42, 2:54]
+    image, truth, predicted = (drawn[:, 54 * i :][inside] / 255 for i in range(3))
+    assert np.abs(image - np.asarray(Image.open(index.path(0))) / 255).max() < 0.01
+    for shown, ids in ((truth, item.mask), (predicted, predict(item.image, item.mask.shape))):
+        colours = (shown - 0.4 * image) / 0.6
+        assert np.abs(colours - token_colours(ids.long()).numpy()).max() < 0.02
+    assert np.ptp((truth - 0.4 * image)[:3], axis=2).max() < 0.02, "void has no colour"
+    assert np.ptp((truth - 0.4 * image)[3:], axis=2).min() > 0.1
+
+
+def test_the_report_of_a_run(recipe, straight, tmp_path, monkeypatch):
+    shown = {}
+    early = tmp_path / "early"
+    early.mkdir()
+    shutil.copy(straight / "config.yaml", early)
+    for run_dir in (straight, early):
+        out = tmp_path / "page.html"
+        monkeypatch.setattr(sys, "argv", ["report.py", str(run_dir), "--out", str(out)])
+        assert report.main() == 0
+        shown[run_dir] = Page(out.read_text())
+    page = shown[straight]
+    results = json.loads((straight / "results.json").read_text())
+    cells = [word for word in page.words["by-class"] if word.strip()]
+    assert cells[:4] == ["class", "IoU, %", "accuracy, %", "pixels"]
+    rows = {cells[i]: cells[i + 1 : i + 4] for i in range(4, len(cells), 4)}
+    for name, values in results["classes"].items():
+        figures = [f"{values[key]:.4g}" if values[key] else "none" for key in ("iou", "accuracy")]
+        assert rows[name] == [*figures, str(values["pixels"])]
+    pictures = {a["alt"]: a["src"] for tag, a in page.elements if tag == "img"}
+    newest = read_tensorboard(straight).Images("image_classes_predicted")[-1].encoded_image_string
+    assert base64.b64encode(newest).decode() in pictures["Images of data.val, true and predicted classes"]
+    assert len(pictures) == 2 and "Validation mIoU, %" in page.sections["curves"]
+    assert f"val miou{results['val_miou']:.2f} %" in "".join(page.sections["summary"].split("\n"))
+    assert "objectivesegmentation" in "".join(page.sections["summary"].split("\n"))
+    assert "predictions" not in page.sections and "bn_group: 4" in page.sections["settings"]
+    assert "has not evaluated itself yet" in shown[early].sections["classes"]
 
 
 def snippet():
