@@ -38,11 +38,11 @@ LINES = {
     "targets": 1600,  # a frozen tower spread over ranks, VQ-KD, DALL-E, the codebook, stored ids, momentum
     "training": 1780,  # DeepSpeed, its workarounds, what it gathers checked; checkpoints, metrics, jumps
     "finetuning": 610,
-    "segmentation": 1400,  # masks read and refused, augmentation, heads, BatchNorm, windows, a program
-    "results": 2750,  # export and its proof, cards, foreign weights, probes, features, pages of runs, studies
+    "segmentation": 1450,  # masks read and refused, augmentation, heads, BatchNorm, windows, a program
+    "results": 2740,  # export and its proof, cards, foreign weights, probes, features, pages of runs, studies
     "planning": 1780,  # counts on real modules, a cluster's arithmetic, the bound by FLOPs, equal work
     "story": 2580,  # the files beside the rooms: pretrain, run, task, draws, vit, launch, weights, ...
-    "tools": 5580,  # sixteen programs, the benchmarks, the trial of a new machine, a study's runs
+    "tools": 5620,  # sixteen programs, the benchmarks, the trial of a new machine, a study's runs
 }
 """Lines that each room may have, docstrings and all. More of them need a line in CHANGELOG."""
 HOMES = {

@@ -41,10 +41,11 @@ from mapet_ds.launch import Ranks
 from mapet_ds.results.export import export_timm
 from mapet_ds.segmentation.evaluation import Predictor, confusion, figures_of, window_starts
 from mapet_ds.segmentation.export import export_segmenter
+from mapet_ds.segmentation.finished import evaluation_settings, open_segmenter
 from mapet_ds.segmentation.heads import DPT, four_blocks
 from mapet_ds.segmentation.judging import Judging
 from mapet_ds.segmentation.loader import Augmentation, MaskedBatches, WholeImages, resized
-from mapet_ds.segmentation.masks import VOID, Masks, _paired, classes_of
+from mapet_ds.segmentation.masks import VOID, Masks, _paired, classes_of, known_classes
 from mapet_ds.segmentation.norm import GroupedBatchNorm
 from mapet_ds.segmentation.segmenter import Segmenter
 from mapet_ds.segmentation.task import FIGURES
@@ -288,6 +289,88 @@ def test_two_ranks_find_the_figures_of_one_to_the_digit(recipe):
         found.append([figures, json.loads((run_dir / "classes.json").read_text())])
     assert found[0] == found[1]
     assert 0 < found[0][0]["val_miou"] < 100 and found[0][0]["val_images"] == 6
+
+
+# A finished run on other data.
+
+
+def judged(run_dir, *words):
+    return start(sys.executable, "tools/segment.py", "--evaluate", run_dir, *words)
+
+
+@pytest.fixture(scope="module")
+def finished(recipe, straight):
+    """The run elsewhere: what it learnt from, its checkpoints and the weights it began from are gone."""
+    run_dir = recipe.parent / "finished"
+    shutil.copytree(straight, run_dir, ignore=shutil.ignore_patterns("checkpoints", "index*"))
+    (run_dir / "vit").mkdir()
+    shutil.copy(recipe.parent / "timm/config.json", run_dir / "vit")
+    config = (run_dir / "config.yaml").read_text()
+    for split in ("train", "val"):
+        config = config.replace(f"{recipe.parent}/{split}/", f"/nowhere/{split}/")
+    (run_dir / "config.yaml").write_text(config.replace(f"{recipe.parent}/timm", f"{run_dir}/vit"))
+    return run_dir
+
+
+def test_a_finished_run_is_judged_on_other_images(recipe, straight, finished, tmp_path):
+    """On its own it has the run's figures to the digit."""
+    val = [f"data.val={recipe.parent}/val/images", f"data.val_masks={recipe.parent}/val/masks"]
+    done = judged(finished, *val, "--out", tmp_path / "val.json")
+    assert done.returncode == 0, done.stderr[-3000:]
+    own = json.loads((straight / "results.json").read_text())
+    found = json.loads((tmp_path / "val.json").read_text())
+    shared = ("val_miou", "val_class_accuracy", "val_pixel_accuracy", "val_images", "classes", "absent")
+    assert {key: found[key] for key in shared} == {key: own[key] for key in shared}
+    assert f"mIoU {own['val_miou']:.2f} %" in done.stdout and re.search("never +IoU +none, 0", done.stdout)
+    assert "left out of the evaluation: 1 of 7" in done.stderr
+
+    # On others, whole and with mirror images.
+    write_scenes(tmp_path / "more", 3, 7)
+    more = [f"data.val={tmp_path}/more/images", f"data.val_masks={tmp_path}/more/masks"]
+    words = [*more, "evaluate.mode=whole", "evaluate.flip=true"]
+    done = judged(finished, *words, "--out", tmp_path / "more.json")
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads((tmp_path / "more.json").read_text())
+    config = evaluation_settings(finished, words)
+    model, (index, masks) = open_segmenter(config, 4), masks_of(config, "val", tmp_path)
+    about = json.loads((finished / "segmenter/segmenter.json").read_text())
+    images = WholeImages(config.data, index, masks, about["mean"], about["std"], 0, 1)
+    predict, matrix = Predictor(model, config.evaluate, 1), torch.zeros(4, 4, dtype=torch.int64)
+    for i in range(3):
+        matrix += confusion(predict(images[i].image, images[i].mask.shape), images[i].mask, 4)
+    assert found["val_miou"] == pytest.approx(figures_of(matrix).miou) and found["val_images"] == 3
+    assert found["evaluate"]["mode"] == "whole" and found["masks"] == masks.fingerprint
+
+
+def test_what_a_finished_run_can_not_be_judged_by_is_a_sentence(recipe, finished, killed, tmp_path):
+    write_scenes(tmp_path / "more", 2, 7)
+    folder = tmp_path / "more"
+    more = [f"data.val={folder}/images", f"data.val_masks={folder}/masks"]
+
+    def says(*words, run_dir=finished):
+        with pytest.raises((ConfigError, DataError)) as caught:
+            config = evaluation_settings(run_dir, words)
+            known_classes(config.data, ["red", "green", "blue", "never"])
+            open_segmenter(config, 4)
+        return str(caught.value)
+
+    assert "Name the run_dir of a run of segmentation that is done" in says(*more, run_dir=killed)
+    assert "optim.lr can't differ from the run's. These can: data.val, " in says(*more, "optim.lr=1")
+    assert says(more[0]).startswith("data.val_masks is empty: name the folder of the masks of data.val")
+    assert says().count("/nowhere/val/images") == 1, "one sentence, and none of data.train"
+    (folder / "classes.txt").write_text("red\ngreen\nblue\nnever\nmore\n")
+    assert "has 5 classes, the segmenter 4: red, green, blue, never." in says(*more)
+    (folder / "classes.txt").write_text("red\nblue\ngreen\nnever\n")
+    assert "class 1 is blue, and the segmenter's is green; 2 of 4 differ" in says(*more)
+    (folder / "classes.txt").unlink()
+    write_checkpoint(tmp_path / "wide", dataclasses.replace(MODEL, args={**MODEL.args, "depth": 5}))
+    export_timm(tmp_path / "wide", tmp_path / "timm")
+    assert "tensors differ, e.g. vit.blocks.4" in says(*more, f"model.path={tmp_path}/timm")
+    config = evaluation_settings(finished, more)
+    names = ["red", "green", "blue", "never"]
+    assert known_classes(config.data, names).names == names, "ids alone are the segmenter's"
+    done = judged(finished, "--out", tmp_path / "no/a.json", *more)
+    assert done.returncode == 2 and "name a file in a folder that is there" in done.stderr
 
 
 # Figures.
