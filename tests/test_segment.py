@@ -362,6 +362,8 @@ def test_what_a_finished_run_can_not_be_judged_by_is_a_sentence(recipe, finished
     assert "has 5 classes, the segmenter 4: red, green, blue, never." in says(*more)
     (folder / "classes.txt").write_text("red\nblue\ngreen\nnever\n")
     assert "class 1 is blue, and the segmenter's is green; 2 of 4 differ" in says(*more)
+    named = evaluation_settings(finished, more).data
+    assert known_classes(named, ["0", "1", "2", "3"]).names == ["0", "1", "2", "3"], "a run without names"
     (folder / "classes.txt").unlink()
     write_checkpoint(tmp_path / "wide", dataclasses.replace(MODEL, args={**MODEL.args, "depth": 5}))
     export_timm(tmp_path / "wide", tmp_path / "timm")

@@ -102,7 +102,7 @@ def classes_of(data: MaskedDataConfig) -> Classes:
 
 
 def known_classes(data: MaskedDataConfig, names: list[str]) -> Classes:
-    """The classes of a data set for a segmenter that knows these names.
+    """The classes of a data set for a segmenter that knows these names, or numbers in their place.
 
     Raises:
         DataError: the data set names others, or another number of them.
@@ -115,15 +115,15 @@ def known_classes(data: MaskedDataConfig, names: list[str]) -> Classes:
             f"data.val = {data.val} has {len(found.names)} classes, the segmenter {len(names)}: "
             f"{', '.join(names[:8])}{', ...' if len(names) > 8 else ''}. It can only be judged by its own."
         )
-    if data.num_classes is not None and found.names == [str(i) for i in range(len(names))]:
-        return found._replace(names=names)
-    if others := [i for i, pair in enumerate(zip(found.names, names)) if pair[0] != pair[1]]:
+    others = [i for i, pair in enumerate(zip(found.names, names)) if pair[0] != pair[1]]
+    numbers = [str(i) for i in range(len(names))]
+    if others and numbers not in (found.names, names):
         i = others[0]
         raise DataError(
             f"data.val = {data.val}: class {i} is {found.names[i]}, and the segmenter's is {names[i]}; "
             f"{len(others)} of {len(names)} differ. If only words do, name the run's file: data.classes=FILE."
         )
-    return found
+    return found._replace(names=names)
 
 
 def _pngs(folder: str, ending: str) -> dict[str, str]:
