@@ -26,7 +26,7 @@ FLOORS = [
     {"training"},
     {"results", "planning"},
     {"task"},
-    {"run", "finetuning", "segmentation"},
+    {"run", "finetuning", "segmentation", "detection"},
     {"pretrain", "__main__", "library"},
     {"__init__"},
 ]
@@ -39,6 +39,7 @@ LINES = {
     "training": 1780,  # DeepSpeed, its workarounds, what it gathers checked; checkpoints, metrics, jumps
     "finetuning": 610,
     "segmentation": 1450,  # masks read and refused, augmentation, heads, BatchNorm, windows, a program
+    "detection": 130,  # a pyramid on an export, for torchvision's Mask R-CNN
     "results": 2740,  # export and its proof, cards, foreign weights, probes, features, pages of runs, studies
     "planning": 1780,  # counts on real modules, a cluster's arithmetic, the bound by FLOPs, equal work
     "story": 2580,  # the files beside the rooms: pretrain, run, task, draws, vit, launch, weights, ...
