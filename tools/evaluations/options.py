@@ -83,6 +83,7 @@ def shared_options() -> argparse.ArgumentParser:
     option("--device", help="cuda, cuda:1, cpu; default: a GPU where there is one")
     option("--json", action="store_true", help="print one JSON object instead of sentences")
     option("--out", type=output_file, metavar="FILE", help="write that JSON object to a file, too")
+    shared.set_defaults(labels=[], shots=[], draws=1)
     return shared
 
 
@@ -95,6 +96,18 @@ def probe_options() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     option("--learning_rates", type=positive, nargs="+", help="sgd: all tried at once")
     option("--epochs", type=number(int, 1), help="sgd: passes over the features")
     return voting, fitting
+
+
+def few_options() -> argparse.ArgumentParser:
+    """The part of --train whose labels are used."""
+    few = argparse.ArgumentParser(add_help=False)
+    listed = "learn from the images of --train that this text file names, one a line; each file is judged"
+    few.add_argument("--labels", type=Path, nargs="+", metavar="FILE", default=[], help=listed)
+    shots = "learn from N images of each class, drawn by --seed; each N is judged"
+    few.add_argument("--shots", type=number(int, 1), nargs="+", metavar="N", default=[], help=shots)
+    draws = "draws of --shots, whose mean and standard deviation are given (default: 3)"
+    few.add_argument("--draws", type=number(int, 1), metavar="N", default=3, help=draws)
+    return few
 
 
 def attentive_options() -> argparse.ArgumentParser:
@@ -114,19 +127,20 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Evaluate a timm ViT, or tokenizers, on labelled images.")
     commands = parser.add_subparsers(dest="command", required=True)
     model, features, shared = model_options(), feature_options(), shared_options()
-    voting, fitting = probe_options()
+    (voting, fitting), few = probe_options(), few_options()
     neighbours = {"type": number(int, 1), "help": "neighbours that vote"}
     solvers = "lbfgs: logistic regression, solved whole on the CPU; sgd: as papers train it, on --device"
     solver = {"choices": ("lbfgs", "sgd"), "help": solvers}
 
     vote = "weighted vote of the k nearest training images"
-    command = commands.add_parser("knn", parents=[model, features, shared, voting], help=vote)
+    command = commands.add_parser("knn", parents=[model, features, shared, few, voting], help=vote)
     command.add_argument("--k", **neighbours)
     command.set_defaults(evaluate=evaluate_knn)
 
     command = commands.add_parser(
-        "linear", parents=[model, features, shared, fitting], help="linear classifier on the frozen features"
-    )
+        "linear", parents=[model, features, shared, fitting, few],
+        help="linear classifier on the frozen features",
+    )  # fmt: skip
     command.add_argument("--solver", default="lbfgs", **solver)
     norm = "sgd: BatchNorm without weights before the head"
     command.add_argument("--batch_norm", action="store_true", help=norm)
