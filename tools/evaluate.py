@@ -1,6 +1,7 @@
 """Evaluate a timm ViT, or tokenizers, on labelled images.
 
 python tools/evaluate.py knn|linear|attentive|all|features --model OUT --train DIR --val DIR
+python tools/evaluate.py suite --suite NAME --model OUT data.train=DIR data.val=DIR
 python tools/evaluate.py tokenizer --tokenizer RECIPE [a.b=value ...] [--tokenizer ...] --train DIR --val DIR
 """
 
@@ -17,6 +18,7 @@ from evaluations.images import Extracted, extract
 from evaluations.judges import evaluate_few, evaluate_knn, evaluate_linear, unit
 from evaluations.models import Asked, asked_of, build_model
 from evaluations.options import parse
+from evaluations.suite import evaluate_suite
 
 from mapet_ds.terminal import answer
 
@@ -122,5 +124,6 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     words = parse(sys.argv[1:])
-    others = {"tokenizer": evaluate_tokenizers, "attentive": evaluate_attentive}
-    sys.exit(answer(lambda: others.get(words.command, evaluate)(words)))
+    others = {"tokenizer": evaluate_tokenizers, "attentive": evaluate_attentive, "suite": evaluate_suite}
+    writes = words.out if words.command == "suite" else None
+    sys.exit(answer(lambda: others.get(words.command, evaluate)(words), writes))

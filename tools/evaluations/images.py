@@ -59,7 +59,7 @@ def opened(source: str, ranks: Ranks) -> Iterator[Index]:
     from mapet_ds.data.index import open_index
 
     with tempfile.TemporaryDirectory() as cache:
-        yield ranks.first_then_all(lambda: open_index(source, Path(cache)))
+        yield ranks.first_then_all(lambda: open_index(source, Path(cache, "index")))
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from evaluations.judges import evaluate_all, evaluate_knn, evaluate_linear
 
+from mapet_ds.config.shipped import SUITES, shipped_names
 from mapet_ds.errors import ConfigError
 from mapet_ds.terminal import number, refuse
 
@@ -67,13 +68,10 @@ def feature_options() -> argparse.ArgumentParser:
     return model
 
 
-def shared_options() -> argparse.ArgumentParser:
-    """The images, and where the figures go."""
-    shared = argparse.ArgumentParser(add_help=False)
-    option = shared.add_argument
-    option("--seed", type=number(int, 0), default=0, help="of fresh weights, and of probes by SGD")
-    option("--train", required=True, help="folder with a sub-folder of images per class, or tar shards")
-    option("--val", required=True, help="the same classes, other images")
+def reading_options() -> argparse.ArgumentParser:
+    """How images are read, and where they are computed on."""
+    reading = argparse.ArgumentParser(add_help=False)
+    option = reading.add_argument
     option("--batch_size", type=number(int, 1), default=128)
     option("--workers", type=number(int, 0), default=2, help="processes that read and decode")
     few = "of each set at most this share, rounded up, may be unreadable; they are left out"
@@ -81,9 +79,19 @@ def shared_options() -> argparse.ArgumentParser:
     turned = "turn images as EXIF says, for a model that was trained so"
     option("--exif_orientation", action="store_true", help=turned)
     option("--device", help="cuda, cuda:1, cpu; default: a GPU where there is one")
+    reading.set_defaults(labels=[], shots=[], draws=1)
+    return reading
+
+
+def shared_options() -> argparse.ArgumentParser:
+    """The images, and where the figures go."""
+    shared = argparse.ArgumentParser(add_help=False, parents=[reading_options()])
+    option = shared.add_argument
+    option("--seed", type=number(int, 0), default=0, help="of fresh weights, of --shots, of probes by SGD")
+    option("--train", required=True, help="folder with a sub-folder of images per class, or tar shards")
+    option("--val", required=True, help="the same classes, other images")
     option("--json", action="store_true", help="print one JSON object instead of sentences")
     option("--out", type=output_file, metavar="FILE", help="write that JSON object to a file, too")
-    shared.set_defaults(labels=[], shots=[], draws=1)
     return shared
 
 
@@ -108,6 +116,40 @@ def few_options() -> argparse.ArgumentParser:
     draws = "draws of --shots, whose mean and standard deviation are given (default: 3)"
     few.add_argument("--draws", type=number(int, 1), metavar="N", default=3, help=draws)
     return few
+
+
+def suite_options() -> argparse.ArgumentParser:
+    """The model, the document, and where its results go."""
+    suite = argparse.ArgumentParser(add_help=False)
+    option = suite.add_argument
+    option("--model", type=Path, required=True, help="folder of tools/export_timm.py, or a file of weights")
+    option("--arch", help="timm model name, for a file of weights")
+    named = f"a suite: a file, or one of {', '.join(shipped_names(SUITES))}"
+    option("--suite", required=True, metavar="YAML", help=named)
+    option("overrides", nargs="*", metavar="a.b=value", help="replace the document's entries")
+    out = "folder of results.json, table.md and features.safetensors (default: suite, in the model's folder)"
+    option("--out", type=Path, metavar="DIR", help=out)
+    stored = "take features from this safetensors file; compute them into it where it isn't there yet"
+    option("--features", type=output_file, metavar="FILE", help=stored)
+    fixed = {"teacher": None, "untrained": False, "max_images": None, "layer": None, "last": None}
+    suite.set_defaults(**fixed)
+    return suite
+
+
+def suite_settings(arguments: argparse.Namespace) -> None:
+    """Puts what the suite's document says in the place of options.
+
+    Raises:
+        ConfigError: a mistake in it.
+    """
+    from mapet_ds.config.suite import load_suite
+
+    arguments.suite = suite = load_suite(arguments.suite, arguments.overrides)
+    arguments.train, arguments.val, arguments.seed = suite.data.train, suite.data.val, suite.seed
+    arguments.feature, arguments.draws = suite.features, suite.few.draws
+    arguments.labels, arguments.shots = [Path(file) for file in suite.few.lists], suite.few.shots
+    model = arguments.model
+    arguments.out = arguments.out or (model if model.is_dir() else model.parent) / "suite"
 
 
 def attentive_options() -> argparse.ArgumentParser:
@@ -168,16 +210,21 @@ def parse(argv: list[str]) -> argparse.Namespace:
     command.add_argument("--max_images", type=number(int, 1), default=10_000, metavar="N", help=few)
     command.set_defaults(features=None, batch_norm=False)
 
+    whole = "all that a document names, of one model: a table, which goes on where it stopped"
+    commands.add_parser("suite", parents=[suite_options(), reading_options()], help=whole)
+
     arguments = parser.parse_args(argv)
     if arguments.command == "features":
         arguments.features, arguments.out = arguments.out or arguments.features, None
         if arguments.features is None:
             parser.error("features needs --out FILE.safetensors")
-    if arguments.command == "tokenizer":
-        try:
+    try:
+        if arguments.command == "tokenizer":
             arguments.configs = [tokenizer_settings(*words) for words in arguments.tokenizer]
-        except ConfigError as error:
-            refuse(parser, error)
+        if arguments.command == "suite":
+            suite_settings(arguments)
+    except ConfigError as error:
+        refuse(parser, error)
     return arguments
 
 
