@@ -9,10 +9,13 @@ import yaml
 from line import write_classes
 from timm.models import save_for_hf
 
+from mapet_ds.config.finetune import FinetuneConfig
 from mapet_ds.config.suite import load_suite
 from mapet_ds.errors import ConfigError
 from mapet_ds.results import features
 from mapet_ds.results.card import with_evaluation
+from mapet_ds.results.report.history import read_record
+from mapet_ds.results.report.page import Sizes, render
 from mapet_ds.results.suite import Results, table
 
 DOCUMENT = {
@@ -120,10 +123,10 @@ def test_mistakes_in_a_suite_are_sentences_before_anything_runs(run_tool_with, f
 
 def test_the_shipped_suite_can_be_read():
     data = ["data.train=a", "data.val=b"]
-    assert load_suite("frozen", data).linear.batch_norm
-    nothing = ["knn=null", "linear=null", "attentive=null", "few.shots=[]"]
-    with pytest.raises(ConfigError, match="The suite frozen: The suite measures nothing"):
-        load_suite("frozen", [*data, *nothing])
+    assert load_suite("imagenet", data).linear.batch_norm
+    nothing = ["knn=null", "linear=null", "attentive=null", "few.shots=[]", "accuracy=null"]
+    with pytest.raises(ConfigError, match="The suite imagenet: The suite measures nothing"):
+        load_suite("imagenet", [*data, *nothing])
 
 
 def test_a_table_replaces_an_earlier_one():
@@ -142,3 +145,17 @@ def test_results_of_an_earlier_document_stay(tmp_path):
     assert [*json.loads(file.read_text())["results"]] == ["new", "old"]
     with pytest.raises(ConfigError, match="weights: a then, b now"):
         Results(file, {"weights": "b"}, about)
+
+
+def test_the_page_of_a_run_shows_what_a_suite_has_measured(tmp_path):
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(FinetuneConfig().to_dict()))
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    sizes = Sizes(images=1, sample=1, patches=1)
+    assert "Evaluation" not in render([read_record(tmp_path)], sizes)
+    (tmp_path / "timm/suite").mkdir(parents=True)
+    results = Results(tmp_path / "timm/suite/results.json", {}, {})
+    figures = {"top1": 41.25, "top5": 70.0, "standard_deviation": 1.5, "note": "<b>"}
+    results.add("k-NN, k = 1, 5 labels a class", {}, figures, [])
+    text = render([read_record(tmp_path)], sizes)
+    row = "<td>k-NN, k = 1, 5 labels a class</td><td>41.25 ± 1.50</td><td>70.00</td><td>&lt;b&gt;</td>"
+    assert row in text and f"{tmp_path}/timm</h3>" in text

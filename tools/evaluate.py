@@ -1,6 +1,7 @@
 """Evaluate a timm ViT, or tokenizers, on labelled images.
 
 python tools/evaluate.py knn|linear|attentive|all|features --model OUT --train DIR --val DIR
+python tools/evaluate.py accuracy --model FINETUNED --images DIR
 python tools/evaluate.py suite --suite NAME --model OUT data.train=DIR data.val=DIR
 python tools/evaluate.py tokenizer --tokenizer RECIPE [a.b=value ...] [--tokenizer ...] --train DIR --val DIR
 """
@@ -12,6 +13,7 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
+from evaluations.accuracy import evaluate_accuracy
 from evaluations.attentive import evaluate_attentive
 from evaluations.figures import described, whose, write_figures
 from evaluations.images import Extracted, extract
@@ -124,6 +126,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     words = parse(sys.argv[1:])
-    others = {"tokenizer": evaluate_tokenizers, "attentive": evaluate_attentive, "suite": evaluate_suite}
+    others = {"tokenizer": evaluate_tokenizers, "attentive": evaluate_attentive}
+    others |= {"suite": evaluate_suite, "accuracy": evaluate_accuracy}
     writes = words.out if words.command == "suite" else None
     sys.exit(answer(lambda: others.get(words.command, evaluate)(words), writes))

@@ -140,9 +140,15 @@ class SuiteConfig:
         if (self.few.lists or self.few.shots) and not (self.few.knn or self.few.linear):
             yield "few.knn and few.linear are both null: nothing learns from the few labels."
         for name, each in (self.accuracy.sets if self.accuracy else {}).items():
+            if name == "val":
+                yield "accuracy.sets.val: val is the name of data.val; take another."
             if not each.images:
                 yield f"accuracy.sets.{name}.images is empty: name its images."
-        if self.accuracy and self.accuracy.real not in ("", "timm") and not Path(self.accuracy.real).is_file():
+        if (
+            self.accuracy
+            and self.accuracy.real not in ("", "timm")
+            and not Path(self.accuracy.real).is_file()
+        ):
             yield f"accuracy.real = {self.accuracy.real} is no file that this host can see, nor timm."
         if not any(self._lists_of_work()):
             yield "The suite measures nothing: give it knn, linear, attentive, few.shots or accuracy."

@@ -96,7 +96,7 @@ def read_classes(model: Any, classes: list[str], named: str) -> Reading:
         strange = [name for name in classes if name not in known and not (of_wnids and WNID.fullmatch(name))]
         if strange:
             some = ", ".join(strange[:3])
-            theirs = f"{', '.join(names[:3])}, ..." if names else "not known by name"
+            theirs = ", ".join(names[:3]) + " and others" * (len(names) > 3) or "not known by name"
             raise DataError(
                 f"{named}: {len(strange)} of its {len(classes)} classes can't be mapped to the model's, e.g. "
                 f"{some}; the model's are {theirs}. Name folders as the model's classes, by wnid (n01440764) "
@@ -191,9 +191,7 @@ def real_labels(model: Any, images: Index, named: str, file: Path | None) -> lis
         labels = json.loads(data if file is None and data else Path(str(file)).read_text())
         labels = [[int(label) for label in each] for each in labels]
     except (OSError, ValueError, TypeError) as error:
-        raise DataError(
-            f"{named} = {file} is no real.json, a list of lists of classes: {error}."
-        ) from error
+        raise DataError(f"{named} = {file} is no real.json, a list of lists of classes: {error}.") from error
     names, _ = class_names(model)
     known, of_imagenet = {name: output for output, name in enumerate(names)}, imagenet_names()
     if not known.keys() & {*of_imagenet}:
@@ -213,4 +211,3 @@ def real_labels(model: Any, images: Index, named: str, file: Path | None) -> lis
             f"ILSVRC2012_val_00000001.JPEG; {images.path(0)} is there."
         )
     return right
-

@@ -51,7 +51,9 @@ def build_classifier(arguments: argparse.Namespace) -> Any:
     return model
 
 
-def judging(model: Any, index: Index, named: str, classes: str = "", real: Path | str | None = None) -> Judging:
+def judging(
+    model: Any, index: Index, named: str, classes: str = "", real: Path | str | None = None
+) -> Judging:
     """How a model is judged on a set: by which of its outputs, and by which images.
 
     named: the user's words for the set, for the sentences. classes: as for `subset_outputs`; empty: all.

@@ -118,6 +118,24 @@ def few_options() -> argparse.ArgumentParser:
     return few
 
 
+def accuracy_options() -> argparse.ArgumentParser:
+    """The fine-tuned model, and the images that it is judged on."""
+    accuracy = argparse.ArgumentParser(add_help=False)
+    option = accuracy.add_argument
+    option("--model", type=Path, required=True, help="folder that tools/finetune.py wrote, RUN/timm")
+    option("--arch", help="timm model name, for a file of weights")
+    images = "folders named by the model's classes, by wnid, or by ImageNet's number; or tar shards"
+    option("--images", required=True, metavar="DIR", help=images)
+    classes = "only images of these classes, among which the model chooses: imagenet_a, imagenet_r, "
+    classes += "mini_imagenet, or a file that names one a line (default: those of the images)"
+    option("--classes", metavar="LIST", default="", help=classes)
+    real = "judge by ReaL's labels, too: the published real.json, or without a file the one of timm"
+    option("--real", nargs="?", const="timm", metavar="FILE", help=real)
+    option("--json", action="store_true", help="print one JSON object instead of sentences")
+    option("--out", type=output_file, metavar="FILE", help="write that JSON object to a file, too")
+    return accuracy
+
+
 def suite_options() -> argparse.ArgumentParser:
     """The model, the document, and where its results go."""
     suite = argparse.ArgumentParser(add_help=False)
@@ -209,6 +227,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     few = "of each folder at most so many, evenly spaced over its sorted names"
     command.add_argument("--max_images", type=number(int, 1), default=10_000, metavar="N", help=few)
     command.set_defaults(features=None, batch_norm=False)
+
+    top = "top-1 and top-5 of a fine-tuned model, on any images whose classes it knows"
+    commands.add_parser("accuracy", parents=[accuracy_options(), reading_options()], help=top)
 
     whole = "all that a document names, of one model: a table, which goes on where it stopped"
     commands.add_parser("suite", parents=[suite_options(), reading_options()], help=whole)

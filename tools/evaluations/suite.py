@@ -5,12 +5,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import hashlib
+import sys
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from evaluations.accuracy import Judging, accuracy_of, judging, words_of
 from evaluations.attentive import attend
-from evaluations.images import Extracted, Sets, labelled_sets, vectors_of
+from evaluations.images import Extracted, Sets, labelled_sets, opened, vectors_of
 from evaluations.judges import ACCURACIES, evaluate_few, evaluate_knn, evaluate_linear
 from evaluations.models import asked_of, build_model
 
@@ -20,6 +24,7 @@ from mapet_ds.files import checksum, write_whole
 if TYPE_CHECKING:
     from mapet_ds.config.suite import SuiteConfig
     from mapet_ds.data.few_labels import Few
+    from mapet_ds.data.index import Index
     from mapet_ds.launch import Ranks
 
 # torch and what needs it are imported once the words are parsed: --help and a mistake answer at once.
@@ -41,10 +46,14 @@ class Suite:
         ConfigError: the model lacks a feature that is named.
     """
 
-    def __init__(self, arguments: argparse.Namespace, model: Any, sets: Sets, ranks: Ranks) -> None:
-        self.arguments, self.model, self.sets, self.ranks = arguments, model, sets, ranks
+    def __init__(
+        self, arguments: argparse.Namespace, model: Any, sets: Sets, judged: dict[str, Judging], ranks: Ranks
+    ) -> None:  # fmt: skip
+        self.arguments, self.model, self.sets, self.judged = arguments, model, sets, judged
+        self.ranks = ranks
         self.suite: SuiteConfig = arguments.suite
         self.asked = asked_of(arguments, model)
+        self._accuracies: dict[str, dict[str, Any]] = {}
 
     @functools.cached_property
     def features(self) -> Extracted:
@@ -64,6 +73,16 @@ class Suite:
             settings = own | {"seed": suite.seed, "batch_size": self.arguments.batch_size}
             settings.pop("memory_gb")  # it changes no figure
             yield "attentive probe", Row(settings, lambda: self._attentive(own))
+        for name, judged in self.judged.items():
+            settings = self._judging(judged)
+            if name != "val" or (suite.accuracy and suite.accuracy.val):
+                yield f"fine-tuned, {name}", Row(settings, functools.partial(self._accuracy, name, ""))
+            if judged.right:
+                settings = settings | {"real": content(repr([sorted(each) for each in judged.right]))}
+                yield (
+                    f"fine-tuned, {name}, ReaL",
+                    Row(settings, functools.partial(self._accuracy, name, "real_")),
+                )
 
     def _probes(self, feature: str, section: Any, few: Few | None) -> Iterator[tuple[str, Row]]:
         """Yields k-NN and linear of one feature, by all labels or by few."""
@@ -112,6 +131,52 @@ class Suite:
         arguments = argparse.Namespace(**vars(self.arguments) | own)
         _, figures = attend(arguments, self.model, self.sets, None, self.ranks)
         return {"top1": figures["attentive_accuracy_percent"], "note": note_of(figures)} | figures
+
+    def _judging(self, judged: Judging) -> dict[str, Any]:
+        """What the accuracy on a set depends on."""
+        from mapet_ds.weights import fingerprint
+
+        index = judged.index
+        own = {"classifier": fingerprint(self.arguments.classifier.state_dict()), "images": index.fingerprint}
+        read = repr((judged.reading.outputs.tolist(), judged.allowed.tolist()))
+        return own | {"labels": content(index.labels().tobytes()), "classes": content(read)}
+
+    def _accuracy(self, name: str, kind: str) -> dict[str, Any]:
+        """The figures of a set, of its own labels or, of kind real_, of ReaL's, from one pass."""
+        if name not in self._accuracies:
+            arguments, judged = self.arguments, self.judged[name]
+            self._accuracies[name] = accuracy_of(arguments, arguments.classifier, name, judged, self.ranks)
+        if self.ranks.rank != 0:
+            return {}
+        figures = self._accuracies[name]
+        note = f"{figures['real_images']:,} images that have a label there" if kind else words_of(figures)
+        return figures | {"top1": figures[f"{kind}top1"], "top5": figures[f"{kind}top5"], "note": note}
+
+
+def content(text: str | bytes) -> str:
+    """The sha256 of a text."""
+    return hashlib.sha256(text.encode() if isinstance(text, str) else text).hexdigest()
+
+
+@contextmanager
+def judged_sets(arguments: argparse.Namespace, val: Index, ranks: Ranks) -> Iterator[dict[str, Judging]]:
+    """The sets of the document's section accuracy by name, for as long as the block lasts. For every rank.
+
+    Raises:
+        DataError: images or classes that the model can't be judged by.
+    """
+    section, model = arguments.suite.accuracy, arguments.classifier
+    with ExitStack() as stack:
+        judged: dict[str, Judging] = {}
+        if section and model and (section.val or section.real):
+            named, real = f"data.val = {val.root}", section.real or None
+            judged["val"] = ranks.first_then_all(lambda: judging(model, val, named, real=real))
+        for name, each in (section.sets if section and model else {}).items():
+            index, named = stack.enter_context(opened(each.images, ranks)), f"accuracy.sets.{name}"
+            judged[name] = ranks.first_then_all(
+                lambda index=index, named=named, each=each: judging(model, index, named, each.classes)
+            )
+        yield judged
 
 
 def note_of(figures: dict[str, Any]) -> str:
@@ -181,6 +246,21 @@ def write_tables(suite: Suite, folder: Path, content: dict[str, Any]) -> str:
     return text
 
 
+def classifier(arguments: argparse.Namespace) -> Any:
+    """The model with its classifier; None, which is said, where it has none."""
+    from mapet_ds.results.probe import load_timm
+
+    model = load_timm(arguments.model, arguments.arch, classify=True)
+    if model.num_classes:
+        return model
+    print(
+        f"{arguments.model} has no classifier: the suite's `accuracy` is left out.",
+        file=sys.stderr,
+        flush=True,
+    )
+    return None
+
+
 def evaluate_suite(arguments: argparse.Namespace) -> None:
     """Measures what the suite names of --model; what --out has already is not done again.
 
@@ -196,6 +276,9 @@ def evaluate_suite(arguments: argparse.Namespace) -> None:
 
     arguments.device = device_of(arguments.device)
     model, folder = build_model(arguments), arguments.out
+    arguments.classifier = None
+    if arguments.suite.accuracy:
+        arguments.classifier = classifier(arguments)
     arguments.features = arguments.features or folder / "features.safetensors"
     ranks = init_distributed()._replace(device=arguments.device)
     try:
@@ -204,8 +287,8 @@ def evaluate_suite(arguments: argparse.Namespace) -> None:
                 f"The suite's attentive probe runs in one process, not in {ranks.world_size}: leave torchrun "
                 "out, or measure it later, attentive=null now."
             )
-        with labelled_sets(arguments, ranks) as sets:
-            suite = Suite(arguments, model, sets, ranks)
+        with labelled_sets(arguments, ranks) as sets, judged_sets(arguments, sets.val, ranks) as judged:
+            suite = Suite(arguments, model, sets, judged, ranks)
             basis, about = basis_of(suite)
             folder.mkdir(parents=True, exist_ok=True)
             results = ranks.from_first(lambda: Results(folder / FILE, basis, about))
