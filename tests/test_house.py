@@ -32,14 +32,14 @@ FLOORS = [
 ]
 """Rooms from the ground up: one imports from its own floor and those below."""
 LINES = {
-    "config": 2450,  # every knob with its meaning, contradictions as sentences, DeepSpeed, studies, suites, masks
+    "config": 2450,  # every knob with its meaning, contradictions as sentences, DeepSpeed, documents, masks
     "data": 3700,  # six formats, one rule of pixels; folders, shards, Parquet, a cache; order, DALI, labels
     "objectives": 920,  # seven methods, and what they share
     "targets": 1600,  # a frozen tower spread over ranks, VQ-KD, DALL-E, the codebook, stored ids, momentum
     "training": 1780,  # DeepSpeed, its workarounds, what it gathers checked; checkpoints, metrics, jumps
     "finetuning": 630,
     "segmentation": 1190,  # masks read and refused, augmentation, heads, BatchNorm, windows, a program
-    "results": 3065,  # export and its proof, cards, foreign weights, probes, features, accuracy, suites, pages
+    "results": 3065,  # export and its proof, cards, foreign weights, probes, features, accuracy, pages
     "planning": 1780,  # counts on real modules, a cluster's arithmetic, the bound by FLOPs, equal work
     "story": 2580,  # the files beside the rooms: pretrain, run, task, draws, vit, launch, weights, ...
     "tools": 6310,  # sixteen programs, the benchmarks, the trial of a new machine, a study's runs

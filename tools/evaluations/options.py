@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from evaluations.judges import evaluate_all, evaluate_knn, evaluate_linear
 
@@ -15,6 +15,10 @@ from mapet_ds.terminal import number, refuse
 
 if TYPE_CHECKING:
     from mapet_ds.config.sections import Config
+
+NEIGHBOURS: Any = {"type": number(int, 1), "help": "neighbours that vote"}
+SOLVERS = "lbfgs: logistic regression, solved whole on the CPU; sgd: as papers train it, on --device"
+SOLVER: Any = {"choices": ("lbfgs", "sgd"), "help": SOLVERS}
 
 
 def output_file(text: str) -> Path:
@@ -183,25 +187,35 @@ def attentive_options() -> argparse.ArgumentParser:
     return attentive
 
 
+def add_tokenizer(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
+    """Adds the command `tokenizer`."""
+    ids = "tokenizers side by side: the use of their ids, and how well these alone classify"
+    command = commands.add_parser("tokenizer", parents=parents, help=ids)
+    given = "a recipe and settings that replace its own; once for each tokenizer"
+    many = {"action": "append", "nargs": "+", "required": True, "metavar": ("RECIPE", "a.b=value")}
+    command.add_argument("--tokenizer", **many, help=given)
+    command.add_argument("--k", **NEIGHBOURS)
+    command.add_argument("--solver", default="sgd", **SOLVER)
+    few = "of each folder at most so many, evenly spaced over its sorted names"
+    command.add_argument("--max_images", type=number(int, 1), default=10_000, metavar="N", help=few)
+    command.set_defaults(features=None, batch_norm=False)
+
+
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Evaluate a timm ViT, or tokenizers, on labelled images.")
     commands = parser.add_subparsers(dest="command", required=True)
     model, features, shared = model_options(), feature_options(), shared_options()
     (voting, fitting), few = probe_options(), few_options()
-    neighbours = {"type": number(int, 1), "help": "neighbours that vote"}
-    solvers = "lbfgs: logistic regression, solved whole on the CPU; sgd: as papers train it, on --device"
-    solver = {"choices": ("lbfgs", "sgd"), "help": solvers}
-
     vote = "weighted vote of the k nearest training images"
     command = commands.add_parser("knn", parents=[model, features, shared, few, voting], help=vote)
-    command.add_argument("--k", **neighbours)
+    command.add_argument("--k", **NEIGHBOURS)
     command.set_defaults(evaluate=evaluate_knn)
 
     command = commands.add_parser(
         "linear", parents=[model, features, shared, fitting, few],
         help="linear classifier on the frozen features",
     )  # fmt: skip
-    command.add_argument("--solver", default="lbfgs", **solver)
+    command.add_argument("--solver", default="lbfgs", **SOLVER)
     norm = "sgd: BatchNorm without weights before the head"
     command.add_argument("--batch_norm", action="store_true", help=norm)
     command.set_defaults(evaluate=evaluate_linear)
@@ -217,16 +231,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "features", parents=[model, features, shared], help="the features, into --out FILE.safetensors"
     )
 
-    ids = "tokenizers side by side: the use of their ids, and how well these alone classify"
-    command = commands.add_parser("tokenizer", parents=[shared, voting, fitting], help=ids)
-    given = "a recipe and settings that replace its own; once for each tokenizer"
-    many = {"action": "append", "nargs": "+", "required": True, "metavar": ("RECIPE", "a.b=value")}
-    command.add_argument("--tokenizer", **many, help=given)
-    command.add_argument("--k", **neighbours)
-    command.add_argument("--solver", default="sgd", **solver)
-    few = "of each folder at most so many, evenly spaced over its sorted names"
-    command.add_argument("--max_images", type=number(int, 1), default=10_000, metavar="N", help=few)
-    command.set_defaults(features=None, batch_norm=False)
+    add_tokenizer(commands, [shared, voting, fitting])
 
     top = "top-1 and top-5 of a fine-tuned model, on any images whose classes it knows"
     commands.add_parser("accuracy", parents=[accuracy_options(), reading_options()], help=top)
