@@ -31,6 +31,7 @@ from mapet_ds.errors import DataError, UserError
 from mapet_ds.results.report import sample as samples
 from mapet_ds.results.report.history import Record, curves, differing, kind
 from mapet_ds.results.report.sample import Sample, Trained
+from mapet_ds.results.suite import results_below
 from mapet_ds.training.metrics import newest_pictures, token_colours
 
 TITLES = {
@@ -326,6 +327,7 @@ def render(records: list[Record], sizes: Sizes) -> str:
     for i, record in enumerate(records):
         run: dict[str, Any] = {"name": str(record.folder), "colour": i % COLOURS}
         run |= {"state": state(record), "facts": facts(record), "quarantined": record.quarantined}
+        run["evaluations"] = results_below(record.folder)
         run |= {"kind": kind(record), "inside": None, "masks": None}
         if run["kind"] == "segmentation":
             run["masks"] = classes_and_pictures(record)
