@@ -113,6 +113,18 @@ def test_no_step_is_told_twice(run_dir):
     assert json.loads((run_dir / "trackers/tape.Tape.json").read_text())["id"] == "run 1"
 
 
+def test_a_step_may_have_two_pictures_each_told_once(run_dir):
+    config = Config(run_dir=str(run_dir), log=LogConfig(trackers=("tape:Tape",)))
+    for steps in ((1, 2), (2, 3)):
+        following = trackers.Trackers(config)
+        for step in steps:
+            following.show(step, "crop", torch.rand(3, 4, 6))
+            following.show(step, "image", torch.rand(3, 4, step))
+        following.close(done=False)
+    pictures = [tuple(word[1:]) for word in told(run_dir) if word[0] == "picture"]
+    assert pictures == [(step, size) for step in (1, 2, 3) for size in ([6, 4], [step, 4])]
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("broken", ["Broken", "Strange", "Deaf", "Nothing"])
 def test_a_tracker_that_fails_stops_nothing(run_dir, broken, capsys, monkeypatch):
