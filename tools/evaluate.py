@@ -1,7 +1,8 @@
-"""Evaluate a timm ViT, or tokenizers, on labelled images.
+"""Evaluate a timm ViT, or tokenizers, on labelled images; or a ViT on images without labels.
 
 python tools/evaluate.py knn|linear|attentive|all|features --model OUT --train DIR --val DIR
 python tools/evaluate.py tokenizer --tokenizer RECIPE [a.b=value ...] [--tokenizer ...] --train DIR --val DIR
+python tools/evaluate.py crops --model OUT --images DIR
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from evaluations.crops import evaluate_crops
 from evaluations.judges import evaluate_knn, evaluate_linear, tried, unit
 from evaluations.options import parse
 
@@ -290,6 +292,14 @@ def evaluate_attentive(arguments: argparse.Namespace) -> None:
     write_figures(arguments.out, figures)
 
 
+def evaluate_unlabelled(arguments: argparse.Namespace) -> None:
+    """Prints how often a crop finds its image, and writes it to --out; on rank 0."""
+    sentences, figures = evaluate_crops(arguments)
+    if figures:
+        print(json.dumps(figures) if arguments.json else "\n".join(sentences))
+        write_figures(arguments.out, figures)
+
+
 def whose(arguments: argparse.Namespace) -> dict[str, Any]:
     """The model that figures are of."""
     model = str(arguments.model or f"teacher of {arguments.teacher}")
@@ -369,5 +379,5 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     words = parse(sys.argv[1:])
-    others = {"tokenizer": evaluate_tokenizers, "attentive": evaluate_attentive}
+    others = {"tokenizer": evaluate_tokenizers, "attentive": evaluate_attentive, "crops": evaluate_unlabelled}
     sys.exit(answer(lambda: others.get(words.command, evaluate)(words)))

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from mapet_ds.config.sections import Config
 
 
+EXPORT = "folder of tools/export_timm.py, or a file of weights"
+ARCH = "timm model name, for a file of weights"
+
+
 def output_file(text: str) -> Path:
     """A type for argparse: a file that can be written, as far as a look at the path tells."""
     path = Path(text)
@@ -37,13 +41,13 @@ def model_options() -> argparse.ArgumentParser:
     """What is judged by all commands but `tokenizer`."""
     model = argparse.ArgumentParser(add_help=False)
     which = model.add_mutually_exclusive_group(required=True)
-    which.add_argument("--model", type=Path, help="folder of tools/export_timm.py, or a file of weights")
+    which.add_argument("--model", type=Path, help=EXPORT)
     which.add_argument(
         "--teacher", metavar="YAML", help="instead: the dense features of this recipe's teacher"
     )
     option = model.add_argument
     option("overrides", nargs="*", metavar="a.b=value", help="with --teacher: replace the recipe's settings")
-    option("--arch", help="timm model name, for a file of weights")
+    option("--arch", help=ARCH)
     option("--untrained", action="store_true", help="the same architecture with fresh weights, to compare")
     model.set_defaults(max_images=None)
     return model
@@ -67,13 +71,16 @@ def feature_options() -> argparse.ArgumentParser:
     return model
 
 
-def shared_options() -> argparse.ArgumentParser:
+def shared_options(labelled: bool = True) -> argparse.ArgumentParser:
     """The images, and where the figures go."""
     shared = argparse.ArgumentParser(add_help=False)
     option = shared.add_argument
     option("--seed", type=number(int, 0), default=0, help="of fresh weights, and of probes by SGD")
-    option("--train", required=True, help="folder with a sub-folder of images per class, or tar shards")
-    option("--val", required=True, help="the same classes, other images")
+    if labelled:
+        option("--train", required=True, help="folder with a sub-folder of images per class, or tar shards")
+        option("--val", required=True, help="the same classes, other images")
+    else:
+        option("--images", required=True, help="folder of images at any depth, tar shards, patterns or lists")
     option("--batch_size", type=number(int, 1), default=128)
     option("--workers", type=number(int, 0), default=2, help="processes that read and decode")
     few = "of each set at most this share, rounded up, may be unreadable; they are left out"
@@ -142,6 +149,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
     command = commands.add_parser(
         "features", parents=[model, features, shared], help="the features, into --out FILE.safetensors"
     )
+
+    again = "how often a crop of an image finds another one of it among all, beside fresh weights; no labels"
+    command = commands.add_parser("crops", parents=[shared_options(labelled=False)], help=again)
+    command.add_argument("--model", type=Path, required=True, help=EXPORT)
+    command.add_argument("--arch", help=ARCH)
+    command.add_argument("--feature", choices=("mean", "token", "both"), help="default: as for knn")
+    most = {"type": number(int, 2), "default": 1000, "metavar": "N"}
+    command.add_argument("--max_images", **most, help="at most so many, evenly spaced over the set")
 
     ids = "tokenizers side by side: the use of their ids, and how well these alone classify"
     command = commands.add_parser("tokenizer", parents=[shared, voting, fitting], help=ids)
