@@ -5,6 +5,7 @@
 # make drill     set up .venv, then let faults happen for forty minutes or so: docs/reliability.md
 # make gpu       set up .venv, then try all once on this machine's GPUs, for an hour or so: docs/first_day.md
 # make gpu_path  set up .venv, then run every recipe's first steps on a CUDA device that runs nothing
+# make site      set up .venv, then build the documents as a site: build/site/index.html
 # make clean     remove .venv and the demo's run
 
 PYTHON ?= python3
@@ -40,6 +41,9 @@ drill: .venv/dev
 gpu_path: .venv/dev
 	.venv/bin/python -m pytest --numprocesses 2 tests/test_gpu_path.py -m ''
 
+site: .venv/docs
+	.venv/bin/mkdocs build --strict
+
 .venv/installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet --upgrade pip
@@ -50,7 +54,11 @@ gpu_path: .venv/dev
 	.venv/bin/pip install --quiet -e '.[dev]'
 	touch $@
 
+.venv/docs: .venv/installed
+	.venv/bin/pip install --quiet -e '.[docs]'
+	touch $@
+
 clean:
 	rm -rf .venv runs/demo
 
-.PHONY: demo objective test quick lint gpu drill gpu_path clean
+.PHONY: demo objective test quick lint gpu drill gpu_path site clean
