@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mapet_ds.config.finetune import FinetuneConfig
+from mapet_ds.data.few_labels import drawn, listed
 from mapet_ds.data.index import Index, open_index
+from mapet_ds.data.index_files import write_part
 from mapet_ds.data.labelled import (
     Bad,
     EvaluationBatches,
@@ -33,6 +35,7 @@ from mapet_ds.launch import Ranks
 from mapet_ds.objectives.objective import Loss, Objective
 from mapet_ds.targets.target import Target
 from mapet_ds.training.checkpoint import newest
+from mapet_ds.training.metrics import Show
 from mapet_ds.training.optim import layerwise_groups
 
 FIGURES = ("val_top1", "val_top5", "val_loss", "val_images", "loss", "epoch", "step")
@@ -60,6 +63,8 @@ class Finetuning:
         self.index, self.val = index(config.data.train, "index"), index(config.data.val, "index_val")
         check_classes(self.index, self.val, num_classes=config.data.num_classes)
         check_apart(self.index, self.val, "data.", ranks)
+        if config.data.labels or config.data.shots:
+            self.index = self._few_labels()
         classes = len(self.index.classes)
 
         # The model, and the images that it takes.
@@ -82,6 +87,25 @@ class Finetuning:
             average = Classifier(config, classes).to(ranks.device)
             self.target = AveragedLabels(average, config.model.ema, classes, start)
 
+    def _few_labels(self) -> Index:
+        """The index of the images whose labels are used. Every rank must call it."""
+        data, whole, folder = self.config.data, self.index, self.folder / "index_labels"
+
+        def write() -> None:
+            if data.shots:
+                named = "data.shots", "data.train"
+                places = drawn(whole, data.shots, self.config.seed, data.draw, named)
+                words = f"{data.shots} images of each class, draw {data.draw} of seed {self.config.seed}"
+            else:
+                named = "data.labels", "data.train"
+                places = listed(whole, Path(data.labels), named, data.max_bad_share).draws[0]
+                words = f"images that {data.labels} names"
+            write_part(whole.folder, places, folder)
+            print(f"Learns from {len(places)} of {len(whole)} images: {words}.", flush=True)
+
+        self.ranks.from_first(write)
+        return Index(folder, whole.root, whole.ranges)
+
     def _print_fresh(self, names: list[str]) -> None:
         model, modules = self.config.model, sorted({name.rpartition(".")[0] for name in names})
         fresh = "all weights are fresh" if model.untrained else f"fresh are {', '.join(modules) or 'none'}"
@@ -100,7 +124,7 @@ class Finetuning:
         return TrainLoader(dataset, self.ranks, step, self.objective.draw)
 
     @torch.no_grad()
-    def evaluate(self, engine: Any, doing: Callable[[str], None]) -> dict[str, float]:
+    def evaluate(self, engine: Any, doing: Callable[[str], None], show: Show) -> dict[str, float]:
         """See Task. The figures are accuracy and loss on data.val, each readable image counted once.
 
         Raises:
@@ -161,6 +185,9 @@ class Finetuning:
         results = figures | {
             "classes": len(self.index.classes),
             "train_images": len(self.index),
+            "labels": config.data.labels,
+            "shots": config.data.shots,
+            "draw": config.data.draw,
             "seed": config.seed,
             "model": config.model.path,
             "untrained": config.model.untrained,
