@@ -30,6 +30,7 @@ class Purpose(IntEnum):
     STRONG = 8
     AUGMENT = 9
     MIX = 10
+    LABELS = 11
 
 
 def uniforms(

@@ -4,7 +4,6 @@ import json
 import math
 import os
 import pickle
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -278,25 +277,6 @@ def test_the_command(model_folder, image_folders):
 
 
 @pytest.fixture
-def run_tool_with(monkeypatch, capsys):
-    """The program in this process, without seconds of imports: exit code and what it prints."""
-
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(name, os.environ.get(name, ""))  # so that what the program sets is taken back
-        monkeypatch.delenv(name)
-
-    def run(command, *arguments):
-        words = (EVALUATE, command, "--device", "cpu", "--workers", "0", *arguments)
-        monkeypatch.setattr(sys, "argv", [str(word) for word in words])
-        monkeypatch.syspath_prepend(EVALUATE.parent)  # as Python does for a script
-        with pytest.raises(SystemExit) as exit:
-            runpy.run_path(str(EVALUATE), run_name="__main__")
-        return exit.value.code, capsys.readouterr()
-
-    return run
-
-
-@pytest.fixture
 def run_tool(run_tool_with):
     def run(model, train, val, *arguments):
         return run_tool_with("knn", "--model", model, "--train", train, "--val", val, "--k", "5", *arguments)
@@ -465,6 +445,7 @@ def test_features_are_computed_once_into_a_file(
     assert code == 0 and json.loads(printed.out)["features"] == str(file)
     stored = load_file(file)
     shapes = {"labels": (), "mean": (32,), "token": (32,)}
+    assert stored.pop("train_places").tolist() == [*range(36)]
     assert {name: array.shape for name, array in stored.items()} == {
         f"{split}_{kind}": (number, *width)
         for split, number in (("train", 36), ("val", 18))

@@ -14,6 +14,7 @@ from mapet_ds.config.recipe import load_config
 from mapet_ds.config.sections import REPOSITORY, Config
 from mapet_ds.config.segment import SegmentationConfig
 from mapet_ds.config.study import StudyConfig
+from mapet_ds.config.suite import SuiteConfig
 
 DOCUMENTS = [*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md")]
 SHOWN = (
@@ -107,7 +108,7 @@ def test_links_lead_somewhere(path):
 def test_settings_are_knobs(path):
     known = {
         key
-        for document in (Config, FinetuneConfig, SegmentationConfig, StudyConfig)
+        for document in (Config, FinetuneConfig, SegmentationConfig, StudyConfig, SuiteConfig)
         for key in known_keys(document)
     }
     groups = {key.rpartition(".")[0] for key in known} - {""}

@@ -89,6 +89,13 @@ class LabelledDataConfig:
     """The same classes, other images."""
     num_classes: Positive | None = None
     """Number of classes that the data must have; null takes what there is."""
+    labels: str = ""
+    """Text file that names the images of train to learn from, one a line, as the published 1 % and 10 % of
+    ImageNet do; empty: all."""
+    shots: Positive | None = None
+    """Learn from so many images of each class of train, drawn by seed and data.draw; null: all."""
+    draw: Natural = 0
+    """Number of the draw of data.shots."""
     exif_orientation: bool = False
     """Turn images as EXIF's orientation says; false: pixels stay as they are stored."""
     crop_scale: tuple[float, float] = (0.08, 1.0)
@@ -147,6 +154,10 @@ class FinetuneConfig(RunConfig):
         """Yields a sentence for each mistake in the model and in what is done to images."""
         data, micro = self.data, self.train.micro_batch_size
         yield from self.model.rules()
+        if data.labels and data.shots:
+            yield (f"data.labels = {data.labels} and data.shots = {data.shots} both choose images: take one.")
+        if data.labels and not Path(data.labels).is_file():
+            yield f"data.labels = {data.labels} is no file that this host can see."
         if not 0 < data.crop_scale[0] <= data.crop_scale[1] <= 1:
             yield f"data.crop_scale = {list(data.crop_scale)} must rise within (0, 1]."
         if (data.mixup > 0 or data.cutmix > 0) and micro % 2 != 0:

@@ -17,11 +17,11 @@ import yaml
 from mapet_ds.config.knobs import Knob, knobs_of
 from mapet_ds.config.own import own_objective
 from mapet_ds.config.sections import Config
-from mapet_ds.config.shipped import RECIPES, STUDIES, shipped_file, shipped_names
+from mapet_ds.config.shipped import RECIPES, STUDIES, SUITES, shipped_file, shipped_names
 from mapet_ds.errors import ConfigError
 
 Settings = TypeVar("Settings")
-KINDS = {RECIPES: "recipe", STUDIES: "study"}
+KINDS = {RECIPES: "recipe", STUDIES: "study", SUITES: "suite"}
 """What a file is called, by the folder of the shipped ones."""
 
 
@@ -168,7 +168,7 @@ def load_config(
     """Reads a recipe with `a.b=value` overrides on top. The values are not yet checked against each other.
 
     recipe: a file, or the name of a shipped one of `folder`. cls: the settings that it gives: Config,
-        FinetuneConfig, SegmentationConfig, or StudyConfig of a study.
+        FinetuneConfig, SegmentationConfig, StudyConfig of a study or SuiteConfig of a suite.
 
     Raises:
         ConfigError: the file can't be read or is no YAML, a key is unknown, a value has a wrong type or

@@ -9,6 +9,7 @@ SHIPPED = PACKAGE.parent if (PACKAGE.parent / "ds_configs").is_dir() else PACKAG
 """The folder of ds_configs, slurm and tools: the repository, or within an installed package."""
 RECIPES = PACKAGE / "recipes"
 STUDIES = PACKAGE / "studies"
+SUITES = PACKAGE / "suites"
 ENGINES = SHIPPED / "ds_configs"
 
 
@@ -19,7 +20,8 @@ def shipped_file(path: str | Path, folder: Path) -> Path:
     """
     path, suffix = Path(path), ".json" if folder == ENGINES else ".yaml"
     there = (folder / path.name).with_suffix(suffix)
-    shipped = path.parent in (Path(), Path("mapet_ds/recipes"), Path("mapet_ds/studies"), Path("ds_configs"))
+    folders = ("", "mapet_ds/recipes", "mapet_ds/studies", "mapet_ds/suites", "ds_configs")
+    shipped = path.parent in map(Path, folders)
     return there if shipped and not path.exists() and there.is_file() else path
 
 

@@ -260,6 +260,16 @@ class Ordered(Selection):
         return self._order[i]
 
 
+class Numbered(Selection):
+    """A view of images whose labels are their places, so that what is made of an image tells which it was."""
+
+    def __init__(self, images: Index | Selection) -> None:
+        self._index, self._length, self.classes = images, len(images), images.classes
+
+    def label(self, i: int) -> int:
+        return i
+
+
 Images = Index | Selection
 """Images that are read by their place."""
 

@@ -80,6 +80,27 @@ def write_index(
         (written / "index.json").write_text(json.dumps(description, indent=1))
 
 
+def write_part(whole: Path, places: NDArray[np.int64], folder: Path) -> None:
+    """Writes the index of these samples of the index in `whole` into `folder`, whole or not at all.
+
+    Classes keep their numbers. The fingerprint is that of these samples.
+    """
+    samples, ends = (np.load(whole / f"{name}.npy", mmap_mode="r") for name in ("samples", "path_ends"))
+    paths, taken = np.memmap(whole / "paths.bin", mode="r"), samples[places]
+    starts = [int(ends[i - 1]) if i else 0 for i in places.tolist()]
+    names = [paths[start : int(end)].tobytes() for start, end in zip(starts, ends[places])]
+    digest = hashlib.sha256()
+    for name, length in zip(names, taken["length"].tolist()):
+        digest.update(name + b"\0" + struct.pack("<Q", length))
+    description = json.loads((whole / "index.json").read_text())
+    with whole_folder(folder) as written:
+        np.save(written / "samples.npy", taken)
+        np.save(written / "path_ends.npy", np.cumsum(list(map(len, names))).astype("<u8"))
+        (written / "paths.bin").write_bytes(b"".join(names))
+        part = json.dumps(description | {"fingerprint": digest.hexdigest()}, indent=1)
+        (written / "index.json").write_text(part)
+
+
 def _name_labels(samples: NDArray[np.void], places: NDArray[np.int32]) -> None:
     """Replaces the numbers of names as they came by the places of the names in their order."""
     for start in range(0, len(samples) if len(places) else 0, 1 << 20):

@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mapet_ds.config.finetune import FinetuneConfig
+from mapet_ds.data.few_labels import drawn, listed
 from mapet_ds.data.index import Index, open_index
+from mapet_ds.data.index_files import write_part
 from mapet_ds.data.labelled import (
     Bad,
     EvaluationBatches,
@@ -60,6 +62,8 @@ class Finetuning:
         self.index, self.val = index(config.data.train, "index"), index(config.data.val, "index_val")
         check_classes(self.index, self.val, num_classes=config.data.num_classes)
         check_apart(self.index, self.val, "data.", ranks)
+        if config.data.labels or config.data.shots:
+            self.index = self._few_labels()
         classes = len(self.index.classes)
 
         # The model, and the images that it takes.
@@ -81,6 +85,25 @@ class Finetuning:
         if config.model.ema is not None:
             average = Classifier(config, classes).to(ranks.device)
             self.target = AveragedLabels(average, config.model.ema, classes, start)
+
+    def _few_labels(self) -> Index:
+        """The index of the images whose labels are used. Every rank must call it."""
+        data, whole, folder = self.config.data, self.index, self.folder / "index_labels"
+
+        def write() -> None:
+            if data.shots:
+                named = "data.shots", "data.train"
+                places = drawn(whole, data.shots, self.config.seed, data.draw, named)
+                words = f"{data.shots} images of each class, draw {data.draw} of seed {self.config.seed}"
+            else:
+                named = "data.labels", "data.train"
+                places = listed(whole, Path(data.labels), named, data.max_bad_share).draws[0]
+                words = f"images that {data.labels} names"
+            write_part(whole.folder, places, folder)
+            print(f"Learns from {len(places)} of {len(whole)} images: {words}.", flush=True)
+
+        self.ranks.from_first(write)
+        return Index(folder, whole.root, whole.ranges)
 
     def _print_fresh(self, names: list[str]) -> None:
         model, modules = self.config.model, sorted({name.rpartition(".")[0] for name in names})
@@ -161,6 +184,9 @@ class Finetuning:
         results = figures | {
             "classes": len(self.index.classes),
             "train_images": len(self.index),
+            "labels": config.data.labels,
+            "shots": config.data.shots,
+            "draw": config.data.draw,
             "seed": config.seed,
             "model": config.model.path,
             "untrained": config.model.untrained,

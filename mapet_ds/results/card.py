@@ -17,10 +17,13 @@ from huggingface_hub.utils import validate_repo_id
 from mapet_ds.config.running import total_steps
 from mapet_ds.config.sections import TIMM, Config
 from mapet_ds.errors import ConfigError
+from mapet_ds.files import write_whole
 from mapet_ds.results.features import WORDS
 
 FILES = ("README.md", "config.json", "model.safetensors")
 """The files of an export."""
+BEGIN = "<!-- tools/evaluate.py suite writes what follows, up to its end. -->"
+END = "<!-- The evaluation ends here. -->"
 CARD = """---
 {metadata}
 ---
@@ -143,6 +146,27 @@ def model_card(
         settings=yaml.safe_dump(settings, sort_keys=False, default_flow_style=None),
         license=license or "Not stated. That of the data and of the teacher may matter.",
     )
+
+
+def with_evaluation(card: str, table: str) -> str:
+    """A card with this table, in the place of an earlier one, before the settings, or at the end."""
+    section = f"{BEGIN}\n## Evaluation\n\n{table}{END}\n"
+    before, there, rest = card.partition(BEGIN)
+    if there:
+        return before + section + rest.partition(f"{END}\n")[2]
+    before, settings, rest = card.partition("## Settings\n")
+    return f"{before.rstrip()}\n\n{section}" + (f"\n{settings}{rest}" if settings else "")
+
+
+def write_evaluation(folder: Path, architecture: str, table: str) -> None:
+    """Puts a table into the README.md of an exported model, which is begun where there is none.
+
+    Raises:
+        OSError: the storage fails.
+    """
+    file = folder / "README.md"
+    card = file.read_text() if file.is_file() else f"---\nlibrary_name: timm\n---\n# {architecture}\n"
+    write_whole(file, with_evaluation(card, table))
 
 
 def check_hub(repository: str) -> None:

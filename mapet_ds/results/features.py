@@ -124,15 +124,20 @@ def labelled_features(
     vectors, labels = features(model, batches(), ranks.device, layers, kinds)
     report_unreadable(config, images, bad, ranks, section)
 
-    def whole(share: NDArray[Any]) -> NDArray[Any]:
-        # Image i is in the share of rank i % world_size.
-        own = torch.from_numpy(share)
-        parts = [torch.empty_like(own) for _ in range(ranks.world_size)] if ranks.rank == 0 else None
-        dist.gather(own, parts, group=ranks.control)
-        return (torch.stack(parts, dim=1).flatten(0, 1) if parts else own[:0]).numpy()
+    labels = in_order(labels, ranks)
+    every = {kind: in_order(each, ranks)[labels >= 0] for kind, each in vectors.items()}
+    return every, labels[labels >= 0]
 
-    labels = whole(labels)
-    return {kind: whole(each)[labels >= 0] for kind, each in vectors.items()}, labels[labels >= 0]
+
+def in_order(share: NDArray[Any], ranks: Ranks) -> NDArray[Any]:
+    """The rows of all images in their order, on rank 0; none elsewhere. Every rank must call it.
+
+    share: this rank's rows: image i is in the share of rank i % world_size, and all are equally long.
+    """
+    own = torch.from_numpy(share)
+    parts = [torch.empty_like(own) for _ in range(ranks.world_size)] if ranks.rank == 0 else None
+    dist.gather(own, parts, group=ranks.control)
+    return (torch.stack(parts, dim=1).flatten(0, 1) if parts else own[:0]).numpy()
 
 
 def unit_length(features: Features) -> Features:

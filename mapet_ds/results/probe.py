@@ -42,22 +42,27 @@ def device_of(name: str | None) -> torch.device:
     return device
 
 
-def load_timm(path: Path, architecture: str | None = None, untrained: bool = False, seed: int = 0) -> Any:
+def load_timm(
+    path: Path, architecture: str | None = None, untrained: bool = False, seed: int = 0,
+    classify: bool = False,
+) -> Any:  # fmt: skip
     """A timm ViT for evaluation, from a folder of config.json and model.safetensors, or weights and a name.
 
+    classify: with its classifier, if it has one.
     untrained: the same architecture with fresh weights drawn from `seed`; no weights are read.
 
     Raises:
         ConfigError: there is nothing to load, or the weights don't fit.
     """
     folder = path.parent if path.is_file() and architecture is None else path
+    sizes: dict[str, Any] = {} if classify else {"num_classes": 0}
     torch.manual_seed(seed)
     try:
         if (folder / "config.json").is_file():
             if not untrained and not (folder / "model.safetensors").is_file():
                 missing = folder / "model.safetensors"
                 raise ConfigError(f"--model {path}: there are no weights, {missing} is missing.")
-            return timm.create_model(f"local-dir:{folder}", pretrained=not untrained, num_classes=0).eval()
+            return timm.create_model(f"local-dir:{folder}", pretrained=not untrained, **sizes).eval()
         if not path.is_file():
             raise ConfigError(
                 f"--model {path} is neither a folder with config.json and model.safetensors, as "
@@ -67,7 +72,7 @@ def load_timm(path: Path, architecture: str | None = None, untrained: bool = Fal
             cure = "add --arch, timm's name for it"
             raise ConfigError(f"--model {path}: weights alone don't tell the model; {cure}.")
         jax = None if untrained or path.suffix not in (".npz", ".npy") else path  # timm's reader knows these
-        model = timm.create_model(architecture, checkpoint_path=jax, num_classes=0).eval()
+        model = timm.create_model(architecture, checkpoint_path=jax, **sizes).eval()
         if not untrained and not jax:
             model.load_state_dict(timm_weights(path, model, f"--model {path}"))
         return model

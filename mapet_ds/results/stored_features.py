@@ -1,8 +1,9 @@
 """Features on disk, so that every probe takes them from one pass over the images.
 
-A safetensors file holds train_mean, train_token where there are class tokens, train_labels, and the same of
-val. Rows [n, D], or [n, blocks, D] of several blocks, are in the order of the index, without unreadable
-images. Its metadata holds the identity of model, images and settings, the blocks, and the counts of images.
+A safetensors file holds train_mean, train_token where there are class tokens, train_labels, the same of val,
+and train_places, the training images' places in the index. Rows [n, D], or [n, blocks, D] of several blocks,
+are in the order of the index, without unreadable images. Its metadata holds the identity of model, images and
+settings, the blocks, and the counts of images.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import safetensors
+from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from mapet_ds.data.index import Index
@@ -30,6 +32,8 @@ class Judged(NamedTuple):
     train_labels: Labels
     val: Vectors
     val_labels: Labels
+    places: NDArray[np.int64] | None = None
+    """[n] the places in the index of the training images; None of a file that was written without."""
 
 
 def identity(model: Any, train: Index, val: Index, settings: dict[str, Any]) -> dict[str, str]:
@@ -92,7 +96,9 @@ def load(file: Path, layers: Sequence[int] | None, kinds: Sequence[str]) -> tupl
             }
 
         labels = {name: stored.get_tensor(f"{name}_labels") for name in ("train", "val")}
-        return Judged(vectors("train"), labels["train"], vectors("val"), labels["val"]), counts
+        sets = vectors("train"), labels["train"], vectors("val"), labels["val"]
+        places = stored.get_tensor("train_places") if "train_places" in stored.keys() else None  # noqa: SIM118
+        return Judged(*sets, places), counts
 
 
 def save(
@@ -104,6 +110,8 @@ def save(
         OSError: the storage fails.
     """
     arrays: dict[str, Any] = {"train_labels": judged.train_labels, "val_labels": judged.val_labels}
+    if judged.places is not None:
+        arrays["train_places"] = judged.places
     for name, vectors in (("train", judged.train), ("val", judged.val)):
         for kind, each in vectors.items():
             arrays[f"{name}_{kind}"] = each[:, 0] if each.shape[1] == 1 else each

@@ -29,8 +29,8 @@ from mapet_ds.files import checksum, flush_folder, whole_folder
 
 FREE = (
     "run_dir", "resume", "checkpoint", "log", "evaluate", "model.path", "optim.adamw",
-    "data.train", "data.val", "data.train_masks", "data.val_masks", "data.classes", "data.device",
-    "data.threads", "data.workers", "data.prefetch",
+    "data.train", "data.val", "data.train_masks", "data.val_masks", "data.classes", "data.labels",
+    "data.device", "data.threads", "data.workers", "data.prefetch",
     "data.max_bad_share", "data.cache_dir", "data.cache_gb",
     "teacher.name", "teacher.weights", "teacher.shard", "teacher.ahead",
     "tokenizer.path", "tokenizer.ids", "train.micro_batch_size", "train.world_size", "train.compile",

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import statistics
 from typing import TYPE_CHECKING, Any
 
+from mapet_ds.errors import ConfigError
+
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from mapet_ds.data.few_labels import Few
     from mapet_ds.results.probe import Fitted
 
 # torch and what needs it are imported once the words are parsed: --help and a mistake answer at once.
@@ -14,6 +20,8 @@ NEIGHBOURS = (10, 20, 100)
 """What `all` takes for k, where there are as many training images."""
 SMALL = 10**9
 """Training images x width x classes up to which `all` solves the logistic regression: minutes on a CPU."""
+ACCURACIES = {"knn_accuracy_percent": "k-NN", "linear_accuracy_percent": "Linear"}
+"""The accuracy that a probe gives, and its name for a reader."""
 Result = tuple[list[str], dict[str, Any]]
 """A sentence for each figure, and the figures."""
 
@@ -66,6 +74,42 @@ def evaluate_linear(arguments: argparse.Namespace, arrays: list[Any]) -> Result:
     sentence, chosen = tried(f"Linear (SGD{', batch norm' if norm else ''})", probe)
     figures = {"linear_accuracy_percent": probe.accuracy, "solver": "sgd"} | chosen | settings
     return [sentence], figures
+
+
+def evaluate_few(
+    arguments: argparse.Namespace, arrays: list[Any], places: NDArray[Any] | None, few: Few
+) -> Result:
+    """The probe of `arguments` on few labels: of one list, or the mean and the spread of several draws.
+
+    places: those of the training images in their index.
+
+    Raises:
+        ConfigError: features from a file that doesn't tell places.
+    """
+    import numpy as np
+
+    if places is None:
+        raise ConfigError(
+            f"{arguments.features} is older than the choice of few labels: it doesn't tell which image "
+            "a row is of. Delete it, or name another file."
+        )
+    train, labels, *val = arrays
+    results = []
+    for draw in few.draws:
+        rows = np.flatnonzero(np.isin(places, draw))
+        lines, figures = arguments.evaluate(arguments, [train[rows], labels[rows], *val])
+        results.append((lines, figures | {"labelled_images": len(rows)}))
+    (name, title), *_ = [each for each in ACCURACIES.items() if each[0] in results[0][1]]
+    if len(results) == 1:
+        lines, figures = results[0]
+        return [f"{line}; {few.words}" for line in lines], figures | few.figures
+    accuracies = [figures[name] for _, figures in results]
+    mean, spread = statistics.mean(accuracies), statistics.stdev(accuracies)
+    each = ", ".join(f"{accuracy:.2f}" for accuracy in accuracies)
+    sentence = f"{title} accuracy {mean:.2f} %, mean of {len(results)} draws, standard deviation "
+    sentence += f"{spread:.2f} ({each}); {few.words}"
+    figures = {name: mean, "standard_deviation": spread, "draws": [figures for _, figures in results]}
+    return [sentence], figures | few.figures
 
 
 def evaluate_all(arguments: argparse.Namespace, arrays: list[Any]) -> Result:

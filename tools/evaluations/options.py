@@ -5,15 +5,20 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from evaluations.judges import evaluate_all, evaluate_knn, evaluate_linear
 
+from mapet_ds.config.shipped import SUITES, shipped_names
 from mapet_ds.errors import ConfigError
 from mapet_ds.terminal import number, refuse
 
 if TYPE_CHECKING:
     from mapet_ds.config.sections import Config
+
+NEIGHBOURS: Any = {"type": number(int, 1), "help": "neighbours that vote"}
+SOLVERS = "lbfgs: logistic regression, solved whole on the CPU; sgd: as papers train it, on --device"
+SOLVER: Any = {"choices": ("lbfgs", "sgd"), "help": SOLVERS}
 
 
 def output_file(text: str) -> Path:
@@ -67,13 +72,10 @@ def feature_options() -> argparse.ArgumentParser:
     return model
 
 
-def shared_options() -> argparse.ArgumentParser:
-    """The images, and where the figures go."""
-    shared = argparse.ArgumentParser(add_help=False)
-    option = shared.add_argument
-    option("--seed", type=number(int, 0), default=0, help="of fresh weights, and of probes by SGD")
-    option("--train", required=True, help="folder with a sub-folder of images per class, or tar shards")
-    option("--val", required=True, help="the same classes, other images")
+def reading_options() -> argparse.ArgumentParser:
+    """How images are read, and where they are computed on."""
+    reading = argparse.ArgumentParser(add_help=False)
+    option = reading.add_argument
     option("--batch_size", type=number(int, 1), default=128)
     option("--workers", type=number(int, 0), default=2, help="processes that read and decode")
     few = "of each set at most this share, rounded up, may be unreadable; they are left out"
@@ -81,6 +83,17 @@ def shared_options() -> argparse.ArgumentParser:
     turned = "turn images as EXIF says, for a model that was trained so"
     option("--exif_orientation", action="store_true", help=turned)
     option("--device", help="cuda, cuda:1, cpu; default: a GPU where there is one")
+    reading.set_defaults(labels=[], shots=[], draws=1)
+    return reading
+
+
+def shared_options() -> argparse.ArgumentParser:
+    """The images, and where the figures go."""
+    shared = argparse.ArgumentParser(add_help=False, parents=[reading_options()])
+    option = shared.add_argument
+    option("--seed", type=number(int, 0), default=0, help="of fresh weights, of --shots, of probes by SGD")
+    option("--train", required=True, help="folder with a sub-folder of images per class, or tar shards")
+    option("--val", required=True, help="the same classes, other images")
     option("--json", action="store_true", help="print one JSON object instead of sentences")
     option("--out", type=output_file, metavar="FILE", help="write that JSON object to a file, too")
     return shared
@@ -97,6 +110,70 @@ def probe_options() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     return voting, fitting
 
 
+def few_options() -> argparse.ArgumentParser:
+    """The part of --train whose labels are used."""
+    few = argparse.ArgumentParser(add_help=False)
+    listed = "learn from the images of --train that this text file names, one a line; each file is judged"
+    few.add_argument("--labels", type=Path, nargs="+", metavar="FILE", default=[], help=listed)
+    shots = "learn from N images of each class, drawn by --seed; each N is judged"
+    few.add_argument("--shots", type=number(int, 1), nargs="+", metavar="N", default=[], help=shots)
+    draws = "draws of --shots, whose mean and standard deviation are given (default: 3)"
+    few.add_argument("--draws", type=number(int, 1), metavar="N", default=3, help=draws)
+    return few
+
+
+def accuracy_options() -> argparse.ArgumentParser:
+    """The fine-tuned model, and the images that it is judged on."""
+    accuracy = argparse.ArgumentParser(add_help=False)
+    option = accuracy.add_argument
+    option("--model", type=Path, required=True, help="folder that tools/finetune.py wrote, RUN/timm")
+    option("--arch", help="timm model name, for a file of weights")
+    images = "folders named by the model's classes, by wnid, or by ImageNet's number; or tar shards"
+    option("--images", required=True, metavar="DIR", help=images)
+    classes = "only images of these classes, among which the model chooses: imagenet_a, imagenet_r, "
+    classes += "mini_imagenet, or a file that names one a line (default: those of the images)"
+    option("--classes", metavar="LIST", default="", help=classes)
+    real = "judge by ReaL's labels, too: the published real.json, or without a file the one of timm"
+    option("--real", nargs="?", const="timm", metavar="FILE", help=real)
+    option("--json", action="store_true", help="print one JSON object instead of sentences")
+    option("--out", type=output_file, metavar="FILE", help="write that JSON object to a file, too")
+    return accuracy
+
+
+def suite_options() -> argparse.ArgumentParser:
+    """The model, the document, and where its results go."""
+    suite = argparse.ArgumentParser(add_help=False)
+    option = suite.add_argument
+    option("--model", type=Path, required=True, help="folder of tools/export_timm.py, or a file of weights")
+    option("--arch", help="timm model name, for a file of weights")
+    named = f"a suite: a file, or one of {', '.join(shipped_names(SUITES))}"
+    option("--suite", required=True, metavar="YAML", help=named)
+    option("overrides", nargs="*", metavar="a.b=value", help="replace the document's entries")
+    out = "folder of results.json, table.md and features.safetensors (default: suite, in the model's folder)"
+    option("--out", type=Path, metavar="DIR", help=out)
+    stored = "take features from this safetensors file; compute them into it where it isn't there yet"
+    option("--features", type=output_file, metavar="FILE", help=stored)
+    fixed = {"teacher": None, "untrained": False, "max_images": None, "layer": None, "last": None}
+    suite.set_defaults(**fixed)
+    return suite
+
+
+def suite_settings(arguments: argparse.Namespace) -> None:
+    """Puts what the suite's document says in the place of options.
+
+    Raises:
+        ConfigError: a mistake in it.
+    """
+    from mapet_ds.config.suite import load_suite
+
+    arguments.suite = suite = load_suite(arguments.suite, arguments.overrides)
+    arguments.train, arguments.val, arguments.seed = suite.data.train, suite.data.val, suite.seed
+    arguments.feature, arguments.draws = suite.features, suite.few.draws
+    arguments.labels, arguments.shots = [Path(file) for file in suite.few.lists], suite.few.shots
+    model = arguments.model
+    arguments.out = arguments.out or (model if model.is_dir() else model.parent) / "suite"
+
+
 def attentive_options() -> argparse.ArgumentParser:
     """The block whose patch tokens are pooled, and how the attentive probe is trained."""
     attentive = argparse.ArgumentParser(add_help=False)
@@ -110,24 +187,35 @@ def attentive_options() -> argparse.ArgumentParser:
     return attentive
 
 
+def add_tokenizer(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
+    """Adds the command `tokenizer`."""
+    ids = "tokenizers side by side: the use of their ids, and how well these alone classify"
+    command = commands.add_parser("tokenizer", parents=parents, help=ids)
+    given = "a recipe and settings that replace its own; once for each tokenizer"
+    many = {"action": "append", "nargs": "+", "required": True, "metavar": ("RECIPE", "a.b=value")}
+    command.add_argument("--tokenizer", **many, help=given)
+    command.add_argument("--k", **NEIGHBOURS)
+    command.add_argument("--solver", default="sgd", **SOLVER)
+    few = "of each folder at most so many, evenly spaced over its sorted names"
+    command.add_argument("--max_images", type=number(int, 1), default=10_000, metavar="N", help=few)
+    command.set_defaults(features=None, batch_norm=False)
+
+
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Evaluate a timm ViT, or tokenizers, on labelled images.")
     commands = parser.add_subparsers(dest="command", required=True)
     model, features, shared = model_options(), feature_options(), shared_options()
-    voting, fitting = probe_options()
-    neighbours = {"type": number(int, 1), "help": "neighbours that vote"}
-    solvers = "lbfgs: logistic regression, solved whole on the CPU; sgd: as papers train it, on --device"
-    solver = {"choices": ("lbfgs", "sgd"), "help": solvers}
-
+    (voting, fitting), few = probe_options(), few_options()
     vote = "weighted vote of the k nearest training images"
-    command = commands.add_parser("knn", parents=[model, features, shared, voting], help=vote)
-    command.add_argument("--k", **neighbours)
+    command = commands.add_parser("knn", parents=[model, features, shared, few, voting], help=vote)
+    command.add_argument("--k", **NEIGHBOURS)
     command.set_defaults(evaluate=evaluate_knn)
 
     command = commands.add_parser(
-        "linear", parents=[model, features, shared, fitting], help="linear classifier on the frozen features"
-    )
-    command.add_argument("--solver", default="lbfgs", **solver)
+        "linear", parents=[model, features, shared, fitting, few],
+        help="linear classifier on the frozen features",
+    )  # fmt: skip
+    command.add_argument("--solver", default="lbfgs", **SOLVER)
     norm = "sgd: BatchNorm without weights before the head"
     command.add_argument("--batch_norm", action="store_true", help=norm)
     command.set_defaults(evaluate=evaluate_linear)
@@ -143,27 +231,26 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "features", parents=[model, features, shared], help="the features, into --out FILE.safetensors"
     )
 
-    ids = "tokenizers side by side: the use of their ids, and how well these alone classify"
-    command = commands.add_parser("tokenizer", parents=[shared, voting, fitting], help=ids)
-    given = "a recipe and settings that replace its own; once for each tokenizer"
-    many = {"action": "append", "nargs": "+", "required": True, "metavar": ("RECIPE", "a.b=value")}
-    command.add_argument("--tokenizer", **many, help=given)
-    command.add_argument("--k", **neighbours)
-    command.add_argument("--solver", default="sgd", **solver)
-    few = "of each folder at most so many, evenly spaced over its sorted names"
-    command.add_argument("--max_images", type=number(int, 1), default=10_000, metavar="N", help=few)
-    command.set_defaults(features=None, batch_norm=False)
+    add_tokenizer(commands, [shared, voting, fitting])
+
+    top = "top-1 and top-5 of a fine-tuned model, on any images whose classes it knows"
+    commands.add_parser("accuracy", parents=[accuracy_options(), reading_options()], help=top)
+
+    whole = "all that a document names, of one model: a table, which goes on where it stopped"
+    commands.add_parser("suite", parents=[suite_options(), reading_options()], help=whole)
 
     arguments = parser.parse_args(argv)
     if arguments.command == "features":
         arguments.features, arguments.out = arguments.out or arguments.features, None
         if arguments.features is None:
             parser.error("features needs --out FILE.safetensors")
-    if arguments.command == "tokenizer":
-        try:
+    try:
+        if arguments.command == "tokenizer":
             arguments.configs = [tokenizer_settings(*words) for words in arguments.tokenizer]
-        except ConfigError as error:
-            refuse(parser, error)
+        if arguments.command == "suite":
+            suite_settings(arguments)
+    except ConfigError as error:
+        refuse(parser, error)
     return arguments
 
 

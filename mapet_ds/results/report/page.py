@@ -30,6 +30,7 @@ from mapet_ds.errors import UserError
 from mapet_ds.results.report import sample as samples
 from mapet_ds.results.report.history import Record, curves, differing
 from mapet_ds.results.report.sample import Sample, Trained
+from mapet_ds.results.suite import results_below
 from mapet_ds.training.metrics import token_colours
 
 TITLES = {
@@ -287,6 +288,7 @@ def render(records: list[Record], sizes: Sizes) -> str:
     for i, record in enumerate(records):
         run: dict[str, Any] = {"name": str(record.folder), "colour": i % COLOURS}
         run |= {"state": state(record), "facts": facts(record), "quarantined": record.quarantined}
+        run["evaluations"] = results_below(record.folder)
         run["inside"] = look_inside(record, sizes, SERIES[i % COLOURS])
         run["settings"] = record.config and yaml.safe_dump(record.config, sort_keys=False)
         runs.append(run | {"environment": record.environment})
