@@ -309,13 +309,13 @@ class Run:
         Its time does not count as training's.
         """
         steps = (self.task.evaluate_every_epochs or 0) * self.steps_per_epoch
-        if not steps:
-            return {}
-        if self.step // steps == self.metrics.logged_step // steps and self.step < self.total_steps:
+        same = steps and self.step // steps == self.metrics.logged_step // steps
+        if not steps or (same and self.step < self.total_steps):
             return {}
         self.watchdog.doing(f"evaluating step {self.step}")
         began = time.perf_counter()
-        figures = self.task.evaluate(self.engine, self.watchdog.doing)
+        doing, show = self.watchdog.doing, lambda *picture: self.metrics.show(self.step, *picture)
+        figures = self.task.evaluate(self.engine, doing, show)
         seconds = time.perf_counter() - began
         self.metrics.leave_out(seconds)
         return {**figures, "val_seconds": seconds}

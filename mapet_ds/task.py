@@ -24,7 +24,7 @@ from mapet_ds.results.init_from import begin_from
 from mapet_ds.results.online_probe import OnlineProbe
 from mapet_ds.targets.target import Target
 from mapet_ds.training.engine import student_weights
-from mapet_ds.training.metrics import token_picture
+from mapet_ds.training.metrics import Show, token_picture
 from mapet_ds.training.optim import parameter_groups
 
 
@@ -69,10 +69,11 @@ class Task(Protocol):
         """This rank's micro-batches from a step on, without the images that are known to be bad."""
         ...
 
-    def evaluate(self, engine: Any, doing: Callable[[str], None]) -> dict[str, float]:
+    def evaluate(self, engine: Any, doing: Callable[[str], None], show: Show) -> dict[str, float]:
         """Figures of the present weights. The host waits for the GPU.
 
         doing: called with a phrase for what goes on, which the watchdog then knows.
+        show: takes a name and a picture [3, H, W] in [0, 1]; on other ranks than 0 it does nothing.
         """
         ...
 
@@ -130,7 +131,7 @@ class Pretraining:
             draw=self.objective.draw,
         )  # fmt: skip
 
-    def evaluate(self, engine: Any, doing: Callable[[str], None]) -> dict[str, float]:
+    def evaluate(self, engine: Any, doing: Callable[[str], None], show: Show) -> dict[str, float]:
         """See Task. It judges the ViT that an export takes: a momentum teacher's, else the student's."""
         assert self.probe is not None
         state = self.target.state_dict()

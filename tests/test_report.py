@@ -324,7 +324,7 @@ def test_runs_without_a_checkpoint_or_of_labels_give_their_curves(run, make_page
             line = {"step": step, "loss": 2 / step, "val_top1": 10.0 * step, "val_top5": 20.0 * step}
             lines.write(json.dumps(line) + "\n")
     page, text = make_page(early, tuned)
-    assert page.sections["predictions"].count("no checkpoint yet") == 2
+    assert page.sections["predictions"].count("no checkpoint yet") == 1, "fine-tuning has no tokens"
     assert "k-NN accuracy, %" in page.sections["curves"] and "41.5 at step 5" in text
     assert "val top5: 20 at step 1, 40 at step 2" in text
     assert "None" not in page.sections["summary"]

@@ -1,6 +1,8 @@
 """segment.py by the user's own commands: figures no split changes, exact resume, a program, bad masks."""
 
+import base64
 import dataclasses
+import io
 import itertools
 import json
 import pickle
@@ -24,6 +26,7 @@ from safetensors.torch import load_file
 from test_export import write_checkpoint
 from test_finetune import MODEL
 from test_metrics import read_tensorboard
+from test_report import Page
 from torch import nn
 
 from mapet_ds.config.recipe import load_config
@@ -34,18 +37,24 @@ from mapet_ds.config.segment import MaskedDataConfig, SegmentationConfig, Segmen
 from mapet_ds.data.formats import BadImage
 from mapet_ds.data.index import open_index
 from mapet_ds.errors import ConfigError, DataError
+from mapet_ds.launch import Ranks
 from mapet_ds.results.export import export_timm
 from mapet_ds.segmentation.evaluation import Predictor, confusion, figures_of, window_starts
 from mapet_ds.segmentation.export import export_segmenter
+from mapet_ds.segmentation.finished import evaluation_settings, open_segmenter
 from mapet_ds.segmentation.heads import DPT, four_blocks
+from mapet_ds.segmentation.judging import Judging
 from mapet_ds.segmentation.loader import Augmentation, MaskedBatches, WholeImages, resized
-from mapet_ds.segmentation.masks import VOID, Masks, _paired, classes_of
+from mapet_ds.segmentation.masks import VOID, Masks, _paired, classes_of, known_classes
 from mapet_ds.segmentation.norm import GroupedBatchNorm
 from mapet_ds.segmentation.segmenter import Segmenter
 from mapet_ds.segmentation.task import FIGURES
+from mapet_ds.training.metrics import token_colours
 from mapet_ds.training.optim import learning_rate
+from tools import report
 
 RECIPES = sorted((REPOSITORY / "mapet_ds/recipes").glob("segment_*.yaml"))
+RANKS = Ranks(0, 0, 1, torch.device("cpu"), None)
 COLOURS = np.array([[200, 60, 60], [60, 200, 60], [60, 60, 200]], np.uint8)
 """Of the three classes; a fourth is named and occurs nowhere."""
 
@@ -135,8 +144,9 @@ def test_a_frozen_backbone_learns_and_is_judged(recipe, straight):
     listed = (straight / "quarantine.tsv").read_text().splitlines()[1:]
     assert len(listed) == 1 and "its mask" in listed[0]
 
-    events = read_tensorboard(straight).Images("crop_classes_predicted")
-    assert [event.step for event in events] == [5, 10]
+    board = read_tensorboard(straight)
+    assert [event.step for event in board.Images("crop_classes_predicted")] == [5, 10]
+    assert [event.step for event in board.Images("image_classes_predicted")] == [3, 6, 8, 11, 12]
 
     # The backbone's weights are those of the file.
     last = load_file(max((straight / "checkpoints").iterdir()) / "model.safetensors")
@@ -145,6 +155,60 @@ def test_a_frozen_backbone_learns_and_is_judged(recipe, straight):
     assert last.keys() == {f"vit.{name}" for name in source} | {
         "head.norm.weight", "head.norm.bias", "head.classifier.weight", "head.classifier.bias",
     }  # fmt: skip
+
+
+def test_the_picture_is_of_the_first_images_true_and_predicted_classes(recipe, straight):
+    """The same as one made of the segmenter that the run leaves; and void is grey."""
+    config = settings(recipe)
+    model = Segmenter(config, 4).eval()
+    model.load_state_dict(load_file(straight / "segmenter/model.safetensors"))
+    index, masks = masks_of(config, "val", straight)
+    about = json.loads((straight / "segmenter/segmenter.json").read_text())
+    judging = Judging(config, index, masks, (about["mean"], about["std"]), RANKS)
+    predict = Predictor(model, config.evaluate, 4)
+    expected = judging.picture(predict)
+    event = read_tensorboard(straight).Images("image_classes_predicted")[-1]
+    drawn = np.asarray(Image.open(io.BytesIO(event.encoded_image_string)))
+    assert np.abs(drawn - 255 * expected.movedim(0, 2).numpy()).max() <= 1
+
+    # Two pixels apart and on white lie 4 x 3 pictures of at most 44 x 52.
+    assert drawn.shape == (4 * 46 + 2, 3 * 54 + 2, 3)
+    item, inside = WholeImages(config.data, index, masks, *judging.normal, 0, 1)[0], np.s_[2:42, 2:54]
+    image, truth, predicted = (drawn[:, 54 * i :][inside] / 255 for i in range(3))
+    assert np.abs(image - np.asarray(Image.open(index.path(0))) / 255).max() < 0.01
+    for shown, ids in ((truth, item.mask), (predicted, predict(item.image, item.mask.shape))):
+        colours = (shown - 0.4 * image) / 0.6
+        assert np.abs(colours - token_colours(ids.long()).numpy()).max() < 0.02
+    assert np.ptp((truth - 0.4 * image)[:3], axis=2).max() < 0.02, "void has no colour"
+    assert np.ptp((truth - 0.4 * image)[3:], axis=2).min() > 0.1
+
+
+def test_the_report_of_a_run(recipe, straight, tmp_path, monkeypatch):
+    shown = {}
+    early = tmp_path / "early"
+    early.mkdir()
+    shutil.copy(straight / "config.yaml", early)
+    for run_dir in (straight, early):
+        out = tmp_path / "page.html"
+        monkeypatch.setattr(sys, "argv", ["report.py", str(run_dir), "--out", str(out)])
+        assert report.main() == 0
+        shown[run_dir] = Page(out.read_text())
+    page = shown[straight]
+    results = json.loads((straight / "results.json").read_text())
+    cells = [word for word in page.words["by-class"] if word.strip()]
+    assert cells[:4] == ["class", "IoU, %", "accuracy, %", "pixels"]
+    rows = {cells[i]: cells[i + 1 : i + 4] for i in range(4, len(cells), 4)}
+    for name, values in results["classes"].items():
+        figures = [f"{values[key]:.4g}" if values[key] else "none" for key in ("iou", "accuracy")]
+        assert rows[name] == [*figures, str(values["pixels"])]
+    pictures = {a["alt"]: a["src"] for tag, a in page.elements if tag == "img"}
+    newest = read_tensorboard(straight).Images("image_classes_predicted")[-1].encoded_image_string
+    assert base64.b64encode(newest).decode() in pictures["Images of data.val, true and predicted classes"]
+    assert len(pictures) == 2 and "Validation mIoU, %" in page.sections["curves"]
+    assert f"val miou{results['val_miou']:.2f} %" in "".join(page.sections["summary"].split("\n"))
+    assert "objectivesegmentation" in "".join(page.sections["summary"].split("\n"))
+    assert "predictions" not in page.sections and "bn_group: 4" in page.sections["settings"]
+    assert "has not evaluated itself yet" in shown[early].sections["classes"]
 
 
 def snippet():
@@ -225,6 +289,90 @@ def test_two_ranks_find_the_figures_of_one_to_the_digit(recipe):
         found.append([figures, json.loads((run_dir / "classes.json").read_text())])
     assert found[0] == found[1]
     assert 0 < found[0][0]["val_miou"] < 100 and found[0][0]["val_images"] == 6
+
+
+# A finished run on other data.
+
+
+def judged(run_dir, *words):
+    return start(sys.executable, "tools/segment.py", "--evaluate", run_dir, *words)
+
+
+@pytest.fixture(scope="module")
+def finished(recipe, straight):
+    """The run elsewhere: what it learnt from, its checkpoints and the weights it began from are gone."""
+    run_dir = recipe.parent / "finished"
+    shutil.copytree(straight, run_dir, ignore=shutil.ignore_patterns("checkpoints", "index*"))
+    (run_dir / "vit").mkdir()
+    shutil.copy(recipe.parent / "timm/config.json", run_dir / "vit")
+    config = (run_dir / "config.yaml").read_text()
+    for split in ("train", "val"):
+        config = config.replace(f"{recipe.parent}/{split}/", f"/nowhere/{split}/")
+    (run_dir / "config.yaml").write_text(config.replace(f"{recipe.parent}/timm", f"{run_dir}/vit"))
+    return run_dir
+
+
+def test_a_finished_run_is_judged_on_other_images(recipe, straight, finished, tmp_path):
+    """On its own it has the run's figures to the digit."""
+    val = [f"data.val={recipe.parent}/val/images", f"data.val_masks={recipe.parent}/val/masks"]
+    done = judged(finished, *val, "--out", tmp_path / "val.json")
+    assert done.returncode == 0, done.stderr[-3000:]
+    own = json.loads((straight / "results.json").read_text())
+    found = json.loads((tmp_path / "val.json").read_text())
+    shared = ("val_miou", "val_class_accuracy", "val_pixel_accuracy", "val_images", "classes", "absent")
+    assert {key: found[key] for key in shared} == {key: own[key] for key in shared}
+    assert f"mIoU {own['val_miou']:.2f} %" in done.stdout and re.search("never +IoU +none, 0", done.stdout)
+    assert "left out of the evaluation: 1 of 7" in done.stderr
+
+    # On others, whole and with mirror images.
+    write_scenes(tmp_path / "more", 3, 7)
+    more = [f"data.val={tmp_path}/more/images", f"data.val_masks={tmp_path}/more/masks"]
+    words = [*more, "evaluate.mode=whole", "evaluate.flip=true"]
+    done = judged(finished, *words, "--out", tmp_path / "more.json")
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads((tmp_path / "more.json").read_text())
+    config = evaluation_settings(finished, words)
+    model, (index, masks) = open_segmenter(config, 4), masks_of(config, "val", tmp_path)
+    about = json.loads((finished / "segmenter/segmenter.json").read_text())
+    images = WholeImages(config.data, index, masks, about["mean"], about["std"], 0, 1)
+    predict, matrix = Predictor(model, config.evaluate, 1), torch.zeros(4, 4, dtype=torch.int64)
+    for i in range(3):
+        matrix += confusion(predict(images[i].image, images[i].mask.shape), images[i].mask, 4)
+    assert found["val_miou"] == pytest.approx(figures_of(matrix).miou) and found["val_images"] == 3
+    assert found["evaluate"]["mode"] == "whole" and found["masks"] == masks.fingerprint
+
+
+def test_what_a_finished_run_can_not_be_judged_by_is_a_sentence(recipe, finished, killed, tmp_path):
+    write_scenes(tmp_path / "more", 2, 7)
+    folder = tmp_path / "more"
+    more = [f"data.val={folder}/images", f"data.val_masks={folder}/masks"]
+
+    def says(*words, run_dir=finished):
+        with pytest.raises((ConfigError, DataError)) as caught:
+            config = evaluation_settings(run_dir, words)
+            known_classes(config.data, ["red", "green", "blue", "never"])
+            open_segmenter(config, 4)
+        return str(caught.value)
+
+    assert "Name the run_dir of a run of segmentation that is done" in says(*more, run_dir=killed)
+    assert "optim.lr can't differ from the run's. These can: data.val, " in says(*more, "optim.lr=1")
+    assert says(more[0]).startswith("data.val_masks is empty: name the folder of the masks of data.val")
+    assert says().count("/nowhere/val/images") == 1, "one sentence, and none of data.train"
+    (folder / "classes.txt").write_text("red\ngreen\nblue\nnever\nmore\n")
+    assert "has 5 classes, the segmenter 4: red, green, blue, never." in says(*more)
+    (folder / "classes.txt").write_text("red\nblue\ngreen\nnever\n")
+    assert "class 1 is blue, and the segmenter's is green; 2 of 4 differ" in says(*more)
+    named = evaluation_settings(finished, more).data
+    assert known_classes(named, ["0", "1", "2", "3"]).names == ["0", "1", "2", "3"], "a run without names"
+    (folder / "classes.txt").unlink()
+    write_checkpoint(tmp_path / "wide", dataclasses.replace(MODEL, args={**MODEL.args, "depth": 5}))
+    export_timm(tmp_path / "wide", tmp_path / "timm")
+    assert "tensors differ, e.g. vit.blocks.4" in says(*more, f"model.path={tmp_path}/timm")
+    config = evaluation_settings(finished, more)
+    names = ["red", "green", "blue", "never"]
+    assert known_classes(config.data, names).names == names, "ids alone are the segmenter's"
+    done = judged(finished, "--out", tmp_path / "no/a.json", *more)
+    assert done.returncode == 2 and "name a file in a folder that is there" in done.stderr
 
 
 # Figures.

@@ -21,7 +21,8 @@ from mapet_ds.config.towers import teacher_grid, teacher_layers, teacher_model_c
 from mapet_ds.errors import ConfigError, DataError
 
 
-def _folder_rules(name: str, named: str) -> Iterator[str]:
+def folder_rules(name: str, named: str) -> Iterator[str]:
+    """Yields a sentence where a knob, `name`, names no images."""
     if not named:
         example = f"{name}=/data/imagenet/{name.rpartition('.')[2]}"
         yield f"{name} is empty: name the folder of images, {example}."
@@ -36,7 +37,7 @@ def _outside_rules(config: RunConfig, name: str, named: str) -> Iterator[str]:
     folder = Path(os.path.abspath(config.run_dir))
     try:
         around = next((source for source, _ in sources(named) if folder.is_relative_to(source)), None)
-    except DataError:  # `_folder_rules` says it
+    except DataError:  # `folder_rules` says it
         return
     if around:
         yield (
@@ -48,13 +49,13 @@ def _outside_rules(config: RunConfig, name: str, named: str) -> Iterator[str]:
 def _evaluate_rules(config: Config) -> Iterator[str]:
     folders = {"evaluate.train": config.evaluate.train, "evaluate.val": config.evaluate.val}
     for name, folder in folders.items() if any(folders.values()) else ():
-        yield from _folder_rules(name, folder)
+        yield from folder_rules(name, folder)
         yield from _outside_rules(config, name, folder)
 
 
 def _input_rules(config: Config) -> Iterator[str]:
     model, data, strong = config.model, config.data, config.data.strong
-    yield from _folder_rules("data.train", data.train)
+    yield from folder_rules("data.train", data.train)
     for name in (name for name in model.args if not name.isidentifier()):
         yield f"model.args has the key '{name}'; YAML wants a space after a colon, model.args='{{depth: 6}}'."
     if model.img_size % model.patch_size != 0:
@@ -232,6 +233,6 @@ def check_labelled(config: FinetuneConfig | SegmentationConfig, world_size: int)
         ConfigError: with one sentence per contradiction.
     """
     folders = {"data.train": config.data.train, "data.val": config.data.val}
-    present = chain.from_iterable(_folder_rules(*folder) for folder in folders.items())
+    present = chain.from_iterable(folder_rules(*folder) for folder in folders.items())
     outside = chain.from_iterable(_outside_rules(config, *folder) for folder in folders.items())
     refuse_broken(chain(present, config.rules(), _run_rules(config, world_size), outside))

@@ -35,6 +35,7 @@ from mapet_ds.launch import Ranks
 from mapet_ds.objectives.objective import Loss, Objective
 from mapet_ds.targets.target import Target
 from mapet_ds.training.checkpoint import newest
+from mapet_ds.training.metrics import Show
 from mapet_ds.training.optim import layerwise_groups
 
 FIGURES = ("val_top1", "val_top5", "val_loss", "val_images", "loss", "epoch", "step")
@@ -123,7 +124,7 @@ class Finetuning:
         return TrainLoader(dataset, self.ranks, step, self.objective.draw)
 
     @torch.no_grad()
-    def evaluate(self, engine: Any, doing: Callable[[str], None]) -> dict[str, float]:
+    def evaluate(self, engine: Any, doing: Callable[[str], None], show: Show) -> dict[str, float]:
         """See Task. The figures are accuracy and loss on data.val, each readable image counted once.
 
         Raises:

@@ -5,6 +5,7 @@ An id becomes its class, 0 and up, or VOID, which counts nowhere.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 import os
@@ -98,6 +99,31 @@ def classes_of(data: MaskedDataConfig) -> Classes:
             "Change one of the two."
         )
     return Classes(names, table)
+
+
+def known_classes(data: MaskedDataConfig, names: list[str]) -> Classes:
+    """The classes of a data set for a segmenter that knows these names, or numbers in their place.
+
+    Raises:
+        DataError: the data set names others, or another number of them.
+    """
+    if data.release is None and _names(data) is None and data.num_classes is None:
+        return classes_of(dataclasses.replace(data, num_classes=len(names)))._replace(names=names)
+    found = classes_of(data)
+    if len(found.names) != len(names):
+        raise DataError(
+            f"data.val = {data.val} has {len(found.names)} classes, the segmenter {len(names)}: "
+            f"{', '.join(names[:8])}{', ...' if len(names) > 8 else ''}. It can only be judged by its own."
+        )
+    others = [i for i, pair in enumerate(zip(found.names, names)) if pair[0] != pair[1]]
+    numbers = [str(i) for i in range(len(names))]
+    if others and numbers not in (found.names, names):
+        i = others[0]
+        raise DataError(
+            f"data.val = {data.val}: class {i} is {found.names[i]}, and the segmenter's is {names[i]}; "
+            f"{len(others)} of {len(names)} differ. If only words do, name the run's file: data.classes=FILE."
+        )
+    return found._replace(names=names)
 
 
 def _pngs(folder: str, ending: str) -> dict[str, str]:

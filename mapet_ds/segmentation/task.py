@@ -11,29 +11,29 @@ from typing import Any
 
 import timm.data
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torchvision.utils import make_grid
 
 from mapet_ds.config.segment import SegmentationConfig
 from mapet_ds.data.index import Index, open_index
-from mapet_ds.data.labelled import Bad, check_apart, report_unreadable, served
-from mapet_ds.errors import DataError, RunError
+from mapet_ds.data.labelled import check_apart
+from mapet_ds.errors import RunError
 from mapet_ds.files import write_whole
 from mapet_ds.finetuning.backbone import start_identity
 from mapet_ds.finetuning.loader import TrainLoader
 from mapet_ds.launch import Ranks
 from mapet_ds.objectives.objective import Loss, Objective
-from mapet_ds.segmentation.evaluation import Figures, Predictor, confusion, figures_of
+from mapet_ds.segmentation.evaluation import Predictor
 from mapet_ds.segmentation.export import export_segmenter
-from mapet_ds.segmentation.loader import Augmentation, MaskedBatches, WholeImage, WholeImages
+from mapet_ds.segmentation.judging import Judging
+from mapet_ds.segmentation.loader import Augmentation, MaskedBatches
 from mapet_ds.segmentation.masks import Split, classes_of, open_masks
 from mapet_ds.segmentation.norm import MaskLabels
+from mapet_ds.segmentation.pictures import rows, sheet, unnormalised
 from mapet_ds.segmentation.segmenter import Segmenter, upsampled
 from mapet_ds.targets.target import Target
 from mapet_ds.training.checkpoint import newest
 from mapet_ds.training.engine import student_weights
-from mapet_ds.training.metrics import IMAGES_SHOWN, token_colours
+from mapet_ds.training.metrics import IMAGES_SHOWN, Show
 from mapet_ds.training.optim import layerwise_groups, parameter_groups
 
 FIGURES = ("val_miou", "val_class_accuracy", "val_pixel_accuracy", "val_images", "loss", "epoch", "step")
@@ -68,6 +68,7 @@ class Segmentation:
         self.judge = copy.deepcopy(self.segmenter).eval()
         normal = timm.data.resolve_model_data_config(self.segmenter.vit)
         self.mean, self.std = normal["mean"], normal["std"]
+        self.judging = Judging(config, self.val, self.val_masks, (self.mean, self.std), ranks)
         if ranks.rank == 0:
             source = config.model.path or config.model.name
             begun = "fresh weights" if config.model.untrained else "its weights"
@@ -93,7 +94,7 @@ class Segmentation:
         return TrainLoader(dataset, self.ranks, step, self.segmenter.draw)
 
     @torch.no_grad()
-    def evaluate(self, engine: Any, doing: Callable[[str], None]) -> dict[str, float]:
+    def evaluate(self, engine: Any, doing: Callable[[str], None], show: Show) -> dict[str, float]:
         """See Task. The figures are those of all readable images of data.val, each counted once.
 
         Each rank judges its share by a copy of the weights, in fp32, so that no forward waits for another
@@ -102,39 +103,18 @@ class Segmentation:
         Raises:
             DataError: more than data.max_bad_share of the images are unreadable, or every pixel is void.
         """
-        config, ranks, classes = self.config, self.ranks, len(self.classes.names)
-        dataset = WholeImages(
-            config.data, self.val, self.val_masks, self.mean, self.std, ranks.rank, ranks.world_size
-        )
+        config, ranks = self.config, self.ranks
         self._load_judge(student_weights(engine), self.target.state_dict())
         self.judge.to(ranks.device)
         predict = Predictor(self.judge, config.evaluate, config.train.micro_batch_size)
-
-        # This rank's share.
-        matrix, counted, bad = torch.zeros(classes, classes, dtype=torch.int64), 0, Bad()
-        for number, item in enumerate(served(dataset, range(len(dataset)), config.data.workers, ranks)):
-            doing(f"evaluating image {number} of {len(dataset)}")
-            if not isinstance(item, WholeImage):
-                bad += item
-                continue
-            prediction = predict(item.image.to(ranks.device), item.mask.shape)
-            matrix += confusion(prediction.cpu(), item.mask, classes)
-            counted += 1
-        self.judge.cpu()
-
-        # All ranks', in whole numbers.
-        total = torch.cat([matrix.flatten(), torch.tensor([counted])])
-        dist.all_reduce(total, group=ranks.control)
-        report_unreadable(config, self.val, bad, ranks)
-        matrix, images = total[:-1].view(classes, classes), int(total[-1])
-        if not matrix.any():
-            folder = self.val_masks.folder
-            raise DataError(f"data.val_masks = {folder}: every pixel is void, so nothing can be judged.")
-        figures = figures_of(matrix)
+        judged = self.judging(predict, doing)
         if ranks.rank == 0:
-            self._write_classes(figures, matrix)
-        means = {"val_miou": figures.miou, "val_class_accuracy": figures.class_accuracy}
-        return {**means, "val_pixel_accuracy": figures.pixel_accuracy, "val_images": images}
+            by_class = json.dumps(judged.by_class(self.classes.names), indent=1)
+            write_whole(self.folder / "classes.json", by_class + "\n")
+            if config.log.images_every_steps:
+                show("image_classes_predicted", self.judging.picture(predict))
+        self.judge.cpu()
+        return judged.means()
 
     def _load_judge(self, weights: Any, statistics: dict[str, Tensor]) -> None:
         """Takes what has learnt over. A frozen backbone is there already, and in fp32."""
@@ -142,14 +122,6 @@ class Segmentation:
         for name, tensor in (*weights, *statistics.items()):
             if not (self.config.model.frozen and name.startswith("vit.")):
                 own[name].copy_(tensor)
-
-    def _write_classes(self, figures: Figures, matrix: Tensor) -> None:
-        names = self.classes.names
-        by_class = {
-            name: {"iou": figures.iou[i], "accuracy": figures.accuracy[i], "pixels": int(matrix[i].sum())}
-            for i, name in enumerate(names)
-        }
-        write_whole(self.folder / "classes.json", json.dumps(by_class, indent=1) + "\n")
 
     def picture(self, step: int, batch: Any, target: Tensor, loss: Loss) -> tuple[str, Tensor] | None:
         """See Task. Crops stand beside their true classes and the predicted ones."""
@@ -159,11 +131,8 @@ class Segmentation:
         assert loss.prediction is not None
         truth = target[:IMAGES_SHOWN].long().cpu()
         predicted = upsampled(loss.prediction[:IMAGES_SHOWN], truth.shape[1:]).argmax(dim=1).cpu()
-        mean, std = (torch.tensor(values)[:, None, None] for values in (self.mean, self.std))
-        views = (batch.images[:IMAGES_SHOWN].float().cpu() * std + mean).clamp(0, 1)
-        columns = [views, overlay(views, truth), overlay(views, predicted)]
-        grid = make_grid(torch.stack(columns, dim=1).flatten(0, 1), nrow=len(columns), padding=1)
-        return "crop_classes_predicted", grid
+        views = unnormalised(batch.images[:IMAGES_SHOWN], self.mean, self.std)
+        return "crop_classes_predicted", sheet(rows(views, truth, predicted))
 
     def hand_over(self, last_step: int) -> str:
         """See Task. RUN/segmenter comes from the last checkpoint, RUN/results.json from the last evaluation.
@@ -210,8 +179,3 @@ class Segmentation:
             print(f"In no mask of data.val: {', '.join(absent)}.", file=sys.stderr, flush=True)
         accuracies = f"mIoU {figures['val_miou']:.2f} %, pixels {figures['val_pixel_accuracy']:.2f} %"
         return f"{accuracies} of {figures['val_images']} images; {self.folder / 'segmenter'}"
-
-
-def overlay(views: Tensor, classes: Tensor) -> Tensor:
-    """Views [B, 3, S, S] in [0, 1] under the colours of classes, long [B, S, S]; VOID is grey."""
-    return 0.4 * views + 0.6 * token_colours(classes).movedim(3, 1)

@@ -28,6 +28,8 @@ from mapet_ds.training.trackers import Trackers
 if TYPE_CHECKING:
     from mapet_ds.launch import Ranks
 
+Show = Callable[[str, Tensor], None]
+"""Takes a name and a picture [3, H, W] in [0, 1]."""
 IMAGES_SHOWN = 8
 NOT_PREDICTED = -1
 
@@ -79,6 +81,17 @@ def keep_events(folder: Path, step: int) -> None:
         beside.write_bytes(version + b"".join(kept[key] for key in sorted(kept, key=lambda key: key[1])))
     for path in (path for path in old if path != first):
         path.unlink()
+
+
+def newest_pictures(run_dir: Path) -> dict[str, tuple[int, bytes]]:
+    """The step and the PNG of the latest picture of each name among a run's TensorBoard files."""
+    found: dict[str, tuple[int, bytes]] = {}
+    for path in (run_dir / "tensorboard").glob("events.out.tfevents.*"):
+        for event, _ in _events(path):
+            for value in event.summary.value:
+                if value.HasField("image") and event.step >= found.get(value.tag, (0,))[0]:
+                    found[value.tag] = event.step, value.image.encoded_image_string
+    return found
 
 
 def token_colours(ids: Tensor) -> Tensor:

@@ -181,7 +181,7 @@ class _Sender(threading.Thread):
     def __init__(self, name: str, run: TrackedRun) -> None:
         super().__init__(name=f"tracker {name}", daemon=True)
         self.tracker, self.tracked, self.path = name, run, run.folder / f"{name.replace(':', '.')}.json"
-        self.state: dict[str, Any] = {"id": None, "record": 0, "picture": 0, "page": 0}
+        self.state: dict[str, Any] = {"id": None}
         self.work: queue.Queue[Callable[[Tracker], Any] | None] = queue.Queue(BACKLOG)
         self.dropped = 0
         self.start()
@@ -196,7 +196,7 @@ class _Sender(threading.Thread):
 
     def new(self, kind: str, step: int) -> bool:
         """Whether the tracker has not been told this yet. From now on it has."""
-        if step <= self.state[kind]:
+        if step <= self.state.get(kind, 0):
             return False
         self.state[kind] = step
         write_whole(self.path, json.dumps(self.state))
@@ -245,7 +245,9 @@ class Trackers:
         image = to_pil_image(picture.cpu())
         for sender in self._senders:
             sender.put(
-                lambda tracker, to=sender: to.new("picture", step) and tracker.image(name, image, step)
+                lambda tracker, to=sender: (
+                    to.new(f"picture {name}", step) and tracker.image(name, image, step)
+                )
             )
 
     def __enter__(self) -> Trackers:

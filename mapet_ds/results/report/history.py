@@ -80,6 +80,15 @@ def curves(lines: list[dict[str, Any]]) -> dict[str, dict[str, tuple[list[int], 
     return dict(groups)
 
 
+def kind(record: Record) -> str:
+    """What a run trains: pre-training, fine-tuning, segmentation, or unknown where it has no settings."""
+    if not record.config:
+        return "unknown"
+    if "objective" in record.config:
+        return "pre-training"
+    return "segmentation" if "head" in record.config["model"] else "fine-tuning"
+
+
 def differing(records: list[Record]) -> list[tuple[str, list[Any]]]:
     """The settings in which runs differ, with the value of each run; None where a run has no such setting."""
     settings = [flatten(record.config) for record in records]

@@ -2,13 +2,14 @@
 
 It shows curves, token maps with accuracies, the codebook's use and nearest patches, attention maps,
 unreadable images, settings and environment. What needs a checkpoint is computed from the newest one, in this
-process.
+process. Of segmentation it shows the run's own pictures, and the figures of each class.
 """
 
 from __future__ import annotations
 
 import base64
 import io
+import json
 import math
 import re
 import statistics
@@ -26,12 +27,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from mapet_ds.errors import UserError
+from mapet_ds.errors import DataError, UserError
 from mapet_ds.results.report import sample as samples
-from mapet_ds.results.report.history import Record, curves, differing
+from mapet_ds.results.report.history import Record, curves, differing, kind
 from mapet_ds.results.report.sample import Sample, Trained
 from mapet_ds.results.suite import results_below
-from mapet_ds.training.metrics import token_colours
+from mapet_ds.training.metrics import newest_pictures, token_colours
 
 TITLES = {
     "loss": "Loss", "loss_rank_quarter": "Loss by quarter of the ranks (1: least context)",
@@ -40,7 +41,9 @@ TITLES = {
     "linear_accuracy_percent": "Linear accuracy, %", "effective_rank": "Effective rank of features",
     "feature_cosine": "Mean cosine of two images' features",
     "val_top": "Validation accuracy, top 1 and top 5, %",
-    "val_loss": "Validation loss", "lr": "Learning rate", "grad_norm": "Gradient norm",
+    "val_miou": "Validation mIoU, %", "val_class_accuracy": "Validation class accuracy, %",
+    "val_pixel_accuracy": "Validation pixel accuracy, %", "val_loss": "Validation loss",
+    "lr": "Learning rate", "grad_norm": "Gradient norm",
     "images_per_second": "Images per second", "data_wait_percent": "Waiting for data, % of the time",
     "gpu_memory_gib": "GPU memory, GiB", "codebook_perplexity": "Perplexity of the ids",
     "codebook_used": "Share of codes in use", "quarantined": "Unreadable images",
@@ -52,6 +55,11 @@ INK, RULE, SERIES = "#0a0b0c", "#0a0b0d", [f"#0a0c{i:02d}" for i in range(COLOUR
 DASHES = ["-", (0, (4, 1.5)), (0, (1.5, 1.5)), (0, (6, 1.5, 1.5, 1.5))]
 RIGHT, IN_TOP5, WRONG, NOT_PREDICTED = (0, 114, 178), (126, 190, 236), (230, 150, 30), (150, 150, 150)
 CODES_SHOWN = 12
+PICTURES = {
+    "image_classes_predicted": "Images of data.val",
+    "crop_classes_predicted": "Crops that it learns from",
+}
+"""Titles of the pictures that a run of segmentation draws, by their names in TensorBoard."""
 matplotlib.rcParams.update({
     "svg.fonttype": "none", "font.size": 8, "axes.edgecolor": RULE, "axes.labelcolor": INK, "text.color": INK,
     "xtick.color": INK, "ytick.color": INK, "xtick.labelcolor": INK, "axes.spines.top": False,
@@ -124,7 +132,12 @@ def picture(pixels: NDArray[np.uint8]) -> str:
     """The data: URL of an image, uint8 [H, W, 3]."""
     stream = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(pixels)).save(stream, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
+    return url(stream.getvalue())
+
+
+def url(png: bytes) -> str:
+    """The data: URL of a PNG."""
+    return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
 def map_of_ids(ids: Tensor) -> NDArray[np.uint8]:
@@ -254,11 +267,35 @@ def look_inside(record: Record, sizes: Sizes, colour: str) -> dict[str, Any]:
     return parts
 
 
+def classes_and_pictures(record: Record) -> dict[str, Any]:
+    """The newest pictures of a run of segmentation, and its figures of each class with their colours.
+
+    Raises:
+        DataError: classes.json can't be read.
+    """
+    drawn, path = newest_pictures(record.folder), record.folder / "classes.json"
+    pictures = [
+        {"title": title, "step": drawn[name][0], "source": url(drawn[name][1])}
+        for name, title in PICTURES.items() if name in drawn
+    ]  # fmt: skip
+    try:
+        figures = json.loads(path.read_text()) if path.is_file() else {}
+        colours = (255 * token_colours(torch.arange(len(figures)))).byte().tolist()
+        classes = [
+            {"name": name, "colour": tuple(colour), "pixels": values["pixels"]}
+            | {key: number(values[key]) for key in ("iou", "accuracy")}
+            for colour, (name, values) in zip(colours, figures.items())
+        ]
+    except (OSError, ValueError, TypeError, AttributeError, LookupError) as error:
+        raise DataError(f"{path} can't be read: {' '.join(str(error).split())}.") from error
+    return {"pictures": pictures, "classes": classes}
+
+
 def facts(record: Record) -> list[tuple[str, str]]:
     """What a reader wants to know of a run first, as (name, value)."""
     config, lines = record.config, record.lines
     model = config.get("model", {})
-    rows = [("objective", str(config.get("objective", "fine-tuning" if config else "unknown")))]
+    rows = [("objective", str(config.get("objective", kind(record))))]
     rows.append(("model", str(model.get("name") or model.get("path") or "unknown")))
     rows.append(("data", str(config.get("data", {}).get("train", "unknown"))))
     newest = {name: value for line in lines for name, value in line.items()}
@@ -269,6 +306,8 @@ def facts(record: Record) -> list[tuple[str, str]]:
     for name in names + sorted(n for n in newest if n.endswith("accuracy_percent")):
         unit = " %" if name.endswith("_percent") else ""
         rows.append((name.removesuffix("_percent").replace("_", " "), number(newest[name]) + unit))
+    accuracies = ("val_miou", "val_class_accuracy", "val_pixel_accuracy")
+    rows += [(name.replace("_", " "), f"{newest[name]:.2f} %") for name in accuracies if name in newest]
     names = [name for name in ("effective_rank", "feature_cosine") if name in newest]
     rows += [(name.replace("_", " "), number(newest[name])) for name in names]
     if speeds := [line["images_per_second"] for line in lines if "images_per_second" in line]:
@@ -289,7 +328,11 @@ def render(records: list[Record], sizes: Sizes) -> str:
         run: dict[str, Any] = {"name": str(record.folder), "colour": i % COLOURS}
         run |= {"state": state(record), "facts": facts(record), "quarantined": record.quarantined}
         run["evaluations"] = results_below(record.folder)
-        run["inside"] = look_inside(record, sizes, SERIES[i % COLOURS])
+        run |= {"kind": kind(record), "inside": None, "masks": None}
+        if run["kind"] == "segmentation":
+            run["masks"] = classes_and_pictures(record)
+        elif run["kind"] != "fine-tuning":
+            run["inside"] = look_inside(record, sizes, SERIES[i % COLOURS])
         run["settings"] = record.config and yaml.safe_dump(record.config, sort_keys=False)
         runs.append(run | {"environment": record.environment})
     versions = [record.environment.get("versions", {}) for record in records]
