@@ -22,9 +22,11 @@ from mapet_ds.config.recipe import load_config
 from mapet_ds.data.index import open_index
 from mapet_ds.data.loader import Loader
 from mapet_ds.methods import METHODS, build_objective, build_target
+from mapet_ds.results.collapse import effective_rank
 from mapet_ds.results.report import sample as report
 from mapet_ds.targets.codebook import Codebook
 from mapet_ds.training import checkpoint
+from mapet_ds.vit import build_vit
 from tools import report as program
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -274,6 +276,27 @@ def test_colours_of_features_are_principal_components_of_fixed_sign():
     flat = torch.from_numpy(scores[:, :1] @ axes[:1]).view(2, 50, 6)
     assert (report.principal_colours(flat)[..., 1:] == 128).all(), "components without spread are grey"
     assert (report.principal_colours(torch.ones(1, 4, 8)) == 128).all()
+
+
+def test_images_alike_are_those_of_the_nearest_features(recipe, run):
+    trained = report.open_trained(run)
+    alike = report.look_alike(trained, 3, 12)
+    loader = Loader(
+        trained.config, trained.index, student=True, teacher=None, rank=0, world_size=1, local_rank=0
+    )
+    images = torch.cat([next(loader).images for _ in range(12)])[:12]
+    loader.close()
+    vit = build_vit(trained.config.model).eval()
+    vit.load_state_dict(trained.vit)
+    with torch.no_grad():
+        rows = vit.forward_features(images)[:, 1:].mean(1)
+    for i in range(3):
+        cosine = torch.nn.functional.cosine_similarity(rows[i], rows, dim=1)
+        cosine[i] = -2
+        assert alike.nearest["trained"][i].tolist() == cosine.argsort(descending=True)[:5].tolist()
+    assert alike.rank["trained"] == pytest.approx(effective_rank(rows.numpy()), rel=1e-3)
+    assert not torch.equal(alike.nearest["trained"], alike.nearest["fresh"]), "other weights, other places"
+    assert alike.views.shape[0] == 12
 
 
 def test_hostile_names_are_inert(run, make_page, tmp_path):

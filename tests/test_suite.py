@@ -95,7 +95,7 @@ def test_a_suite_measures_goes_on_and_writes_the_card(run_tool_with, folder, mon
     # Other settings are refused with both values, other images by name.
     code, printed = run_tool_with(*words, "linear.epochs=3", "seed=4")
     assert code == 2 and "linear, class token, epochs: 2 then, 3 now" in printed.err
-    assert "k-NN, k = 1, class token, 2 labels a class, draws_of_seed: 3 then, 4 now" in printed.err
+    assert "k-NN, k = 1, class token, 2 labels a class, seed: 3 then, 4 now" in printed.err
     assert json.loads((folder / "timm/suite/results.json").read_text()) == whole
     code, printed = run_tool_with(*words, f"data.val={folder}/train", f"data.train={folder}/val")
     assert code == 2 and "the images of --train: " in printed.err and "Name another --out" in printed.err
@@ -112,6 +112,8 @@ def test_mistakes_in_a_suite_are_sentences_before_anything_runs(run_tool_with, f
         ("few.knn=null", "few.knn and few.linear are both null"),
         ("features=[max]", "features"),
         ("few.shots=[13]", "--shots = 13: 3 of 3 classes"),
+        ("few.knn.k=[5, 7]", "few.knn.k = 7 neighbours can't be found: 2 labels a class: 6 images."),
+        ("few.linear={solver: sgd}", "few.linear.solver = sgd holds out a tenth of 20 images or more"),
     ):
         code, printed = run_tool_with(*words, override)
         assert code == 2 and says in printed.err, printed.err

@@ -1,4 +1,4 @@
-"""docs/tutorial.md, block after block, as a reader would run it: on few photos, with few steps."""
+"""docs/tutorial.md and docs/unlabelled.md, block after block, as a reader would: few photos, few steps."""
 
 import json
 import os
@@ -18,15 +18,21 @@ from mapet_ds.config.recipe import load_config
 from mapet_ds.config.rules import check, check_labelled
 from mapet_ds.config.sections import REPOSITORY, Config
 
-BLOCKS = re.findall(r"^```([^\n]+)\n(.*?)^```", (REPOSITORY / "docs/tutorial.md").read_text(), re.M | re.S)
+
+def blocks_of(page):
+    """Language and text of each block of a page."""
+    return re.findall(r"^```([^\n]+)\n(.*?)^```", (REPOSITORY / "docs" / page).read_text(), re.M | re.S)
+
+
+BLOCKS = blocks_of("tutorial.md")
 SIZES = {"TEACHER_STEPS": "2", "EPOCHS": "14", "FINETUNE_EPOCHS": "2"}
-NUMBER = re.compile(r"\d[\d.e+-]*")
+NUMBER = re.compile(r"-?\d[\d.e+-]*")
 
 
-def script(*languages):
+def script(*languages, blocks=BLOCKS):
     """The blocks of these languages as one bash script; Python by standard input."""
     parts = []
-    for language, code in BLOCKS:
+    for language, code in blocks:
         if language in languages:
             parts.append(f"python - <<'END'\n{code}END\n" if language == "python" else code)
     return "set -eo pipefail\ntrap 'jobs -p | xargs -r kill 2> /dev/null || true' EXIT\n" + "\n".join(parts)
@@ -92,8 +98,8 @@ def test_the_keys_that_it_explains_are_in_the_metrics(session):
     assert len(names) > 8 and names <= line.keys()
 
 
-def shown():
-    return [line for language, code in BLOCKS if language == "text" for line in code.splitlines()]
+def shown(blocks=BLOCKS):
+    return [line for language, code in blocks if language == "text" for line in code.splitlines()]
 
 
 def shape(line):
@@ -105,6 +111,17 @@ def test_the_output_that_it_shows_is_what_is_printed(session):
     printed = {shape(line) for line in re.split(r"[\r\n]", session[1])}
     assert len(shown()) > 15
     assert [line for line in shown() if shape(line) not in printed] == []
+
+
+def test_photos_without_labels(tmp_path):
+    blocks = blocks_of("unlabelled.md")
+    write(tmp_path / "photos", {path.replace("/", "_"): jpeg for path, jpeg in photos(40).items()})
+    done = start(script("sh", blocks=blocks), tmp_path, {**reader_of(tmp_path), "EPOCHS": "4"})
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    printed = {shape(line) for line in re.split(r"[\r\n]", done.stdout + done.stderr)}
+    assert len(shown(blocks)) == 2
+    assert [line for line in shown(blocks) if shape(line) not in printed] == []
+    assert "Images alike" in (tmp_path / "runs/photos/report.html").read_text()
 
 
 @pytest.fixture(scope="module")

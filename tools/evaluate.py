@@ -1,9 +1,10 @@
-"""Evaluate a timm ViT, or tokenizers, on labelled images.
+"""Evaluate a timm ViT, or tokenizers, on labelled images; or a ViT on images without labels.
 
 python tools/evaluate.py knn|linear|attentive|all|features --model OUT --train DIR --val DIR
 python tools/evaluate.py accuracy --model FINETUNED --images DIR
 python tools/evaluate.py suite --suite NAME --model OUT data.train=DIR data.val=DIR
 python tools/evaluate.py tokenizer --tokenizer RECIPE [a.b=value ...] [--tokenizer ...] --train DIR --val DIR
+python tools/evaluate.py crops --model OUT --images DIR
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from evaluations.accuracy import evaluate_accuracy
 from evaluations.attentive import evaluate_attentive
+from evaluations.crops import evaluate_crops
 from evaluations.figures import described, whose, write_figures
 from evaluations.images import Extracted, extract
 from evaluations.judges import evaluate_few, evaluate_knn, evaluate_linear, unit
@@ -127,6 +129,6 @@ def evaluate(arguments: argparse.Namespace) -> None:
 if __name__ == "__main__":
     words = parse(sys.argv[1:])
     others = {"tokenizer": evaluate_tokenizers, "attentive": evaluate_attentive}
-    others |= {"suite": evaluate_suite, "accuracy": evaluate_accuracy}
+    others |= {"suite": evaluate_suite, "accuracy": evaluate_accuracy, "crops": evaluate_crops}
     writes = words.out if words.command == "suite" else None
     sys.exit(answer(lambda: others.get(words.command, evaluate)(words), writes))

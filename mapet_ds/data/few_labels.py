@@ -116,4 +116,4 @@ def shot_draws(index: Index, shots: int, seed: int, draws: int, named: tuple[str
     """So many images of each class, in draws 0 to draws - 1. See `drawn`."""
     places = [drawn(index, shots, seed, draw, named) for draw in range(draws)]
     words = f"{shots} label{'s' if shots > 1 else ''} a class"
-    return Few(words, {"shots": shots, "draws_of_seed": seed}, places)
+    return Few(words, {"shots": shots, "seed": seed}, places)

@@ -23,6 +23,8 @@ EPOCHS = 90
 """Passes of the linear probe by SGD over the features."""
 LEARNING_RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 """The rates that the linear probe tries."""
+LEAST = 20
+"""Training images of which a tenth can be held out to choose a rate by."""
 BATCH_SIZE = 256
 """Images an update of the linear probe."""
 
@@ -225,7 +227,7 @@ def linear_sgd(
     2304.07193. Departures: features are computed once, of central crops, without augmentation; batches of 256
     and SGD instead of MAE's 16,384 and LARS; no validation image chooses the rate.
     """
-    if len(train_labels) < 20:
+    if len(train_labels) < LEAST:
         raise DataError(f"{len(train_labels)} training images are too few to hold out a tenth of them.")
 
     # The rate, by a tenth of the training images.

@@ -140,6 +140,22 @@ def accuracy_options() -> argparse.ArgumentParser:
     return accuracy
 
 
+def crops_options() -> argparse.ArgumentParser:
+    """The model, and the images without labels that it is judged on."""
+    crops = argparse.ArgumentParser(add_help=False)
+    option = crops.add_argument
+    option("--model", type=Path, required=True, help="folder of tools/export_timm.py, or a file of weights")
+    option("--arch", help="timm model name, for a file of weights")
+    option("--images", required=True, help="folder of images at any depth, tar shards, patterns or lists")
+    option("--feature", choices=("mean", "token", "both"), help="what is compared; default: as for knn")
+    most = "at most so many, evenly spaced over the set (default: 1000)"
+    option("--max_images", type=number(int, 2), default=1000, metavar="N", help=most)
+    option("--seed", type=number(int, 0), default=0, help="of fresh weights")
+    option("--json", action="store_true", help="print one JSON object instead of sentences")
+    option("--out", type=output_file, metavar="FILE", help="write that JSON object to a file, too")
+    return crops
+
+
 def suite_options() -> argparse.ArgumentParser:
     """The model, the document, and where its results go."""
     suite = argparse.ArgumentParser(add_help=False)
@@ -235,6 +251,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
     top = "top-1 and top-5 of a fine-tuned model, on any images whose classes it knows"
     commands.add_parser("accuracy", parents=[accuracy_options(), reading_options()], help=top)
+
+    again = "how often a crop of an image finds another one of it among all, beside fresh weights; no labels"
+    commands.add_parser("crops", parents=[crops_options(), reading_options()], help=again)
 
     whole = "all that a document names, of one model: a table, which goes on where it stopped"
     commands.add_parser("suite", parents=[suite_options(), reading_options()], help=whole)

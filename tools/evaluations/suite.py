@@ -84,6 +84,25 @@ class Suite:
                     Row(settings, functools.partial(self._accuracy, name, "real_")),
                 )
 
+    def check_numbers(self) -> None:
+        """Refuses probes that need more labels than there are, by a ConfigError naming them all."""
+        from mapet_ds.results.probe import LEAST
+
+        lines, suite = [], self.suite
+        wholes = [("", suite, len(self.sets.train), "data.train")]
+        few = [("few.", suite.few, min(map(len, few.draws)), few.words) for few in self.sets.few]
+        for prefix, section, number, words in wholes + few:
+            for k in section.knn.k if section.knn else []:
+                if k > number:
+                    lines.append(f"{prefix}knn.k = {k} neighbours can't be found: {words}: {number} images.")
+            if section.linear and section.linear.solver == "sgd" and number < LEAST:
+                lines.append(
+                    f"{prefix}linear.solver = sgd holds out a tenth of {LEAST} images or more for its rate: "
+                    f"{words}: {number} images. lbfgs needs none."
+                )
+        if lines:
+            raise ConfigError("\n".join(lines))
+
     def _probes(self, feature: str, section: Any, few: Few | None) -> Iterator[tuple[str, Row]]:
         """Yields k-NN and linear of one feature, by all labels or by few."""
         from mapet_ds.results.features import WORDS
@@ -216,8 +235,9 @@ def measure(suite: Suite, folder: Path, results: Any) -> None:
     results: the Results of rank 0.
 
     Raises:
-        ConfigError: some rows are there by other settings.
+        ConfigError: some rows are there by other settings, or there are too few labels for one.
     """
+    suite.check_numbers()
     rows = dict(suite.rows())
     wanted = {name: row.settings for name, row in rows.items()}
     first = suite.ranks.rank == 0
@@ -246,21 +266,6 @@ def write_tables(suite: Suite, folder: Path, content: dict[str, Any]) -> str:
     return text
 
 
-def classifier(arguments: argparse.Namespace) -> Any:
-    """The model with its classifier; None, which is said, where it has none."""
-    from mapet_ds.results.probe import load_timm
-
-    model = load_timm(arguments.model, arguments.arch, classify=True)
-    if model.num_classes:
-        return model
-    print(
-        f"{arguments.model} has no classifier: the suite's `accuracy` is left out.",
-        file=sys.stderr,
-        flush=True,
-    )
-    return None
-
-
 def evaluate_suite(arguments: argparse.Namespace) -> None:
     """Measures what the suite names of --model; what --out has already is not done again.
 
@@ -271,17 +276,21 @@ def evaluate_suite(arguments: argparse.Namespace) -> None:
     import torch.distributed as dist
 
     from mapet_ds.launch import init_distributed
-    from mapet_ds.results.probe import device_of
+    from mapet_ds.results.probe import device_of, load_timm
     from mapet_ds.results.suite import FILE, Results
 
     arguments.device = device_of(arguments.device)
     model, folder = build_model(arguments), arguments.out
-    arguments.classifier = None
-    if arguments.suite.accuracy:
-        arguments.classifier = classifier(arguments)
+    with_head = (
+        load_timm(arguments.model, arguments.arch, classify=True) if arguments.suite.accuracy else None
+    )
+    arguments.classifier = with_head if with_head and with_head.num_classes else None
     arguments.features = arguments.features or folder / "features.safetensors"
     ranks = init_distributed()._replace(device=arguments.device)
     try:
+        if with_head and not arguments.classifier and ranks.rank == 0:
+            sentence = f"{arguments.model} has no classifier: the suite's `accuracy` is left out."
+            print(sentence, file=sys.stderr, flush=True)
         if ranks.world_size > 1 and arguments.suite.attentive:
             raise ConfigError(
                 f"The suite's attentive probe runs in one process, not in {ranks.world_size}: leave torchrun "

@@ -244,17 +244,30 @@ def attention_maps(trained: Trained, shown: int) -> list[dict[str, Any]]:
     return rows
 
 
+def alike_images(trained: Trained, shown: int, among: int) -> dict[str, Any]:
+    """The first images, each with those that trained and fresh weights find most similar."""
+    alike = samples.look_alike(trained, shown, among)
+    tiles = [picture(view.numpy()) for view in alike.views]
+    rows: list[dict[str, Any]] = [{"view": tile} for tile in tiles[:shown]]
+    for name, nearest in alike.nearest.items():
+        for row, places in zip(rows, nearest):
+            row[name] = [tiles[place] for place in places]
+    return {"rows": rows, "size": len(tiles), "rank": alike.rank, "most": alike.most}
+
+
 def look_inside(record: Record, sizes: Sizes, colour: str) -> dict[str, Any]:
     """The parts that are computed from the newest checkpoint; None for a part that can't be.
 
     `why` is then the sentence that gives the reason, or `why_target` for the parts that need the target.
     """
-    parts: dict[str, Any] = dict.fromkeys(("step", "tokens", "codebook", "attention", "why", "why_target"))
+    names = ("step", "tokens", "codebook", "attention", "alike", "why", "why_target")
+    parts: dict[str, Any] = dict.fromkeys(names)
     try:
         trained = samples.open_trained(record.folder)
         if trained is None:
             return parts | {"why": "The run has no checkpoint yet."}
         parts |= {"step": trained.checkpoint.run["step"], "attention": attention_maps(trained, sizes.images)}
+        parts["alike"] = alike_images(trained, sizes.images, max(sizes.sample, sizes.images))
     except (UserError, OSError) as error:
         return parts | {"why": str(error)}
     try:

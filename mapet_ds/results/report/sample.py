@@ -31,7 +31,9 @@ from mapet_ds.data.loader import Loader
 from mapet_ds.errors import DataError, ExportError, ResumeError
 from mapet_ds.launch import use_gpu
 from mapet_ds.methods import build_objective, build_target
+from mapet_ds.results.collapse import effective_rank
 from mapet_ds.results.export import read_vit
+from mapet_ds.results.features import FEATURES, chosen, features, unit_length
 from mapet_ds.targets.kclip import KClip
 from mapet_ds.targets.target import Target
 from mapet_ds.training.checkpoint import Checkpoint, newest
@@ -144,6 +146,42 @@ def principal_colours(patches: Tensor) -> Tensor:
         share.where(spread[:3] > 1e-9 * spread[0].clamp(min=1e-9), 0.5), (0, 3 - share.shape[1]), value=0.5
     )
     return (255 * share).round().to(torch.uint8).view(*patches.shape[:2], 3)
+
+
+class Alike(NamedTuple):
+    """A run's first images, and which of them a ViT finds most similar, on the CPU."""
+
+    views: Tensor
+    """uint8 [n, S, S, 3], the student's views."""
+    nearest: dict[str, Tensor]
+    """Of trained and of fresh weights: long [shown, k], the places of the most similar, itself left out."""
+    rank: dict[str, float]
+    """Of both: the effective rank of the n images' features."""
+    most: int
+    """What it can be: n, or the features' width."""
+
+
+def look_alike(trained: Trained, shown: int, among: int) -> Alike:
+    """The five images most similar to each of the first `shown`, among a run's first `among`.
+
+    Similar by the cosine of the objective's feature, of the exported ViT and of fresh weights of seed 0.
+    """
+    feature, device = trained.config.method.feature, trained.device
+    batches = [batch.images.cpu() for batch in _batches(trained, among, None) if batch.images is not None]
+    images = torch.cat(batches)[: min(among, len(trained.index))]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        vits = {"trained": build_vit(trained.config.model), "fresh": build_vit(trained.config.model)}
+    vits["trained"].load_state_dict(trained.vit)
+    nearest, rank, rows = dict[str, Tensor](), dict[str, float](), np.empty((0, 0), np.float32)
+    for name, vit in vits.items():
+        loader = ((part, torch.zeros(len(part))) for part in images.split(len(batches[0])))
+        rows = chosen(features(vit, loader, device, kinds=FEATURES[feature])[0], feature, [0])
+        directions = torch.from_numpy(unit_length(rows))
+        similar = (directions[:shown] @ directions.T).fill_diagonal_(-2)
+        nearest[name] = similar.topk(min(5, len(images) - 1)).indices
+        rank[name] = effective_rank(rows)
+    return Alike(_pixels(images, trained.config), nearest, rank, min(rows.shape))
 
 
 class Sample(NamedTuple):
