@@ -38,6 +38,7 @@ main() {
         done
     fi
 
+    ls "$run_dir" > /dev/null 2>&1 || : # a file system of the network looks anew where a folder is listed
     if [[ -f $run_dir/DONE ]]; then
         echo "$(date): done, $(cat "$run_dir/DONE")"
     elif [[ -f $run_dir/STOP ]]; then

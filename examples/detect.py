@@ -156,12 +156,16 @@ def detect(arguments: argparse.Namespace) -> None:
     """Trains, evaluates each epoch, and writes OUT/metrics.jsonl, OUT/model.pt and OUT/detections.json."""
     torch.manual_seed(arguments.seed)
     device, out = torch.device("cuda" if torch.cuda.is_available() else "cpu"), arguments.out
+    for path in (arguments.train_json, arguments.val_json):
+        if not path.is_file():
+            raise DataError(f"{path} is no file of annotations.")
     train = Instances(arguments.train, arguments.train_json, arguments.size)
     val = Instances(arguments.val, arguments.val_json)
     if train.categories != val.categories:
         raise DataError(f"{arguments.val_json} has other categories than {arguments.train_json}.")
-    settings = json.loads(arguments.settings)
-    model = mask_rcnn(arguments.model, len(train.categories), arguments.size, arguments.drop_path, **settings)
+    model = mask_rcnn(
+        arguments.model, len(train.categories), arguments.size, arguments.drop_path, **arguments.settings
+    )
     workers = {"num_workers": arguments.workers, "collate_fn": side_by_side}
     loader = DataLoader(train, arguments.batch, shuffle=True, **workers)
     steps = arguments.epochs * len(loader)
@@ -188,7 +192,8 @@ def main() -> int:
         parser.add_argument(f"--{name}", type=int, default=value, help=f"default {value}")
     for name, value in {"lr": 1e-4, "layer_decay": 0.7, "drop_path": 0.1}.items():
         parser.add_argument(f"--{name}", type=float, default=value, help=f"default {value}")
-    parser.add_argument("--settings", default="{}", metavar="JSON", help="torchvision's own of Mask R-CNN")
+    own = {"type": json.loads, "default": {}, "metavar": "JSON"}
+    parser.add_argument("--settings", **own, help="torchvision's own of Mask R-CNN")
     arguments = parser.parse_args()
     return answer(lambda: detect(arguments))
 

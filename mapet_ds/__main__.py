@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 from mapet_ds import __version__
-from mapet_ds.config.shipped import ENGINES, PACKAGE, RECIPES, SHIPPED, STUDIES, shipped_names
+from mapet_ds.config.shipped import ENGINES, PACKAGE, RECIPES, SHIPPED, STUDIES, SUITES, shipped_names
 
 
 def programs() -> dict[str, Path]:
@@ -35,6 +35,7 @@ def overview() -> str:
     lines += ["", "--config takes a file or one of: " + ", ".join(shipped_names(RECIPES)) + "."]
     lines += ["--deepspeed_config takes a file or one of: " + ", ".join(shipped_names(ENGINES)) + "."]
     lines += ["study takes a file or one of: " + ", ".join(shipped_names(STUDIES)) + "."]
+    lines += ["evaluate suite --suite takes a file or one of: " + ", ".join(shipped_names(SUITES)) + "."]
     lines += [f"Scripts for SLURM are in {SHIPPED / 'slurm'}.", f"This is version {__version__}."]
     return f"{__doc__}" + "\n".join(lines)
 

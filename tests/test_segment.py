@@ -199,7 +199,7 @@ def test_the_report_of_a_run(recipe, straight, tmp_path, monkeypatch):
     assert cells[:4] == ["class", "IoU, %", "accuracy, %", "pixels"]
     rows = {cells[i]: cells[i + 1 : i + 4] for i in range(4, len(cells), 4)}
     for name, values in results["classes"].items():
-        figures = [f"{values[key]:.4g}" if values[key] else "none" for key in ("iou", "accuracy")]
+        figures = [f"{values[key]:.4g}" if values[key] is not None else "none" for key in ("iou", "accuracy")]
         assert rows[name] == [*figures, str(values["pixels"])]
     pictures = {a["alt"]: a["src"] for tag, a in page.elements if tag == "img"}
     newest = read_tensorboard(straight).Images("image_classes_predicted")[-1].encoded_image_string

@@ -111,7 +111,7 @@ def test_mistakes_in_a_suite_are_sentences_before_anything_runs(run_tool_with, f
         ("few.lists=[/no/list]", "few.lists: /no/list is no file that this host can see"),
         ("few.knn=null", "few.knn and few.linear are both null"),
         ("features=[max]", "features"),
-        ("few.shots=[13]", "--shots = 13: 3 of 3 classes"),
+        ("few.shots=[13]", "few.shots = 13: 3 of 3 classes"),
         ("few.knn.k=[5, 7]", "few.knn.k = 7 neighbours can't be found: 2 labels a class: 6 images."),
         ("few.linear={solver: sgd}", "few.linear.solver = sgd holds out a tenth of 20 images or more"),
     ):

@@ -161,7 +161,8 @@ class SuiteConfig:
                 yield f"{name}.k", knn.k
 
     def _lists_of_work(self) -> list[Any]:
-        return [self.knn, self.linear, self.attentive, self.few.lists, self.few.shots, self.accuracy]
+        top1 = self.accuracy and (self.accuracy.val or self.accuracy.real or self.accuracy.sets)
+        return [self.knn, self.linear, self.attentive, self.few.lists, self.few.shots, top1]
 
 
 def load_suite(document: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> SuiteConfig:

@@ -128,7 +128,7 @@ def subset_outputs(model: Any, named: str, listed: str) -> NDArray[np.int64]:
             raise DataError(
                 f"{named} = {listed} is none of {', '.join(SUBSETS)}, and no file of classes: {error}."
             ) from error
-    classes = list(dict.fromkeys(text.split()))
+    classes = list(dict.fromkeys(filter(None, map(str.strip, text.splitlines()))))
     if not classes:
         raise DataError(f"{named} = {listed} is empty: it names a class a line.")
     outputs = read_classes(model, classes, f"{named} = {listed}").outputs

@@ -13,20 +13,13 @@ from timm.data import resolve_model_data_config
 from torch import Tensor
 from torchvision.transforms import v2
 
-from mapet_ds.data.index import Index, Selection
+from mapet_ds.data.index import Index, Numbered, Selection
 from mapet_ds.launch import Ranks
 from mapet_ds.results.collapse import collapse_figures
 from mapet_ds.results.features import Features, chosen, labelled_features, unit_length
 
 SCALE, JITTER = (0.2, 1.0), (0.4, 0.4, 0.4, 0.1)
 """Share of the image's area in a crop; how far brightness, contrast, saturation and hue move."""
-
-
-class Numbered(Selection):
-    """Images whose label is their own number, so that features keep it where images are left out."""
-
-    def label(self, i: int) -> int:
-        return i
 
 
 def crop_transform(model: Any, view: int) -> Callable[[Image.Image], Tensor]:
@@ -53,7 +46,8 @@ def found_again(first: Features, second: Features) -> float:
 
     Of equally similar rows the first counts, so features that are all alike find 1 in n, as chance does.
     """
-    nearest = (unit_length(first) @ unit_length(second).T).argmax(axis=1)
+    parts, others = np.array_split(unit_length(first), -(-len(first) // 4096)), unit_length(second).T
+    nearest = np.concatenate([(part @ others).argmax(axis=1) for part in parts])
     return 100 * float(np.mean(nearest == np.arange(len(first))))
 
 
@@ -71,7 +65,7 @@ def judge_crops(
     Raises:
         DataError: more than data.max_bad_share of the images are unreadable.
     """
-    numbered, views = Numbered(images, limit), []
+    numbered, views = Numbered(Selection(images, limit)), []
     kinds = ("token", "mean") if feature == "both" else (feature,)
     for view in (1, 2):
         vectors, _ = labelled_features(

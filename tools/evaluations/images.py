@@ -86,10 +86,11 @@ def few_labels(arguments: argparse.Namespace, train: Index) -> list[Few]:
     """
     from mapet_ds.data.few_labels import listed, shot_draws
 
-    lists = [
-        listed(train, file, ("--labels", "--train"), arguments.max_bad_share) for file in arguments.labels
-    ]
-    seed, draws, named = arguments.seed, arguments.draws, ("--shots", "--train")
+    whose = {"labels": ("--labels", "--train"), "shots": ("--shots", "--train")}
+    if arguments.command == "suite":
+        whose = {"labels": ("few.lists", "data.train"), "shots": ("few.shots", "data.train")}
+    lists = [listed(train, file, whose["labels"], arguments.max_bad_share) for file in arguments.labels]
+    seed, draws, named = arguments.seed, arguments.draws, whose["shots"]
     return lists + [shot_draws(train, shots, seed, draws, named) for shots in arguments.shots]
 
 

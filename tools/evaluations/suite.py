@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -281,14 +282,15 @@ def evaluate_suite(arguments: argparse.Namespace) -> None:
 
     arguments.device = device_of(arguments.device)
     model, folder = build_model(arguments), arguments.out
-    with_head = (
-        load_timm(arguments.model, arguments.arch, classify=True) if arguments.suite.accuracy else None
-    )
-    arguments.classifier = with_head if with_head and with_head.num_classes else None
+    arguments.classifier = None
+    if arguments.suite.accuracy:
+        with contextlib.suppress(ConfigError):  # build_model has read the weights: only a head can be missing
+            with_head = load_timm(arguments.model, arguments.arch, classify=True)
+            arguments.classifier = with_head if with_head.num_classes else None
     arguments.features = arguments.features or folder / "features.safetensors"
     ranks = init_distributed()._replace(device=arguments.device)
     try:
-        if with_head and not arguments.classifier and ranks.rank == 0:
+        if arguments.suite.accuracy and not arguments.classifier and ranks.rank == 0:
             sentence = f"{arguments.model} has no classifier: the suite's `accuracy` is left out."
             print(sentence, file=sys.stderr, flush=True)
         if ranks.world_size > 1 and arguments.suite.attentive:

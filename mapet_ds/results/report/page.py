@@ -8,6 +8,7 @@ process. Of segmentation it shows the run's own pictures, and the figures of eac
 from __future__ import annotations
 
 import base64
+import functools
 import io
 import json
 import math
@@ -247,12 +248,16 @@ def attention_maps(trained: Trained, shown: int) -> list[dict[str, Any]]:
 def alike_images(trained: Trained, shown: int, among: int) -> dict[str, Any]:
     """The first images, each with those that trained and fresh weights find most similar."""
     alike = samples.look_alike(trained, shown, among)
-    tiles = [picture(view.numpy()) for view in alike.views]
-    rows: list[dict[str, Any]] = [{"view": tile} for tile in tiles[:shown]]
+
+    @functools.cache
+    def tile(place: int) -> str:
+        return picture(np.asarray(Image.fromarray(alike.views[place].numpy()).resize((96, 96))))
+
+    rows: list[dict[str, Any]] = [{"view": tile(i)} for i in range(min(shown, len(alike.views)))]
     for name, nearest in alike.nearest.items():
-        for row, places in zip(rows, nearest):
-            row[name] = [tiles[place] for place in places]
-    return {"rows": rows, "size": len(tiles), "rank": alike.rank, "most": alike.most}
+        for row, places in zip(rows, nearest.tolist()):
+            row[name] = [tile(place) for place in places]
+    return {"rows": rows, "size": len(alike.views), "rank": alike.rank, "most": alike.most}
 
 
 def look_inside(record: Record, sizes: Sizes, colour: str) -> dict[str, Any]:
@@ -340,11 +345,14 @@ def render(records: list[Record], sizes: Sizes) -> str:
     for i, record in enumerate(records):
         run: dict[str, Any] = {"name": str(record.folder), "colour": i % COLOURS}
         run |= {"state": state(record), "facts": facts(record), "quarantined": record.quarantined}
-        run["evaluations"] = results_below(record.folder)
-        run |= {"kind": kind(record), "inside": None, "masks": None}
-        if run["kind"] == "segmentation":
-            run["masks"] = classes_and_pictures(record)
-        elif run["kind"] != "fine-tuning":
+        run |= {"kind": kind(record), "inside": None, "masks": None, "evaluations": [], "damaged": []}
+        try:
+            run["evaluations"] = results_below(record.folder)
+            if run["kind"] == "segmentation":
+                run["masks"] = classes_and_pictures(record)
+        except UserError as error:
+            run["damaged"].append(str(error))
+        if run["kind"] not in ("segmentation", "fine-tuning"):
             run["inside"] = look_inside(record, sizes, SERIES[i % COLOURS])
         run["settings"] = record.config and yaml.safe_dump(record.config, sort_keys=False)
         runs.append(run | {"environment": record.environment})
