@@ -146,9 +146,8 @@ def test_boxes_and_masks_are_found_in_the_images_own_pixels(export):
     with torch.no_grad():
         outputs = model(images)
     for image, target, output in zip(images, targets, outputs):
-        assert (
-            output["labels"][0] == target["labels"][0]
-        )  # boxes of another frame, halved or doubled, overlap less
+        assert output["labels"][0] == target["labels"][0]
+        # A box of another frame, halved or doubled, overlaps less.
         assert box_iou(output["boxes"][:1], target["boxes"]).item() > 0.5
         assert output["masks"].shape[1:] == (1, *image.shape[1:])
         found, true = output["masks"][0, 0] > 0.5, target["masks"][0].bool()
