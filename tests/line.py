@@ -6,9 +6,12 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import timm
+import torch
 import yaml
 from forked import TORCHRUN, free_port, start
 from PIL import Image
+from timm.models import save_for_hf
 from towers import write_tower
 
 _codebooks: dict[str, bytes] = {}
@@ -65,6 +68,17 @@ def write_classes(
         path = folder / classes[c] / f"{i:03}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(blocks).resize((40, 48), Image.Resampling.BICUBIC).save(path)
+
+
+def write_judged(folder: Path) -> None:
+    """36 training and 18 validation images of three classes, and a small ViT's export with random weights."""
+    write_classes(folder / "train", 36, 0, noise=220, tint=12)
+    write_classes(folder / "val", 18, 1, noise=220, tint=12)
+    torch.manual_seed(0)
+    sizes = {"img_size": 32, "patch_size": 8, "depth": 1, "embed_dim": 32, "num_heads": 2}
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=0, **sizes)
+    data = {"input_size": (3, 32, 32), "crop_pct": 1.0}
+    save_for_hf(model, folder / "timm", safe_serialization=True, data_config=data)
 
 
 def command(

@@ -5,10 +5,7 @@ import statistics
 
 import numpy as np
 import pytest
-import timm
-import torch
-from line import write_classes
-from timm.models import save_for_hf
+from line import write_classes, write_judged
 
 from mapet_ds.config.finetune import FinetuneConfig
 from mapet_ds.config.recipe import load_config
@@ -24,15 +21,8 @@ LIST, SHOTS = ("--labels", "--train"), ("--shots", "--train")
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    """36 training and 18 validation images of three classes; a ViT with random weights."""
     folder = tmp_path_factory.mktemp("few")
-    write_classes(folder / "train", 36, 0, noise=220, tint=12)
-    write_classes(folder / "val", 18, 1, noise=220, tint=12)
-    torch.manual_seed(0)
-    sizes = {"img_size": 32, "patch_size": 8, "depth": 1, "embed_dim": 32, "num_heads": 2}
-    model = timm.create_model("vit_tiny_patch16_224", num_classes=0, **sizes)
-    data = {"input_size": (3, 32, 32), "crop_pct": 1.0}
-    save_for_hf(model, folder / "timm", safe_serialization=True, data_config=data)
+    write_judged(folder)
     return folder
 
 

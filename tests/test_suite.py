@@ -3,11 +3,8 @@
 import json
 
 import pytest
-import timm
-import torch
 import yaml
-from line import write_classes
-from timm.models import save_for_hf
+from line import write_judged
 
 from mapet_ds.config.finetune import FinetuneConfig
 from mapet_ds.config.suite import load_suite
@@ -29,13 +26,7 @@ DOCUMENT = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("suite")
-    write_classes(folder / "train", 36, 0, noise=220, tint=12)
-    write_classes(folder / "val", 18, 1, noise=220, tint=12)
-    torch.manual_seed(0)
-    sizes = {"img_size": 32, "patch_size": 8, "depth": 1, "embed_dim": 32, "num_heads": 2}
-    model = timm.create_model("vit_tiny_patch16_224", num_classes=0, **sizes)
-    data = {"input_size": (3, 32, 32), "crop_pct": 1.0}
-    save_for_hf(model, folder / "timm", safe_serialization=True, data_config=data)
+    write_judged(folder)
     (folder / "timm" / "README.md").write_text("# A model\n\nWords.\n\n## Settings\n\nMore.\n")
     data = {"train": str(folder / "train"), "val": str(folder / "val")}
     (folder / "suite.yaml").write_text(yaml.safe_dump(DOCUMENT | {"data": data}))

@@ -16,7 +16,7 @@ from torchvision.transforms import v2
 from mapet_ds.data.index import Index, Numbered, Selection
 from mapet_ds.launch import Ranks
 from mapet_ds.results.collapse import collapse_figures
-from mapet_ds.results.features import Features, chosen, labelled_features, unit_length
+from mapet_ds.results.features import FEATURES, Features, chosen, labelled_features, unit_length
 
 SCALE, JITTER = (0.2, 1.0), (0.4, 0.4, 0.4, 0.1)
 """Share of the image's area in a crop; how far brightness, contrast, saturation and hue move."""
@@ -66,10 +66,9 @@ def judge_crops(
         DataError: more than data.max_bad_share of the images are unreadable.
     """
     numbered, views = Numbered(Selection(images, limit)), []
-    kinds = ("token", "mean") if feature == "both" else (feature,)
     for view in (1, 2):
         vectors, _ = labelled_features(
-            config, model, numbered, crop_transform(model, view), ranks, doing, kinds=kinds,
+            config, model, numbered, crop_transform(model, view), ranks, doing, kinds=FEATURES[feature],
             start_method="fork", section="--",
         )  # fmt: skip
         views.append(chosen(vectors, feature, [0]) if ranks.rank == 0 else None)

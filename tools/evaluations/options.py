@@ -16,6 +16,8 @@ from mapet_ds.terminal import number, refuse
 if TYPE_CHECKING:
     from mapet_ds.config.sections import Config
 
+EXPORT = "folder of tools/export_timm.py, or a file of weights"
+ARCHITECTURE = "timm model name, for a file of weights"
 NEIGHBOURS: Any = {"type": number(int, 1), "help": "neighbours that vote"}
 SOLVERS = "lbfgs: logistic regression, solved whole on the CPU; sgd: as papers train it, on --device"
 SOLVER: Any = {"choices": ("lbfgs", "sgd"), "help": SOLVERS}
@@ -42,13 +44,13 @@ def model_options() -> argparse.ArgumentParser:
     """What is judged by all commands but `tokenizer`."""
     model = argparse.ArgumentParser(add_help=False)
     which = model.add_mutually_exclusive_group(required=True)
-    which.add_argument("--model", type=Path, help="folder of tools/export_timm.py, or a file of weights")
+    which.add_argument("--model", type=Path, help=EXPORT)
     which.add_argument(
         "--teacher", metavar="YAML", help="instead: the dense features of this recipe's teacher"
     )
     option = model.add_argument
     option("overrides", nargs="*", metavar="a.b=value", help="with --teacher: replace the recipe's settings")
-    option("--arch", help="timm model name, for a file of weights")
+    option("--arch", help=ARCHITECTURE)
     option("--untrained", action="store_true", help="the same architecture with fresh weights, to compare")
     model.set_defaults(max_images=None)
     return model
@@ -87,15 +89,30 @@ def reading_options() -> argparse.ArgumentParser:
     return reading
 
 
+def writing_options() -> argparse.ArgumentParser:
+    """Where the figures go."""
+    writing = argparse.ArgumentParser(add_help=False)
+    option = writing.add_argument
+    option("--json", action="store_true", help="print one JSON object instead of sentences")
+    option("--out", type=output_file, metavar="FILE", help="write that JSON object to a file, too")
+    return writing
+
+
+def export_options() -> argparse.ArgumentParser:
+    """A model that stands alone: neither a teacher nor fresh weights."""
+    export = argparse.ArgumentParser(add_help=False)
+    export.add_argument("--model", type=Path, required=True, help=EXPORT)
+    export.add_argument("--arch", help=ARCHITECTURE)
+    return export
+
+
 def shared_options() -> argparse.ArgumentParser:
     """The images, and where the figures go."""
-    shared = argparse.ArgumentParser(add_help=False, parents=[reading_options()])
+    shared = argparse.ArgumentParser(add_help=False, parents=[reading_options(), writing_options()])
     option = shared.add_argument
     option("--seed", type=number(int, 0), default=0, help="of fresh weights, of --shots, of probes by SGD")
     option("--train", required=True, help="folder with a sub-folder of images per class, or tar shards")
     option("--val", required=True, help="the same classes, other images")
-    option("--json", action="store_true", help="print one JSON object instead of sentences")
-    option("--out", type=output_file, metavar="FILE", help="write that JSON object to a file, too")
     return shared
 
 
@@ -127,7 +144,7 @@ def accuracy_options() -> argparse.ArgumentParser:
     accuracy = argparse.ArgumentParser(add_help=False)
     option = accuracy.add_argument
     option("--model", type=Path, required=True, help="folder that tools/finetune.py wrote, RUN/timm")
-    option("--arch", help="timm model name, for a file of weights")
+    option("--arch", help=ARCHITECTURE)
     images = "folders named by the model's classes, by wnid, or by ImageNet's number; or tar shards"
     option("--images", required=True, metavar="DIR", help=images)
     classes = "only images of these classes, among which the model chooses: imagenet_a, imagenet_r, "
@@ -135,33 +152,25 @@ def accuracy_options() -> argparse.ArgumentParser:
     option("--classes", metavar="LIST", default="", help=classes)
     real = "judge by ReaL's labels, too: the published real.json, or without a file the one of timm"
     option("--real", nargs="?", const="timm", metavar="FILE", help=real)
-    option("--json", action="store_true", help="print one JSON object instead of sentences")
-    option("--out", type=output_file, metavar="FILE", help="write that JSON object to a file, too")
     return accuracy
 
 
 def crops_options() -> argparse.ArgumentParser:
     """The model, and the images without labels that it is judged on."""
-    crops = argparse.ArgumentParser(add_help=False)
+    crops = argparse.ArgumentParser(add_help=False, parents=[export_options()])
     option = crops.add_argument
-    option("--model", type=Path, required=True, help="folder of tools/export_timm.py, or a file of weights")
-    option("--arch", help="timm model name, for a file of weights")
     option("--images", required=True, help="folder of images at any depth, tar shards, patterns or lists")
     option("--feature", choices=("mean", "token", "both"), help="what is compared; default: as for knn")
     most = "at most so many, evenly spaced over the set (default: 1000)"
     option("--max_images", type=number(int, 2), default=1000, metavar="N", help=most)
     option("--seed", type=number(int, 0), default=0, help="of fresh weights")
-    option("--json", action="store_true", help="print one JSON object instead of sentences")
-    option("--out", type=output_file, metavar="FILE", help="write that JSON object to a file, too")
     return crops
 
 
 def suite_options() -> argparse.ArgumentParser:
     """The model, the document, and where its results go."""
-    suite = argparse.ArgumentParser(add_help=False)
+    suite = argparse.ArgumentParser(add_help=False, parents=[export_options()])
     option = suite.add_argument
-    option("--model", type=Path, required=True, help="folder of tools/export_timm.py, or a file of weights")
-    option("--arch", help="timm model name, for a file of weights")
     named = f"a suite: a file, or one of {', '.join(shipped_names(SUITES))}"
     option("--suite", required=True, metavar="YAML", help=named)
     option("overrides", nargs="*", metavar="a.b=value", help="replace the document's entries")
@@ -250,10 +259,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add_tokenizer(commands, [shared, voting, fitting])
 
     top = "top-1 and top-5 of a fine-tuned model, on any images whose classes it knows"
-    commands.add_parser("accuracy", parents=[accuracy_options(), reading_options()], help=top)
+    commands.add_parser(
+        "accuracy", parents=[accuracy_options(), reading_options(), writing_options()], help=top
+    )
 
     again = "how often a crop of an image finds another one of it among all, beside fresh weights; no labels"
-    commands.add_parser("crops", parents=[crops_options(), reading_options()], help=again)
+    commands.add_parser("crops", parents=[crops_options(), reading_options(), writing_options()], help=again)
 
     whole = "all that a document names, of one model: a table, which goes on where it stopped"
     commands.add_parser("suite", parents=[suite_options(), reading_options()], help=whole)
