@@ -259,12 +259,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add_tokenizer(commands, [shared, voting, fitting])
 
     top = "top-1 and top-5 of a fine-tuned model, on any images whose classes it knows"
-    commands.add_parser(
-        "accuracy", parents=[accuracy_options(), reading_options(), writing_options()], help=top
-    )
+    alone = [reading_options(), writing_options()]
+    commands.add_parser("accuracy", parents=[accuracy_options(), *alone], help=top)
 
     again = "how often a crop of an image finds another one of it among all, beside fresh weights; no labels"
-    commands.add_parser("crops", parents=[crops_options(), reading_options(), writing_options()], help=again)
+    commands.add_parser("crops", parents=[crops_options(), *alone], help=again)
 
     whole = "all that a document names, of one model: a table, which goes on where it stopped"
     commands.add_parser("suite", parents=[suite_options(), reading_options()], help=whole)
