@@ -252,9 +252,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     command = commands.add_parser("all", parents=[model, features, shared, voting, fitting], help=everything)
     command.set_defaults(evaluate=evaluate_all)
 
-    command = commands.add_parser(
-        "features", parents=[model, features, shared], help="the features, into --out FILE.safetensors"
-    )
+    stored = "the features, into --out FILE.safetensors"
+    commands.add_parser("features", parents=[model, features, shared], help=stored)
 
     add_tokenizer(commands, [shared, voting, fitting])
 
