@@ -23,7 +23,7 @@ from torchvision.transforms import InterpolationMode
 from mapet_ds.config.recipe import load_config
 from mapet_ds.config.rules import check_method
 from mapet_ds.config.sections import Config
-from mapet_ds.data.batch import Batch, View
+from mapet_ds.data.batch import Batch, View, unnormalised
 from mapet_ds.data.index import Index, open_index
 from mapet_ds.data.loader import Loader
 from mapet_ds.data.range_cache import RangeCache
@@ -152,8 +152,7 @@ def token_image(ids: Tensor, side: int = 224) -> Image.Image:
 
 def view_image(config: Config, image: Tensor) -> Image.Image:
     """A student's view, normalised [3, S, S], as a picture."""
-    mean, std = (torch.tensor(values)[:, None, None] for values in (config.data.mean, config.data.std))
-    return TF.to_pil_image((image.float().cpu() * std + mean).clamp(0, 1))
+    return TF.to_pil_image(unnormalised(image, config.data.mean, config.data.std))
 
 
 def load_export(folder: str | Path) -> tuple[Any, Any]:

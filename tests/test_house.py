@@ -33,7 +33,7 @@ FLOORS = [
 """Rooms from the ground up: one imports from its own floor and those below."""
 LINES = {
     "config": 2450,  # every knob with its meaning, contradictions as sentences, DeepSpeed, documents, masks
-    "data": 3700,  # six formats, one rule of pixels; folders, shards, Parquet, a cache; order, DALI, labels
+    "data": 3710,  # six formats, one rule of pixels; folders, shards, Parquet, a cache; order, DALI, labels
     "objectives": 920,  # seven methods, and what they share
     "targets": 1600,  # a frozen tower spread over ranks, VQ-KD, DALL-E, the codebook, stored ids, momentum
     "training": 1780,  # DeepSpeed, its workarounds, what it gathers checked; checkpoints, metrics, jumps

@@ -6,7 +6,7 @@ Nothing here imports torch, because loader workers import this folder.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -21,6 +21,13 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """The tensor on a device. The host waits for nothing: it copies to a GPU from pinned memory."""
     pinned = tensor.pin_memory() if device.type == "cuda" and tensor.device.type == "cpu" else tensor
     return pinned.to(device, non_blocking=True)
+
+
+def unnormalised(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Normalised images [..., 3, H, W] as values in [0, 1], float32, on the CPU. The host waits for a GPU."""
+    images = images.float().cpu()
+    shift, scale = (images.new_tensor(values)[:, None, None] for values in (mean, std))
+    return (images * scale + shift).clamp(0, 1)
 
 
 class View(NamedTuple):

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.utils import make_grid
 
+from mapet_ds.data.batch import unnormalised
 from mapet_ds.segmentation.loader import WholeImage
 from mapet_ds.training.metrics import token_colours
 
@@ -28,12 +29,6 @@ def rows(views: Tensor, truth: Tensor, predicted: Tensor) -> Tensor:
     Classes are long [B, H, W].
     """
     return torch.stack([views, overlay(views, truth), overlay(views, predicted)], dim=1)
-
-
-def unnormalised(images: Tensor, mean: Any, std: Any) -> Tensor:
-    """Normalised images [..., 3, H, W] as values in [0, 1], fp32, on the CPU."""
-    mean, std = (torch.tensor(values)[:, None, None] for values in (mean, std))
-    return (images.float().cpu() * std + mean).clamp(0, 1)
 
 
 def whole_row(item: WholeImage, predicted: Tensor, mean: Any, std: Any) -> Tensor:

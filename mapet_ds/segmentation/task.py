@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mapet_ds.config.segment import SegmentationConfig
+from mapet_ds.data.batch import unnormalised
 from mapet_ds.data.index import Index, open_index
 from mapet_ds.data.labelled import check_apart
 from mapet_ds.errors import RunError
@@ -28,7 +29,7 @@ from mapet_ds.segmentation.judging import Judging
 from mapet_ds.segmentation.loader import Augmentation, MaskedBatches
 from mapet_ds.segmentation.masks import Split, classes_of, open_masks
 from mapet_ds.segmentation.norm import MaskLabels
-from mapet_ds.segmentation.pictures import rows, sheet, unnormalised
+from mapet_ds.segmentation.pictures import rows, sheet
 from mapet_ds.segmentation.segmenter import Segmenter, upsampled
 from mapet_ds.targets.target import Target
 from mapet_ds.training.checkpoint import newest

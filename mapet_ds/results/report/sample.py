@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from mapet_ds.config.running import flatten
 from mapet_ds.config.sections import Config
-from mapet_ds.data.batch import Batch, View
+from mapet_ds.data.batch import Batch, View, unnormalised
 from mapet_ds.data.index import Index
 from mapet_ds.data.loader import Loader
 from mapet_ds.errors import DataError, ExportError, ResumeError
@@ -101,8 +101,8 @@ def _batches(trained: Trained, images: int, teacher: View | None) -> Iterator[Ba
 
 def _pixels(images: Tensor, config: Config) -> Tensor:
     """Normalised images [B, 3, S, S] as uint8 [B, S, S, 3]."""
-    mean, std = (torch.tensor(values)[:, None, None] for values in (config.data.mean, config.data.std))
-    return ((images.float().cpu() * std + mean).clamp(0, 1) * 255).round().to(torch.uint8).movedim(1, 3)
+    views = unnormalised(images, config.data.mean, config.data.std)
+    return (views * 255).round().to(torch.uint8).movedim(1, 3)
 
 
 @torch.no_grad()
