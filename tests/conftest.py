@@ -16,39 +16,43 @@ LONGEST = ["methods", "pretrain", "faults", "tutorial", "finetune", "benchmark"]
 SLOW = [
     *LONGEST,
     "counting",
+    "crops",
+    "detection",
     "ds_configs",
     "engine",
+    "engine_settings",
+    "export",
     "export_onnx",
     "extending",
     "fit_codebook",
     "forecast",
     "gpu_path",
-]
-SLOW += [
-    "export",
     "hub",
     "init_from",
     "laptop",
     "launch",
+    "library",
     "make_demo",
     "online_probe",
     "plan",
     "probe",
     "published",
     "readme",
-]
-SLOW += [
     "report",
+    "roofline",
     "segment",
     "slurm",
+    "study",
     "teacher",
     "timm_teacher",
     "tokenize_images",
     "tokens",
+    "trackers",
+    "trial",
     "vqkd",
     "wheel",
 ]
-"""Files that start whole programs or count large models: `make quick` leaves them out."""
+"""Files that start programs or count large models. `make quick` leaves them out, and tests marked slow."""
 
 
 def pytest_collection_modifyitems(items):

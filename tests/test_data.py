@@ -751,6 +751,7 @@ def test_doubts_about_the_images_are_said(tmp_path):
 # ---- programs
 
 
+@pytest.mark.slow
 def test_shards_are_the_folder(photos, tmp_path):
     source, out = str(photos.root), tmp_path / "shards"
     made = run_tool("make_shards.py", source, out, "--shard_images", 7)
@@ -775,6 +776,7 @@ def test_shards_are_the_folder(photos, tmp_path):
     assert open_index(str(moved), tmp_path / "unused").read(5) == photos.read(5)
 
 
+@pytest.mark.slow
 def test_shards_in_random_order_hold_the_same_images(photos, tmp_path):
     assert (
         run_tool(
@@ -790,6 +792,7 @@ def test_shards_in_random_order_hold_the_same_images(photos, tmp_path):
     assert refused.returncode == 2 and "--shuffle_seed: -1 must be at least 0" in refused.stderr
 
 
+@pytest.mark.slow
 def test_shards_overwrite_nothing(photos, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").write_text("mine")
@@ -802,6 +805,7 @@ def test_shards_overwrite_nothing(photos, tmp_path):
     assert "shards can't be written" in nowhere.stderr
 
 
+@pytest.mark.slow
 def test_shards_stay_below_their_size(photos, tmp_path):
     size = max(len(photos.read(i)) for i in range(23)) * 3
     assert (
@@ -813,6 +817,7 @@ def test_shards_stay_below_their_size(photos, tmp_path):
     assert max(path.stat().st_size for path in shards) < size + 3 * 2048 + 20 * 512 + 10240
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decode", [False, True])
 def test_check_images_lists_the_bad(damaged, decode):
     index, _, bad_names = damaged
@@ -829,6 +834,7 @@ def test_check_images_lists_the_bad(damaged, decode):
     assert all(reason for _, reason in rows) and "100%" in checked.stderr
 
 
+@pytest.mark.slow
 def test_check_images_ends_well_or_with_a_sentence(photos, tmp_path):
     good = run_tool("check_images.py", photos.root, "--jobs", 2)
     assert (good.returncode, good.stdout) == (0, "") and "0 of 23" in good.stderr
