@@ -113,13 +113,13 @@ def plan(runs: Runs) -> str:
     lines += [
         f"| {row.title} | not counted yet: {reason} | | | | | | |" for row, reason in runs.uncounted.items()
     ]
-    kind = "hours of this host, at the speed of the runs that are done"
+    whose = "hours of this host, at the speed of the runs that are done"
     if runs.study.cluster:
-        kind = f"GPU-hours of {runs.study.cluster.gpu}, predicted"
+        whose = f"GPU-hours of {runs.study.cluster.gpu}, predicted"
+    took = f", {total['hours']:.3g} {whose}" if total["hours"] else ""
     lines += [
-        "",
-        f"{total['runs']} runs of training, {total['flops'] / 1e15:.4g} PFLOP, at most "
-        f"{total['disk'] / 2**30:.3g} GiB of checkpoints and weights, {total['hours']:.3g} {kind}.",
+        f"\n{total['runs']} runs of training, {total['flops'] / 1e15:.4g} PFLOP, at most "
+        f"{total['disk'] / 2**30:.3g} GiB of checkpoints and weights{took}.",
         "Time and disk of what is measured afterwards (features, fine-tuning), of codebooks and of stored "
         "ids are not counted here.",
     ]
