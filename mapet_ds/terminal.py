@@ -51,12 +51,15 @@ def number(kind: Callable[[str], Any], least: float, above: bool = False) -> Cal
     return parse_number
 
 
-def answer(work: Callable[[], int | None], writes: Path | None = None) -> int:
+def answer(
+    work: Callable[[], int | None], writes: Path | None = None, stopped: str = "Stopped by Ctrl-C."
+) -> int:
     """Does a program's work; gives its exit code, which is 2 where the user can correct what stderr says.
 
-    It is 1 where standard output was closed before the program had said all.
+    It is 1 where standard output was closed before the program had said all, and 130 after Ctrl-C.
 
     writes: what the work writes. Where it can't, the storage's error becomes a sentence, too.
+    stopped: what is said after Ctrl-C.
     """
     try:
         code = work() or 0
@@ -65,6 +68,9 @@ def answer(work: Callable[[], int | None], writes: Path | None = None) -> int:
     except BrokenPipeError:  # `| head` has seen enough; at its exit Python would flush once more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except KeyboardInterrupt:
+        print(f"\n{stopped}", file=sys.stderr, flush=True)
+        return 130
     except UserError as error:
         message = str(error)
         if error.printed_elsewhere:

@@ -73,7 +73,9 @@ def test_what_is_counted_is_printed(page):
     counted = found["gflop_per_image"]
     assert {name: round(counted[name], 1) for name in shown} == shown
     assert counted["recomputed"] == counted["fp32"] == 0
-    assert numbers(line_of(lines, "micro-batch")) == [32, 1, found["largest_micro_batch_size"]]
+    micro = line_of(lines, "micro-batch")
+    assert numbers(micro) == [32, 1, found["largest_micro_batch_size"], 32]
+    assert micro.endswith("; give the run train.micro_batch_size=32"), "the recipe's is 128"
 
 
 def test_what_is_recomputed_is_printed(plan):
@@ -81,6 +83,7 @@ def test_what_is_recomputed_is_printed(plan):
     products = (
         24 * 2 * 196 * (4 + 4) * 768**2 + 12 * 4 * 2 * 196**2 * 768
     )  # of its blocks, but for each one's last
+    assert "give the run" not in printed, "the micro-batch is the recipe's"
     found = numbers(line_of(printed.splitlines(), "GFLOP an image"))[2]
     assert found == pytest.approx(products / 1e9, rel=0.01)
     assert f"and {found:.1f} recomputed," in printed

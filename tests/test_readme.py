@@ -120,3 +120,8 @@ def test_settings_are_knobs(path):
         if name.partition(".")[0] in groups and not name.endswith((".safetensors", ".py", ".pt"))
     }
     assert named <= known | groups, named - known
+
+
+def test_the_makefile_knows_every_objective():
+    (words,) = re.findall(r"^OBJECTIVES = (.*)$", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)
+    assert sorted(words.split()) == sorted(Config().objectives)

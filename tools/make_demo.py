@@ -37,6 +37,7 @@ from mapet_ds.data.formats import BadImage
 from mapet_ds.data.kinds import SUFFIXES
 from mapet_ds.data.labelled import decode
 from mapet_ds.errors import DataError
+from mapet_ds.files import whole_folder
 from mapet_ds.terminal import answer, number, option_parser
 
 IMG_SIZE = 64
@@ -213,8 +214,7 @@ def make(out: Path, images: Path | None) -> None:
     save_teacher(model, out / "teacher")
     val = list(captions["val"].values())
     accuracy = zero_shot_accuracy(model, views["val"], val)
-    chance = 100 / len(set(val))
-    print(f"{out / 'teacher'}: finds the caption of {accuracy:.1f} % of val/ ({chance:.1f} % by chance)")
+    print(f"The CLIP finds {accuracy:.1f} % of val/ their caption, one of {len(set(val))}")
 
 
 def make_once(arguments: argparse.Namespace) -> None:
@@ -231,16 +231,16 @@ def make_once(arguments: argparse.Namespace) -> None:
         SETTINGS["sides"] = arguments.sides
     if arguments.images:
         SETTINGS["images"] = str(arguments.images)
-    done, settings = out / "demo.json", json.dumps(SETTINGS)  # written last: a folder that has it is whole
+    done, settings = out / "demo.json", json.dumps(SETTINGS)
     if done.exists() and json.loads(done.read_text()) == json.loads(settings):
         print(f"{out} holds the demo set already.")
         return
     if out.exists() and any(out.iterdir()):
         what_to_do = "remove it, or name another folder"
         raise DataError(f"{out} is not empty and holds no demo set of these settings: {what_to_do}.")
-    out.mkdir(parents=True, exist_ok=True)
-    make(out, arguments.images)
-    done.write_text(settings)
+    with whole_folder(out, replace=False, flushed=False) as beside:
+        make(beside, arguments.images)
+        (beside / done.name).write_text(settings)
 
 
 def main() -> int:
@@ -255,7 +255,7 @@ def main() -> int:
     sides = f"least and most pixels of a picture's sides; default {SIDES}"
     parser.add_argument("--sides", type=number(int, 16), nargs=2, metavar="PX", help=sides)
     arguments = parser.parse_args()
-    return answer(lambda: make_once(arguments))
+    return answer(lambda: make_once(arguments), writes=arguments.out)
 
 
 if __name__ == "__main__":

@@ -272,7 +272,5 @@ def work(arguments: argparse.Namespace, study: StudyConfig) -> int:
 
 if __name__ == "__main__":
     chosen = parse(sys.argv[1:])
-    try:
-        sys.exit(answer(lambda: work(chosen, load_study(chosen.document, chosen.overrides)), chosen.out))
-    except KeyboardInterrupt:
-        sys.exit("\nStopped: the same command goes on with the run that was in hand.")
+    stopped = "Stopped: the same command goes on with the run that was in hand."
+    sys.exit(answer(lambda: work(chosen, load_study(chosen.document, chosen.overrides)), chosen.out, stopped))

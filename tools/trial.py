@@ -82,7 +82,5 @@ def try_all(arguments: argparse.Namespace) -> int:
 
 if __name__ == "__main__":
     words = parse(sys.argv[1:])
-    try:
-        sys.exit(answer(lambda: try_all(words)))
-    except KeyboardInterrupt:
-        sys.exit("\nStopped: the same command goes on with the step that was in hand.")
+    stopped = "Stopped: the same command goes on with the step that was in hand."
+    sys.exit(answer(lambda: try_all(words), stopped=stopped))

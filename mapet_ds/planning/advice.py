@@ -75,6 +75,8 @@ def report(request: Request, plan: Plan, advice: list[tuple[str, Plan]], curve: 
     step, speed, hours = plan["step_seconds"], plan["images_per_second"], plan["hours"]
     spent = {name: value for name, value in step.items() if name != "total" and value > 5e-5}
     recomputed = f" and {gflop['recomputed']:.1f} recomputed" if gflop["recomputed"] else ""
+    micro = plan["micro_batch_size"]
+    say = "" if micro == config.train.micro_batch_size else f"; give the run train.micro_batch_size={micro}"
     return "\n".join([
         f"PREDICTED for {config.objective}, {config.model.name}: {cluster.nodes} x {cluster.gpus_per_node} "
         f"{cluster.gpu.name}, ZeRO-{request.engine['zero_optimization']['stage']}, "
@@ -84,8 +86,8 @@ def report(request: Request, plan: Plan, advice: list[tuple[str, Plan]], curve: 
         f"GFLOP an image        student {gflop['student']:.1f} (at least {gflop['student_minimum']:.1f})"
         f"{recomputed}, teacher {gflop['teacher']:.1f}, in fp32 {gflop['fp32']:.1f}, "
         f"in TF32 {gflop['tf32']:.1f}",
-        f"micro-batch           {plan['micro_batch_size']} x {plan['grad_accum_steps']} accumulated "
-        f"(largest that fits: {plan['largest_micro_batch_size']})",
+        f"micro-batch           {micro} x {plan['grad_accum_steps']} accumulated "
+        f"(largest that fits: {plan['largest_micro_batch_size']}){say}",
         "memory of a GPU",
         *(f"  {name:<20}{gib:8.2f} GiB" for name, gib in plan["memory_gib"].items() if gib >= 0.005),
         f"step                  {1e3 * step['total']:.1f} ms: "
