@@ -15,7 +15,7 @@ from PIL import Image
 from timm.models import save_for_hf
 
 from mapet_ds.errors import DataError
-from mapet_ds.results.accuracy import accuracies, imagenet_names, read_classes, subset_outputs
+from mapet_ds.results.accuracy import accuracies, imagenet_names, read_classes, real_labels, subset_outputs
 from mapet_ds.results.export import write_timm
 
 WNIDS = imagenet_names()
@@ -176,6 +176,10 @@ def test_real_labels(run_tool_with, folder, tmp_path):
     (tmp_path / "real.json").write_text("[3]")
     code, printed = run_tool_with(*words, "--real", tmp_path / "real.json")
     assert code == 2 and "is no real.json, a list of lists of classes" in printed.err
+    with pytest.raises(
+        DataError, match=r"none of its wnids: leave ReaL out \(of a suite by accuracy.real=null"
+    ):
+        real_labels(model_of(["amber", "blue"]), [], "SET", None)
 
 
 def test_words_and_mistakes(run_tool_with, folder):
@@ -225,7 +229,10 @@ def test_a_suite_has_the_accuracies(run_tool_with, folder, tmp_path):
     assert found[rows[1]]["figures"]["top1"] >= found[rows[0]]["figures"]["top1_among_all_classes"]
     assert f"| {rows[2]} | " in (folder / "timm/README.md").read_text()
 
-    # Another reading of a set is refused; a model without a classifier has the rest.
+    # ReaL can be left out; another reading of a set is refused; a model without a classifier has the rest.
+    without = [*words[:3], "--out", tmp_path / "without", "--model", folder / "timm", "accuracy.real=null"]
+    code, printed = run_tool_with(*without)
+    assert code == 0 and rows[0] in printed.out and rows[1] not in printed.out
     code, printed = run_tool_with(*words, "--model", folder / "timm", "accuracy.sets.of_a.classes=")
     assert code == 2 and "fine-tuned, of_a, classes: " in printed.err
     code, printed = run_tool_with(*words[:3], "--model", folder / "pretrained", "--out", tmp_path / "other")

@@ -155,6 +155,10 @@ def test_few_labels_in_words_and_mistakes(run_tool_with, images, tmp_path):
     assert len(lines) == 4 and all("mean of 3 draws, standard deviation " in line for line in lines)
     assert "; 1 label a class (mean of the patches; trained weights; 18 validation images" in lines[0]
     assert "; 4 labels a class (class token; " in lines[3]
+    words_of_knn = [*words, "--shots", "2", "--k", "1", "--json"]
+    figures = json.loads(run_tool_with("knn", *words_of_knn)[1].out)
+    assert (figures["k"], figures["temperature"], len(figures["draws"])) == (1, 0.07, 3)
+    assert run_tool_with("knn", *words_of_knn[:-1])[1].out.startswith("k-NN (k = 1) accuracy ")
     for options, says in (
         (["--shots", "0"], "0 must be at least 1"),
         (["--shots", "13"], "--shots = 13: 3 of 3 classes of --train"),

@@ -480,9 +480,10 @@ def test_features_are_computed_once_into_a_file(
     words += ["--train", tmp_path / "images" / "train", "--val", tmp_path / "images" / "val"]
     code, printed = run_tool_with("knn", *words)
     assert code == 2 and "the images of --val, the labels of --val differ" in printed.err
-    file.write_bytes(b"no features")
-    code, printed = run_tool_with("knn", *words)
-    assert code == 2 and f"{file} is no file of features" in printed.err
+    for content in (b"no features", (model_folder / "model.safetensors").read_bytes()):
+        file.write_bytes(content)
+        code, printed = run_tool_with("knn", *words)
+        assert code == 2 and f"{file} is no file that `features` wrote" in printed.err
 
 
 def test_mistakes_in_layers_are_sentences(run_tool, run_tool_with, model_folder, image_folders):
@@ -668,7 +669,13 @@ def test_the_attentive_probe_is_one_process(model_folder, image_folders):
 
 @pytest.mark.parametrize(
     ("held_out", "end"),
-    [((70, 60, 50), "lowest"), ((50, 60, 70), "highest"), ((60, 70, 60), None), ((70, 70, 60), None)],
+    [
+        ((70, 60, 50), "lowest"),
+        ((50, 60, 70), "highest"),
+        ((60, 70, 60), None),
+        ((70, 70, 60), None),
+        ((0, 0, 0), None),
+    ],
 )
 def test_a_rate_at_an_end_of_those_tried_is_said(
     run_tool_with, model_folder, image_folders, monkeypatch, held_out, end
@@ -681,6 +688,7 @@ def test_a_rate_at_an_end_of_those_tried_is_said(
     code, printed = run_tool_with("linear", "--solver", "sgd", *words)
     assert code == 0, printed.err
     assert ("a better one may lie beyond" in printed.out) == bool(end)
+    assert ("too small to choose by" in printed.out) == (held_out == (0, 0, 0))
     assert end is None or f"beyond the {end} of them: --learning_rates takes others" in printed.out
 
 

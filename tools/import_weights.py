@@ -14,7 +14,7 @@ from mapet_ds.terminal import answer, loading
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    methods = "Turn a checkpoint published with MaPeT, ConMIM or SAIM into timm weights."
+    methods = "Turn a checkpoint published with MaPeT, BEiT v2, ConMIM or SAIM into timm weights."
     parser = argparse.ArgumentParser(description=methods)
     option = parser.add_argument
     option("checkpoint", type=Path, help="of pre-training or fine-tuned; a file of PyTorch's or safetensors")

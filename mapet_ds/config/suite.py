@@ -98,8 +98,8 @@ class AccuracyConfig:
 
     val: bool = True
     """On data.val."""
-    real: str = ""
-    """On data.val by ReaL's labels: the published real.json, or timm for the one that timm brings along."""
+    real: str | None = None
+    """On data.val by ReaL's labels: the published real.json, or timm for timm's; null: not."""
     sets: dict[str, SetConfig] = Field(default_factory=dict)
     """Name of a row -> other images."""
 
@@ -146,7 +146,7 @@ class SuiteConfig:
                 yield f"accuracy.sets.{name}.images is empty: name its images."
         if (
             self.accuracy
-            and self.accuracy.real not in ("", "timm")
+            and self.accuracy.real not in (None, "", "timm")
             and not Path(self.accuracy.real).is_file()
         ):
             yield f"accuracy.real = {self.accuracy.real} is no file that this host can see, nor timm."

@@ -196,7 +196,8 @@ def real_labels(model: Any, images: Index, named: str, file: Path | None) -> lis
     known, of_imagenet = {name: output for output, name in enumerate(names)}, imagenet_names()
     if not known.keys() & {*of_imagenet}:
         raise DataError(
-            f"{named}: ReaL's labels are ImageNet's, and the model's classes are none of its wnids."
+            f"{named}: ReaL's labels are ImageNet's, and the model's classes are none of its wnids: leave "
+            "ReaL out (of a suite by accuracy.real=null)."
         )
     right, found = [], 0
     for place in range(len(images)):

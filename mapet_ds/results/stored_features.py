@@ -67,9 +67,9 @@ def is_stored(file: Path, now: dict[str, str], layers: Sequence[int] | None) -> 
         return False
     try:
         with safetensors.safe_open(file, "np") as stored:
-            then, blocks = (json.loads(stored.metadata()[name]) for name in ("identity", "layers"))
-    except (safetensors.SafetensorError, OSError, TypeError, KeyError, ValueError) as error:
-        raise ConfigError(f"{file} is no file of features ({error}): name another.") from error
+            then, blocks = (json.loads((stored.metadata() or {})[name]) for name in ("identity", "layers"))
+    except (safetensors.SafetensorError, OSError, KeyError, ValueError) as error:
+        raise ConfigError(f"{file} is no file that `features` wrote ({error}): name another.") from error
     if differing := [name for name in now if then.get(name) != now[name]]:
         raise ConfigError(
             f"{file} holds features of other things: {', '.join(differing)} differ. Name another file, or "

@@ -20,8 +20,9 @@ NEIGHBOURS = (10, 20, 100)
 """What `all` takes for k, where there are as many training images."""
 SMALL = 10**9
 """Training images x width x classes up to which `all` solves the logistic regression: minutes on a CPU."""
-ACCURACIES = {"knn_accuracy_percent": "k-NN", "linear_accuracy_percent": "Linear"}
-"""The accuracy that a probe gives, and its name for a reader."""
+ACCURACIES = ("knn_accuracy_percent", "linear_accuracy_percent")
+SETTINGS = ("k", "temperature", "solver", "penalty", "batch_norm", "epochs", "seed")
+"""What an accuracy depends on, beside the images."""
 Result = tuple[list[str], dict[str, Any]]
 """A sentence for each figure, and the figures."""
 
@@ -56,6 +57,8 @@ def tried(name: str, probe: Fitted) -> tuple[str, dict[str, Any]]:
     for end, place in ((min(held_out), "lowest"), (max(held_out), "highest")):
         if len(held_out) > 1 and best == [end]:
             sentence += f"; a better one may lie beyond the {place} of them: --learning_rates takes others"
+    if len(best) == len(held_out) > 1:
+        sentence += "; all are level, so that tenth is too small to choose by: name one by --learning_rates"
     return sentence, {"learning_rate": rate, "held_out_accuracy_percent": held_out}
 
 
@@ -99,17 +102,19 @@ def evaluate_few(
         rows = np.flatnonzero(np.isin(places, draw))
         lines, figures = arguments.evaluate(arguments, [train[rows], labels[rows], *val])
         results.append((lines, figures | {"labelled_images": len(rows)}))
-    (name, title), *_ = [each for each in ACCURACIES.items() if each[0] in results[0][1]]
+    lines, figures = results[0]
     if len(results) == 1:
-        lines, figures = results[0]
         return [f"{line}; {few.words}" for line in lines], figures | few.figures
+    (name,) = figures.keys() & ACCURACIES
+    title, _, _ = lines[0].partition(" accuracy ")
+    settings = {key: figures[key] for key in SETTINGS if key in figures}
     accuracies = [figures[name] for _, figures in results]
     mean, spread = statistics.mean(accuracies), statistics.stdev(accuracies)
     each = ", ".join(f"{accuracy:.2f}" for accuracy in accuracies)
     sentence = f"{title} accuracy {mean:.2f} %, mean of {len(results)} draws, standard deviation "
     sentence += f"{spread:.2f} ({each}); {few.words}"
-    figures = {name: mean, "standard_deviation": spread, "draws": [figures for _, figures in results]}
-    return [sentence], figures | few.figures
+    draws = {"standard_deviation": spread, "draws": [figures for _, figures in results]}
+    return [sentence], {name: mean} | settings | draws | few.figures
 
 
 def evaluate_all(arguments: argparse.Namespace, arrays: list[Any]) -> Result:

@@ -248,7 +248,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     pooled = "attention pools the frozen patch tokens, a linear layer classifies; in one process"
     commands.add_parser("attentive", parents=[model, shared, attentive_options()], help=pooled)
 
-    everything = "all of these, from one pass over the images"
+    everything = "knn and linear in several ways, from one pass over the images"
     command = commands.add_parser("all", parents=[model, features, shared, voting, fitting], help=everything)
     command.set_defaults(evaluate=evaluate_all)
 

@@ -202,16 +202,15 @@ def judged_sets(arguments: argparse.Namespace, val: Index, ranks: Ranks) -> Iter
 def note_of(figures: dict[str, Any]) -> str:
     """What the table says behind a figure."""
     if "draws" in figures:
-        (name,) = ACCURACIES.keys() & figures.keys()
+        (name,) = figures.keys() & ACCURACIES
         return "draws: " + ", ".join(f"{draw[name]:.2f}" for draw in figures["draws"])
     notes = []
     if "solver" in figures:
         norm = ", batch norm" if figures.get("batch_norm") else ""
         notes.append("logistic regression" if figures["solver"] == "lbfgs" else f"SGD{norm}")
     if "learning_rate" in figures:
-        notes.append(
-            f"learning rate {figures['learning_rate']:g} of {len(figures['held_out_accuracy_percent'])}"
-        )
+        tried = len(figures["held_out_accuracy_percent"])
+        notes.append(f"learning rate {figures['learning_rate']:g}, the best of {tried}")
     return ", ".join(notes)
 
 
