@@ -1,4 +1,4 @@
-# make demo      set up .venv, then pre-train MaPeT (or OBJECTIVE=beit mvp saim conmim mae cae) on a small rendered set
+# make demo      set up .venv, then pre-train MaPeT (or OBJECTIVE=beit ...) on a small rendered set
 # make test      set up .venv, then run the whole test suite
 # make quick     set up .venv, then run the fast tests: two minutes on two cores
 # make lint      set up .venv, then run ruff and pyright
@@ -20,7 +20,8 @@ demo: objective .venv/installed
 	.venv/bin/python tools/demo.py $(RUN) $(OBJECTIVE)
 
 objective:
-	@case " $(OBJECTIVES) " in *" $(OBJECTIVE) "*) ;; *) echo "OBJECTIVE=$(OBJECTIVE) is none of $(OBJECTIVES)."; exit 2;; esac
+	@test $(words $(OBJECTIVE)) = 1 -a -n "$(filter $(OBJECTIVE),$(OBJECTIVES))" || \
+		{ echo "OBJECTIVE=$(OBJECTIVE) is none of $(OBJECTIVES)."; exit 2; }
 
 test: .venv/dev
 	$(PYTEST)

@@ -56,10 +56,10 @@ def answer(
 ) -> int:
     """Does a program's work; gives its exit code, which is 2 where the user can correct what stderr says.
 
-    It is 1 where standard output was closed before the program had said all, and 130 after Ctrl-C.
+    It is 1 where standard output was closed before the program had said all.
 
     writes: what the work writes. Where it can't, the storage's error becomes a sentence, too.
-    stopped: what is said after Ctrl-C.
+    stopped: what is said after Ctrl-C, which ends the process without a traceback.
     """
     try:
         code = work() or 0
@@ -68,9 +68,10 @@ def answer(
     except BrokenPipeError:  # `| head` has seen enough; at its exit Python would flush once more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except KeyboardInterrupt:
-        print(f"\n{stopped}", file=sys.stderr, flush=True)
-        return 130
+    except KeyboardInterrupt:  # the process still dies by the signal, so that a shell's loop ends with it
+        said = f"\n{stopped}\n" if os.environ.get("LOCAL_RANK", "0") == "0" else ""
+        sys.excepthook = lambda *_: print(said, end="", file=sys.stderr)
+        raise
     except UserError as error:
         message = str(error)
         if error.printed_elsewhere:

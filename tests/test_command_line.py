@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -127,3 +128,11 @@ def test_a_run_without_git_records_no_commit(tmp_path, monkeypatch):
     environment = json.loads((tmp_path / "environment.json").read_text())
     assert environment["git"] == {"commit": None, "changed": []} and environment["versions"]["torch"]
     assert (tmp_path / "config.yaml").read_text().startswith("run_dir: ''")
+
+
+def test_ctrl_c_is_a_sentence_and_the_process_dies_by_it():
+    """By the signal, not by an exit code: a shell then ends the loop that started it."""
+    work = "lambda: signal.raise_signal(signal.SIGINT)"
+    program = f"import signal; from mapet_ds.terminal import answer; answer({work})"
+    done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "\nStopped by Ctrl-C.\n")

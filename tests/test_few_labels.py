@@ -159,6 +159,8 @@ def test_few_labels_in_words_and_mistakes(run_tool_with, images, tmp_path):
     figures = json.loads(run_tool_with("knn", *words_of_knn)[1].out)
     assert (figures["k"], figures["temperature"], len(figures["draws"])) == (1, 0.07, 3)
     assert run_tool_with("knn", *words_of_knn[:-1])[1].out.startswith("k-NN (k = 1) accuracy ")
+    rates = ["--solver", "sgd", "--shots", "7", "--learning_rates", "1e-9", "1e-8", "--epochs", "1"]
+    assert "; no rate was better than another in 3 of them" in run_tool_with("linear", *words, *rates)[1].out
     for options, says in (
         (["--shots", "0"], "0 must be at least 1"),
         (["--shots", "13"], "--shots = 13: 3 of 3 classes of --train"),

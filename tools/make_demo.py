@@ -37,7 +37,7 @@ from mapet_ds.data.formats import BadImage
 from mapet_ds.data.kinds import SUFFIXES
 from mapet_ds.data.labelled import decode
 from mapet_ds.errors import DataError
-from mapet_ds.files import whole_folder
+from mapet_ds.files import staged
 from mapet_ds.terminal import answer, number, option_parser
 
 IMG_SIZE = 64
@@ -214,7 +214,8 @@ def make(out: Path, images: Path | None) -> None:
     save_teacher(model, out / "teacher")
     val = list(captions["val"].values())
     accuracy = zero_shot_accuracy(model, views["val"], val)
-    print(f"The CLIP finds {accuracy:.1f} % of val/ their caption, one of {len(set(val))}")
+    chance = f"of {len(set(val))} captions ({100 / len(set(val)):.1f} % by chance)"
+    print(f"The CLIP finds the caption of {accuracy:.1f} % of val/, {chance}")
 
 
 def make_once(arguments: argparse.Namespace) -> None:
@@ -238,9 +239,9 @@ def make_once(arguments: argparse.Namespace) -> None:
     if out.exists() and any(out.iterdir()):
         what_to_do = "remove it, or name another folder"
         raise DataError(f"{out} is not empty and holds no demo set of these settings: {what_to_do}.")
-    with whole_folder(out, replace=False, flushed=False) as beside:
-        make(beside, arguments.images)
-        (beside / done.name).write_text(settings)
+    with staged(out) as folder:
+        make(folder, arguments.images)
+        (folder / done.name).write_text(settings)
 
 
 def main() -> int:

@@ -57,9 +57,16 @@ def tried(name: str, probe: Fitted) -> tuple[str, dict[str, Any]]:
     for end, place in ((min(held_out), "lowest"), (max(held_out), "highest")):
         if len(held_out) > 1 and best == [end]:
             sentence += f"; a better one may lie beyond the {place} of them: --learning_rates takes others"
-    if len(best) == len(held_out) > 1:
+    figures = {"learning_rate": rate, "held_out_accuracy_percent": held_out}
+    if level(figures):
         sentence += "; all are level, so that tenth is too small to choose by: name one by --learning_rates"
-    return sentence, {"learning_rate": rate, "held_out_accuracy_percent": held_out}
+    return sentence, figures
+
+
+def level(figures: dict[str, Any]) -> bool:
+    """Whether all learning rates are level on the tenth that chooses one, so that none is the best."""
+    held_out = figures.get("held_out_accuracy_percent", {})
+    return len(held_out) > 1 and len({*held_out.values()}) == 1
 
 
 def evaluate_linear(arguments: argparse.Namespace, arrays: list[Any]) -> Result:
@@ -113,6 +120,8 @@ def evaluate_few(
     each = ", ".join(f"{accuracy:.2f}" for accuracy in accuracies)
     sentence = f"{title} accuracy {mean:.2f} %, mean of {len(results)} draws, standard deviation "
     sentence += f"{spread:.2f} ({each}); {few.words}"
+    if number := sum(level(figures) for _, figures in results):
+        sentence += f"; no rate was better than another in {number} of them"
     draws = {"standard_deviation": spread, "draws": [figures for _, figures in results]}
     return [sentence], {name: mean} | settings | draws | few.figures
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from evaluations.accuracy import Judging, accuracy_of, judging, words_of
 from evaluations.attentive import attend
 from evaluations.images import Extracted, Sets, labelled_sets, opened, vectors_of
-from evaluations.judges import ACCURACIES, evaluate_few, evaluate_knn, evaluate_linear
+from evaluations.judges import ACCURACIES, evaluate_few, evaluate_knn, evaluate_linear, level
 from evaluations.models import asked_of, build_model
 
 from mapet_ds.errors import ConfigError
@@ -210,7 +210,8 @@ def note_of(figures: dict[str, Any]) -> str:
         notes.append("logistic regression" if figures["solver"] == "lbfgs" else f"SGD{norm}")
     if "learning_rate" in figures:
         tried = len(figures["held_out_accuracy_percent"])
-        notes.append(f"learning rate {figures['learning_rate']:g}, the best of {tried}")
+        best = "one" if level(figures) else "the best"
+        notes.append(f"learning rate {figures['learning_rate']:g}, {best} of {tried}")
     return ", ".join(notes)
 
 
