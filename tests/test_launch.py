@@ -293,7 +293,8 @@ assert ranks.first_then_all(lambda: ranks.rank) == ranks.rank
 try:
     ranks.from_first(refuse)
 except DataError as error:
-    print(f"rank {ranks.rank}: {error}, said by another: {error.printed_elsewhere}", flush=True)
+    said = f"rank {ranks.rank}: {error}, said by another: {error.printed_elsewhere}\\n"
+    print(said, end="", flush=True)  # in one write: both ranks have the same pipe
 dist.barrier()
 dist.destroy_process_group()
 """
