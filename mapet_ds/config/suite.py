@@ -146,7 +146,7 @@ class SuiteConfig:
                 yield f"accuracy.sets.{name}.images is empty: name its images."
         if (
             self.accuracy
-            and self.accuracy.real not in (None, "", "timm")
+            and self.accuracy.real not in (None, "timm")
             and not Path(self.accuracy.real).is_file()
         ):
             yield f"accuracy.real = {self.accuracy.real} is no file that this host can see, nor timm."

@@ -189,7 +189,7 @@ def judged_sets(arguments: argparse.Namespace, val: Index, ranks: Ranks) -> Iter
     with ExitStack() as stack:
         judged: dict[str, Judging] = {}
         if section and model and (section.val or section.real):
-            named, real = f"data.val = {val.root}", section.real or None
+            named, real = f"data.val = {val.root}", section.real
             judged["val"] = ranks.first_then_all(lambda: judging(model, val, named, real=real))
         for name, each in (section.sets if section and model else {}).items():
             index, named = stack.enter_context(opened(each.images, ranks)), f"accuracy.sets.{name}"
